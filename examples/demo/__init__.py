@@ -1,0 +1,1 @@
+"""The demo: a task, its reward and its configuration."""

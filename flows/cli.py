@@ -1,0 +1,362 @@
+"""The `qrpo` command.
+
+Standard output carries what was asked for (a table, or one JSON object with `--json`); progress and warnings go to standard error.
+Exit codes: 0 done, 1 failed, 2 bad usage or configuration.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="qrpo",
+    help="Align language models to absolute rewards, stage by stage. Start with `qrpo demo`.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+# no markup: what models wrote is printed as it is
+out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+_STAGES = ("prompts", "reference", "completions", "rewards", "quantiles", "shards", "policy", "evaluation")
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML configuration.")]
+StoreUrl = Annotated[
+    str, typer.Option("--store", envvar="QRPO_STORE", help="Folder or fsspec URL of the store.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: --set policy.beta=0.1"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and every log line.")]
+
+
+@app.command()
+def demo(store: StoreUrl = "artifacts", as_json: AsJson = False, debug: Debug = False) -> None:
+    """The whole pipeline on this machine in minutes: builds a small model and a task, nothing to download."""
+    with _errors_as_lines(debug):
+        from flows.demo import demo_config
+
+        _run(demo_config(Path("demo")), store, as_json=as_json)
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    first: Annotated[
+        str | None, typer.Option("--from", help="Start with this stage; those before must be complete.")
+    ] = None,
+    last: Annotated[str | None, typer.Option("--until", help="Stop after this stage.")] = None,
+    only: Annotated[str | None, typer.Option("--only", help="Run this stage alone.")] = None,
+    overrides: Overrides = None,
+    force: Annotated[
+        list[str] | None,
+        typer.Option("--force", metavar="STAGE", help="Compute this stage again even where it is cached."),
+    ] = None,
+    show_config: Annotated[
+        bool, typer.Option("--show-config", help="Print the whole configuration and stop.")
+    ] = False,
+    store: StoreUrl = "artifacts",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Run the stages of CONFIG; what the store already has is not computed again.
+
+    Examples:
+
+      qrpo run config.yaml
+
+      qrpo run config.yaml --until rewards --set completions.num_ref=50
+
+      qrpo run config.yaml --only policy --set policy.beta=0.05
+    """
+    with _errors_as_lines(debug):
+        from tasks.config import dump_config, load_config
+
+        loaded = load_config(config, overrides or ())
+        if show_config:
+            out.print(dump_config(loaded), end="")
+            return
+        if only is not None and (first is not None or last is not None):
+            raise typer.BadParameter("--only STAGE stands alone: it means --from STAGE --until STAGE")
+        for name in (first, last, only, *(force or ())):
+            _check_stage(name)
+        if first and last and _STAGES.index(first) > _STAGES.index(last):
+            raise typer.BadParameter(f"--from {first} comes after --until {last}, so no stage is left to run")
+        _run(
+            loaded,
+            store,
+            first=only or first or _STAGES[0],
+            last=only or last or _STAGES[-1],
+            force=tuple(force or ()),
+            as_json=as_json,
+        )
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    store: StoreUrl = "artifacts",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """What `qrpo run` would compute, what is cached, and why. Runs nothing, writes nothing."""
+    with _errors_as_lines(debug):
+        from flows.preview import preview, preview_table
+        from storage import Store
+        from tasks.config import load_config
+
+        stages = preview(load_config(config, overrides or ()), Store(store))
+        _show(stages, preview_table(stages), as_json)
+
+
+@app.command(name="ls")
+def list_store(store: StoreUrl = "artifacts", as_json: AsJson = False, debug: Debug = False) -> None:
+    """The runs in the store, with the artifacts that each produced."""
+    with _errors_as_lines(debug):
+        from flows.show import list_runs, runs_table
+        from storage import Store
+
+        runs = list_runs(Store(store))
+        _show(runs, runs_table(runs), as_json)
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or a configuration file.")],
+    stage: Annotated[str, typer.Argument(metavar="STAGE")],
+    store: StoreUrl = "artifacts",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """One artifact: what it is, what made it, and where its Parquet files lie."""
+    with _errors_as_lines(debug):
+        from flows.show import artifact_table, describe
+        from storage import Store
+
+        _check_stage(stage)
+        described = describe(Store(store), name, stage)
+        _show(described, artifact_table(described), as_json)
+
+
+@app.command()
+def inspect(
+    name: Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or a configuration file.")],
+    stage: Annotated[str, typer.Argument(metavar="STAGE")],
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Rows to show.")] = 5,
+    prompt_id: Annotated[
+        str | None, typer.Option("--prompt-id", help="Follow one prompt through every stage.")
+    ] = None,
+    store: StoreUrl = "artifacts",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Look at the data: columns, distributions, rows and rejects of a stage, or one prompt through all of them."""
+    with _errors_as_lines(debug):
+        from flows.inspection import follow_prompt, inspect_stage, print_inspection, print_prompt
+        from storage import Store
+
+        _check_stage(stage)
+        if prompt_id is not None:
+            followed = follow_prompt(Store(store), name, prompt_id)
+            _print_json(followed) if as_json else print_prompt(followed, out)
+        else:
+            inspected = inspect_stage(Store(store), name, stage, limit)
+            _print_json(inspected) if as_json else print_inspection(inspected, out)
+
+
+@app.command()
+def verify(
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Drop what is damaged and let the runs that need it compute it again."),
+    ] = False,
+    store: StoreUrl = "artifacts",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Check every file of the store: sha256, row counts, schemas, records, manifests. Exit code 1 where anything is wrong."""
+    with _errors_as_lines(debug):
+        from flows.housekeeping import check_store
+        from storage import Store
+
+        checked = check_store(Store(store), err, mend=repair)
+        left = checked["left"] if "left" in checked else checked["findings"]
+        if as_json:
+            _print_json(checked)
+        else:
+            for finding in checked["findings"]:
+                out.print(f"{finding['kind']}: {finding['message']}")
+            mended = f", {len(checked['dropped'])} repaired" if "dropped" in checked else ""
+            out.print(f"{len(checked['findings'])} faults in {checked['store']}{mended}")
+        if left:
+            raise typer.Exit(1)
+
+
+@app.command()
+def gc(
+    keep: Annotated[
+        list[str] | None, typer.Option("--keep", metavar="RUN", help="Keep this run; others go.")
+    ] = None,
+    newest: Annotated[
+        int | None, typer.Option("--newest", min=0, help="Keep the newest so many runs.")
+    ] = None,
+    days: Annotated[
+        float | None, typer.Option("--days", min=0.0, help="Keep runs younger than so many days.")
+    ] = None,
+    grace: Annotated[
+        float, typer.Option("--grace", min=0.0, help="Leave alone what is younger than so many hours.")
+    ] = 1.0,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Really remove; without it, only say what would go.")
+    ] = False,
+    store: StoreUrl = "artifacts",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Remove what no run needs. Without a rule every named run is kept, and nothing goes without --yes."""
+    with _errors_as_lines(debug):
+        from flows.housekeeping import describe_gc, print_gc
+        from storage import Store
+        from storage.gc import collect, plan_gc
+
+        opened = Store(store)
+        max_age = None if days is None else days * 86_400
+        planned = plan_gc(opened, keep_runs=keep or (), newest=newest, max_age=max_age, grace=grace * 3600)
+        if yes:
+            collect(opened, planned)
+        if as_json:
+            _print_json({**describe_gc(planned), "removed": yes})
+        else:
+            print_gc(planned, out, done=yes)
+
+
+@app.command()
+def theory(
+    beta: Annotated[float, typer.Option("--beta", min=0.0, help="Strength of the KL penalty.")] = 0.1,
+    transform: Annotated[
+        str, typer.Option("--transform", help="f, applied to the quantile reward.")
+    ] = "identity",
+    num_ref: Annotated[int, typer.Option("--num-ref", min=1, help="Reference samples per prompt.")] = 50,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Also draw it into this file (png, svg, pdf).")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """What the optimum promises for a transform and beta, before any GPU time is spent.
+
+    Example: qrpo theory --beta 0.1 --transform identity --num-ref 50 --plot theory.png
+    """
+    with _errors_as_lines(debug):
+        from flows.theory import print_theory
+        from qrpo.theory import plot_theory, summary, theory_table
+
+        promised, by_num_ref = summary(transform, beta, num_ref), theory_table(transform, beta)
+        if as_json:
+            _print_json({**promised, "by_num_ref": by_num_ref})
+        else:
+            print_theory(promised, by_num_ref, out)
+        if plot is not None:
+            plot_theory(plot, transform, beta, num_ref)
+            err.print(f"drawn: {plot}")
+
+
+def main() -> None:
+    """The console script's entry."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    app()
+
+
+def _run(
+    config: Any,
+    store: str,
+    *,
+    first: str = _STAGES[0],
+    last: str = _STAGES[-1],
+    force: tuple[str, ...] = (),
+    as_json: bool,
+) -> None:
+    from flows.launch import launch, print_summary
+
+    summary = launch(config, store, first=first, last=last, force=force, console=err)
+    if as_json:
+        _print_json(summary)
+    else:
+        print_summary(summary, out)
+
+
+class _Lines(logging.Handler):
+    """Log records as lines that are never folded, so that a path in one can be copied."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        err.print(self.format(record), style="yellow" if record.levelno >= logging.WARNING else None)
+
+
+@contextmanager
+def _errors_as_lines(debug: bool) -> Iterator[None]:
+    """One readable line for what a user can mend; a traceback only with --debug."""
+    logger = logging.getLogger("qrpo")
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    logger.propagate = False
+    logger.handlers = [_Lines()]
+    try:
+        yield
+    except (typer.Exit, typer.BadParameter, typer.Abort):
+        raise
+    except KeyboardInterrupt:
+        err.print(
+            "interrupted; the parts that were finished are kept, and the same command goes on from there",
+        )
+        raise typer.Exit(1) from None
+    except Exception as error:
+        if debug:
+            raise
+        raise typer.Exit(_report(error)) from None
+
+
+def _report(error: Exception) -> int:
+    from qrpo.errors import ConfigError, QRPOError
+    from storage import StoreError
+
+    if isinstance(error, (QRPOError, StoreError)):
+        err.print(f"error: {error}", style="red")
+    else:
+        err.print(
+            f"error: {type(error).__name__}: {error} (run again with --debug for the traceback)",
+            style="red",
+        )
+    return 2 if isinstance(error, ConfigError) else 1
+
+
+def _check_stage(name: str | None) -> None:
+    if name is not None and name not in _STAGES:
+        raise typer.BadParameter(f"no stage {name!r}; the stages are {', '.join(_STAGES)}")
+
+
+def _show(value: Any, table: Any, as_json: bool) -> None:
+    if as_json:
+        _print_json(value)
+    else:
+        out.print(table)
+
+
+def _print_json(value: Any, dumps: Callable[..., str] = json.dumps) -> None:
+    sys.stdout.write(dumps(value, ensure_ascii=False, default=str) + "\n")

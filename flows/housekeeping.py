@@ -1,0 +1,81 @@
+"""`qrpo verify` and `qrpo gc`: is what lies in the store what was written, and what does no run need?"""
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from flows.launch import launch
+from flows.show import size_text
+from storage import Store
+from storage.gc import GcPlan
+from storage.verify import Finding, repair, verify
+from tasks.config import parse_config
+from tasks.stages import STAGES
+
+__all__ = ["check_store", "describe_gc", "print_gc", "rerun", "verify_store"]
+
+
+def verify_store(store: Store, console: Console) -> list[Finding]:
+    """Every fault in the store, with a progress bar on a terminal."""
+    columns = (TextColumn("checking parts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("verify", total=None)
+        return list(verify(store, progress=lambda done, total: bar.update(task, completed=done, total=total)))
+
+
+def check_store(store: Store, console: Console, *, mend: bool) -> dict[str, Any]:
+    """The findings; where `mend`, what they name is dropped and computed again by the runs that need it."""
+    findings = verify_store(store, console)
+    result: dict[str, Any] = {
+        "store": store.url,
+        "findings": [{"kind": f.kind, "key": f.key, "message": f.message} for f in findings],
+    }
+    if mend and findings:
+        result["dropped"] = repair(store, findings)
+        result["runs"] = rerun(store, console)
+        result["left"] = [str(finding) for finding in verify_store(store, console)]
+    return result
+
+
+def rerun(store: Store, console: Console) -> list[str]:
+    """Run every named run again, as far as it had come: only what is missing is computed."""
+    order = list(STAGES)
+    names = []
+    for name in store.runs():
+        noted = store.run(name) or {}
+        stages = [stage for stage in noted.get("stages", {}) if stage in STAGES]
+        if stages:
+            last = max(stages, key=order.index)
+            launch(
+                parse_config(noted["config"], where=f"runs/{name}.json"),
+                store.url,
+                first=order[0],
+                last=last,
+                console=console,
+            )
+            names.append(name)
+    return names
+
+
+def describe_gc(plan: GcPlan) -> dict[str, Any]:
+    """The plan as JSON."""
+    return {
+        "keep_runs": list(plan.keep_runs),
+        "drop_runs": list(plan.drop_runs),
+        "keys": list(plan.keys),
+        "bytes": plan.bytes,
+        "kept_bytes": plan.kept_bytes,
+    }
+
+
+def print_gc(plan: GcPlan, console: Console, *, done: bool) -> None:
+    """The plan as a person reads it."""
+    verb = "removed" if done else "would go (add --yes to remove it)"
+    console.print(
+        f"{len(plan.parts)} parts and {len(plan.manifests)} manifests, {size_text(plan.bytes)}, {verb}; {size_text(plan.kept_bytes)} stay"
+    )
+    for name in plan.drop_runs:
+        console.print(f"  run {name}")
+    for key in plan.parts:
+        console.print(f"  {key}")

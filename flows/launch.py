@@ -1,0 +1,135 @@
+"""Start a run from the command line, and tell how it ended."""
+
+import os
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from flows.server import start_server
+from storage import Store
+from tasks.config import PipelineConfig
+from tasks.plan import StagePlan
+from tasks.stages import STAGES, plan_pipeline, require_parents
+
+__all__ = ["launch", "print_summary"]
+
+
+def launch(
+    config: PipelineConfig,
+    store_url: str,
+    *,
+    first: str,
+    last: str,
+    force: tuple[str, ...] = (),
+    console: Console,
+) -> dict[str, Any]:
+    """Run the stages from `first` to `last`: through Prefect where anything is left to compute, else straight from the store.
+
+    Returns the summary that `--json` prints: `run`, `store`, `stages`, `seconds` and, where it ran, `evaluation`.
+    """
+    started = time.monotonic()
+    store = Store(store_url)
+    plans = plan_pipeline(config, store, until=last)
+    require_parents(first, plans)  # told before a server is started
+    results = _from_cache(plans, config, store, first, last) if not force else None
+    if results is None:
+        if "PREFECT_API_URL" not in os.environ:
+            console.print(
+                "starting a Prefect server for this run (set PREFECT_API_URL to use one that runs) ..."
+            )
+        server_answers = start_server()
+        from flows.pipeline import pipeline
+
+        server_answers()
+        results = pipeline(config, store.url, first, last, force)
+    stages = {
+        result.stage: {
+            "fingerprint": result.fingerprint,
+            "rows": result.rows,
+            "rejects": result.rejects,
+            "seconds": result.seconds,
+            "parts_computed": result.parts_computed,
+            "parts_cached": result.parts_cached,
+        }
+        for result in results
+    }
+    summary: dict[str, Any] = {"run": config.name, "store": store.url, "stages": stages}
+    summary["seconds"] = round(time.monotonic() - started, 3)
+    if results and results[-1].stage == "evaluation":
+        manifest = store.manifest("evaluation", results[-1].fingerprint)
+        if manifest is not None and "summary" in manifest.metadata:
+            summary["evaluation"] = manifest.metadata["summary"]
+    return summary
+
+
+def print_summary(summary: dict[str, Any], console: Console) -> None:
+    """The summary as a person reads it."""
+    table = Table(
+        "stage", "rows", "rejects", "parts", "seconds", title=f"run {summary['run']}", title_justify="left"
+    )
+    for name, stage in summary["stages"].items():
+        computed, cached = stage["parts_computed"], stage["parts_cached"]
+        parts = (
+            f"{computed} computed, {cached} cached"
+            if computed and cached
+            else f"{computed} computed"
+            if computed
+            else "cached"
+        )
+        if not computed and not cached:
+            parts = "nothing to do"
+        table.add_row(name, f"{stage['rows']:,}", f"{stage['rejects']:,}", parts, f"{stage['seconds']:.1f}")
+    console.print(table)
+    if "evaluation" in summary:
+        console.print(evaluation_table(summary["evaluation"]))
+    run = summary["run"]
+    store = summary["store"]
+    console.print(f"\nartifacts: {store}   look at them:")
+    option = "" if store == str(_default_store()) else f" --store {store}"
+    stages = list(summary["stages"])
+    looks = [f"qrpo inspect {run} {stage}" for stage in ("rewards", "evaluation") if stage in stages]
+    for command in (f"qrpo show {run} {stages[-1]}", *looks, "qrpo ls"):
+        console.print(f"  {command}{option}")
+
+
+def evaluation_table(evaluation: dict[str, Any]) -> Table:
+    """Reference, policy and what the closed-form optimum promises, side by side."""
+    reference, policy, theory = evaluation["reference"], evaluation["policy"], evaluation["theory"]
+    wins, kl = evaluation["win_rate"], evaluation["kl"]
+    title = f"{evaluation['prompts']} held-out prompts, {policy['samples']} fresh samples of each model"
+    promise = f"optimum for beta {theory['beta']:g}"
+    table = Table("", "reference", "policy", promise, title=title, title_justify="left")
+    table.add_row("mean reward", _measured(reference["reward"]), _measured(policy["reward"]), "")
+    quantiles = _measured(reference["quantile_reward"]), _measured(policy["quantile_reward"])
+    table.add_row("mean quantile reward", *quantiles, f"{theory['quantile_reward']:.3f}")
+    interval = f"{wins['mean']:.3f} ({wins['low']:.3f} to {wins['high']:.3f})"
+    table.add_row("win rate against reference", "0.5", interval, f"{theory['quantile_reward']:.3f}")
+    table.add_row("KL to reference, nats", "0", _measured(kl), f"{theory['kl']:.3f}")
+    table.add_row(
+        "completion length, tokens", _measured(reference["length"]), _measured(policy["length"]), ""
+    )
+    return table
+
+
+def _measured(value: dict[str, Any]) -> str:
+    error = value["standard_error"]
+    return f"{value['mean']:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+
+
+def _default_store() -> str:
+    return Store("artifacts").url
+
+
+def _from_cache(
+    plans: dict[str, StagePlan], config: PipelineConfig, store: Store, first: str, last: str
+) -> list[Any] | None:
+    """The results of a run that has nothing to compute, without a Prefect server; None where there is work."""
+    names = list(STAGES)
+    span = names[names.index(first) : names.index(last) + 1]
+    if not all(plans[name].complete for name in span):
+        return None
+    from tasks.run_stage import run_stage  # imports Prefect, whose settings are read then
+
+    return [run_stage(name, config, store.url, plans=plans) for name in span]

@@ -1,0 +1,110 @@
+"""Generation engines: vLLM for real work, plain transformers where vLLM is not installed and for quick tests.
+
+`open_engine` gives an `Engine` (see `qrpo.sampling`) that runs in a child process: nothing is started before the first
+sample is asked for, closing it gives all memory back, and an engine that dies is started again by the next call.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from qrpo.child import Child
+from qrpo.config import Section, knob
+from qrpo.errors import ConfigError, DataError
+from qrpo.models import Dtype, ModelConfig, context_length
+from qrpo.sampling import Engine, Sample, SampleRequest, SamplingConfig, misfit
+
+__all__ = ["EngineConfig", "open_engine"]
+
+
+class EngineConfig(Section):
+    """The engine that draws completions, and how much of the machine it takes."""
+
+    kind: Literal["vllm", "transformers"] = "vllm"
+    """`vllm`, or `transformers` where vLLM is not installed."""
+    dtype: Dtype = "auto"
+    """Precision to sample in; `auto` takes the model's setting."""
+    max_model_len: int | None = Field(None, ge=2)
+    """Tokens of prompt and completion together; by default the model's context length."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """More arguments for `vllm.LLM`, as its documentation names them (`quantization`, `kv_cache_dtype`, ...)."""
+    max_num_seqs: int = knob(256, ge=1)
+    """Completions that are worked on at the same time."""
+    max_num_batched_tokens: int | None = knob(None, ge=1)
+    """Tokens in one step of vLLM; by default its own choice."""
+    gpu_memory_utilization: float = knob(0.9, gt=0.0, le=1.0)
+    """Share of the GPU's memory that vLLM takes."""
+    kv_cache_gib: float | None = knob(None, gt=0.0)
+    """Size of the key-value cache in GiB; by default what gpu_memory_utilization leaves, on a CPU room for
+    max_num_seqs, at most 4 GiB."""
+    tensor_parallel_size: int = knob(1, ge=1)
+    """GPUs that share each layer."""
+    pipeline_parallel_size: int = knob(1, ge=1)
+    """GPUs that share the layers among them."""
+    enforce_eager: bool | None = knob(None)
+    """Start quickly, without compiling or capturing graphs; by default on a CPU only."""
+    separate_process: bool = knob(False)
+    """Let vLLM put its core into yet another process: a slower start, and some more speed on a fast GPU."""
+    device: str | None = knob(None)
+    """Where the transformers engine runs: `cpu`, `cuda`, `cuda:1`; by default the first GPU where there is one."""
+
+
+def open_engine(
+    config: EngineConfig, model: ModelConfig, *, log: Path | None = None, env: dict[str, str] | None = None
+) -> Engine:
+    """The configured engine on this model, not yet started; its output will be appended to `log`.
+
+    `env` are more environment variables for it, such as CUDA_VISIBLE_DEVICES. Raises ModelError where the model's
+    folder is unusable, ConfigError where max_model_len exceeds the model's context.
+    """
+    context = context_length(model)
+    if config.max_model_len is not None and config.max_model_len > context:
+        raise ConfigError(
+            f"engine.max_model_len: got {config.max_model_len}, but {model.path} has a context of {context} tokens: "
+            "lower it"
+        )
+    if config.dtype != "auto":
+        model = model.model_copy(update={"dtype": config.dtype})
+    target = {
+        "vllm": "qrpo.engines.vllm:VLLMEngine",
+        "transformers": "qrpo.engines.transformers:TransformersEngine",
+    }[config.kind]
+    max_model_len = config.max_model_len or context
+    quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+    name = f"the {config.kind} engine of {model.path}"
+    child = Child(target, config, model, max_model_len, name=name, log=log, env={**quiet, **(env or {})})
+    return _ChildEngine(child, max_model_len)
+
+
+class _ChildEngine:
+    """An engine in a child process, as the `Engine` protocol wants it."""
+
+    def __init__(self, child: Child, max_model_len: int):
+        self._child = child
+        self._max_model_len = max_model_len
+
+    @property
+    def max_model_len(self) -> int:
+        return self._max_model_len
+
+    @property
+    def pid(self) -> int | None:
+        return self._child.pid
+
+    def sample(
+        self, requests: Sequence[SampleRequest], sampling: SamplingConfig
+    ) -> Iterator[tuple[str, list[Sample]]]:
+        requests = list(requests)
+        keys: set[str] = set()
+        for request in requests:
+            if request.key in keys:
+                raise DataError(f"two requests have the key {request.key!r}: make keys unique within a call")
+            keys.add(request.key)
+            if reason := misfit(request.prompt_token_ids, self._max_model_len, sampling.max_tokens):
+                raise DataError(f"request {request.key!r}: {reason}")
+        return self._child.stream("sample", requests, sampling) if requests else iter(())
+
+    def close(self) -> None:
+        self._child.close()

@@ -1,0 +1,195 @@
+"""vLLM's offline engine, driven step by step so that completions come out as they end.
+
+Runs in the child process that `qrpo.engines.open_engine` starts. What is decided here, and why:
+- one request per (prompt, sample), each with its own seed: vLLM's own `n` counts seeds up and would repeat samples;
+- prompts one after another, all samples of a prompt together: the prefix cache then reads each prompt once;
+- requests are handed in as others end, a little more than run at once, so memory does not grow with the work;
+- the engine's core runs in this very process (it starts in seconds), unless a model is spread over several GPUs;
+- on a CPU no chunked prefill: together with seeds it kills the engine.
+"""
+
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from qrpo.engines import EngineConfig
+from qrpo.errors import DataError, EngineError, ModelError
+from qrpo.models import ModelConfig, is_local, load_model_config, location
+from qrpo.sampling import Sample, SampleRequest, SamplingConfig
+
+__all__ = ["VLLMEngine"]
+
+
+class VLLMEngine:
+    """A loaded vLLM model. Made once per child process; `sample` may be called again and again."""
+
+    def __init__(self, config: EngineConfig, model: ModelConfig, max_model_len: int):
+        spread = config.tensor_parallel_size * config.pipeline_parallel_size > 1
+        self._several = spread or config.separate_process
+        if not self._several:
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_COLOR", "0")
+        try:
+            import vllm
+            from vllm.platforms import current_platform
+        except ImportError as error:
+            raise EngineError(
+                f"vLLM cannot be imported ({error}): install it (`make install`, or `pip install vllm`), or set "
+                "engine.kind to transformers"
+            ) from error
+        gc.freeze()  # vLLM collects garbage several times while it starts: not through all these modules again
+        hf_config = load_model_config(model)
+        on_cpu = current_platform.is_cpu()
+        arguments: dict[str, Any] = {
+            "model": location(model),
+            "revision": None if is_local(model) else model.revision,
+            "trust_remote_code": model.trust_remote_code,
+            "dtype": _saved_dtype(hf_config) if model.dtype == "auto" else model.dtype,
+            "max_model_len": max_model_len,
+            "max_num_seqs": config.max_num_seqs,
+            "gpu_memory_utilization": config.gpu_memory_utilization,
+            "tensor_parallel_size": config.tensor_parallel_size,
+            "pipeline_parallel_size": config.pipeline_parallel_size,
+            "enforce_eager": on_cpu if config.enforce_eager is None else config.enforce_eager,
+            "enable_prefix_caching": True,
+            "logprobs_mode": "raw_logprobs",
+            "generation_config": "auto",  # for its end tokens; sampling settings are all given per request
+        }
+        if on_cpu:
+            _require_cpu_heads(hf_config, model)
+            arguments["enable_chunked_prefill"] = False
+            arguments["kv_cache_memory_bytes"] = _cpu_kv_cache_bytes(
+                hf_config, max_model_len, config.max_num_seqs
+            )
+        if config.kv_cache_gib is not None:
+            arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
+        if config.max_num_batched_tokens is not None:
+            arguments["max_num_batched_tokens"] = config.max_num_batched_tokens
+        self._llm = vllm.LLM(**{**arguments, **config.options})
+        self._ahead = config.max_num_seqs + max(16, config.max_num_seqs // 4)
+        self._served = 0  # makes request names unique over calls
+
+    def sample(
+        self, requests: Sequence[SampleRequest], sampling: SamplingConfig
+    ) -> Iterator[tuple[str, list[Sample]]]:
+        """(key, samples) of each request as its last sample ends."""
+        from vllm.inputs.engine import tokens_input
+
+        engine = self._llm.llm_engine
+        vocabulary = self._llm.model_config.get_vocab_size()
+        for request in requests:
+            if not all(0 <= token_id < vocabulary for token_id in request.prompt_token_ids):
+                raise DataError(
+                    f"request {request.key!r}: a token id is outside the model's vocabulary of {vocabulary}"
+                )
+        self._served += 1
+        todo = (
+            (place, number, seed)
+            for place, request in enumerate(requests)
+            for number, (_, seed) in enumerate(request.samples)
+        )
+        collected: list[dict[int, Sample]] = [{} for _ in requests]
+        running = 0
+        while True:
+            while running < self._ahead and (task := next(todo, None)) is not None:
+                place, number, seed = task
+                engine.add_request(
+                    f"{self._served}/{place}/{number}",
+                    tokens_input(list(requests[place].prompt_token_ids)),
+                    _parameters(sampling, seed),
+                )
+                running += 1
+            if not running:
+                return
+            for output in engine.step():
+                if not output.finished:
+                    continue
+                running -= 1
+                _, place, number = map(int, output.request_id.split("/"))
+                request, samples = requests[place], collected[place]
+                samples[number] = _sample(request.samples[number][0], output.outputs[0], request.key)
+                if len(samples) == len(request.samples):
+                    collected[place] = {}
+                    yield request.key, [samples[n] for n in range(len(samples))]
+
+    def close(self) -> None:
+        """End vLLM's own processes, where it has any. This process is about to end in any case."""
+        if self._several and callable(
+            shutdown := getattr(self._llm.llm_engine.engine_core, "shutdown", None)
+        ):
+            shutdown()
+
+
+def _saved_dtype(hf_config: Any) -> str:
+    """What `auto` means everywhere else. vLLM's own `auto` would turn float32 into bfloat16 without asking."""
+    dtype = getattr(hf_config, "dtype", None) or getattr(hf_config.get_text_config(), "dtype", None)
+    return "auto" if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _cpu_kv_cache_bytes(hf_config: Any, max_model_len: int, max_num_seqs: int) -> int:
+    """Room for `max_num_seqs` full sequences, but at most 4 GiB and at least one sequence.
+
+    vLLM would take half of the machine's memory, and fill it with zeros first (3.5 s per GiB seen).
+    """
+    text = hf_config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
+    head_dim = _head_dim(hf_config)
+    if not heads or not head_dim:  # not attention alone: no formula here
+        return 4 << 30
+    sequence = (
+        2 * text.num_hidden_layers * heads * head_dim * 4 * (max_model_len + 128)
+    )  # a block of 128 begun
+    return int(max(min(sequence * (max_num_seqs + 1), 4 << 30), 2 * sequence))
+
+
+def _require_cpu_heads(hf_config: Any, model: ModelConfig) -> None:
+    """Say before the start what vLLM would only say at the first step."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    supported = CPUAttentionBackend.get_supported_head_sizes()
+    if (head_dim := _head_dim(hf_config)) is not None and head_dim not in supported:
+        raise ModelError(
+            f"{model.path} has attention heads of size {head_dim}, but vLLM on a CPU takes only "
+            f"{', '.join(map(str, supported))}: set engine.kind to transformers, or use another model"
+        )
+
+
+def _head_dim(hf_config: Any) -> int | None:
+    text = hf_config.get_text_config()
+    if head_dim := getattr(text, "head_dim", None):
+        return int(head_dim)
+    heads = getattr(text, "num_attention_heads", None)
+    return int(text.hidden_size) // int(heads) if heads else None
+
+
+def _parameters(sampling: SamplingConfig, seed: int) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=1,
+        seed=seed,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        max_tokens=sampling.max_tokens,
+        stop=list(sampling.stop) or None,
+        logprobs=0,  # the sampled token's own: enough for cumulative_logprob
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _sample(index: int, completion: Any, key: str) -> Sample:
+    if completion.finish_reason not in ("stop", "length"):
+        raise EngineError(
+            f"vLLM ended request {key!r} with {completion.finish_reason!r}, expected 'stop' or 'length'"
+        )
+    return Sample(
+        index=index,
+        text=completion.text,
+        token_ids=list(completion.token_ids),
+        finish_reason=completion.finish_reason,
+        sampled_logprob=float(completion.cumulative_logprob),
+    )

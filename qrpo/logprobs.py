@@ -1,0 +1,207 @@
+"""Sequence log-probabilities without the logits: the one piece of code behind reference scores and policy gradients.
+
+    log pi(y|x) = sum_t log softmax(W h_t)[y_t]        over the completion's tokens, its end token included
+
+A plain forward makes logits of shape (B, T, V): at a vocabulary of 128k they, not the model, fill the memory. Here the
+backbone runs once, only the hidden states that predict completion tokens are kept, and the head with its softmax is
+applied to them in chunks, in float32, and again in the backward pass: never more than one chunk of logits exists.
+
+Rows are padded on the right and no attention mask is given: attention is causal, so a padding token after the end can
+not be seen by any position that counts, and attention kernels take their fast path. Rows of like length should
+share a batch: `length_sorted_batches` cuts them so. The reference and the policy are scored by these same functions,
+so that before the first step their log ratio is zero up to rounding.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from qrpo.errors import DataError
+
+__all__ = ["completion_logprobs", "length_sorted_batches", "score_logprobs"]
+
+TokenIds = Sequence[int] | npt.NDArray[Any]
+
+# Logits of one chunk, all tokens and the whole vocabulary: 256 MiB in float32.
+CHUNK_ELEMENTS = 2**26
+# Rows are sorted by length within a window of this many micro-batches, so scoring streams.
+WINDOW_BATCHES = 16
+
+
+def completion_logprobs(
+    model: torch.nn.Module,
+    prompt_token_ids: Sequence[TokenIds],
+    completion_token_ids: Sequence[TokenIds],
+    *,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> torch.Tensor:
+    """Log-probabilities (B,) of B completions given their prompts, in float32 (float64 for a float64 model).
+
+    `model` is a causal language model of transformers, on any device; the result carries gradients where grad mode is
+    on. At most `chunk_elements` logits exist at a time. An empty completion has log-probability 0; an empty prompt
+    raises DataError, for nothing predicts the first token.
+    """
+    prompt_lengths = [len(ids) for ids in prompt_token_ids]
+    completion_lengths = [len(ids) for ids in completion_token_ids]
+    if not prompt_lengths or len(prompt_lengths) != len(completion_lengths):
+        raise ValueError(
+            f"expected as many prompts as completions, at least one; got {len(prompt_lengths)} and {len(completion_lengths)}"
+        )
+    if 0 in prompt_lengths:
+        raise DataError(
+            f"row {prompt_lengths.index(0)} has an empty prompt: at least one token must precede a completion"
+        )
+
+    device = next(model.parameters()).device
+    lengths = [p + c for p, c in zip(prompt_lengths, completion_lengths, strict=True)]
+    tokens_BT = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    predicts_BT = torch.zeros(tokens_BT.shape, dtype=torch.bool)
+    for row, (prompt, completion) in enumerate(zip(prompt_token_ids, completion_token_ids, strict=True)):
+        p, end = prompt_lengths[row], lengths[row]
+        tokens_BT[row, :p] = torch.as_tensor(np.asarray(prompt, dtype=np.int64))
+        tokens_BT[row, p:end] = torch.as_tensor(np.asarray(completion, dtype=np.int64))
+        predicts_BT[row, p - 1 : end - 1] = True
+    targets_M = tokens_BT[:, 1:][predicts_BT[:, :-1]].to(device)
+    positions_M = predicts_BT.flatten().nonzero().squeeze(1).to(device)
+
+    causal_lm = _unwrapped(model)
+    # The last token predicts nothing, but cutting it would move no work worth the case distinction.
+    hidden_BTD = causal_lm.base_model(input_ids=tokens_BT.to(device), use_cache=False).last_hidden_state
+    hidden_MD = hidden_BTD.flatten(0, 1).index_select(0, positions_M)
+
+    head, adjust = causal_lm.get_output_embeddings(), _logit_adjustment(causal_lm.config)
+    chunk = max(1, chunk_elements // int(causal_lm.config.get_text_config().vocab_size))
+    pieces = []
+    for hidden_CD, targets_C in zip(hidden_MD.split(chunk), targets_M.split(chunk), strict=True):
+        if torch.is_grad_enabled():
+            piece = checkpoint(
+                _token_logprobs,
+                head,
+                adjust,
+                hidden_CD,
+                targets_C,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        else:
+            piece = _token_logprobs(head, adjust, hidden_CD, targets_C)
+        pieces.append(piece)
+    return torch.stack([row_T.sum() for row_T in torch.cat(pieces).split(completion_lengths)])
+
+
+def length_sorted_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Cut rows into batches of like length: indices into `lengths`, longest rows first.
+
+    A batch padded to its longest row holds at most `token_budget` tokens; a row longer than that is a batch of its own.
+    Longest first, so that what does not fit into memory fails at once.
+    """
+    if token_budget < 1:
+        raise ValueError(f"expected a token budget of at least 1, got {token_budget}")
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        # Sorted descending: the first row of a batch is its longest.
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= token_budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def score_logprobs(
+    model: torch.nn.Module,
+    rows: Iterable[Mapping[str, Any]],
+    token_budget: int,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Iterator[npt.NDArray[np.float32]]:
+    """Yield, for each row in order, the log-probabilities (K,) of its K completions, without gradients.
+
+    A row has `prompt_token_ids` and `completion_token_ids`, a list of K token lists. `token_budget` bounds the tokens
+    of a forward pass, padding included; it changes results by rounding only. Rows are read a window at a time, so
+    any number of them streams through. `dtype` bfloat16 computes as mixed-precision training does.
+    """
+    window: list[Mapping[str, Any]] = []
+    tokens = 0
+    for row in rows:
+        window.append(row)
+        tokens += sum(_lengths(row))
+        if tokens >= WINDOW_BATCHES * token_budget:
+            yield from _score_window(model, window, token_budget, dtype)
+            window, tokens = [], 0
+    if window:
+        yield from _score_window(model, window, token_budget, dtype)
+
+
+def _score_window(
+    model: torch.nn.Module, rows: list[Mapping[str, Any]], token_budget: int, dtype: torch.dtype | None
+) -> list[npt.NDArray[np.float32]]:
+    prompts = [row["prompt_token_ids"] for row in rows for _ in row["completion_token_ids"]]
+    completions = [completion for row in rows for completion in row["completion_token_ids"]]
+    lengths = [length for row in rows for length in _lengths(row)]
+    scores = np.empty(len(lengths), dtype=np.float32)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), autocast(model, dtype):
+            for batch in length_sorted_batches(lengths, token_budget):
+                logprobs_B = completion_logprobs(
+                    model, [prompts[i] for i in batch], [completions[i] for i in batch]
+                )
+                scores[batch] = logprobs_B.float().cpu().numpy()
+    finally:
+        model.train(was_training)
+    ends = np.cumsum([len(row["completion_token_ids"]) for row in rows])
+    return np.split(scores, ends[:-1])
+
+
+def autocast(model: torch.nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Mixed precision as the trainer uses it: float32 weights, matrix products in `dtype`; nothing for float32."""
+    if dtype in (None, torch.float32, torch.float64):
+        return nullcontext()
+    context: AbstractContextManager[Any] = torch.autocast(next(model.parameters()).device.type, dtype=dtype)
+    return context
+
+
+def _token_logprobs(
+    head: torch.nn.Module,
+    adjust: Callable[[torch.Tensor], torch.Tensor],
+    hidden_CD: torch.Tensor,
+    targets_C: torch.Tensor,
+) -> torch.Tensor:
+    """Log-probabilities (C,) of C target tokens."""
+    logits_CV = head(hidden_CD)
+    if logits_CV.dtype != torch.float64:
+        logits_CV = logits_CV.float()
+    logits_CV = adjust(logits_CV)
+    return logits_CV.gather(1, targets_C[:, None]).squeeze(1) - logits_CV.logsumexp(dim=1)
+
+
+def _logit_adjustment(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What some architectures do to their logits after the head: a cap (Gemma) or a scale (Cohere, Granite)."""
+    config = config.get_text_config()
+    cap: float | None = getattr(config, "final_logit_softcapping", None)
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+        getattr(config, "logits_scaling", None) or 1.0
+    )
+
+    def adjust(logits: torch.Tensor) -> torch.Tensor:
+        if scale != 1.0:
+            logits = logits * scale
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    return adjust
+
+
+def _unwrapped(model: torch.nn.Module) -> Any:
+    """The causal language model inside a PEFT model, else the model itself. LoRA's layers live inside it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _lengths(row: Mapping[str, Any]) -> list[int]:
+    prompt = len(row["prompt_token_ids"])
+    return [prompt + len(completion) for completion in row["completion_token_ids"]]

@@ -1,0 +1,189 @@
+"""Which model is meant, what exactly it is, and how it is loaded, with an error a reader can act on.
+
+A model is a folder or a Hugging Face hub id. Its identity goes into fingerprints: a folder is what its files say,
+wherever it lies; a hub id is its name and revision, told without any download.
+"""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from qrpo.config import Section, knob
+from qrpo.errors import ModelError
+
+__all__ = [
+    "Dtype",
+    "ModelConfig",
+    "context_length",
+    "is_local",
+    "load_causal_lm",
+    "load_model_config",
+    "load_reward_model",
+    "location",
+    "model_identity",
+    "require_model",
+]
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class ModelConfig(Section):
+    """A Hugging Face model: a folder, or a hub id with a revision."""
+
+    path: str = knob(..., min_length=1)
+    """A folder, or a hub id such as `org/name`. Not in fingerprints by itself: see `model_identity`."""
+    revision: str | None = knob(None)
+    """Branch, tag or commit of a hub id. Name a commit: a branch moves, and what was computed would not know."""
+    dtype: Dtype = "auto"
+    """Precision to load in; `auto` is what the model was saved in."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models that you trust as you trust a program."""
+
+
+def is_local(model: ModelConfig) -> bool:
+    """Whether the path means a folder: it is one, or it is spelled like nothing that could be a hub id."""
+    return Path(model.path).expanduser().is_dir() or model.path.startswith(("/", "./", "../", "~"))
+
+
+def location(model: ModelConfig) -> str:
+    """What to give to `from_pretrained`: the folder with `~` expanded, or the hub id."""
+    return str(Path(model.path).expanduser()) if is_local(model) else model.path
+
+
+def require_model(model: ModelConfig) -> None:
+    """Raise ModelError where a model's folder is missing or holds no `config.json`. Looks at no hub."""
+    if not is_local(model):
+        if model.path.count("/") > 1:
+            raise ModelError(
+                f"no model folder {model.path!r} (from {Path.cwd()}): mend the path; a hub id is org/name"
+            )
+        return
+    folder = Path(model.path).expanduser()
+    if not folder.is_dir():
+        raise ModelError(f"no model folder {folder}: mend the path")
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} has no config.json: expected a Hugging Face model folder (config.json, *.safetensors, "
+            "tokenizer.json), as `save_pretrained` writes it"
+        )
+
+
+def model_identity(model: ModelConfig) -> dict[str, Any]:
+    """What the model is, for fingerprints: `{"digest": sha256 of its files}`, or `{"hub": "id@revision"}`.
+
+    Every file of a folder counts, by relative name and content, but for hidden ones. A file is read once per
+    process as long as its size and times stay.
+    """
+    require_model(model)
+    if not is_local(model):
+        return {"hub": f"{model.path}@{model.revision or 'main'}"}
+    folder = Path(model.path).expanduser()
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing lets other threads run
+        digests = threads.map(_digest, files)
+        whole = hashlib.sha256()
+        for path, digest in zip(files, digests, strict=True):
+            whole.update(f"{path.relative_to(folder).as_posix()}\0{digest}\n".encode())
+    return {"digest": whole.hexdigest()}
+
+
+def _digest(path: Path) -> str:
+    stat = path.stat()
+    return _digest_unchanged(path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@lru_cache(maxsize=4096)
+def _digest_unchanged(path: Path, size: int, mtime_ns: int, inode: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_model_config(model: ModelConfig) -> Any:
+    """The model's `transformers` configuration; ModelError where there is none."""
+    require_model(model)
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(location(model), **_arguments(model))
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise ModelError(_unloadable(model, "its configuration", error)) from error
+
+
+def context_length(model: ModelConfig) -> int:
+    """Tokens that the model can attend to, prompt and completion together.
+
+    A folder's `config.json` is read directly where it says, which spares the caller the import of transformers.
+    """
+    if is_local(model):
+        require_model(model)
+        try:
+            config = json.loads((Path(location(model)) / "config.json").read_bytes())
+        except ValueError as error:
+            raise ModelError(_unloadable(model, "its configuration", error)) from error
+        for section in (config, config.get("text_config") or {}):
+            if isinstance(length := section.get("max_position_embeddings"), int):
+                return length
+    text = load_model_config(model).get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        if isinstance(length := getattr(text, name, None), int):
+            return length
+    raise ModelError(f"the configuration of {model.path} states no context length: set max_model_len")
+
+
+def load_causal_lm(model: ModelConfig, device: str | None = None) -> Any:
+    """The language model in evaluation mode on `device` (the first GPU where there is one, else the CPU)."""
+    from transformers import AutoModelForCausalLM
+
+    return _load(model, AutoModelForCausalLM, device)
+
+
+def load_reward_model(model: ModelConfig, device: str | None = None) -> Any:
+    """The sequence-classification model in evaluation mode on `device`; ModelError unless it has a single score."""
+    from transformers import AutoModelForSequenceClassification
+
+    config = load_model_config(model)
+    architectures = config.architectures or []
+    if architectures and not any(
+        "SequenceClassification" in name or "Reward" in name for name in architectures
+    ):
+        raise ModelError(
+            f"{model.path} is a {', '.join(architectures)}, expected a sequence-classification (reward) model: "
+            "its head would be new random numbers"
+        )
+    return _load(model, AutoModelForSequenceClassification, device)
+
+
+def _load(model: ModelConfig, kind: Any, device: str | None) -> Any:
+    require_model(model)
+    import torch
+    from safetensors import SafetensorError
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
+    try:
+        loaded = kind.from_pretrained(location(model), dtype=dtype, **_arguments(model))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(_unloadable(model, "its weights", error)) from error
+    return loaded.to(device).eval()
+
+
+def _arguments(model: ModelConfig) -> dict[str, Any]:
+    return {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
+
+
+def _unloadable(model: ModelConfig, what: str, error: Exception) -> str:
+    first = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    remedy = (
+        "mend the folder"
+        if is_local(model)
+        else "check the id and revision, the network, and `hf auth login`"
+    )
+    return f"cannot load {what} from {model.path}: {first}. Remedy: {remedy}"

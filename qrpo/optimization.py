@@ -1,0 +1,148 @@
+"""The settings of the two training runs: the reference's supervised fine-tuning, and the policy's.
+
+Apart from the trainers so that a configuration is read, checked and shown without loading torch.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import Field, PrivateAttr, field_validator
+
+from qrpo.config import Section, knob
+from qrpo.errors import ConfigError
+from qrpo.transforms import get_transform
+
+if TYPE_CHECKING:
+    from qrpo.trainer import CompletionTrainingArguments, QRPOConfig
+
+__all__ = ["OptimizationConfig", "PolicyConfig", "SftConfig"]
+
+
+class OptimizationConfig(Section):
+    """The settings that any gradient descent on completions needs."""
+
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate of AdamW."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
+    """How the learning rate goes after the warm-up: it stays, or falls to 0 at the last step."""
+    warmup: float = Field(default=0.1, ge=0)
+    """Warm-up from 0: a share of all steps below 1, a number of steps from 1 on."""
+    epochs: float = Field(default=1.0, gt=0)
+    """Passes over the data; ignored where max_steps is set."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps in all."""
+    prompts_per_step: int = Field(default=128, ge=1)
+    """Prompts, each with all its completions, in one optimizer step, over all processes."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients of a larger norm are scaled down to it."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the matrix products. Weights, gradients and the optimizer stay in float32 (mixed precision)."""
+    token_budget: int = knob(8192, ge=1)
+    """Most tokens of one forward pass, padding included. Bounds the memory."""
+    gradient_checkpointing: bool = knob(False)
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    save_steps: int = knob(50, ge=1)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = knob(2, ge=2)
+    """Newest checkpoints kept."""
+    logging_steps: int = knob(1, ge=1)
+    """Steps between rows of metrics."""
+    report_to: tuple[str, ...] = knob(())
+    """Trackers that transformers knows: `tensorboard`, `wandb`, `mlflow`, `trackio`, ..."""
+
+    _seed: int = PrivateAttr(default=0)
+
+    def with_seed(self, seed: int) -> Self:
+        """The same settings with the run's seed, which decides the order of the rows and any dropout."""
+        copy = self.model_copy()
+        copy._seed = seed
+        return copy
+
+    def arguments(self, output_dir: Path) -> dict[str, Any]:
+        """The same settings as keyword arguments of `transformers.TrainingArguments`."""
+        from torch import accelerator
+
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.prompts_per_step % world_size:
+            raise ConfigError(
+                f"prompts_per_step is {self.prompts_per_step}, expected a multiple of the {world_size} processes"
+            )
+        return {
+            "output_dir": str(output_dir),
+            "learning_rate": self.learning_rate,
+            "lr_scheduler_type": self.lr_scheduler,
+            "warmup_steps": self.warmup,
+            "num_train_epochs": self.epochs,
+            "max_steps": self.max_steps or -1,
+            "per_device_train_batch_size": self.prompts_per_step // world_size,
+            "gradient_accumulation_steps": 1,
+            "weight_decay": self.weight_decay,
+            "max_grad_norm": self.max_grad_norm,
+            "bf16": self.dtype == "bfloat16",
+            "use_cpu": not accelerator.is_available(),
+            "seed": self._seed,
+            "token_budget": self.token_budget,
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "save_strategy": "steps",
+            "save_steps": self.save_steps,
+            "save_total_limit": self.keep_checkpoints,
+            "logging_strategy": "steps",
+            "logging_steps": self.logging_steps,
+            "report_to": list(self.report_to) or "none",
+            "disable_tqdm": True,
+        }
+
+
+class SftConfig(OptimizationConfig):
+    """How the reference policy is fine-tuned."""
+
+    learning_rate: float = Field(default=2e-5, gt=0)
+    """Peak learning rate of AdamW."""
+
+    def to_training_arguments(self, output_dir: str | Path) -> "CompletionTrainingArguments":
+        """The same settings for `qrpo.sft.SftTrainer`."""
+        from qrpo.trainer import CompletionTrainingArguments
+
+        return CompletionTrainingArguments(**self.arguments(Path(output_dir)))
+
+
+class PolicyConfig(OptimizationConfig):
+    """How the policy is trained."""
+
+    loss: Literal["qrpo"] = "qrpo"
+    """The objective."""
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the KL penalty to the reference. `qrpo theory` says what each value promises."""
+    transform: str = "identity"
+    """f, applied to the quantile reward before the objective; a name that `qrpo theory` lists."""
+    partition: Literal["continuous", "finite"] = "continuous"
+    """Z for a quantile reward uniform on [0, 1], or on the num_ref + 1 values that an estimate can take."""
+    learning_rate: float = Field(default=1e-6, gt=0)
+    """Peak learning rate of AdamW."""
+    max_initial_log_ratio: float | None = knob(None, gt=0)
+    """Largest mean |log pi - log ref| per square root of a token before the first step; by default, what rounding
+    explains in the dtype."""
+
+    @field_validator("transform")
+    @classmethod
+    def _known_transform(cls, name: str) -> str:
+        try:
+            get_transform(name)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return name
+
+    def to_training_arguments(self, output_dir: str | Path) -> "QRPOConfig":
+        """The same settings for `qrpo.trainer.QRPOTrainer`."""
+        from qrpo.trainer import QRPOConfig
+
+        return QRPOConfig(
+            **self.arguments(Path(output_dir)),
+            beta=self.beta,
+            transform=self.transform,
+            partition=self.partition,
+            max_initial_log_ratio=self.max_initial_log_ratio,
+        )

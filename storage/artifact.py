@@ -1,0 +1,97 @@
+"""An artifact for notebooks: `storage.open("artifacts", "my-run", "rewards").lazy.filter(...)`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from storage import read
+from storage.errors import StoreError
+from storage.manifest import Manifest
+from storage.store import Store
+from storage.tables import REJECTS
+
+if TYPE_CHECKING:
+    import polars as pl
+    import pyarrow.dataset as ds
+
+__all__ = ["Artifact", "artifact_summary", "named_artifacts", "open_artifact"]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One stage's result of one run."""
+
+    store: Store
+    manifest: Manifest
+
+    @property
+    def lazy(self) -> "pl.LazyFrame":
+        """All rows as a polars LazyFrame."""
+        return self.store.scan(self.manifest.parts)
+
+    @property
+    def dataset(self) -> "ds.Dataset":
+        """All rows as a pyarrow Dataset."""
+        return read.dataset(self.store.files, self.manifest.parts)
+
+    @cached_property
+    def rejects(self) -> pa.Table:
+        """The rows left out, with reasons."""
+        tables = [self.store.read_rejects(part) for part in self.manifest.parts if part.rejects]
+        return pa.concat_tables(tables) if tables else REJECTS.empty_table()
+
+    @property
+    def folder(self) -> Path:
+        """The files of a folder artifact (a model) in a local folder."""
+        return self.store.fetch_folder(self.manifest.parts[0])
+
+
+def open_artifact(store: Store | str | Path, run: str, stage: str) -> Artifact:
+    """The artifact that a run produced at a stage; raises StoreError with what there is instead."""
+    store = store if isinstance(store, Store) else Store(store)
+    noted = store.run(run)
+    if noted is None:
+        raise StoreError(f"{store.url} has no run {run!r}; it has {', '.join(store.runs()) or 'none'}.")
+    stages: dict[str, Any] = noted.get("stages", {})
+    if stage not in stages:
+        raise StoreError(f"run {run!r} has no stage {stage!r}; it has {', '.join(stages) or 'none'}.")
+    named = stages[stage]
+    artifact = named["fingerprint"] if isinstance(named, dict) else named
+    manifest = store.manifest(stage, artifact)
+    if manifest is None:
+        raise StoreError(
+            f"run {run!r} names {stage} {artifact}, which is not complete or was collected. Run it again."
+        )
+    return Artifact(store, manifest)
+
+
+def named_artifacts(run: Mapping[str, Any]) -> dict[str, str]:
+    """Stage -> artifact fingerprint, as a run's file names them under "stages" (a text or an object each)."""
+    noted = run.get("stages")
+    pairs = noted.items() if isinstance(noted, Mapping) else ()
+    named = {
+        stage: value.get("fingerprint") if isinstance(value, Mapping) else value for stage, value in pairs
+    }
+    return {stage: artifact for stage, artifact in named.items() if isinstance(artifact, str)}
+
+
+def artifact_summary(store: Store, manifest: Manifest) -> dict[str, Any]:
+    """What a command prints of an artifact: fingerprint, rows, rejects, sizes, and its parts' URLs."""
+    return {
+        "stage": manifest.stage,
+        "fingerprint": manifest.fingerprint,
+        "rows": manifest.rows,
+        "bytes": manifest.bytes,
+        "rejects": manifest.rejects,
+        "parts": [store.url_of(file.key) for part in manifest.parts for file in part.payload],
+        "rejects_url": store.url_of(manifest.rejects_key) if manifest.rejects else None,
+        "parents": dict(manifest.parents),
+        "inputs": dict(manifest.inputs),
+        "created": manifest.created,
+        "code_version": manifest.code_version,
+        "seconds": manifest.seconds,
+    }

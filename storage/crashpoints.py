@@ -1,0 +1,41 @@
+"""Named instants at which a crash would matter, so that tests can kill the process at every one of them.
+
+Every operation of the store that changes something calls `crash_point` before and after it. In production nothing
+is listening and the call costs a comparison. A test's child process listens with `on_crash_point`, counts the
+instants of one run, then is killed (SIGKILL, by itself) at the first, the second, ... in later runs. There is no
+environment variable or setting: nothing can switch this on by accident.
+"""
+
+from collections.abc import Callable
+
+__all__ = ["CRASH_POINTS", "crash_point", "on_crash_point"]
+
+CRASH_POINTS = {
+    "scratch-opened": "a temporary file exists, empty",
+    "scratch-half": "about half of a temporary file's bytes are written",
+    "scratch-written": "a temporary file is written, not yet flushed to the disk",
+    "scratch-synced": "a temporary file is on the disk",
+    "published": "the file has its final name; the folder is not yet flushed",
+    "published-synced": "the file and its name are on the disk",
+    "folder-made": "a new folder exists and is flushed into its parent",
+    "put-before": "an object is about to be sent in one PUT",
+    "put-after": "the object is whole in the store",
+    "delete-before": "a file or object is about to be deleted",
+    "delete-after": "the file or object is gone",
+}
+"""Every name that `crash_point` is called with, and what is true at that instant."""
+
+_listener: Callable[[str, str], None] | None = None
+
+
+def crash_point(name: str, key: str) -> None:
+    """Tell the listener, if there is one, that this instant is reached for this key."""
+    if _listener is not None:
+        assert name in CRASH_POINTS, name
+        _listener(name, key)
+
+
+def on_crash_point(listener: Callable[[str, str], None] | None) -> None:
+    """Call `listener(name, key)` at every crash point of this process from now on; None to stop."""
+    global _listener
+    _listener = listener

@@ -1,0 +1,275 @@
+"""Bytes by key: what every backend must offer, and the local folder, where "written" means on the disk.
+
+A local write goes to a temporary file in the folder where it will live, is flushed to the disk (fsync), then gets its
+name by one atomic step (rename to replace, hard link to create), then the folder is flushed. So after a crash or a
+power cut a key has its old content, its new content or none, and never something between.
+
+`create` and `create_from` never replace: the first writer wins, and says whether it was the first. That is what
+makes committed parts immutable even where two runs work on one store without knowing of each other.
+"""
+
+import errno
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from storage.crashpoints import crash_point
+from storage.errors import StoreUnavailableError
+from storage.names import TEMPORARY, check_key, is_key
+
+__all__ = ["FileInfo", "Files", "LocalFiles", "plain_errors"]
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A listed file: its key, size in bytes, and the time of its last change in seconds since 1970 (None: unknown)."""
+
+    key: str
+    bytes: int
+    modified: float | None
+
+
+class Files(Protocol):
+    """What the store needs of a backend. Missing keys raise FileNotFoundError, all other trouble StoreUnavailableError."""
+
+    def read(self, key: str) -> bytes:
+        """All bytes of a key."""
+
+    def read_many(self, keys: Iterable[str]) -> dict[str, bytes]:
+        """The bytes of those keys that exist, read side by side."""
+
+    def write(self, key: str, data: bytes) -> None:
+        """Create or replace a key, atomically and durably."""
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Create a key; False, and nothing changed, where it exists."""
+
+    def scratch(self, key: str) -> Path:
+        """A new local file name to write a key's content to before `create_from`."""
+
+    def create_from(self, key: str, scratch: Path) -> bool:
+        """Create a key with a scratch file's content; False where the key exists. The caller removes the scratch file."""
+
+    def copy_from(self, key: str, source: Path) -> bool:
+        """Create a key with a copy of any local file; False where the key exists."""
+
+    def size(self, key: str) -> int | None:
+        """Size in bytes; None where there is no such key."""
+
+    def delete(self, key: str) -> None:
+        """Delete a key; nothing happens where there is none."""
+
+    def list(self, prefix: str) -> Iterator[FileInfo]:
+        """Every file under a folder (a key without a final slash; "" for all), in the order of keys."""
+
+    def open_input(self, key: str, size: int | None = None) -> BinaryIO:
+        """A readable, seekable binary file. `size` is what the caller expects, and may save a request."""
+
+    def path(self, key: str) -> Path | None:
+        """The local path of a key; None where the store is not a local folder."""
+
+
+class LocalFiles:
+    """Files under a local folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, key: str) -> Path:
+        """The local path of a key, which need not exist."""
+        return self.root / check_key(key)
+
+    def read(self, key: str) -> bytes:
+        """All bytes of a key."""
+        with plain_errors(self.root, key):
+            return self.path(key).read_bytes()
+
+    def read_many(self, keys: Iterable[str]) -> dict[str, bytes]:
+        """The bytes of those keys that exist."""
+        found = {}
+        for key in keys:
+            with suppress(FileNotFoundError):
+                found[key] = self.read(key)
+        return found
+
+    def write(self, key: str, data: bytes) -> None:
+        """Create or replace a key, atomically and durably."""
+        with plain_errors(self.root, key, writing=True):
+            scratch = self.scratch(key)
+            try:
+                _write(scratch, data, key)
+                os.replace(scratch, self.path(key))
+                crash_point("published", key)
+                _sync(scratch.parent)
+                crash_point("published-synced", key)
+            finally:
+                scratch.unlink(missing_ok=True)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Create a key; False, and nothing changed, where it exists."""
+        with plain_errors(self.root, key, writing=True):
+            scratch = self.scratch(key)
+            try:
+                _write(scratch, data, key)
+                return self._publish(key, scratch)
+            finally:
+                scratch.unlink(missing_ok=True)
+
+    def scratch(self, key: str) -> Path:
+        """A new file name in the folder of the key, hidden from readers."""
+        with plain_errors(self.root, key, writing=True):
+            folder = self.path(key).parent
+            self._make_folder(folder, key)
+            return folder / f"{TEMPORARY}{secrets.token_hex(8)}"
+
+    def create_from(self, key: str, scratch: Path) -> bool:
+        """Flush the scratch file and give it the key's name if that is free; the caller removes the scratch name."""
+        with plain_errors(self.root, key, writing=True):
+            _sync(scratch)
+            crash_point("scratch-synced", key)
+            return self._publish(key, scratch)
+
+    def copy_from(self, key: str, source: Path) -> bool:
+        """Create a key with a copy of a file from anywhere; False where the key exists."""
+        with plain_errors(self.root, key, writing=True):
+            scratch = self.scratch(key)
+            try:
+                shutil.copyfile(source, scratch)
+                crash_point("scratch-written", key)
+                return self.create_from(key, scratch)
+            finally:
+                scratch.unlink(missing_ok=True)
+
+    def _publish(self, key: str, scratch: Path) -> bool:
+        target = self.path(key)
+        try:
+            os.link(scratch, target)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            # Some network and FAT-like file systems have no hard links: nearly as good, by two steps.
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
+                raise
+            if target.exists():
+                return False
+            os.replace(scratch, target)
+        crash_point("published", key)
+        _sync(target.parent)
+        crash_point("published-synced", key)
+        return True
+
+    def _make_folder(self, folder: Path, key: str) -> None:
+        missing = []
+        while not folder.is_dir():
+            missing.append(folder)
+            folder = folder.parent
+        for folder in reversed(missing):
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                if not folder.is_dir():
+                    raise
+            _sync(folder.parent)
+            crash_point("folder-made", key)
+
+    def size(self, key: str) -> int | None:
+        """Size in bytes; None where there is no such file."""
+        with plain_errors(self.root, key):
+            try:
+                return self.path(key).stat().st_size
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def delete(self, key: str) -> None:
+        """Delete a file and flush its folder, which stays: another writer may be about to use it."""
+        with plain_errors(self.root, key):
+            path = self.path(key)
+            crash_point("delete-before", key)
+            path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                _sync(path.parent)
+            crash_point("delete-after", key)
+
+    def list(self, prefix: str) -> Iterator[FileInfo]:
+        """Every file under a folder; temporary files, and names that no store writes, are left out."""
+        start = self.path(prefix) if prefix else self.root
+        with plain_errors(self.root, prefix):
+            for folder, folders, names in os.walk(start):
+                folders.sort()
+                for name in sorted(names):
+                    path = Path(folder, name)
+                    key = path.relative_to(self.root).as_posix()
+                    if is_key(key):
+                        with suppress(FileNotFoundError):  # deleted meanwhile
+                            status = path.stat()
+                            yield FileInfo(key, status.st_size, status.st_mtime)
+
+    def open_input(self, key: str, size: int | None = None) -> BinaryIO:
+        """The file, opened for reading."""
+        with plain_errors(self.root, key):
+            return open(self.path(key), "rb")
+
+    def sweep(self, older_than: float) -> Iterator[FileInfo]:
+        """Remove temporary files that killed writers left more than `older_than` seconds ago; yields what went."""
+        limit = time.time() - older_than
+        for folder, folders, names in os.walk(self.root):
+            for name in [name for name in [*names, *folders] if name.startswith(TEMPORARY)]:
+                path = Path(folder, name)
+                status = path.stat()
+                if status.st_mtime < limit:
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    else:
+                        path.unlink()
+                    yield FileInfo(path.relative_to(self.root).as_posix(), status.st_size, status.st_mtime)
+
+
+def _write(path: Path, data: bytes, key: str) -> None:
+    with open(path, "xb") as file:
+        crash_point("scratch-opened", key)
+        half = len(data) // 2
+        file.write(data[:half])
+        file.flush()
+        crash_point("scratch-half", key)
+        file.write(data[half:])
+        file.flush()
+        crash_point("scratch-written", key)
+        os.fsync(file.fileno())
+    crash_point("scratch-synced", key)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a folder (the names in it) to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def plain_errors(root: Path, key: str, writing: bool = False) -> Iterator[None]:
+    """Turn an OSError into a StoreUnavailableError that says where and what to do; a missing file is told as it is."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not writing:
+            raise
+        remedy = {
+            errno.EACCES: "Check the folder's owner and permissions, or choose another store (--store, QRPO_STORE).",
+            errno.EPERM: "Check the folder's owner and permissions, or choose another store (--store, QRPO_STORE).",
+            errno.ENOENT: "It cannot be made there: choose another store (--store, QRPO_STORE).",
+            errno.ENOSPC: "The disk is full: free space (`qrpo gc` shows what no run needs) and start again.",
+            errno.EDQUOT: "The disk quota is used up: free space and start again.",
+            errno.EROFS: "The file system is read-only: choose another store (--store, QRPO_STORE).",
+            errno.ENOTDIR: "A file is in the place of a folder: choose another store (--store, QRPO_STORE).",
+            errno.EEXIST: "A file is in the place of a folder: choose another store (--store, QRPO_STORE).",
+        }.get(error.errno or 0, "Nothing committed is lost: mend the file system and start again.")
+        where = f"{error.filename or key}: {error.strerror or error}"
+        raise StoreUnavailableError(f"the store {root} failed at {where}. {remedy}") from error

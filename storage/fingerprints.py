@@ -1,0 +1,101 @@
+"""Fingerprints: short names for *what was asked*; digests: hashes of *what came*.
+
+A fingerprint is a hash of canonical JSON, so that it is the same on every machine, Python and run, and so that
+anybody can recompute it with a dozen lines in another language. Values that JSON cannot hold exactly are refused
+rather than turned into text: `str(object)` would bring addresses and versions into cache keys.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from storage.errors import StoreError
+
+__all__ = ["canonical_json", "file_digest", "fingerprint", "folder_digest"]
+
+_CHUNK = 1 << 20
+
+
+def fingerprint(obj: Any) -> str:
+    """32 hex digits that name a JSON-able value; equal for tuples and lists, and for any order of keys.
+
+    Floats are written by `repr`, and 1 and 1.0 differ. Raises TypeError with the path of a value that is not JSON,
+    ValueError with the path of a NaN or an infinity.
+    """
+    return hashlib.sha256(canonical_json(obj)).hexdigest()[:32]
+
+
+def canonical_json(obj: Any) -> bytes:
+    """The one JSON text of a value: sorted keys, no spaces, ASCII."""
+    _check(obj, "$")
+    return json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode(
+        "ascii"
+    )
+
+
+def _check(value: Any, path: str) -> None:
+    if value is None or isinstance(value, (str, bool, int)):
+        return
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{path} is {value}: a fingerprint needs a finite number.")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(
+                    f"{path} has the key {key!r} of type {type(key).__name__}: expected a string."
+                )
+            _check(item, f"{path}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check(item, f"{path}[{index}]")
+    else:
+        raise TypeError(
+            f"{path} is a {type(value).__name__}: expected None, bool, int, float, str, list, tuple or dict. "
+            "Turn it into one of these so that its fingerprint is the same everywhere."
+        )
+
+
+def file_digest(url: str | os.PathLike[str]) -> str:
+    """The sha256 (64 hex digits) of a file, local or on any fsspec URL, read in pieces of 1 MiB."""
+    text = os.fspath(url)
+    try:
+        if "://" not in text:
+            with open(text, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        import fsspec
+
+        hasher = hashlib.sha256()
+        with fsspec.open(text, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                hasher.update(chunk)
+        return hasher.hexdigest()
+    except FileNotFoundError:
+        raise StoreError(f"{text} does not exist. Check the path.") from None
+    except IsADirectoryError:
+        raise StoreError(f"{text} is a folder, expected a file.") from None
+
+
+def folder_digest(path: str | os.PathLike[str]) -> str:
+    """The sha256 over the names and contents of all files under a local folder (links are followed).
+
+    The folder's own name, times and permissions do not count. Meant for model folders.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise StoreError(f"{root} is not a folder. Check the path.")
+    files = sorted(_files_under(root))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
+        digests = list(pool.map(lambda name: file_digest(root / name), files))
+    return hashlib.sha256(canonical_json(list(zip(files, digests, strict=True)))).hexdigest()
+
+
+def _files_under(root: Path) -> Iterator[str]:
+    for folder, _, names in os.walk(root, followlinks=True):
+        for name in names:
+            yield (Path(folder) / name).relative_to(root).as_posix()

@@ -1,0 +1,130 @@
+"""Names and keys: what may be one, so that nothing written can leave the store's folder; and how to hide secrets.
+
+A key is a relative POSIX path of plain ASCII segments. That is less than any backend allows and the same on all of
+them, so a store can be copied from a disk to a bucket and back. Prompt ids, run names and metadata from outside only
+ever become a key through these checks.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from storage.errors import StoreURLError, UnsafeNameError
+
+__all__ = [
+    "TEMPORARY",
+    "check_key",
+    "check_name",
+    "environment_secrets",
+    "is_key",
+    "public_url",
+    "redact",
+    "secrets_of",
+]
+
+TEMPORARY = ".tmp-"
+"""Names that start like this are half-written files; they are hidden from every reader and swept by `gc`."""
+
+_NAME = re.compile(r"[A-Za-z0-9._+@=][A-Za-z0-9._+@=-]{0,199}")
+_MAX_KEY = 900
+_SECRET_OPTION = re.compile(r"secret|token|passw|credential|(^|_)key(_|$)|signature", re.IGNORECASE)
+_SECRET_IN_TEXT = re.compile(
+    r"(?i)([?&](?:X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token|AWSAccessKeyId|Signature|sig|sv|access_token)=)[^&\s'\"]+"
+)
+_USERINFO = re.compile(r"([a-z][a-z0-9+.-]*://)[^/@\s\"':]*:[^/@\s\"']+@", re.IGNORECASE)
+_SECRET_VARIABLES = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AZURE_STORAGE_ACCOUNT_KEY",
+    "AZURE_STORAGE_CONNECTION_STRING",
+    "AZURE_STORAGE_SAS_TOKEN",
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "OPENAI_API_KEY",
+    "PREFECT_API_KEY",
+    "WANDB_API_KEY",
+)
+
+
+def check_name(name: str, what: str = "name") -> str:
+    """The name itself if it can be one segment of a key; raises UnsafeNameError otherwise."""
+    if (
+        not isinstance(name, str)
+        or not _NAME.fullmatch(name)
+        or set(name) == {"."}
+        or name.startswith(TEMPORARY)
+    ):
+        raise UnsafeNameError(
+            f"{what} {_shown(name)} cannot be used in a store: expected 1 to 200 letters, digits or any of . _ + @ = - "
+            f"(not first), and not '.' or '..'. Choose another {what}."
+        )
+    return name
+
+
+def check_key(key: str) -> str:
+    """The key itself if it is a safe relative path; raises UnsafeNameError otherwise."""
+    if not isinstance(key, str) or len(key) > _MAX_KEY:
+        raise UnsafeNameError(
+            f"key {_shown(key)} cannot be used in a store: expected at most {_MAX_KEY} characters."
+        )
+    for segment in key.split("/"):
+        if not _NAME.fullmatch(segment) or set(segment) == {"."} or segment.startswith(TEMPORARY):
+            raise UnsafeNameError(
+                f"key {_shown(key)} cannot be used in a store: segment {_shown(segment)} is not a plain name "
+                "(letters, digits and . _ + @ = -, not '..', not empty), so it could leave the store's folder."
+            )
+    return key
+
+
+def is_key(key: str) -> bool:
+    """Whether a listed name can be one of ours. Other files in a store's folder are nobody's business."""
+    try:
+        check_key(key)
+    except UnsafeNameError:
+        return False
+    return True
+
+
+def public_url(url: str) -> str:
+    """The URL if it carries no credentials; raises StoreURLError otherwise (the message does not repeat them)."""
+    if "://" in url:
+        parts = urlsplit(url)
+        if "@" in parts.netloc or parts.query:
+            raise StoreURLError(
+                f"the store's URL {parts.scheme}://***{parts.path} carries credentials or a query, which would end in "
+                "logs and manifests. Give them by the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ...) "
+                "or fsspec's configuration file, and the plain URL here."
+            )
+    return url
+
+
+def secrets_of(options: Mapping[str, Any]) -> frozenset[str]:
+    """The string values among fsspec options (nested ones too) whose names say that they are secret."""
+    found: set[str] = set()
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            found |= secrets_of(value)
+        elif isinstance(value, str) and len(value) >= 4 and _SECRET_OPTION.search(name):
+            found.add(value)
+    return frozenset(found)
+
+
+def environment_secrets() -> frozenset[str]:
+    """The credentials that this process's environment holds."""
+    values = (os.environ.get(name, "") for name in _SECRET_VARIABLES)
+    return frozenset(value for value in values if len(value) >= 8)
+
+
+def redact(text: str, secrets: Iterable[str] = ()) -> str:
+    """The text without known secrets, user-info in URLs, and signatures of presigned URLs."""
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return _SECRET_IN_TEXT.sub(r"\1***", _USERINFO.sub(r"\1***@", text))
+
+
+def _shown(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 120 else shown[:117] + "..."

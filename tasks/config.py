@@ -1,0 +1,240 @@
+"""The pipeline's configuration: one YAML file, one section a stage, composed from the sections that live beside their owners.
+
+Unknown keys are refused with their path, and every default is visible with `qrpo run CONFIG --show-config`. Paths in the
+file are taken from the current folder, as in a shell.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from qrpo.config import Section, knob
+from qrpo.errors import ConfigError
+from qrpo.optimization import PolicyConfig
+from qrpo.prompts import PromptsConfig
+from qrpo.rewards import RewardConfig
+from tasks.completions import CompletionsConfig
+from tasks.evaluation import EvaluationConfig
+from tasks.quantiles import QuantilesConfig
+from tasks.reference import ReferenceConfig
+from tasks.shards import ShardsConfig
+
+__all__ = ["PipelineConfig", "RunConfig", "apply_overrides", "dump_config", "load_config", "parse_config"]
+
+
+class RunConfig(Section):
+    """How the work is cut and when a run gives up. Nothing here changes a number."""
+
+    part_size: int = knob(256, ge=1)
+    """Prompts in one part, the unit of caching and commit."""
+    parts_per_task: int = knob(32, ge=1)
+    """Parts that one Prefect task covers."""
+    cpu_threads: int | None = knob(None, ge=1)
+    """Threads of training and scoring on a CPU; by default all cores, though a very small model is faster on one."""
+    lease_ttl: float = knob(60.0, gt=0.0)
+    """Seconds of silence after which another run on the same store takes over what this one was working on."""
+    lease_patience: float = knob(86_400.0, gt=0.0)
+    """Longest wait, in seconds, for a part that another run works on."""
+    max_reject_fraction: float = knob(0.1, ge=0.0, le=1.0)
+    """A stage that loses more than this share of its rows stops the run."""
+
+
+class PipelineConfig(Section):
+    """Everything that decides what a run computes."""
+
+    name: str = Field(
+        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", json_schema_extra={"fingerprint": False}
+    )
+    """The run's name: `runs/<name>.json` in the store says what it produced."""
+    seed: int = 0
+    """Seed of everything random: sampling, splits, shuffles, training."""
+    prompts: PromptsConfig
+    """Where the prompts come from."""
+    reference: ReferenceConfig
+    """The reference policy, and whether to fine-tune it first."""
+    completions: CompletionsConfig
+    """Sampling from the reference policy."""
+    rewards: tuple[RewardConfig, ...] = Field(min_length=1)
+    """One or several rewards; a completion's reward is their weighted sum."""
+    quantiles: QuantilesConfig = QuantilesConfig()
+    """Which completions are trained on, and how their rewards become quantiles."""
+    shards: ShardsConfig = ShardsConfig()
+    """The training shards and their reference log-probabilities."""
+    policy: PolicyConfig = PolicyConfig()
+    """The training run."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Policy against reference on held-out prompts."""
+    run: RunConfig = RunConfig()
+    """How the work is cut and when a run gives up."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PipelineConfig":
+        names = [reward.name for reward in self.rewards]
+        if len(set(names)) < len(names):
+            raise ValueError(f"rewards: the names must differ, got {names}; give each reward a `name`")
+        train_on = self.quantiles.num_completions
+        if (
+            self.quantiles.train_on != "offline"
+            and train_on is not None
+            and train_on > self.completions.num_ref
+        ):
+            raise ValueError(
+                f"quantiles.num_completions is {train_on} but completions.num_ref is {self.completions.num_ref}: "
+                "training completions are taken from the reference samples, so it cannot be larger"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> PipelineConfig:
+    """Read the YAML file at `path` and apply `overrides` such as `policy.beta=0.1`.
+
+    Raises ConfigError naming the key's path for anything unknown, missing or impossible.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file (looked in {Path.cwd()})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            f"{path}: expected a mapping of sections (prompts, reference, ...), got {type(raw).__name__}"
+        )
+    return parse_config(apply_overrides(raw, overrides), where=str(path))
+
+
+def parse_config(raw: Mapping[str, Any], where: str = "configuration") -> PipelineConfig:
+    """Validate a plain mapping; ConfigError lists every bad key with its path and the remedy."""
+    try:
+        return PipelineConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(dict(item)) for item in error.errors()]
+        raise ConfigError(f"{where}: " + "\n  ".join(lines)) from None
+
+
+def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of `raw` with each `dotted.key=value` set; values are read as YAML, list items by their index."""
+    result = cast("dict[str, Any]", _copy(raw))
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"--set {override}: expected key.path=value, such as --set policy.beta=0.1")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {override}: the value is not valid YAML") from None
+        _assign(result, path.split("."), value, override)
+    return result
+
+
+def dump_config(config: PipelineConfig) -> str:
+    """The whole configuration as YAML, defaults included, each key with what it means."""
+    return "\n".join(_dump_section(config, indent=0)) + "\n"
+
+
+def _explain(item: dict[str, Any]) -> str:
+    location = [
+        str(step) for step in item["loc"] if not (isinstance(step, str) and step in {"function", "model"})
+    ]
+    path = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(list(item["loc"])[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = (
+            f"did you mean `{close[0]}`?"
+            if close
+            else f"known keys: {', '.join(sorted(known))}"
+            if known
+            else ""
+        )
+        return f"{path}: unknown key; {hint}"
+    if item["type"] == "missing":
+        return f"{path}: missing; this key has no default"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if not path:
+        return message
+    return f"{path}: {message}, got {item['input']!r}"
+
+
+def _known_keys(path: list[Any]) -> list[str]:
+    models: list[Any] = [PipelineConfig]
+    for step in path:
+        if isinstance(step, int):
+            continue
+        of_kind = [
+            model
+            for model in models
+            if "kind" in model.model_fields and model.model_fields["kind"].default == step
+        ]
+        models = of_kind or [
+            inner
+            for model in models
+            if step in model.model_fields
+            for inner in _models_in(model.model_fields[step].annotation)
+        ]
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _models_in(annotation: Any) -> list[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    found = []
+    for argument in getattr(annotation, "__args__", ()):
+        found += _models_in(argument)
+    return found
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copy(item) for item in value]
+    return value
+
+
+def _assign(target: Any, path: list[str], value: Any, override: str) -> None:
+    for depth, step in enumerate(path):
+        last = depth == len(path) - 1
+        if isinstance(target, list):
+            if not step.isdigit() or int(step) >= len(target):
+                raise ConfigError(
+                    f"--set {override}: `{'.'.join(path[:depth])}` is a list of {len(target)}; use an index"
+                )
+            key: Any = int(step)
+        elif isinstance(target, dict):
+            key = step
+        else:
+            raise ConfigError(f"--set {override}: `{'.'.join(path[:depth])}` is not a section")
+        if last:
+            target[key] = value
+        else:
+            if isinstance(target, dict) and target.get(key) is None:
+                target[key] = {}
+            target = target[key]
+
+
+def _dump_section(section: BaseModel, indent: int) -> list[str]:
+    lines = []
+    pad = "  " * indent
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        comment = f"  # {' '.join(field.description.split())}" if field.description else ""
+        if isinstance(value, BaseModel):
+            lines += [f"{pad}{name}:{comment}", *_dump_section(value, indent + 1)]
+        elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
+            lines.append(f"{pad}{name}:{comment}")
+            for item in value:
+                first, *rest = _dump_section(item, indent + 2)
+                lines += [f"{pad}  - {first.lstrip()}", *rest]
+        else:
+            plain = section.model_dump(mode="json", include={name})[name]
+            text = yaml.safe_dump(plain, default_flow_style=True, width=10_000, allow_unicode=True)
+            value_text = text.strip().removesuffix("...").strip()
+            lines.append(f"{pad}{name}: {value_text}{comment}")
+    return lines

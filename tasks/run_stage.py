@@ -1,0 +1,308 @@
+"""One stage from plan to manifest: what is missing is computed group by group, each group a Prefect task.
+
+The task is the unit that Prefect shows and retries; the part is the unit of commit. So a task that is retried, or a run that is
+started again after a kill, computes only the parts of its group that are not there yet.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.utilities.annotations import quote
+
+from qrpo.child import stream
+from qrpo.errors import DataError, EngineError
+from storage import Manifest, PartKey, PartRecord, Store, manifest_of
+from storage.leases import Leases
+from storage.manifest import now
+from tasks import evaluation, prompts
+from tasks.engines import close_engine
+from tasks.plan import PartPlan, StagePlan
+from tasks.progress import Reporter, reporting
+from tasks.salvage import with_candidates
+from tasks.stages import STAGES, plan_pipeline, require_parents
+from tasks.work import Progress, Work
+
+if TYPE_CHECKING:
+    from tasks.config import PipelineConfig
+
+__all__ = ["StageResult", "run_stage"]
+
+log = logging.getLogger("qrpo")
+
+_IN_CHILD = {"reference", "shards", "policy"}  # each loads a model, whose memory must come back
+_RETRY_DELAYS = [5.0]  # seconds; each entry is one more attempt
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What one stage of a run came to. Small: the artifact itself lies in the store."""
+
+    stage: str
+    fingerprint: str
+    rows: int
+    rejects: int
+    parts_computed: int
+    parts_cached: int
+    seconds: float
+
+
+def run_stage(
+    stage: str,
+    config: "PipelineConfig",
+    store_url: str,
+    *,
+    force: bool = False,
+    plans: dict[str, StagePlan] | None = None,
+) -> StageResult:
+    """Compute what is missing of `stage` (all of it where `force`), commit its manifest, note it in the run.
+
+    Call it within a Prefect flow where anything is to be computed. `plans` are those of `plan_pipeline`, if they were made just
+    now. Raises ConfigError where a parent stage is not complete, DataError where the stage
+    loses more rows than `run.max_reject_fraction`; every part that was committed stays.
+    """
+    started = time.monotonic()
+    store = Store(store_url)
+    plans = plans or plan_pipeline(config, store, until=stage)
+    plan = plans[stage]
+    require_parents(stage, plans)
+    if stage == "prompts":
+        plan, computed = _read_prompts(plan, config, store, force)
+    else:
+        computed = _compute_missing(plan, config, store, force)
+        plan = plan_pipeline(config, store, until=stage)[stage] if computed else plan
+        assert plan.complete, f"{stage}: {len(plan.missing)} parts are missing after they were computed"
+    manifest = _commit_manifest(plan, config, store, time.monotonic() - started)
+    result = StageResult(
+        stage,
+        plan.fingerprint,
+        manifest.rows,
+        manifest.rejects,
+        computed,
+        len(plan.parts) - computed,
+        round(time.monotonic() - started, 3),
+    )
+    _note_run(config, store, result)
+    log.info("%s", _line(result))
+    _check_rejects(manifest, config, store)
+    return result
+
+
+def _line(result: StageResult) -> str:
+    counts = [f"{result.parts_computed} computed"] if result.parts_computed else []
+    counts += [f"{result.parts_cached} cached"] if result.parts_cached else []
+    parts = ", ".join(counts) or "nothing to do"
+    return f"{result.stage:<12} {parts}; {result.rows:,} rows, {result.seconds:.1f} s"
+
+
+def _compute_missing(plan: StagePlan, config: "PipelineConfig", store: Store, force: bool) -> int:
+    """Compute what is missing, but for what another run on this store is working on: that is waited for. How many were computed."""
+    missing = plan.parts if force else plan.missing
+    if not missing:
+        return 0
+    present = store.find_parts([part.key for part in missing])
+    parts = tuple(replace(part, replace=part.key.fingerprint in present) for part in missing)
+    if not force:
+        parts = with_candidates(store, plan, parts)
+    size = config.run.parts_per_task
+    groups = [parts[start : start + size] for start in range(0, len(parts), size)]
+    computed = 0
+    with reporting(plan.stage, len(parts)) as reporter, Leases(store, config.run.lease_ttl) as leases:
+        for family in {part.key.family for part in parts}:
+            leases.protect(family)
+
+        def compute(group: Sequence[PartPlan], label: str) -> int:
+            # quoted, so that Prefect does not walk through them
+            work: Any = quote(Work(plan.stage, config, store.url, tuple(group)))
+            shown: Any = quote(reporter)
+            compute_parts(f"{plan.stage} {label}", work, shown)
+            for part in group:
+                leases.release(part.key)
+            return len(group)
+
+        try:
+            theirs: dict[PartKey, PartPlan] = {}
+            for number, group in enumerate(groups, start=1):
+                mine, others = _share(leases, group)
+                theirs |= {part.key: part for part in others}
+                computed += compute(mine, f"{number}/{len(groups)}") if mine else 0
+            for key, record in leases.wait(theirs, patience=config.run.lease_patience):
+                if record is None:
+                    computed += compute([theirs[key]], f"taken over {key.fingerprint[:8]}")
+        finally:
+            close_engine()
+    return computed
+
+
+def _share(leases: Leases, group: Sequence[PartPlan]) -> tuple[list[PartPlan], list[PartPlan]]:
+    """Which parts of the group are ours to compute now, and which another run is working on."""
+    _, mine, others = leases.share(part.key for part in group if not part.replace)
+    return (
+        [part for part in group if part.replace or part.key in mine],
+        [part for part in group if part.key in others],
+    )
+
+
+def _worth_another_try(task: Any, run: Any, state: Any) -> bool:
+    """A dead engine or child process is started anew; a mistake in the configuration or the data would only come again."""
+    return isinstance(state.result(raise_on_failure=False), EngineError)
+
+
+@task(
+    name="compute parts",
+    task_run_name="{label}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=len(_RETRY_DELAYS),
+    retry_delay_seconds=_RETRY_DELAYS,
+    retry_condition_fn=_worth_another_try,
+)
+def compute_parts(label: str, work: Work, reporter: Reporter) -> list[str]:
+    """Compute and commit one group of parts; the fingerprints of those that were computed in this attempt."""
+    todo = [
+        part for part in work.parts if part.replace or work.store.part(part.key) is None
+    ]  # a retry comes here again
+    before = reporter.done + len(work.parts) - len(todo)
+    committed: list[str] = []
+    for item in _items(work.only(todo)) if todo else ():
+        if isinstance(item, Progress):
+            reporter.update(item.done, item.message, total=item.total)
+        else:
+            committed.append(item.fingerprint)
+            log.debug("%s: committed %s (%d rows)", label, item.fingerprint, item.rows)
+            reporter.update(before + len(committed))
+    return committed
+
+
+def _items(work: Work) -> Iterator[PartRecord | Progress]:
+    module = f"tasks.{work.stage}"
+    if work.stage == "evaluation":
+        yield from _in_child(f"{module}:compute", work, evaluation.sample(work))
+    elif work.stage in _IN_CHILD:
+        yield from _in_child(f"{module}:compute", work)
+    else:
+        yield from import_module(module).compute(work)
+
+
+def _in_child(target: str, work: Work, *more: Any) -> Iterator[PartRecord | Progress]:
+    if work.store.url.startswith("memory://"):  # that store is this process's alone
+        module, _, function = target.partition(":")
+        return getattr(import_module(module), function)(work, *more)  # type: ignore[no-any-return]
+    threads = work.config.run.cpu_threads
+    environment = {"OMP_NUM_THREADS": str(threads)} if threads else None
+    return stream(target, work, *more, log=work.log, env=environment)
+
+
+def _read_prompts(
+    plan: StagePlan, config: "PipelineConfig", store: Store, force: bool
+) -> tuple[StagePlan, int]:
+    if plan.known and plan.complete and not force:
+        return plan, 0
+    parts, records, computed = [], {}, 0
+    with reporting("prompts", 0) as reporter:
+        for part, record, new in prompts.compute(Work("prompts", config, store.url, ())):
+            parts.append(part)
+            records[part.key.fingerprint] = record
+            computed += new
+            reporter.update(len(parts), f"{sum(r.rows for r in records.values())} prompts", total=len(parts))
+    if not any(record.rows for record in records.values()):
+        reasons = _top_reasons(store, list(records.values()))
+        raise DataError(f"prompts: no usable prompt in {config.prompts.source}{reasons}")
+    return replace(plan, parts=tuple(parts), records=records, known=True), computed
+
+
+def _commit_manifest(plan: StagePlan, config: "PipelineConfig", store: Store, seconds: float) -> Manifest:
+    records = tuple(plan.records[part.key.fingerprint] for part in plan.parts)
+    existing = store.manifest(plan.stage, plan.fingerprint)
+    if existing is not None and existing.parts == records:
+        return existing
+    metadata: dict[str, Any] = {}
+    if plan.stage == "prompts":
+        metadata = {"source": config.prompts.source, "eval_source": config.prompts.eval_source}
+    elif plan.stage == "evaluation" and records:
+        metadata = {"summary": evaluation.summary(config, store, plan)}
+    manifest = manifest_of(
+        plan.stage,
+        plan.family,
+        records,
+        config=dict(plan.settings),
+        inputs=dict(plan.outside),
+        parents=dict(plan.parents),
+        seconds=seconds,
+        metadata=metadata,
+    )
+    return store.commit_manifest(replace(manifest, fingerprint=plan.fingerprint))
+
+
+def _note_run(config: "PipelineConfig", store: Store, result: StageResult) -> None:
+    """Name the artifact in `runs/<name>.json`.
+
+    Later stages keep what was noted for them only while it belongs to this configuration and was made from this artifact.
+    """
+    noted = store.run(config.name) or {}
+    settings = config.model_dump(mode="json")
+    before: dict[str, Any] = noted.get("stages", {})
+    same = (
+        noted.get("config") == settings
+        and before.get(result.stage, {}).get("fingerprint") == result.fingerprint
+    )
+    order = list(STAGES)
+    kept = order if same else order[: order.index(result.stage)]
+    stages = {name: entry for name, entry in before.items() if name in kept}
+    stages[result.stage] = {
+        "fingerprint": result.fingerprint,
+        "seconds": result.seconds,
+        "parts_computed": result.parts_computed,
+        "parts_cached": result.parts_cached,
+    }
+    if before != stages or noted.get("config") != settings:
+        store.write_run(
+            config.name, {"name": config.name, "config": settings, "stages": stages, "updated": now()}
+        )
+
+
+def _check_rejects(manifest: Manifest, config: "PipelineConfig", store: Store) -> None:
+    if not manifest.rejects:
+        return
+    lost, total = _lost_rows(manifest, store)
+    share = lost / total if total else 0.0
+    where = store.url_of(manifest.rejects_key)
+    if share > config.run.max_reject_fraction:
+        raise DataError(
+            f"{manifest.stage}: {lost} of {total} rows cannot be used ({share:.0%}, and run.max_reject_fraction is "
+            f"{config.run.max_reject_fraction:.0%}){_top_reasons(store, manifest.parts)}. "
+            f"They are in {where}; mend the data, or raise run.max_reject_fraction to go on without them"
+        )
+    log.warning("%s: %d of %d rows cannot be used; reasons in %s", manifest.stage, lost, total, where)
+
+
+def _lost_rows(manifest: Manifest, store: Store) -> tuple[int, int]:
+    """How many of the stage's rows are lost, and how many there would be: a reject is not always one row."""
+    if manifest.stage == "rewards":  # a completion without a reward keeps its row
+        return manifest.rejects, manifest.rows
+    if manifest.stage == "completions":  # a prompt that cannot be asked loses every sample of the part
+        blocks = [
+            record.metadata.get("stop", 1) - record.metadata.get("start", 0) for record in manifest.parts
+        ]
+        lost = sum(record.rejects * block for record, block in zip(manifest.parts, blocks, strict=True))
+    elif manifest.stage == "shards":  # one completion may be left out and its prompt's row stays
+        rejects = [store.read_rejects(record) for record in manifest.parts if record.rejects]
+        lost = sum(row["key"] == row["prompt_id"] for table in rejects for row in table.to_pylist())
+    else:
+        lost = manifest.rejects
+    return lost, manifest.rows + lost
+
+
+def _top_reasons(store: Store, records: Sequence[PartRecord], most: int = 3) -> str:
+    counts: Counter[str] = Counter()
+    for record in records:
+        if record.rejects:
+            counts.update(store.read_rejects(record)["reason"].to_pylist())
+    shown = "; ".join(f"{reason} ({count}x)" for reason, count in counts.most_common(most))
+    return f": {shown}" if shown else ""

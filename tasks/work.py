@@ -1,0 +1,140 @@
+"""What one Prefect task gets: a group of parts of one stage, and how to commit each.
+
+A `Work` is plain picklable data, so the same group can be computed in this process, in a child process or on another machine.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from storage import PartKey, PartRecord, Store
+from storage.read import cache_folder
+from storage.tables import rejects_table
+from tasks.plan import PartPlan
+
+if TYPE_CHECKING:
+    from tasks.config import PipelineConfig
+
+__all__ = ["Progress", "Work", "progress_of"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the part at hand has come: `done` of `total` units, and what to say about it."""
+
+    done: float
+    total: float
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Parts of one stage to compute now, with everything that this needs."""
+
+    stage: str
+    config: "PipelineConfig"
+    store_url: str
+    parts: tuple[PartPlan, ...]
+
+    @cached_property
+    def store(self) -> Store:
+        """The store, opened in whichever process this is."""
+        return Store(self.store_url)
+
+    @property
+    def log(self) -> Path:
+        """Where child processes write: beside a local store's data, else in the user's cache folder."""
+        name = f"logs/{self.config.name}/{self.stage}.log"
+        path = self.store.local_path(name) or cache_folder() / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "store"}
+
+    def only(self, parts: Sequence[PartPlan]) -> "Work":
+        """The same work for fewer parts."""
+        return replace(self, parts=tuple(parts))
+
+    def input(self, part: PartPlan, stage: str) -> PartRecord:
+        """The record of the one parent part that comes from `stage`."""
+        (record,) = self.inputs(part, stage)
+        return record
+
+    def inputs(self, part: PartPlan, stage: str) -> list[PartRecord]:
+        """The records of the parent parts that come from `stage`, in the plan's order."""
+        keys = [key for key in part.inputs if key.stage == stage]
+        found = self.store.find_parts(keys)
+        assert len(found) == len(set(keys)), (
+            f"{self.stage} was started before its parents from {stage} were committed"
+        )
+        return [found[key.fingerprint] for key in keys]
+
+    def record(self, key: PartKey) -> PartRecord:
+        """The record of a part that must be there by now."""
+        record = self.store.part(key)
+        assert record is not None, f"{self.stage} was started before its parent part {key} was committed"
+        return record
+
+    def commit(
+        self,
+        part: PartPlan,
+        table: pa.Table,
+        *,
+        started: float,
+        rejects: Sequence[Mapping[str, Any]] = (),
+        metadata: Mapping[str, Any] | None = None,
+    ) -> PartRecord:
+        """Commit one part's rows, remembering the bytes that its parents hold now; `started` is from `time.monotonic`."""
+        return self.store.commit_part(
+            part.key,
+            table,
+            rejects=self._rejects(rejects) if rejects else None,
+            parents=self.parent_digests(part),
+            metadata={**part.slice, **(metadata or {})},
+            replace=part.replace,
+            seconds=time.monotonic() - started,
+        )
+
+    def parent_digests(self, part: PartPlan) -> dict[str, str]:
+        """The digest of every parent part, by fingerprint."""
+        return {name: record.digest for name, record in self.store.find_parts(part.inputs).items()}
+
+    def _rejects(self, rejects: Sequence[Mapping[str, Any]]) -> pa.Table:
+        texts = [
+            {name: str(value) for name, value in reject.items() if value is not None} for reject in rejects
+        ]
+        return rejects_table([{"stage": self.stage, **reject} for reject in texts])
+
+
+def progress_of(run: Callable[[Callable[[Mapping[str, Any]], None]], object]) -> Iterator[Progress]:
+    """What a training run reports, as it comes; `run` gets the function to report with and is called in a thread of its own.
+
+    A report has `step`, `total_steps` and metrics. What the run raises is raised here.
+    """
+    reports: queue.Queue[Progress | BaseException | None] = queue.Queue()
+
+    def target() -> None:
+        try:
+            run(lambda report: reports.put(_progress(report)))
+            reports.put(None)
+        except BaseException as error:
+            reports.put(error)
+
+    threading.Thread(target=target, name="training", daemon=True).start()
+    while (report := reports.get()) is not None:
+        if isinstance(report, BaseException):
+            raise report
+        yield report
+
+
+def _progress(report: Mapping[str, Any]) -> Progress:
+    loss = f"loss {report['loss']:.4g}" if "loss" in report else ""
+    return Progress(report["step"], report["total_steps"], loss)

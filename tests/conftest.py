@@ -1,0 +1,66 @@
+"""Fixtures that several rooms share, each made once a session: tiny models, a Prefect server, an S3 server."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
+# as `qrpo` sets it; read when Prefect is imported, so before any test does
+os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+
+TEXTS = [
+    "What is 3 plus 4? The answer is seven.",
+    "Say hello to the world, my friend.",
+    "List the first five letters: a b c d e.",
+    "Why is the sky blue? Because of the light.",
+] * 20
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with a tokenizer and chat template, float32, 256 tokens of context; vLLM can run it on a CPU."""
+    from qrpo.tiny import build_tiny_model
+
+    # two heads of 32: vLLM's CPU attention refuses smaller heads
+    folder = tmp_path_factory.mktemp("tiny") / "language-model"
+    return build_tiny_model(folder, TEXTS, hidden_size=64, heads=2, layers=2, max_length=256)
+
+
+@pytest.fixture(scope="session")
+def tiny_reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random sequence-classification Llama with one logit and the same tokenizer, float32."""
+    from qrpo.tiny import build_tiny_reward_model
+
+    folder = tmp_path_factory.mktemp("tiny") / "reward-model"
+    return build_tiny_reward_model(folder, TEXTS, hidden_size=64, heads=2, layers=2, max_length=256)
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[str]:
+    """A real Prefect server with a database of its own; the URL of its API, which PREFECT_API_URL names meanwhile."""
+    from prefect.settings import PREFECT_API_URL
+    from prefect.testing.utilities import prefect_test_harness
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+        with prefect_test_harness(server_startup_timeout=120):
+            url = str(PREFECT_API_URL.value())
+            patch.setenv("PREFECT_API_URL", url)
+            yield url
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """The address of a real S3 server of this process."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()

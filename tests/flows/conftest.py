@@ -1,0 +1,162 @@
+"""A tiny task to run the whole pipeline on, and the `qrpo` command."""
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+QRPO = Path(sys.executable).with_name("qrpo")
+
+REWARD = '''\
+"""How many of the letters asked for were said, and a little less for every word."""
+
+from weights import LETTER, WORD
+
+
+def reward(prompts, completions, answer, **columns):
+    return [
+        LETTER * sum(letter in right for letter in said) - WORD * len(said.split())
+        for said, right in zip(completions, answer, strict=True)
+    ]
+'''
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama that knows the task's words, float32, 64 tokens of context."""
+    from qrpo.tiny import build_tiny_model
+
+    texts = [f"{row['prompt']} {row['chosen']}" for row in make_rows(60)]
+    # two heads of 32: vLLM's CPU attention refuses smaller heads
+    folder = tmp_path_factory.mktemp("base") / "model"
+    return build_tiny_model(folder, texts, hidden_size=64, heads=2, layers=1, vocab_size=300, max_length=64)
+
+
+@pytest.fixture(scope="session")
+def write_task(base_model: Path) -> Callable[..., Path]:
+    """Write prompts, reward and configuration into a folder; `changes` go into the configuration by dotted key."""
+
+    def write(folder: Path, *, prompts: int = 24, rows: list[Any] | None = None, **changes: Any) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_lines(folder / "prompts.jsonl", make_rows(prompts) if rows is None else rows)
+        (folder / "reward.py").write_text(REWARD)
+        (folder / "weights.py").write_text("LETTER = 0.25\nWORD = 0.125\n")
+        config: dict[str, Any] = {
+            "name": "tiny",
+            "prompts": {"source": str(folder / "prompts.jsonl")},
+            "reference": {"model": {"path": str(base_model)}},
+            "completions": {
+                "num_ref": 4,
+                "samples_per_part": 2,
+                "engine": {"kind": "transformers", "max_num_seqs": 64},
+                "sampling": {"max_tokens": 12},
+            },
+            "rewards": [
+                {"kind": "function", "name": "letters", "function": f"{folder / 'reward.py'}:reward"}
+            ],
+            "policy": {"learning_rate": 1e-3, "epochs": 2, "prompts_per_step": 8, "save_steps": 2},
+            "run": {"part_size": 8},
+        }
+        for path, value in changes.items():
+            *sections, key = path.split("__")
+            target = config
+            for section in sections:
+                target = target[int(section)] if isinstance(target, list) else target.setdefault(section, {})
+            target[key] = value
+        path = folder / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def qrpo(prefect_server: str) -> Callable[..., Any]:
+    """The `qrpo` command in this process, beside the session's Prefect server: `.exit_code`, `.stdout`, `.stderr`."""
+    from flows.cli import app
+
+    def run(*arguments: str | Path) -> Any:
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def qrpo_process() -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """The `qrpo` command as a process of its own, with a Prefect server of its own unless `environment` names one."""
+
+    def run(*arguments: str | Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [QRPO, *map(str, arguments)],
+            env=clean_environment(**environment),
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def start_qrpo() -> Callable[..., "subprocess.Popen[bytes]"]:
+    """Start the `qrpo` command as a process of its own, its output in the file `log`."""
+
+    def start(log: Path, *arguments: str | Path) -> "subprocess.Popen[bytes]":
+        with log.open("wb") as output:
+            return subprocess.Popen(
+                [QRPO, *map(str, arguments)], env=clean_environment(), stdout=output, stderr=subprocess.STDOUT
+            )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def snapshot() -> Callable[[Path], dict[str, tuple[int, str]]]:
+    """Every file under a folder with the time of its last change in nanoseconds and its sha256."""
+
+    def take(folder: Path) -> dict[str, tuple[int, str]]:
+        return {
+            path.relative_to(folder).as_posix(): (
+                path.stat().st_mtime_ns,
+                hashlib.sha256(path.read_bytes()).hexdigest(),
+            )
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+
+    return take
+
+
+def make_rows(count: int) -> list[dict[str, str]]:
+    rng = random.Random(7)
+    rows = []
+    for number in range(count):
+        letters = [rng.choice("abcdefgh") for _ in range(4)]
+        rows.append(
+            {
+                "prompt": f"say {number}: {' '.join(letters)}",
+                "chosen": " ".join(letters),
+                "rejected": " ".join(reversed(letters)),
+                "answer": "".join(letters),
+            }
+        )
+    return rows
+
+
+def write_lines(path: Path, rows: list[Any]) -> None:
+    """One JSON object a line; a string is written as it is, so that a line can be broken."""
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+
+
+def clean_environment(**changes: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "QRPO_"))}
+    return {**kept, **changes}

@@ -1,0 +1,422 @@
+"""What a user gets wrong: one readable line with place and remedy, the right exit code, and nothing lost that was computed."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from flows.cli import app
+
+USAGE, FAILED = 2, 1
+
+
+@pytest.fixture
+def command() -> Callable[..., Any]:
+    """The `qrpo` command without a Prefect server: for what fails before one is needed."""
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def sampled(
+    tmp_path_factory: pytest.TempPathFactory, write_task: Callable[..., Path], prefect_server: str
+) -> Path:
+    """A folder with a task whose completions are there, and one unreadable line 17 in its source."""
+    folder = tmp_path_factory.mktemp("sampled")
+    rows: list[Any] = [{"prompt": f"say {number}", "answer": "a"} for number in range(24)]
+    rows[16] = '{"prompt": "say 16", "answer": '
+    rows[19] = {"prompt": "   ", "answer": "a"}
+    rows[21] = {"prompt": "word " * 100, "answer": "a"}
+    config = write_task(folder / "task", rows=rows, run__max_reject_fraction=0.2)
+    done = CliRunner().invoke(
+        app, ["run", str(config), "--store", str(folder / "store"), "--until", "completions", "--json"]
+    )
+    assert done.exit_code == 0, done.stderr
+    (folder / "summary.json").write_text(done.stdout)
+    (folder / "said.txt").write_text(done.stderr)
+    return folder
+
+
+@pytest.fixture
+def scored(sampled: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Run the rewards of a copy of `sampled` with this source as reward function; the result and the store."""
+
+    def run(source: str, *options: str) -> tuple[Any, Path]:
+        shutil.copytree(sampled / "store", tmp_path / "store", dirs_exist_ok=True)
+        reward = tmp_path / "bad_reward.py"
+        reward.write_text(source)
+        done = CliRunner().invoke(
+            app,
+            [
+                "run",
+                str(sampled / "task" / "config.yaml"),
+                *("--store", str(tmp_path / "store"), "--until", "rewards"),
+                *("--set", f"rewards.0.function={reward}:reward"),
+                *options,
+            ],
+        )
+        return done, tmp_path / "store"
+
+    return run
+
+
+def one_line(result: Any, exit_code: int) -> str:
+    """The error line, after the checks that hold for all of them."""
+    assert result.exit_code == exit_code, result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    if result.exception is not None:
+        assert isinstance(result.exception, SystemExit)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    assert len(lines[0]) < 1000
+    return str(lines[0])
+
+
+def usage_message(result: Any) -> str:
+    """What is wrong with the command line itself, unfolded from its box."""
+    assert result.exit_code == USAGE
+    assert "Traceback" not in result.stderr
+    return " ".join(result.stderr.replace("│", " ").split())
+
+
+def reject_rows(store: Path, stage: str) -> list[dict[str, Any]]:
+    import polars as pl
+
+    shown = CliRunner().invoke(app, ["show", "tiny", stage, "--store", str(store), "--json"])
+    assert shown.exit_code == 0, shown.stderr
+    return pl.read_parquet(json.loads(shown.stdout)["rejects_file"]).to_dicts()
+
+
+# Rows that cannot be used
+
+
+@pytest.mark.slow
+def test_unusable_rows_are_rejects_with_their_place_and_the_run_goes_on(sampled: Path) -> None:
+    stages = json.loads((sampled / "summary.json").read_text())["stages"]
+    rejects = {reject["key"]: reject["reason"] for reject in reject_rows(sampled / "store", "prompts")}
+
+    source = sampled / "task" / "prompts.jsonl"
+    assert stages["prompts"]["rows"] == 22
+    assert stages["prompts"]["rejects"] == 2
+    assert set(rejects) == {f"{source}:17", f"{source}:20"}
+    assert "not valid JSON" in rejects[f"{source}:17"]
+    assert "the prompt is empty" in rejects[f"{source}:20"]
+    shown = "prompts: 2 of 24 rows cannot be used; reasons in "
+    (line,) = [line for line in (sampled / "said.txt").read_text().splitlines() if line.startswith(shown)]
+    assert Path(line.removeprefix(shown)).is_file(), "the path can be copied from the terminal"
+
+
+@pytest.mark.slow
+def test_prompt_longer_than_the_context_is_a_reject_of_completions(sampled: Path) -> None:
+    stages = json.loads((sampled / "summary.json").read_text())["stages"]
+
+    (first, *others) = reject_rows(sampled / "store", "completions")
+    assert stages["completions"]["rows"] == 21 * 4
+    assert "exceed the engine's context of 64 tokens" in first["reason"]
+    assert first["prompt_id"] == first["key"]
+    assert {other["key"] for other in others} <= {first["key"]}
+    assert "completions: 4 of 88 rows cannot be used" in (sampled / "said.txt").read_text()
+
+
+@pytest.mark.slow
+def test_row_on_which_the_reward_raises_is_a_reject_and_the_others_are_scored(
+    scored: Callable[..., Any],
+) -> None:
+    source = (
+        "def reward(prompts, completions, **columns):\n"
+        "    if 'say 3' in prompts:\n"
+        "        raise ValueError('cannot judge 3')\n"
+        "    return [1.0 * len(text) for text in completions]\n"
+    )
+
+    done, store = scored(source)
+
+    assert done.exit_code == 0, done.stderr
+    assert "rewards: 4 of 84 rows cannot be used; reasons in " in done.stderr
+    reasons = [reject["reason"] for reject in reject_rows(store, "rewards")]
+    assert len(reasons) == 4
+    assert all("ValueError: cannot judge 3" in reason and "bad_reward.py:3" in reason for reason in reasons)
+
+
+@pytest.mark.slow
+def test_nan_and_none_rewards_are_rejects_with_their_reason(scored: Callable[..., Any]) -> None:
+    source = (
+        "def reward(prompts, completions, **columns):\n"
+        "    special = {'say 3': float('nan'), 'say 5': None}\n"
+        "    return [special.get(prompt, 1.0) for prompt in prompts]\n"
+    )
+
+    done, store = scored(source)
+
+    assert done.exit_code == 0, done.stderr
+    reasons = {reject["reason"] for reject in reject_rows(store, "rewards")}
+    assert len(reasons) == 2
+    assert any("nan" in reason and "expected a finite number" in reason for reason in reasons)
+    assert any("no reward applies" in reason for reason in reasons)
+
+
+# Rewards that fail as a whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("def reward(completions, **columns):\n    raise KeyError('score')\n", "KeyError: 'score'"),
+        (
+            "def reward(completions, **columns):\n    return [1.0, 2.0, 3.0]\n",
+            "returned 3 rewards for 1 completions",
+        ),
+        ("def reward(completions, **columns):\n    return 1.0\n", "returned float, expected a list"),
+        (
+            "def reward(completions, gold):\n    return [1.0 for _ in gold]\n",
+            "it wants gold, which the data does not have",
+        ),
+        ("import no_such_package\n\ndef reward(completions):\n    return []\n", "no_such_package"),
+    ],
+    ids=["raises", "wrong count", "no list", "missing column", "import fails"],
+)
+def test_reward_that_fails_on_every_row_is_one_line(
+    scored: Callable[..., Any], source: str, expected: str
+) -> None:
+    done, store = scored(source)
+
+    line = one_line(done, FAILED)
+    assert expected in line
+    assert "bad_reward.py" in line
+    completions = CliRunner().invoke(app, ["show", "tiny", "completions", "--store", str(store), "--json"])
+    assert json.loads(completions.stdout)["rows"] == 84, "what was computed before is still there"
+
+
+@pytest.mark.slow
+def test_more_lost_than_allowed_stops_the_run_and_keeps_what_was_scored(scored: Callable[..., Any]) -> None:
+    source = "def reward(prompts, completions):\n    return [1.0 if p < 'say 2' else float('inf') for p in prompts]\n"
+
+    done, _ = scored(source)
+
+    line = one_line(done, FAILED)
+    assert "rewards:" in line
+    assert "run.max_reject_fraction is 20%" in line
+    assert "expected a finite number" in line
+    assert "rejects.parquet" in line
+    again = scored(source, "--set", "run.max_reject_fraction=1.0", "--json")[0]
+    assert again.exit_code == 0
+    assert json.loads(again.stdout)["stages"]["rewards"]["parts_computed"] == 0
+
+
+# Before anything starts: no Prefect server, no engine
+
+
+def test_missing_source_is_named(
+    command: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = write_task(tmp_path, prompts__source="nowhere/prompts.jsonl")
+
+    line = one_line(command("run", config, "--store", tmp_path / "store"), FAILED)
+
+    assert "no file nowhere/prompts.jsonl" in line
+    assert "mend the path" in line
+
+
+@pytest.mark.parametrize("command_name", ["run", "plan"])
+def test_unknown_key_is_named_with_what_was_meant(
+    command: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path, command_name: str
+) -> None:
+    config = write_task(tmp_path, policy__betta=0.1)
+
+    line = one_line(command(command_name, config, "--store", tmp_path / "store"), USAGE)
+
+    assert f"{config}: policy.betta: unknown key; did you mean `beta`?" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("policy.beta", "expected key.path=value"),
+        ("policy.beta=-1", "policy.beta: Input should be greater than 0"),
+        ("completions.sampling.max_token=3", "did you mean `max_tokens`?"),
+        ("rewards.3.weight=1", "is a list of 1"),
+        ("policy.transform=sigmod", "sigmod"),
+    ],
+)
+def test_bad_override_is_named(
+    command: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path, override: str, expected: str
+) -> None:
+    config = write_task(tmp_path)
+
+    result = command("run", config, "--store", tmp_path / "store", "--set", override)
+
+    assert expected in one_line(result, USAGE)
+
+
+@pytest.mark.parametrize("option", ["--from", "--until", "--only", "--force"])
+def test_unknown_stage_is_refused_with_the_stages_there_are(
+    command: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path, option: str
+) -> None:
+    message = usage_message(
+        command("run", write_task(tmp_path), "--store", tmp_path / "store", option, "reward")
+    )
+
+    assert "no stage 'reward'" in message
+    assert "completions, rewards, quantiles" in message
+
+
+def test_from_behind_until_is_refused(
+    command: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path
+) -> None:
+    result = command(
+        "run", write_task(tmp_path), "--store", tmp_path / "store", "--from", "rewards", "--until", "prompts"
+    )
+
+    assert "--from rewards comes after --until prompts" in usage_message(result)
+
+
+def test_missing_configuration_is_named(command: Callable[..., Any], tmp_path: Path) -> None:
+    assert "no such configuration file" in one_line(command("run", tmp_path / "absent.yaml"), USAGE)
+
+
+def model_without(base_model: Path, folder: Path, *missing: str) -> Path:
+    shutil.copytree(base_model, folder)
+    for name in missing:
+        for path in folder.glob(name):
+            path.unlink()
+    return folder
+
+
+def test_model_folder_without_configuration_is_named(
+    command: Callable[..., Any], write_task: Callable[..., Path], base_model: Path, tmp_path: Path
+) -> None:
+    model = model_without(base_model, tmp_path / "model", "config.json")
+    config = write_task(tmp_path / "task", reference__model={"path": str(model)})
+
+    line = one_line(command("run", config, "--store", tmp_path / "store"), FAILED)
+
+    assert f"{model} has no config.json" in line
+
+
+@pytest.mark.slow
+def test_model_without_tokenizer_is_named_with_the_remedy(
+    qrpo: Callable[..., Any], write_task: Callable[..., Path], base_model: Path, tmp_path: Path
+) -> None:
+    model = model_without(
+        base_model, tmp_path / "model", "tokenizer*", "special_tokens_map*", "chat_template*"
+    )
+    config = write_task(tmp_path / "task", reference__model={"path": str(model)})
+
+    line = one_line(qrpo("run", config, "--store", tmp_path / "store"), FAILED)
+
+    assert str(model) in line
+    assert "tokenizer.save_pretrained" in line
+
+
+@pytest.mark.slow
+def test_model_without_chat_template_is_named_with_the_remedy(
+    qrpo: Callable[..., Any], write_task: Callable[..., Path], base_model: Path, tmp_path: Path
+) -> None:
+    model = model_without(base_model, tmp_path / "model", "chat_template*")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = write_task(tmp_path / "task", reference__model={"path": str(model)})
+
+    line = one_line(qrpo("run", config, "--store", tmp_path / "store"), FAILED)
+
+    assert "has no chat template" in line
+    assert "chat_template.jinja" in line
+
+
+def test_missing_model_folder_is_named(
+    command: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = write_task(tmp_path, reference__model={"path": str(tmp_path / "no-model")})
+
+    line = one_line(command("run", config, "--store", tmp_path / "store"), FAILED)
+
+    assert f"no model folder {tmp_path / 'no-model'}: mend the path" in line
+
+
+def test_missing_reward_function_is_named(
+    command: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = write_task(tmp_path)
+    (tmp_path / "reward.py").unlink()
+
+    line = one_line(command("run", config, "--store", tmp_path / "store"), USAGE)
+
+    assert f"no file {tmp_path / 'reward.py'}" in line
+
+
+def test_store_in_whose_way_a_file_lies_is_named(
+    command: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "store").write_text("not a folder")
+
+    line = one_line(command("run", write_task(tmp_path), "--store", tmp_path / "store"), FAILED)
+
+    assert str(tmp_path / "store") in line
+    assert "Prefect" not in line
+
+
+def test_store_of_an_unknown_protocol_is_named(
+    command: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path
+) -> None:
+    line = one_line(command("run", write_task(tmp_path), "--store", "s4://bucket/folder"), FAILED)
+
+    assert "s4" in line
+    assert "s3://" in line
+
+
+@pytest.mark.slow
+def test_stage_alone_whose_parents_are_missing_says_what_to_run_first(
+    qrpo: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = write_task(tmp_path)
+    assert qrpo("run", config, "--store", tmp_path / "store", "--until", "prompts").exit_code == 0
+
+    line = one_line(qrpo("run", config, "--store", tmp_path / "store", "--only", "rewards"), USAGE)
+
+    assert "rewards: its parent stage completions is not complete" in line
+    assert "--until completions" in line
+
+
+def test_stage_alone_before_the_prompts_were_read_says_what_to_run_first(
+    command: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path
+) -> None:
+    line = one_line(
+        command("run", write_task(tmp_path), "--store", tmp_path / "store", "--only", "rewards"), USAGE
+    )
+
+    assert "has not run yet" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lines", [[], ["not json", "nor this"], [{"question": "what?"}] * 3])
+def test_source_without_one_usable_prompt_is_named_with_the_reason(
+    qrpo: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path, lines: list[Any]
+) -> None:
+    config = write_task(tmp_path, rows=lines)
+
+    line = one_line(qrpo("run", config, "--store", tmp_path / "store"), FAILED)
+
+    assert "no usable prompt in" in line
+    if lines:
+        assert "not valid JSON" in line or "prompts.columns" in line
+
+
+def test_unknown_run_and_stage_that_is_not_there_yet_are_told(
+    command: Callable[..., Any], tmp_path: Path
+) -> None:
+    line = one_line(command("show", "nobody", "rewards", "--store", tmp_path / "store"), USAGE)
+
+    assert "no run named 'nobody'" in line
+
+
+def test_debug_shows_the_traceback(command: Callable[..., Any], tmp_path: Path) -> None:
+    result = command("run", tmp_path / "absent.yaml", "--debug")
+
+    assert result.exit_code != 0
+    assert result.exception is not None
+    assert not isinstance(result.exception, SystemExit)

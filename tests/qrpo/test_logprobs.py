@@ -1,0 +1,184 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from qrpo.errors import DataError
+from qrpo.logprobs import completion_logprobs, length_sorted_batches, score_logprobs
+from qrpo.tiny import build_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = build_tiny_model(tmp_path_factory.mktemp("model"), ["some words"], hidden_size=32)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def draw_rows(count, completions_per_row=1, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def ids(low, high):
+        return rng.integers(6, 250, size=rng.integers(low, high)).tolist()
+
+    return [
+        {
+            "prompt_token_ids": ids(1, 9),
+            "completion_token_ids": [ids(1, 20) for _ in range(completions_per_row)],
+        }
+        for _ in range(count)
+    ]
+
+
+def flat(rows):
+    prompts = [row["prompt_token_ids"] for row in rows for _ in row["completion_token_ids"]]
+    return prompts, [completion for row in rows for completion in row["completion_token_ids"]]
+
+
+def plain_logprobs(model, prompts, completions):
+    """One by one, unpadded, all logits at once."""
+    sums = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        ids = torch.tensor([[*prompt, *completion]])
+        logprobs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        sums.append(logprobs.gather(1, ids[0, 1:, None]).squeeze(1)[len(prompt) - 1 :].sum())
+    return torch.stack(sums)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+# 1 row of logits at a time, a chunk that cuts through sequences, everything in one chunk
+@pytest.mark.parametrize("chunk_elements", [1, 7 * 512, 2**26])
+def test_value_and_gradient_equal_the_plain_computation_in_float64(model, chunk_elements):
+    model = model.double()
+    prompts, completions = flat(draw_rows(7))
+    weights = torch.linspace(-1, 2, 7, dtype=torch.float64)
+
+    ours = completion_logprobs(model, prompts, completions, chunk_elements=chunk_elements)
+    ours_grad = gradients(model, (weights * ours**2).sum())
+    plain = plain_logprobs(model, prompts, completions)
+    plain_grad = gradients(model, (weights * plain**2).sum())
+    model.float()
+
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    for name, gradient in plain_grad.items():
+        torch.testing.assert_close(ours_grad[name], gradient, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: Gemma2ForCausalLM(
+            Gemma2Config(
+                vocab_size=256,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=8,
+                final_logit_softcapping=0.5,
+            )
+        ),
+        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=256, n_embd=16, n_layer=2, n_head=2, n_positions=64)),
+    ],
+    ids=["capped logits, tied head", "learned positions, tied head"],
+)
+def test_other_architectures_agree_with_their_own_forward(other):
+    torch.manual_seed(0)
+    model = other().double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    prompts, completions = flat(draw_rows(4))
+
+    with torch.no_grad():
+        ours, plain = (
+            completion_logprobs(model, prompts, completions),
+            plain_logprobs(model, prompts, completions),
+        )
+
+    torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
+
+
+def test_no_tensor_ever_holds_all_logits(model):
+    prompts, completions = flat(draw_rows(8))
+    vocabulary = model.config.vocab_size
+    positions = sum(map(len, completions))
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            nonlocal largest
+            result = function(*arguments, **(keywords or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                # The head's weight and its gradient end in the vocabulary too.
+                if (
+                    isinstance(tensor, torch.Tensor)
+                    and tensor.shape[-1:] == (vocabulary,)
+                    and tensor.shape[0] != 32
+                ):
+                    largest = max(largest, tensor.numel())
+            return result
+
+    with Watch():
+        completion_logprobs(model, prompts, completions, chunk_elements=5 * vocabulary).sum().backward()
+
+    assert largest == 5 * vocabulary < positions * vocabulary
+
+
+def test_an_empty_completion_is_certain_and_an_empty_prompt_is_refused(model):
+    logprobs = completion_logprobs(model, [[7], [8, 9]], [[], [10]])
+
+    assert logprobs[0] == 0
+    assert logprobs[1] < 0
+    with pytest.raises(DataError, match="row 1 has an empty prompt"):
+        completion_logprobs(model, [[7], []], [[8], [9]])
+
+
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(1, 120))
+def test_batches_hold_every_row_once_within_the_budget(lengths, token_budget):
+    batches = length_sorted_batches(lengths, token_budget)
+
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        padded = max(lengths[i] for i in batch) * len(batch)
+        assert padded <= token_budget or len(batch) == 1
+
+
+def test_like_lengths_share_a_batch_so_little_is_padded():
+    lengths = np.random.default_rng(0).lognormal(4, 1, size=2000).astype(int) + 1
+
+    batches = length_sorted_batches(lengths.tolist(), 8192)
+
+    padded = sum(lengths[batch].max() * len(batch) for batch in batches)
+    assert padded < 1.15 * lengths.sum()
+
+
+@pytest.mark.parametrize("token_budget", [1, 64, 100_000])
+def test_scores_come_in_input_order_whatever_the_budget(model, token_budget):
+    rows = draw_rows(40, completions_per_row=3)
+
+    scores = list(score_logprobs(model, iter(rows), token_budget))
+
+    assert [s.shape for s in scores] == [(3,)] * 40
+    assert scores[0].dtype == np.float32
+    with torch.no_grad():
+        plain = plain_logprobs(model, *flat(rows)).numpy().reshape(40, 3)
+    np.testing.assert_allclose(np.stack(scores), plain, rtol=1e-5, atol=1e-4)
+
+
+def test_scoring_streams_and_leaves_the_models_mode_alone(model):
+    read = []
+    rows = (read.append(i) or row for i, row in enumerate(draw_rows(500)))
+    model.train()
+
+    first = next(score_logprobs(model, rows, token_budget=32))
+
+    assert first.shape == (1,)
+    assert len(read) < 100
+    assert model.training

@@ -1,0 +1,118 @@
+"""What a model is, and what is said where it cannot be loaded."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qrpo.config import keyed
+from qrpo.errors import ModelError
+from qrpo.models import (
+    ModelConfig,
+    context_length,
+    load_causal_lm,
+    load_model_config,
+    load_reward_model,
+    model_identity,
+)
+
+
+def config_of(folder: Path) -> ModelConfig:
+    return ModelConfig(path=str(folder))
+
+
+def test_a_folder_is_what_its_files_say(tiny_model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(tiny_model, copy)
+    assert model_identity(config_of(copy)) == model_identity(config_of(tiny_model))
+    (copy / ".cache").write_text("hidden files do not count")
+    assert model_identity(config_of(copy)) == model_identity(config_of(tiny_model))
+    with (copy / "chat_template.jinja").open("a") as file:
+        file.write(" ")
+    assert model_identity(config_of(copy)) != model_identity(config_of(tiny_model))
+
+
+def test_a_renamed_or_added_file_is_another_model(tiny_model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_model, copy)
+    (copy / "generation_config.json").rename(copy / "generation_config.txt")
+    renamed = model_identity(config_of(copy))
+    (copy / "sub").mkdir()
+    (copy / "sub" / "empty").touch()
+    identities = [model_identity(config_of(tiny_model)), renamed, model_identity(config_of(copy))]
+    assert len({json.dumps(identity) for identity in identities}) == 3
+
+
+def test_a_file_that_is_written_again_is_read_again(tiny_model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_model, copy)
+    before = model_identity(config_of(copy))
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))  # the same size
+    assert model_identity(config_of(copy)) != before
+
+
+def test_a_hub_id_is_its_name_and_revision_without_a_download() -> None:
+    assert model_identity(ModelConfig(path="org/name", revision="abc")) == {"hub": "org/name@abc"}
+    assert model_identity(ModelConfig(path="org/name")) == {"hub": "org/name@main"}
+
+
+def test_path_and_revision_are_left_to_the_identity() -> None:
+    assert keyed(ModelConfig(path="/a/b", revision="c")) == {"dtype": "auto", "trust_remote_code": False}
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/nowhere/model", "no model folder /nowhere/model: mend the path"),
+        ("./nowhere", "no model folder nowhere"),
+        ("some/local/folder", "no model folder 'some/local/folder'.*a hub id is org/name"),
+    ],
+)
+def test_a_missing_folder_says_so(path: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        model_identity(ModelConfig(path=path))
+    with pytest.raises(ModelError, match=message):
+        load_causal_lm(ModelConfig(path=path))
+
+
+def test_a_hub_id_that_cannot_be_reached_says_what_to_check() -> None:
+    with pytest.raises(
+        ModelError, match=r"cannot load its configuration from org/nothing.*check the id and revision"
+    ):
+        load_model_config(ModelConfig(path="org/nothing"))
+
+
+def test_damaged_folders_say_so(tiny_model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_model, copy)
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"cannot load its weights from .*mend the folder"):
+        load_causal_lm(config_of(copy))
+    (copy / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ModelError, match="cannot load its weights"):
+        load_causal_lm(config_of(copy))
+    (copy / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"cannot load its configuration.*not a valid JSON file\. Remedy"):
+        load_model_config(config_of(copy))
+
+
+def test_the_context_length_comes_from_the_configuration(tiny_model: Path) -> None:
+    assert context_length(config_of(tiny_model)) == 256
+
+
+def test_models_load_in_the_wanted_precision(tiny_model: Path, tiny_reward_model: Path) -> None:
+    assert str(load_causal_lm(config_of(tiny_model), "cpu").dtype) == "torch.float32"
+    half = ModelConfig(path=str(tiny_model), dtype="bfloat16")
+    model = load_causal_lm(half, "cpu")
+    assert str(model.dtype) == "torch.bfloat16"
+    assert not model.training
+    assert load_reward_model(config_of(tiny_reward_model), "cpu").config.num_labels == 1
+
+
+def test_a_language_model_is_no_reward_model(tiny_model: Path) -> None:
+    with pytest.raises(ModelError, match="is a LlamaForCausalLM, expected a sequence-classification"):
+        load_reward_model(config_of(tiny_model))

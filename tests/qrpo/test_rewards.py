@@ -1,0 +1,337 @@
+"""Rewards: functions of every temper in real child processes, and real reward models against a plain forward."""
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from qrpo.chat import load_tokenizer
+from qrpo.config import keyed
+from qrpo.errors import ConfigError, ModelError, RewardError
+from qrpo.models import ModelConfig, load_reward_model
+from qrpo.rewards import (
+    FunctionRewardConfig,
+    ModelRewardConfig,
+    Reward,
+    RewardConfig,
+    Score,
+    combine,
+    identity,
+    open_reward,
+)
+
+FILE = Path(__file__).with_name("reward_functions.py").resolve()
+HI = [{"role": "user", "content": "Hi there"}]
+
+
+@pytest.fixture
+def opened() -> Iterator[Any]:
+    rewards: list[Reward] = []
+
+    def open_function(name: str, **settings: Any) -> Reward:
+        rewards.append(open_reward(FunctionRewardConfig(function=f"{FILE}:{name}", **settings)))
+        return rewards[-1]
+
+    yield open_function
+    for reward in rewards:
+        reward.close()
+
+
+def score(
+    reward: Reward, completions: Sequence[str], *, plain: bool = True, **columns: list[Any]
+) -> list[Score]:
+    count = len(completions)
+    return reward.score([HI] * count, completions, columns, conversational=[not plain] * count)
+
+
+def values(scores: Sequence[Score]) -> list[float | None]:
+    assert [s.error for s in scores] == [None] * len(scores)
+    return [s.reward for s in scores]
+
+
+# ------------------------------------------------------------------------------------------- functions
+
+
+def test_a_function_scores_strings(opened: Any) -> None:
+    assert values(score(opened("length"), ["a", "bb", ""])) == [1.0, 2.0, 0.0]
+
+
+def test_columns_arrive_by_name_and_only_those_it_takes(opened: Any) -> None:
+    reward = opened("matches_answer")
+    assert values(score(reward, ["4", "5"], answer=["4", "4"], level=[1, 2])) == [1.0, 0.0]
+
+
+def test_async_functions_and_arrays_are_understood(opened: Any) -> None:
+    assert values(score(opened("slowly"), ["a", "bb"])) == [1.0, 2.0]
+    assert values(score(opened("as_array"), ["a", "bb"])) == [1.0, 2.0]
+
+
+def test_messages_and_strings_arrive_as_the_dataset_had_them(opened: Any) -> None:
+    reward = opened("number_of_messages")
+    system = {"role": "system", "content": "Be brief"}
+    prompts = [[system, *HI], HI, HI, [system, *HI]]
+    scores = reward.score(prompts, ["a"] * 4, {}, conversational=[True, False, True, False])
+    assert values(scores) == [2.0, -8.0, 1.0, -8.0]
+    assert values(reward.score(prompts[:2], ["a"] * 2, {})) == [2.0, 1.0]  # messages unless told otherwise
+
+
+def test_large_inputs_are_cut_into_calls_and_keep_their_order(opened: Any) -> None:
+    texts = ["x" * (n % 17) for n in range(100)]
+    assert values(score(opened("length", batch_size=7), texts)) == [float(len(text)) for text in texts]
+
+
+def test_none_means_does_not_apply_and_odd_values_are_errors(opened: Any) -> None:
+    scores = score(opened("sometimes"), ["fine", "none", "nan", "inf", "text", "true"])
+    assert [s.reward for s in scores] == [1.0, None, None, None, None, 1.0]
+    assert [s.error for s in scores] == [
+        None,
+        None,
+        "the reward is nan, expected a finite number",
+        "the reward is inf, expected a finite number",
+        "the reward is of type str, expected a number or None",
+        None,
+    ]
+
+
+def test_one_bad_row_does_not_cost_the_others(opened: Any) -> None:
+    scores = score(opened("raises_on_bad"), ["a", "bad", "c"])
+    assert [s.reward for s in scores] == [1.0, None, 1.0]
+    assert scores[1].error is not None
+    assert "ValueError: cannot judge this (reward_functions.py:" in scores[1].error
+
+
+def test_a_wrong_count_costs_only_the_rows_it_is_wrong_for(opened: Any) -> None:
+    scores = score(opened("skips_empty"), ["a", "", "c"])
+    assert [s.reward for s in scores] == [1.0, None, 1.0]
+    assert scores[1].error is not None
+    assert "returned 0 rewards for 1 completions, expected as many" in scores[1].error
+
+
+def test_a_call_that_hangs_costs_only_its_row(opened: Any) -> None:
+    started = time.monotonic()
+    scores = score(opened("hangs_on_bad", timeout=0.5), ["a", "bad", "c"])
+    assert [s.reward for s in scores] == [1.0, None, 1.0]
+    assert scores[1].error == "no answer within 0.5 s (timeout)"
+    assert time.monotonic() - started < 60  # it hangs for 1000 s
+
+
+def test_a_call_that_kills_its_process_costs_only_its_row(opened: Any) -> None:
+    scores = score(opened("dies_on_bad"), ["a", "bad", "quit", "d"])
+    assert [s.reward for s in scores] == [1.0, None, None, 1.0]
+    assert "exited with code 1" in str(scores[1].error)
+    assert "SystemExit: I quit" in str(scores[2].error)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("always_raises", "failed on each of the first 3 completions: .*raised RuntimeError: out of order"),
+        ("one_number", "returned float, expected a list with one number per completion"),
+        ("matches_answer", "it wants answer, which the data does not have"),
+    ],
+)
+def test_a_function_that_fails_on_every_row_is_one_error(opened: Any, name: str, message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        score(opened(name), ["a", "b", "c"])
+
+
+def test_a_function_that_always_hangs_is_given_up_soon(opened: Any) -> None:
+    started = time.monotonic()
+    with pytest.raises(RewardError, match=r"took more than 0\.2 s on each of 3 completions in a row: raise"):
+        score(opened("hangs", timeout=0.2), ["a"] * 2000)
+    assert time.monotonic() - started < 60  # not 2000 times
+
+
+def test_a_single_row_that_fails_is_only_a_row(opened: Any) -> None:
+    (only,) = score(opened("always_raises"), ["a"])
+    assert "out of order" in str(only.error)
+
+
+def test_no_rows_need_no_function(opened: Any) -> None:
+    assert score(opened("always_raises"), []) == []
+
+
+def test_siblings_can_be_imported(opened: Any) -> None:
+    assert values(score(opened("with_helper"), ["a"])) == [7.0]
+
+
+def test_token_ids_are_passed_as_trl_does(opened: Any) -> None:
+    assert values(score(opened("with_id"), ["a", "b"], completion_ids=[[1, 2], [3]])) == [2.0, 1.0]
+
+
+def test_functions_that_cannot_be_loaded_say_why(tmp_path: Path) -> None:
+    for function, message in [
+        (f"{tmp_path}/nowhere.py:f", r"no file .*nowhere\.py"),
+        ("no_such_package.rewards:f", "no module 'no_such_package'"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            open_reward(FunctionRewardConfig(function=function))
+    with pytest.raises(ValidationError, match=r"expected 'path/to/file\.py:function'"):
+        FunctionRewardConfig(function="reward.py")
+    broken = tmp_path / "broken.py"
+    broken.write_text("import no_such_thing\ndef f(completions): return []\n")
+    reward = open_reward(FunctionRewardConfig(function=f"{broken}:f"))
+    with pytest.raises(
+        RewardError, match=r"cannot import .*ModuleNotFoundError: No module named 'no_such_thing'"
+    ):
+        score(reward, ["a"])
+    reward.close()
+    broken.write_text("def f(:\n")
+    with pytest.raises(ConfigError, match=r"broken\.py:1 is not valid Python"):
+        open_reward(FunctionRewardConfig(function=f"{broken}:f"))
+    reward = open_reward(FunctionRewardConfig(function=f"{FILE}:lenght"))
+    with pytest.raises(ConfigError, match=r"no function 'lenght' \(it has .*length"):
+        score(reward, ["a"])
+    reward.close()
+
+
+def test_functions_of_installed_modules_are_found() -> None:
+    found = identity(FunctionRewardConfig(function="qrpo.sampling:fits"))
+    assert found["function"] == "fits"
+    assert {"qrpo/__init__.py", "qrpo/sampling.py", "qrpo/config.py"} <= set(found["sources"])
+
+
+# ------------------------------------------------------------------------------------------- identity
+
+
+def test_a_functions_identity_is_its_source_and_that_of_the_files_it_imports(tmp_path: Path) -> None:
+    config = FunctionRewardConfig(function=f"{FILE}:length")
+    assert set(identity(config)["sources"]) == {"reward_functions.py", "reward_helper.py"}
+    for name in ("reward_functions.py", "reward_helper.py"):
+        shutil.copy(FILE.with_name(name), tmp_path / name)
+    (tmp_path / "unrelated.py").write_text("x = 1")
+    moved = FunctionRewardConfig(function=f"{tmp_path}/reward_functions.py:length")
+    assert identity(moved) == identity(config)
+    assert keyed(moved) == keyed(config)
+    with (tmp_path / "reward_helper.py").open("a") as file:
+        file.write("\n# changed\n")
+    assert identity(moved) != identity(config)
+    other = FunctionRewardConfig(function=f"{FILE}:slowly")
+    assert identity(other) != identity(config)
+
+
+def test_a_models_identity_is_its_files(tiny_reward_model: Path) -> None:
+    config = ModelRewardConfig(model=ModelConfig(path=str(tiny_reward_model)))
+    assert list(identity(config)) == ["model"]
+    assert keyed(config.model_copy(update={"batch_tokens": 1})) == keyed(config)
+
+
+def test_the_kind_in_the_configuration_chooses_the_reward() -> None:
+    adapter: TypeAdapter[Any] = TypeAdapter(RewardConfig)
+    assert isinstance(
+        adapter.validate_python({"kind": "function", "function": "r.py:f"}), FunctionRewardConfig
+    )
+    assert isinstance(
+        adapter.validate_python({"kind": "model", "model": {"path": "org/rm"}}), ModelRewardConfig
+    )
+    with pytest.raises(ValidationError, match="kind"):
+        adapter.validate_python({"kind": "oracle"})
+
+
+# ------------------------------------------------------------------------------------------- several rewards
+
+
+def test_several_rewards_become_a_weighted_sum_of_those_that_apply() -> None:
+    good, none, bad = Score(2.0), Score(None), Score(None, "broken")
+    combined = combine([("a", 1.0, [good, none, none, good]), ("b", 0.5, [good, good, none, bad])])
+    assert combined[0] == Score(3.0, None, (("a", 2.0), ("b", 2.0)))
+    assert combined[1] == Score(1.0, None, (("b", 2.0),))
+    assert combined[2] == Score(None, "no reward applies: a, b returned None")
+    assert combined[3] == Score(None, "b: broken")
+
+
+# ------------------------------------------------------------------------------------------- models
+
+
+CONVERSATIONS = [
+    ([{"role": "user", "content": f"What is {n}? " * (1 + 5 * (n % 3))}], "Seven. " * (n % 7) + str(n))
+    for n in range(23)
+]
+
+
+def plain_forward(folder: Path) -> list[float]:
+    """The textbook way: one conversation at a time, no padding."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rewards = []
+    for prompt, completion in CONVERSATIONS:
+        ids = tokenizer.apply_chat_template(
+            [*prompt, {"role": "assistant", "content": completion}], return_dict=False
+        )
+        with torch.inference_mode():
+            rewards.append(model(torch.tensor([ids])).logits[0, 0].item())
+    return rewards
+
+
+def model_scores(folder: Path, **settings: Any) -> list[Score]:
+    from qrpo.rewards.model import ModelReward
+
+    reward = ModelReward(ModelRewardConfig(model=ModelConfig(path=str(folder)), device="cpu", **settings))
+    prompts, completions = zip(*CONVERSATIONS, strict=True)
+    return reward.score(prompts, completions, {})
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100, 400, 100_000])
+def test_a_models_reward_is_a_plain_forwards_whatever_the_batch(
+    tiny_reward_model: Path, batch_tokens: int
+) -> None:
+    assert values(model_scores(tiny_reward_model, batch_tokens=batch_tokens)) == pytest.approx(
+        plain_forward(tiny_reward_model), abs=1e-4
+    )
+
+
+def test_a_model_whose_padding_is_its_end_token_is_read_as_alone(
+    tiny_reward_model: Path, tmp_path: Path
+) -> None:
+    model = load_reward_model(ModelConfig(path=str(tiny_reward_model)), "cpu")
+    for name, pad in [("end", load_tokenizer(str(tiny_reward_model)).eos_token_id), ("none", None)]:
+        folder = tmp_path / name
+        shutil.copytree(tiny_reward_model, folder)
+        model.config.pad_token_id = pad
+        model.config.save_pretrained(folder)
+        assert values(model_scores(folder)) == pytest.approx(plain_forward(folder), abs=1e-4)
+
+
+def test_conversations_that_are_too_long_fail_alone(tiny_reward_model: Path) -> None:
+    scores = model_scores(tiny_reward_model, max_length=60)
+    expected = plain_forward(tiny_reward_model)
+    long = [s.error is not None for s in scores]
+    assert 0 < sum(long) < len(scores)
+    assert [s.reward for s in scores if s.error is None] == pytest.approx(
+        [reward for reward, too_long in zip(expected, long, strict=True) if not too_long], abs=1e-4
+    )
+    assert "tokens, but the reward model reads 60" in next(s.error for s in scores if s.error)
+
+
+def test_models_with_several_labels_are_refused(tiny_reward_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoConfig, LlamaForSequenceClassification
+
+    config = AutoConfig.from_pretrained(tiny_reward_model, num_labels=3)
+    folder = tmp_path / "classifier"
+    shutil.copytree(tiny_reward_model, folder)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    with pytest.raises(ModelError, match="gives 3 scores, expected a reward model with one"):
+        model_scores(folder)
+
+
+@pytest.mark.slow
+def test_a_reward_model_runs_in_a_child_and_gives_its_memory_back(
+    tiny_reward_model: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "reward.log"
+    reward = open_reward(ModelRewardConfig(model=ModelConfig(path=str(tiny_reward_model))), log=log)
+    prompts, completions = zip(*CONVERSATIONS, strict=True)
+    assert values(reward.score(prompts, completions, {})) == pytest.approx(
+        plain_forward(tiny_reward_model), abs=1e-4
+    )
+    reward.close()
+    assert log.exists()
+    with pytest.raises(ModelError, match="no model folder"):
+        open_reward(ModelRewardConfig(model=ModelConfig(path=str(tmp_path / "nowhere"))))

@@ -1,0 +1,99 @@
+import numpy as np
+import polars
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from qrpo.errors import DataError
+from qrpo.optimization import SftConfig
+from qrpo.sft import train_sft
+from qrpo.tiny import build_tiny_model
+
+SETTINGS = {"learning_rate": 1e-2, "prompts_per_step": 4, "warmup": 0.0, "token_budget": 64}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return build_tiny_model(tmp_path_factory.mktemp("model"), ["some words"], hidden_size=16, layers=1)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(6, 250, size=rng.integers(2, 9)).tolist() for _ in range(10)]
+    return [
+        {"prompt_id": f"p{i}", "prompt_token_ids": ids, "completion_token_ids": [[*reversed(ids), 2]]}
+        for i, ids in enumerate(prompts)
+    ]
+
+
+def test_the_loss_is_the_mean_over_the_steps_completion_tokens(folder, rows, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    total = count = 0
+    for row in rows:
+        ids = torch.tensor([row["prompt_token_ids"] + row["completion_token_ids"][0]])
+        labels = ids.clone()
+        labels[:, : len(row["prompt_token_ids"])] = -100
+        tokens = len(row["completion_token_ids"][0])
+        total += model(input_ids=ids, labels=labels).loss.item() * tokens
+        count += tokens
+    progress = []
+
+    train_sft(
+        folder, rows, SftConfig(**SETTINGS | {"prompts_per_step": 10}), tmp_path, on_progress=progress.append
+    )
+
+    assert progress[0]["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_the_model_learns_the_answers(folder, rows, tmp_path):
+    progress = []
+
+    final = train_sft(folder, rows, SftConfig(**SETTINGS, epochs=60), tmp_path, on_progress=progress.append)
+
+    assert progress[-1]["loss"] < 0.1 < progress[0]["loss"]
+    assert progress[-1]["total_steps"] == 180
+    model = AutoModelForCausalLM.from_pretrained(final)
+    prompt = torch.tensor([rows[0]["prompt_token_ids"]])
+    expected = rows[0]["completion_token_ids"][0]
+    answer = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=len(expected),
+        do_sample=False,
+    )
+    assert answer[0, prompt.shape[1] :].tolist() == expected
+
+
+def test_an_interrupted_fine_tuning_ends_with_the_same_weights(folder, rows, tmp_path):
+    config = SftConfig(**SETTINGS, epochs=3, save_steps=2).with_seed(3)
+
+    def stop(entry):
+        if entry["step"] == 5:
+            raise KeyboardInterrupt
+
+    whole = load_file(train_sft(folder, rows, config, tmp_path / "a") / "model.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        train_sft(folder, rows, config, tmp_path / "b", on_progress=stop)
+    resumed = load_file(train_sft(folder, rows, config, tmp_path / "b") / "model.safetensors")
+
+    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+    steps = polars.read_parquet(tmp_path / "b" / "metrics.parquet")["step"]
+    assert steps.to_list() == list(range(1, 10))
+
+
+def test_weights_keep_the_precision_they_came_in(folder, rows, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / "half" / name).write_bytes((folder / name).read_bytes())
+
+    final = train_sft(tmp_path / "half", rows, SftConfig(**SETTINGS), tmp_path / "run")
+
+    assert {weight.dtype for weight in load_file(final / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_no_rows_is_an_error_that_says_where_to_look(folder, tmp_path):
+    with pytest.raises(DataError, match="no rows to train on"):
+        train_sft(folder, [], SftConfig(), tmp_path)

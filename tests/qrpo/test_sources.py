@@ -1,0 +1,148 @@
+"""Rows from real files of every kind; what cannot be read is told in its place and the rest is read on."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from qrpo.errors import DataError
+from qrpo.sources import is_dataset, read_rows, source_files
+
+ROWS = [{"question": f"{n} + {n}?", "answer": str(2 * n)} for n in range(5)]
+
+
+def rows_of(source: str | Path) -> list[Any]:
+    return [row for _, row in read_rows(str(source))]
+
+
+def jsonl(rows: list[dict[str, str]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_jsonl_is_read_line_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(jsonl(ROWS))
+    assert list(read_rows(str(path)))[1] == (f"{path}:2", ROWS[1])
+    assert rows_of(path) == ROWS
+
+
+def test_an_unreadable_line_is_told_and_reading_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    lines = [json.dumps({"prompt": str(n)}).encode() for n in range(20)]
+    lines[16] = b'{"prompt": "cut o'
+    lines[17] = b'["a list"]'
+    lines[18] = b'{"prompt": "\xff\xfe"}'
+    path.write_bytes(b"\n".join(lines))
+    rows = list(read_rows(str(path)))
+    assert len(rows) == 20
+    where, error = rows[16]
+    assert where == f"{path}:17"
+    assert isinstance(error, DataError)
+    assert str(error).startswith(f"{path}:17: not valid JSON")
+    assert "got a JSON list, expected an object" in str(rows[17][1])
+    assert isinstance(rows[18][1], DataError)
+    assert rows[19][1] == {"prompt": "19"}
+
+
+def test_empty_lines_and_a_byte_order_mark_are_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("\ufeff" + "\n\n".join(json.dumps(row) for row in ROWS) + "\n\n", encoding="utf-8")
+    assert rows_of(path) == ROWS
+    assert [where for where, _ in read_rows(str(path))][-1].endswith(":9")
+
+
+def test_json_may_be_a_list_or_hold_one_or_be_lines(tmp_path: Path) -> None:
+    for number, text in enumerate([json.dumps(ROWS), json.dumps({"version": 1, "data": ROWS}), jsonl(ROWS)]):
+        path = tmp_path / f"{number}.json"
+        path.write_text(text)
+        assert rows_of(path) == ROWS
+    broken = tmp_path / "broken.json"
+    broken.write_text("[1, 2")
+    with pytest.raises(DataError, match=r"broken\.json is not valid JSON"):
+        rows_of(broken)
+    broken.write_text('"text"')
+    with pytest.raises(DataError, match="got a JSON str, expected a list"):
+        rows_of(broken)
+
+
+def test_csv_is_read_with_its_header(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text('question,answer\n"two\nlines",4\none,2,3\nlast,6\n', encoding="utf-8-sig")
+    rows = list(read_rows(str(path)))
+    assert rows[0] == (f"{path}:2", {"question": "two\nlines", "answer": "4"})
+    assert str(rows[1][1]) == f"{path}:4: got 3 fields, expected the header's 2"
+    assert rows[2] == (f"{path}:5", {"question": "last", "answer": "6"})
+
+
+def test_undecodable_csv_spoils_its_own_row_only(tmp_path: Path) -> None:
+    from qrpo.prompts import PromptsConfig, parse_row
+
+    path = tmp_path / "data.csv"
+    path.write_bytes(b"prompt\n\xff\xfe\ngood\n")
+    rows = rows_of(path)
+    with pytest.raises(DataError, match="no valid Unicode"):
+        parse_row(rows[0], PromptsConfig(source="x"))
+    assert rows[1] == {"prompt": "good"}
+
+
+def test_parquet_keeps_nested_messages(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    path = tmp_path / "data.parquet"
+    pq.write_table(pa.table({"prompt": [messages] * 3000, "n": range(3000)}), path)
+    rows = list(read_rows(str(path)))
+    assert len(rows) == 3000
+    assert rows[2999] == (f"{path}[2999]", {"prompt": messages, "n": 2999})
+    path.write_bytes(b"not parquet")
+    with pytest.raises(DataError, match="no readable Parquet file"):
+        rows_of(path)
+
+
+def test_compressed_files_globs_and_urls_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(ROWS[:2]).encode()))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(ROWS[2:]).encode()))
+    assert rows_of(tmp_path / "*.jsonl.gz") == ROWS
+    with fsspec.open("memory://sources/data.jsonl", "w") as file:
+        file.write(jsonl(ROWS))
+    assert rows_of("memory://sources/data.jsonl") == ROWS
+    assert source_files("memory://sources/*.jsonl") == ["memory:///sources/data.jsonl"]
+    assert rows_of(f"file://{tmp_path}/a.jsonl.gz") == ROWS[:2]
+
+
+def test_missing_and_unknown_files_say_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no file nowhere\.jsonl \(from .*\): mend the path"):
+        rows_of("nowhere.jsonl")
+    with pytest.raises(DataError, match="no file memory://sources/nothing"):
+        rows_of("memory://sources/nothing.jsonl")
+    with pytest.raises(DataError, match="cannot look for nosuch://x"):
+        rows_of("nosuch://x.jsonl")
+    (tmp_path / "data.docx").write_text("x")
+    with pytest.raises(DataError, match=r"data\.docx is of no known kind, expected \.csv"):
+        rows_of(tmp_path / "data.docx")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(jsonl(ROWS * 50).encode())[:-20])
+    with pytest.raises(DataError, match=r"cannot read .*cut\.jsonl\.gz"):
+        rows_of(tmp_path / "cut.jsonl.gz")
+
+
+def test_hugging_face_datasets_are_read_from_disk_and_by_name(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.disable_progress_bars()
+    data = datasets.Dataset.from_list(ROWS)
+    data.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(tmp_path / "two")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "train.jsonl").write_text(jsonl(ROWS))
+    assert is_dataset(f"hf://{tmp_path}/one")
+    assert not is_dataset("hf://datasets/org/name/file.parquet")
+    assert rows_of(f"hf://{tmp_path}/one") == ROWS
+    assert rows_of(f"hf://{tmp_path}/two:test") == ROWS[:1]
+    assert rows_of(f"hf://{tmp_path}/files:train") == ROWS
+    with pytest.raises(DataError, match=r"cannot load hf://.*two:nothing"):
+        rows_of(f"hf://{tmp_path}/two:nothing")
+    with pytest.raises(DataError, match="cannot load hf://org/nothing"):
+        rows_of("hf://org/nothing/configuration@main:train")

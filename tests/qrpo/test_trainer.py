@@ -1,0 +1,379 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import polars
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from scipy.stats import norm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qrpo.checkpoints import latest_checkpoint, mark_whole
+from qrpo.errors import ConfigError, DataError, TrainingError
+from qrpo.logprobs import score_logprobs
+from qrpo.optimization import PolicyConfig
+from qrpo.partition import log_z
+from qrpo.policy import train_policy
+from qrpo.tiny import build_tiny_model
+from qrpo.trainer import QRPOConfig, QRPOTrainer
+from qrpo.training import load_policy
+
+SETTINGS = {
+    "beta": 0.5,
+    "learning_rate": 1e-2,
+    "prompts_per_step": 4,
+    "warmup": 0.0,
+    "lr_scheduler": "constant",
+    "token_budget": 128,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return build_tiny_model(
+        tmp_path_factory.mktemp("model"), ["some words", "and more"], hidden_size=16, layers=1
+    )
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    """12 prompts with 3 completions each, scored by the reference."""
+    rng = np.random.default_rng(0)
+
+    def ids(low, high):
+        return rng.integers(6, 250, size=rng.integers(low, high)).tolist()
+
+    rows = [
+        {
+            "prompt_id": f"prompt-{i}",
+            "prompt_token_ids": ids(2, 9),
+            "completion_token_ids": [ids(1, 20) for _ in range(3)],
+            "quantile_reward": rng.random(3).astype(np.float32),
+            "num_ref": 20,
+        }
+        for i in range(12)
+    ]
+    for row, scores in zip(rows, score_logprobs(load_policy(folder), rows, 1000), strict=True):
+        row["ref_logprob"] = scores
+    return rows
+
+
+class Reader:
+    """A shard reader's shape: rows in an order that is a function of the epoch, from any position."""
+
+    def __init__(self, rows):
+        self.rows = rows
+        self.starts = []
+
+    def __len__(self):
+        return len(self.rows)
+
+    def iterate(self, epoch, start=0):
+        self.starts.append((epoch, start))
+        for index in np.random.default_rng(epoch).permutation(len(self.rows))[start:]:
+            yield self.rows[index]
+
+
+def train(folder, dataset, output_dir, **settings):
+    progress = []
+    final = train_policy(
+        folder, dataset, PolicyConfig(**{**SETTINGS, **settings}), output_dir, on_progress=progress.append
+    )
+    return load_file(final / "model.safetensors"), progress
+
+
+def test_a_step_minimises_the_paper_s_squared_error(folder, rows, tmp_path):
+    """The first loss, computed here from its definition, and descent on it."""
+    quantiles = np.stack([row["quantile_reward"] for row in rows]).astype(np.float64)
+    at_reference = np.mean((quantiles - 0.5 * log_z("identity", 0.5)) ** 2)
+
+    _, progress = train(folder, rows, tmp_path, epochs=30, prompts_per_step=12)
+
+    assert progress[0]["loss"] == pytest.approx(at_reference, rel=1e-5)
+    assert progress[-1]["loss"] < 0.2 * at_reference
+
+
+def test_progress_and_metrics_name_what_people_watch(folder, rows, tmp_path):
+    _, progress = train(folder, rows, tmp_path, epochs=1)
+
+    assert [(p["step"], p["total_steps"]) for p in progress] == [(1, 3), (2, 3), (3, 3)]
+    expected = {
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "epoch",
+        "log_ratio/mean",
+        "quantile_reward",
+        "rewards/chosen",
+    }
+    assert expected | {"rewards/margins", "tokens_per_second"} <= set(progress[-1])
+    assert progress[0]["rewards/accuracies"] == 0.5
+    metrics = polars.read_parquet(tmp_path / "metrics.parquet")
+    assert metrics["loss"].drop_nulls().to_list() == [p["loss"] for p in progress]
+    assert metrics["initial_log_ratio/max_abs"].drop_nulls().item() < 1e-3
+
+
+def test_the_final_folder_is_an_ordinary_model_with_its_tokenizer(folder, rows, tmp_path):
+    trained, _ = train(folder, rows, tmp_path, epochs=1)
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "final")
+
+    assert tokenizer.chat_template
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert not torch.equal(
+        load_file(folder / "model.safetensors")["lm_head.weight"], trained["lm_head.weight"]
+    )
+
+
+def test_how_a_step_is_cut_changes_nothing(folder, rows, tmp_path):
+    def weights_after(name, **arguments):
+        settings = PolicyConfig(**{**SETTINGS, "learning_rate": 1e-3}).arguments(tmp_path / name)
+        trainer = QRPOTrainer(
+            load_policy(folder).double(),
+            QRPOConfig(**{**settings, "beta": 0.5, "save_strategy": "no", **arguments}),
+            rows[:10],  # the last step has two prompts only
+        )
+        trainer.train()
+        return trainer.model.state_dict()
+
+    whole = weights_after("whole", per_device_train_batch_size=4, token_budget=10_000)
+    variants = [
+        weights_after("micro", per_device_train_batch_size=4, token_budget=30),
+        weights_after("accumulated", per_device_train_batch_size=1, gradient_accumulation_steps=4),
+    ]
+
+    for variant in variants:
+        for name, weight in whole.items():
+            torch.testing.assert_close(variant[name], weight, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("as_dataset", [list, Reader], ids=["rows", "reader"])
+def test_a_killed_run_goes_on_exactly_where_it_was(folder, rows, tmp_path, as_dataset):
+    uninterrupted, progress = train(folder, as_dataset(rows), tmp_path / "a", epochs=3, save_steps=2)
+
+    class Killed(Exception):
+        pass
+
+    def kill(entry):
+        if entry["step"] == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_policy(
+            folder,
+            as_dataset(rows),
+            PolicyConfig(**SETTINGS, epochs=3, save_steps=2),
+            tmp_path / "b",
+            on_progress=kill,
+        )
+    (tmp_path / "b" / "checkpoint-5").mkdir()  # half written: no marker
+    dataset = as_dataset(rows)
+    resumed, rest = train(folder, dataset, tmp_path / "b", epochs=3, save_steps=2)
+
+    assert [entry["step"] for entry in rest] == [5, 6, 7, 8, 9]
+    assert [entry["loss"] for entry in rest] == [entry["loss"] for entry in progress[4:]]
+    for name, weight in uninterrupted.items():
+        assert torch.equal(resumed[name], weight), name
+    losses = [
+        polars.read_parquet(tmp_path / run / "metrics.parquet")["loss"].drop_nulls().to_list() for run in "ab"
+    ]
+    assert losses[0] == losses[1]
+    if isinstance(dataset, Reader):
+        assert dataset.starts[0] == (1, 4)  # one seek, no reading of what was trained on
+
+
+@pytest.mark.slow
+def test_kill_9_in_the_middle_leaves_a_run_that_ends_the_same(folder, rows, tmp_path):
+    script = textwrap.dedent("""
+        import json, sys, torch
+        from qrpo.optimization import PolicyConfig
+        from qrpo.policy import train_policy
+        torch.set_num_threads(1)
+        folder, rows, output, settings = (json.loads(a) for a in sys.argv[1:])
+        train_policy(folder, rows, PolicyConfig(**settings), output, on_progress=lambda p: print(p["step"], flush=True))
+    """)
+    plain_rows = [
+        {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in row.items()}
+        for row in rows
+    ]
+    settings = {**SETTINGS, "epochs": 8, "save_steps": 3}
+
+    def start(name):
+        arguments = [json.dumps(a) for a in (str(folder), plain_rows, str(tmp_path / name), settings)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        return subprocess.Popen(
+            [sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def wait(process):
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0
+        return output.split()
+
+    steps = wait(start("uninterrupted"))
+    victim = start("killed")
+    for line in victim.stdout:
+        if int(line) == 10:
+            break
+    victim.send_signal(signal.SIGKILL)
+    victim.communicate()
+    resumed_steps = wait(start("killed"))
+
+    assert len(steps) == 24
+    assert int(resumed_steps[0]) > 1
+    files = [tmp_path / name / "final" / "model.safetensors" for name in ("uninterrupted", "killed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_checkpoint_counts_only_when_it_is_whole(tmp_path):
+    for step in (5, 20, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "weights").write_bytes(b"x" * 100)
+        if step != 100:
+            mark_whole(tmp_path / f"checkpoint-{step}")
+
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-20"
+    (tmp_path / "checkpoint-20" / "weights").write_bytes(b"x" * 50)
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+    assert latest_checkpoint(tmp_path / "nothing") is None
+
+
+def test_a_reference_of_other_weights_is_found_before_the_first_step(folder, rows, tmp_path):
+    shifted = [{**row, "ref_logprob": row["ref_logprob"] + 0.5} for row in rows]
+
+    with pytest.raises(TrainingError, match=r"before the first step.*another chat template"):
+        train(folder, shifted, tmp_path / "refused")
+    train(folder, shifted, tmp_path / "allowed", max_initial_log_ratio=10)
+
+
+def test_a_loss_that_is_not_finite_names_its_prompts(folder, rows, tmp_path):
+    bad = [dict(row) for row in rows]
+    bad[7]["quantile_reward"] = np.array([0.1, np.nan, 0.3], dtype=np.float32)
+
+    with pytest.raises(TrainingError, match="not finite for 1 prompts: prompt-7"):
+        train(folder, bad, tmp_path)
+
+
+@pytest.mark.parametrize("conversational", [False, True], ids=["strings", "messages"])
+def test_trl_datasets_get_their_quantiles_and_reference_logprobs(folder, tmp_path, conversational):
+    def say(role, text):
+        return [{"role": role, "content": text}] if conversational else text
+
+    dataset = Dataset.from_list(
+        [
+            {
+                "prompt": say("user", f"prompt {i}"),
+                "chosen": say("assistant", "some words"),
+                "rejected": say("assistant", "more"),
+                "reward": [3.0, 1.0],
+                "ref_rewards": [0.0, 1.0, 2.0, 4.0],
+            }
+            for i in range(6)
+        ]
+    )
+    args = QRPOConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=3, report_to="none", disable_tqdm=True
+    )
+    model = load_policy(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    trainer = QRPOTrainer(model, args, dataset, tokenizer)
+    row = trainer.train_dataset[0]
+    trainer.train()
+
+    np.testing.assert_allclose(row["quantile_reward"], [0.75, 0.5])
+    begins = "<|begin|><|user|>prompt 0<|end|><|assistant|>" if conversational else "<|begin|>prompt 0"
+    assert tokenizer.decode(row["prompt_token_ids"]) == begins
+    assert tokenizer.decode(row["completion_token_ids"][1]) == "more<|end|>"
+    assert trainer.state.global_step == 6
+    assert trainer.state.log_history[0]["initial_log_ratio/max_abs"] < 1e-3
+
+
+def test_trl_rows_without_reference_rewards_are_refused_by_row(folder, tmp_path):
+    args = QRPOConfig(output_dir=str(tmp_path), report_to="none")
+    dataset = [{"prompt": "a", "completion": "b", "reward": 1.0}]
+
+    with pytest.raises(DataError, match="row 0 of the training dataset: no `ref_rewards`"):
+        QRPOTrainer(load_policy(folder), args, dataset, AutoTokenizer.from_pretrained(folder))
+
+
+def test_an_iterable_dataset_trains_for_max_steps(folder, rows, tmp_path):
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            while True:
+                yield from rows
+
+    _, progress = train(folder, Endless(), tmp_path, max_steps=4)
+
+    assert [p["step"] for p in progress] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("transform", ["log", "logit", "normal-icdf"])
+@pytest.mark.parametrize("partition", ["continuous", "finite"])
+def test_transforms_and_partitions_reach_the_loss(folder, rows, tmp_path, transform, partition):
+    extreme = [{**row, "quantile_reward": np.array([0.0, 1.0, 0.5])} for row in rows]
+
+    _, progress = train(
+        folder, extreme, tmp_path, transform=transform, partition=partition, beta=2.0, learning_rate=1e-4
+    )
+
+    assert np.isfinite([p["loss"] for p in progress]).all()
+
+
+def test_mixed_precision_and_gradient_checkpointing_train(folder, rows, tmp_path):
+    config = PolicyConfig(**SETTINGS, dtype="bfloat16", gradient_checkpointing=True)
+    scores = score_logprobs(load_policy(folder), rows, 1000, dtype=torch.bfloat16)
+    rounded = [{**row, "ref_logprob": score} for row, score in zip(rows, scores, strict=True)]
+
+    progress = []
+    train_policy(folder, rounded, config, tmp_path, on_progress=progress.append)
+
+    assert np.isfinite([p["loss"] for p in progress]).all()
+    first = polars.read_parquet(tmp_path / "metrics.parquet")["initial_log_ratio/mean_abs"].drop_nulls()
+    assert first.item() < np.mean(
+        [np.abs(a["ref_logprob"] - b["ref_logprob"]) for a, b in zip(rows, rounded, strict=True)]
+    )
+    assert all(
+        weight.dtype == torch.float32
+        for weight in load_file(tmp_path / "final" / "model.safetensors").values()
+    )
+
+
+def test_a_scaled_transform_divides_each_prompt_s_spread_by_the_mean_spread(folder, rows, tmp_path):
+    spreads = np.linspace(0.5, 2.0, len(rows))
+    spread_rows = [
+        {**row, "ref_std": float(spread), "quantile_reward": np.clip(row["quantile_reward"], 0.05, 0.95)}
+        for row, spread in zip(rows, spreads, strict=True)
+    ]
+    settings = PolicyConfig(
+        **{**SETTINGS, "transform": "scaled-normal-icdf", "prompts_per_step": 12, "max_steps": 1}
+    )
+    progress = []
+
+    train_policy(
+        folder,
+        spread_rows,
+        settings,
+        tmp_path,
+        mean_ref_std=float(spreads.mean()),
+        on_progress=progress.append,
+    )
+
+    # f = scale * icdf(q), log Z = (scale / beta)^2 / 2; at the reference the log ratio is 0
+    scale = (spreads / spreads.mean())[:, None]
+    quantiles = np.stack([row["quantile_reward"] for row in spread_rows]).astype(np.float64)
+    targets = scale * norm.ppf(quantiles) - 0.5 * (scale / 0.5) ** 2 / 2
+    assert progress[0]["loss"] == pytest.approx(np.mean(targets**2), rel=1e-4)
+
+
+def test_a_scaled_transform_over_streamed_rows_asks_for_the_mean_spread(folder, rows, tmp_path):
+    settings = PolicyConfig(**{**SETTINGS, "transform": "scaled-normal-icdf"})
+    with pytest.raises(ConfigError, match="mean_ref_std is not set"):
+        train_policy(folder, Reader(rows), settings, tmp_path)

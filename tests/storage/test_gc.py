@@ -1,0 +1,156 @@
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+import storage
+from storage import Manifest, PartKey, Store, StoreError, manifest_of
+from storage.gc import collect, plan_gc, usage
+from storage.leases import Leases
+from storage.verify import verify
+
+Key = Callable[..., PartKey]
+Table = Callable[..., pa.Table]
+
+
+@pytest.fixture
+def make_run(store: Store, part_key: Key, rewards_table: Table) -> Callable[..., dict[str, Manifest]]:
+    """make_run("name", [1, 2]): a run of two stages whose second has these parts; the first is shared by all runs."""
+
+    def make(name: str, numbers: list[int]) -> dict[str, Manifest]:
+        rejects = storage.rejects_table([{"stage": "rewards", "key": "3", "reason": "NaN"}])
+        base = store.commit_part(part_key("metrics", 0), pa.table({"x": [1]}))
+        parent = store.commit_manifest(manifest_of("metrics", "base", [base]))
+        parts = [
+            store.commit_part(part_key("rewards", n), rewards_table(10, seed=n), rejects=rejects)
+            for n in numbers
+        ]
+        made = manifest_of("rewards", parts[0].family, parts, parents={"metrics": parent.fingerprint})
+        made = store.commit_manifest(made)
+        store.write_run(name, {"stages": {"rewards": {"fingerprint": made.fingerprint}}})
+        return {"metrics": parent, "rewards": made}
+
+    return make
+
+
+def test_a_store_whose_runs_are_all_kept_loses_nothing(store: Store, make_run) -> None:
+    make_run("a", [1, 2])
+    plan = plan_gc(store, grace=0)
+    assert (plan.keys, plan.bytes) == ((), 0)
+    assert plan.kept_bytes == sum(info.bytes for info in store.listing())
+
+
+def test_a_dropped_run_goes_with_just_its_own_parts(store: Store, make_run) -> None:
+    make_run("a", [1, 2, 3])
+    kept = make_run("b", [2, 3, 4])
+    before = {info.key: info.bytes for info in store.listing()}
+    time.sleep(0.01)
+    plan = plan_gc(store, keep_runs=["b"], grace=0)
+    assert plan.drop_runs == ("a",)
+    assert [key.fingerprint for key in plan.parts] == [storage.fingerprint(["rewards", "family", 1])]
+    assert set(store.list()) == set(before)  # a plan changes nothing
+
+    assert collect(store, plan) == plan.bytes
+    after = {info.key: info.bytes for info in store.listing()}
+    assert sum(before.values()) - sum(after.values()) == plan.bytes
+    assert store.runs() == ["b"]
+    assert list(verify(store)) == []
+    assert storage.open(store, "b", "rewards").manifest == kept["rewards"]
+    assert (
+        store.manifest("metrics", kept["metrics"].fingerprint) == kept["metrics"]
+    )  # a parent of what is kept
+    assert plan_gc(store, keep_runs=["b"], grace=0).keys == ()
+
+
+def test_newest_and_age_choose_runs(tmp_path: Path, part_key: Key, rewards_table: Table) -> None:
+    store = Store(tmp_path)
+    for day, name in enumerate(["old", "middle", "new"]):
+        store.write_run(name, {"stages": {}})
+        when = time.time() - (3 - day) * 86_400
+        os.utime(tmp_path / "runs" / f"{name}.json", (when, when))
+    assert plan_gc(store, newest=1).keep_runs == ("new",)
+    assert plan_gc(store, newest=2).keep_runs == ("middle", "new")
+    assert plan_gc(store, max_age=2.5 * 86_400).keep_runs == ("middle", "new")
+    assert plan_gc(store, keep_runs=["old"], newest=1).keep_runs == ("new", "old")
+    assert plan_gc(store, newest=0).keep_runs == ()
+    assert plan_gc(store).keep_runs == ("middle", "new", "old")
+    with pytest.raises(StoreError, match="no run missing to keep; there is middle, new, old"):
+        plan_gc(store, keep_runs=["missing"])
+
+
+def test_parts_of_an_unfinished_run_stay_while_it_lives_or_they_are_young(
+    store: Store, part_key: Key, rewards_table: Table
+) -> None:
+    key = part_key("rewards")
+    store.commit_part(key, rewards_table(10))
+    time.sleep(0.01)
+    assert plan_gc(store).parts == ()  # younger than an hour
+    with Leases(store) as leases:
+        leases.protect(key.family)
+        assert plan_gc(store, grace=0).parts == ()
+    assert plan_gc(store, grace=0).parts == (key,)
+
+
+def test_a_plan_made_before_a_run_began_does_not_take_its_parts(
+    store: Store, part_key: Key, rewards_table: Table
+) -> None:
+    key = part_key("rewards")
+    store.commit_part(key, rewards_table(10))
+    time.sleep(0.01)
+    plan = plan_gc(store, grace=0)
+    assert plan.parts == (key,)
+    with Leases(store) as leases:
+        leases.protect(key.family)
+        collect(store, plan)
+        assert store.part(key) is not None
+
+
+def test_what_killed_writers_and_dead_runs_left_is_collected(
+    tmp_path: Path, part_key: Key, rewards_table: Table
+) -> None:
+    import subprocess
+    import sys
+
+    store = Store(tmp_path)
+    key = part_key("rewards")
+    store.commit_part(key, rewards_table(10))
+    store.delete(key.record)  # a payload without a record
+    store.write_bytes(part_key("rewards", 1).folder + ".discarded", b"{}")
+    code = (
+        "import os, sys, storage; from storage.leases import Leases; l = Leases(storage.Store(sys.argv[1])); "
+        "l.renew(); l.acquire(storage.PartKey('rewards', 'f', 'p')); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert len(store.list("leases")) == 2
+    time.sleep(0.01)
+    collect(store, plan_gc(store, grace=0))
+    assert store.list() == []
+
+
+def test_a_damaged_manifest_stops_gc_where_it_is_needed(store: Store, make_run) -> None:
+    made = make_run("a", [1])
+    store.write_bytes(made["rewards"].key, b"{")
+    with pytest.raises(StoreError, match="verify --repair"):
+        plan_gc(store, grace=0)
+
+
+def test_files_of_others_in_the_folder_are_left_alone(
+    tmp_path: Path, part_key: Key, rewards_table: Table
+) -> None:
+    store = Store(tmp_path)
+    record = store.commit_part(part_key("rewards"), rewards_table(10))
+    foreign = [tmp_path / "parts" / "my notes.json", tmp_path / "parts" / "rewards" / "f" / "größe.json"]
+    for path in foreign:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    assert list(verify(store)) == []
+    assert usage(store) == {
+        "parts": sum(path.stat().st_size for path in tmp_path.rglob(f"{record.fingerprint}*"))
+    }
+    time.sleep(0.01)
+    collect(store, plan_gc(store, grace=0))
+    assert store.part(record.key) is None
+    assert all(path.read_text() == "mine" for path in foreign)

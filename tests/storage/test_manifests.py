@@ -1,0 +1,107 @@
+import json
+from collections.abc import Callable
+
+import pyarrow as pa
+import pytest
+
+import storage
+from storage import DamagedError, PartKey, Store, StoreError, manifest_of
+
+Key = Callable[..., PartKey]
+Table = Callable[..., pa.Table]
+
+
+@pytest.fixture
+def manifest(store: Store, part_key: Key, rewards_table: Table) -> storage.Manifest:
+    rejects = storage.rejects_table([{"stage": "rewards", "key": "3", "reason": "NaN"}])
+    records = [
+        store.commit_part(part_key("rewards", n), rewards_table(10, seed=n), rejects=rejects if n else None)
+        for n in range(3)
+    ]
+    return manifest_of(
+        "rewards",
+        records[0].family,
+        records,
+        config={"reward": {"kind": "function"}},
+        inputs={"reward": "0" * 64},
+        parents={"completions": "f" * 32},
+        seconds=2.0,
+    )
+
+
+def test_a_manifest_is_read_back_whole(store: Store, manifest: storage.Manifest) -> None:
+    assert store.manifest("rewards", manifest.fingerprint) is None
+    assert store.commit_manifest(manifest) == manifest
+    assert store.manifest("rewards", manifest.fingerprint) == manifest
+    assert (manifest.rows, manifest.rejects) == (30, 2)
+    assert manifest.bytes == sum(
+        info.bytes
+        for info in store.listing()
+        if info.key.endswith(".parquet") and "artifacts" not in info.key
+    )
+
+
+def test_rejects_of_all_parts_lie_beside_the_manifest(store: Store, manifest: storage.Manifest) -> None:
+    store.commit_manifest(manifest)
+    assert store.exists(f"artifacts/rewards/{manifest.fingerprint}/rejects.parquet")
+    store.write_run("run", {"stages": {"rewards": {"fingerprint": manifest.fingerprint}}})
+    assert storage.open(store, "run", "rewards").rejects.num_rows == 2
+
+
+def test_an_artifact_is_opened_by_run_and_stage(store: Store, manifest: storage.Manifest) -> None:
+    store.commit_manifest(manifest)
+    store.write_run("my-run", {"stages": {"rewards": manifest.fingerprint}})
+    artifact = storage.open(store, "my-run", "rewards")
+    assert artifact.manifest == manifest
+    assert artifact.lazy.collect().height == artifact.dataset.count_rows() == 30
+    assert store.runs() == ["my-run"]
+    with pytest.raises(StoreError, match="has no run 'other'; it has my-run"):
+        storage.open(store, "other", "rewards")
+    with pytest.raises(StoreError, match="has no stage 'policy'; it has rewards"):
+        storage.open(store, "my-run", "policy")
+
+
+def test_committing_a_manifest_again_changes_nothing(store: Store, manifest: storage.Manifest) -> None:
+    store.commit_manifest(manifest)
+    later = storage.Manifest(**{**manifest.__dict__, "created": "2099-01-01T00:00:00Z"})
+    assert store.commit_manifest(later) == manifest
+
+
+def test_a_manifest_follows_a_part_that_was_computed_again(
+    store: Store, manifest: storage.Manifest, part_key: Key, rewards_table: Table
+) -> None:
+    store.commit_manifest(manifest)
+    again = store.commit_part(part_key("rewards", 1), rewards_table(10, seed=9), replace=True)
+    mended = manifest_of("rewards", manifest.family, [manifest.parts[0], again, manifest.parts[2]])
+    assert mended.fingerprint == manifest.fingerprint
+    assert store.commit_manifest(mended) == mended == store.manifest("rewards", manifest.fingerprint)
+
+
+def test_a_manifest_edited_by_hand_is_refused(store: Store, manifest: storage.Manifest) -> None:
+    store.commit_manifest(manifest)
+    value = json.loads(store.read_bytes(manifest.key))
+    value["config"]["reward"]["kind"] = "model"
+    store.write_bytes(manifest.key, json.dumps(value).encode())
+    with pytest.raises(DamagedError, match=manifest.key):
+        store.manifest("rewards", manifest.fingerprint)
+    store.write_bytes(manifest.key, b"{")
+    with pytest.raises(DamagedError, match="is not readable"):
+        store.manifest("rewards", manifest.fingerprint)
+
+
+def test_reformatting_a_manifest_is_no_edit(store: Store, manifest: storage.Manifest) -> None:
+    store.commit_manifest(manifest)
+    value = json.loads(store.read_bytes(manifest.key))
+    store.write_bytes(manifest.key, json.dumps(value, indent=2).encode())
+    assert store.manifest("rewards", manifest.fingerprint) == manifest
+
+
+def test_the_summary_gives_urls_that_others_can_read(store: Store, manifest: storage.Manifest) -> None:
+    import fsspec
+
+    summary = storage.artifact_summary(store, manifest)
+    assert summary["rows"] == 30
+    for url in summary["parts"]:
+        with fsspec.open(url, "rb") as file:
+            assert file.read(4) == b"PAR1"
+    json.dumps(summary)

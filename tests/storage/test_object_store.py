@@ -1,0 +1,329 @@
+"""The store against a real S3 server behind a line that fails: errors, resets, lost answers, cut and slow bodies."""
+
+import http.client
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pytest
+
+import storage
+from storage import PartKey, ShardReader, Store, StoreUnavailableError, manifest_of, remote
+from storage.leases import Leases
+from storage.verify import verify
+
+pytestmark = pytest.mark.slow
+
+Key = Callable[..., PartKey]
+Table = Callable[..., pa.Table]
+KINDS = ("500", "503", "reset", "lost answer", "cut body", "slow")
+
+
+@dataclass
+class Line:
+    """What the proxy does to requests, and what it saw."""
+
+    endpoint: str
+    rate: float = 0.0
+    kinds: tuple[str, ...] = KINDS
+    empty_listings: bool = False
+    seen: list[tuple[str, str]] = field(default_factory=list)
+    faults: dict[str, int] = field(default_factory=dict)
+    dice: random.Random = field(default_factory=lambda: random.Random(0))
+
+    def fault(self) -> str | None:
+        if self.dice.random() >= self.rate:
+            return None
+        kind = self.dice.choice(self.kinds)
+        self.faults[kind] = self.faults.get(kind, 0) + 1
+        return kind
+
+
+@pytest.fixture
+def line(s3_endpoint: str) -> Iterator[Line]:
+    """A proxy before the S3 server; `line.endpoint` is its address."""
+    target = urlsplit(s3_endpoint)
+
+    class Proxy(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def forward(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            line.seen.append((self.command, self.path))
+            fault = line.fault()
+            if fault in ("500", "503"):
+                code = "InternalError" if fault == "500" else "SlowDown"
+                self.answer(
+                    int(fault), {}, f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode()
+                )
+                return
+            if fault == "reset":
+                self.close_connection = True
+                return
+            if line.empty_listings and "list-type=2" in self.path:
+                empty = b'<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><KeyCount>0</KeyCount></ListBucketResult>'
+                self.answer(200, {"Content-Type": "application/xml"}, empty)
+                return
+            upstream = http.client.HTTPConnection(target.hostname or "", target.port, timeout=30)
+            upstream.request(self.command, self.path, body, dict(self.headers))
+            response = upstream.getresponse()
+            data = response.read()
+            upstream.close()
+            if fault == "lost answer":
+                self.close_connection = True
+                return
+            headers = {
+                k: v
+                for k, v in response.headers.items()
+                if k.lower() not in ("connection", "transfer-encoding", "content-length", "date", "server")
+            }
+            length = int(response.headers.get("Content-Length") or 0) if self.command == "HEAD" else len(data)
+            if fault == "slow":
+                time.sleep(0.2)
+            self.answer(response.status, headers, data, length, cut=fault == "cut body")
+
+        def answer(
+            self,
+            status: int,
+            headers: dict[str, str],
+            data: bytes,
+            length: int | None = None,
+            cut: bool = False,
+        ) -> None:
+            self.send_response_only(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(data) if length is None else length))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(data[: len(data) // 2] if cut and data else data)
+            self.close_connection = self.close_connection or cut
+
+        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = forward
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    server.daemon_threads = True
+    line = Line(f"http://127.0.0.1:{server.server_port}")
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield line
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def far_store(line: Line, s3_store: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """The store, reached through the line."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", line.endpoint)
+    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.005)
+    monkeypatch.setattr(remote, "_LONGEST_PAUSE", 0.05)
+    return Store(s3_store.url, client_kwargs={"endpoint_url": line.endpoint})
+
+
+def test_a_whole_run_survives_a_line_that_fails_every_fourth_time(
+    far_store: Store,
+    s3_store: Store,
+    line: Line,
+    part_key: Key,
+    rewards_table: Table,
+    shards_table: Table,
+    tmp_path: Path,
+    monkeypatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "ATTEMPTS", 12)
+    line.rate = 0.25
+    rejects = storage.rejects_table([{"stage": "rewards", "key": "3", "reason": "NaN"}])
+    with Leases(far_store, ttl=30) as leases:
+        keys = [part_key("rewards", n) for n in range(8)]
+        done, mine, others = leases.share(keys)
+        assert (done, mine, others) == ({}, keys, [])
+        records = []
+        for number, key in enumerate(keys):
+            records.append(far_store.commit_part(key, rewards_table(50, seed=number), rejects=rejects))
+            leases.release(key)
+    made = far_store.commit_manifest(manifest_of("rewards", records[0].family, records))
+    far_store.write_run("run", {"stages": {"rewards": made.fingerprint}})
+    shard = far_store.commit_part(part_key("shards"), shards_table(2000))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(bytes(range(256)) * 1000)
+    model = far_store.commit_folder(part_key("policy"), tmp_path / "model")
+
+    assert far_store.find_parts(keys) == {record.fingerprint: record for record in records}
+    assert storage.open(far_store, "run", "rewards").rejects.num_rows == 8
+    assert sum(far_store.read_part(record).num_rows for record in records) == 400
+    assert len(list(ShardReader(far_store, [shard]).iterate(0))) == 2000
+    assert storage.folder_digest(far_store.fetch_folder(model)) == storage.folder_digest(tmp_path / "model")
+    assert far_store.list("leases") == []
+    assert list(verify(far_store)) == []
+    far_store.discard_part(keys[0])
+    assert set(line.faults) == set(KINDS)
+    line.rate = 0
+    assert s3_store.part(keys[0]) is None
+    assert [finding.key for finding in verify(s3_store)] == [keys[0].record]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_fault_is_survived_by_reads_and_writes(far_store: Store, line: Line, kind: str) -> None:
+    line.rate, line.kinds = 0.5, (kind,)
+    for number in range(6):
+        data = bytes(range(256)) * (number + 1)
+        far_store.write_bytes(f"parts/{number}", data)
+        assert far_store.read_bytes(f"parts/{number}") == data
+        assert far_store.files.create(f"created/{number}", data)
+        assert not far_store.files.create(f"created/{number}", b"other")
+        assert far_store.read_bytes(f"created/{number}") == data
+    with pytest.raises(FileNotFoundError):
+        far_store.read_bytes("parts/missing")
+    assert line.faults[kind] > 5
+
+
+def test_a_line_that_always_fails_ends_in_one_readable_error(
+    far_store: Store, line: Line, part_key: Key, rewards_table: Table, monkeypatch
+) -> None:
+    monkeypatch.setattr(remote, "ATTEMPTS", 3)
+    line.rate, line.kinds = 1.0, ("503",)
+    with pytest.raises(
+        StoreUnavailableError, match=r"cannot read s3://bucket-\d+/some/folder/parts.* after 3 attempts"
+    ):
+        far_store.part(part_key("rewards"))
+    with pytest.raises(StoreUnavailableError, match="start the same command again"):
+        far_store.commit_part(part_key("rewards"), rewards_table(10))
+    assert len(line.seen) == 6
+
+
+def test_a_server_that_is_gone_ends_in_one_readable_error(s3_store: Store, monkeypatch) -> None:
+    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
+    store = Store(s3_store.url, client_kwargs={"endpoint_url": "http://127.0.0.1:9"})
+    with pytest.raises(StoreUnavailableError, match="after 2 attempts"):
+        store.read_bytes("x")
+
+
+def test_a_missing_bucket_is_named(s3_store: Store) -> None:
+    store = Store("s3://no-such-bucket-here/folder")
+    with pytest.raises(
+        StoreUnavailableError, match=r"s3://no-such-bucket-here/folder/x: .*Make the bucket first"
+    ):
+        store.write_bytes("x", b"1")
+
+
+def test_the_way_of_a_run_lists_nothing_and_reads_once(
+    far_store: Store, line: Line, part_key: Key, rewards_table: Table
+) -> None:
+    keys = [part_key("rewards", n) for n in range(5)]
+    assert far_store.find_parts(keys) == {}
+    records = [far_store.commit_part(key, rewards_table(10, seed=n)) for n, key in enumerate(keys)]
+    made = far_store.commit_manifest(manifest_of("rewards", "family", records))
+    far_store.write_run("run", {})
+    assert not [path for _, path in line.seen if "list-type" in path]
+
+    line.seen.clear()
+    assert far_store.manifest("rewards", made.fingerprint) == made
+    assert [command for command, _ in line.seen] == ["GET"]
+    line.seen.clear()
+    far_store.find_parts(keys)
+    assert [command for command, _ in line.seen] == ["GET"] * 5
+    line.seen.clear()
+    far_store.read_part(records[0])
+    assert [command for command, _ in line.seen] == ["GET"]
+    line.seen.clear()
+    far_store.commit_part(part_key("rewards", 9), rewards_table(10))
+    assert [command for command, _ in line.seen] == ["GET", "PUT", "PUT"]
+
+
+def test_keys_that_are_not_listed_yet_are_found_all_the_same(
+    far_store: Store, line: Line, part_key: Key, rewards_table: Table
+) -> None:
+    line.empty_listings = True
+    key = part_key("rewards")
+    record = far_store.commit_part(key, rewards_table(10))
+    made = far_store.commit_manifest(manifest_of("rewards", key.family, [record]))
+    assert far_store.family_parts("rewards", key.family) == []
+    assert far_store.part(key) == record
+    assert far_store.find_parts([key]) == {key.fingerprint: record}
+    assert far_store.manifest("rewards", made.fingerprint) == made
+    assert far_store.read_part(record).num_rows == 10
+
+
+def test_two_writers_of_one_key_agree_on_the_first(
+    s3_store: Store, part_key: Key, rewards_table: Table
+) -> None:
+    key = part_key("rewards")
+    records: list[storage.PartRecord] = []
+    barrier = threading.Barrier(4)
+
+    def write(number: int) -> None:
+        store = Store(s3_store.url)
+        barrier.wait()
+        records.append(store.commit_part(key, rewards_table(10, seed=number)))
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({record.digest for record in records}) == 1
+    assert records[0].digest == s3_store.part(key).digest
+    assert list(verify(s3_store)) == []
+
+
+def test_credentials_are_nowhere_in_what_is_stored_or_said(
+    far_store: Store,
+    s3_store: Store,
+    line: Line,
+    part_key: Key,
+    rewards_table: Table,
+    tmp_path: Path,
+    monkeypatch,
+    caplog,
+) -> None:
+    caplog.set_level("INFO")
+    secret, token, key_id = "verysecretaccesskey", "verysecretsessiontoken", "AKIATESTTESTTEST"
+    store = Store(
+        s3_store.url, key=key_id, secret=secret, token=token, client_kwargs={"endpoint_url": line.endpoint}
+    )
+    record = store.commit_part(part_key("rewards"), rewards_table(10), metadata={"store": store.url})
+    made = store.commit_manifest(manifest_of("rewards", record.family, [record]))
+    store.write_run("run", {"summary": storage.artifact_summary(store, made), "store": repr(store)})
+    with Leases(store) as leases:
+        leases.acquire(part_key("rewards", 1))
+        stored = b"".join(store.read_bytes(key) for key in store.list())
+    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    line.rate, line.kinds = 1.0, ("503", "reset")
+    said = [repr(store), store.url, store.url_of("x"), caplog.text]
+    for act in (lambda: store.read_bytes("x"), lambda: store.write_bytes("x", b""), lambda: store.list()):
+        with pytest.raises(StoreUnavailableError) as caught:
+            act()
+        assert caught.value.__cause__ is None
+        said.append(str(caught.value))
+    for word in (secret, token, key_id):
+        assert word.encode() not in stored
+        assert not [text for text in said if word in text]
+
+
+def test_a_big_object_is_sent_in_pieces_and_read_by_ranges(
+    s3_store: Store, monkeypatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(remote, "_WHOLE", 1 << 20)
+    data = random.Random(0).randbytes(12 << 20)
+    (tmp_path / "big").write_bytes(data)
+    assert s3_store.files.create_from("big", tmp_path / "big")
+    assert not s3_store.files.create_from("big", tmp_path / "big")
+    with s3_store.open_input("big") as file:
+        file.seek(5 << 20)
+        assert file.read(1000) == data[5 << 20 : (5 << 20) + 1000]
+        file.seek(-10, 2)
+        assert file.read() == data[-10:]
+        file.seek(0)
+        assert file.read() == data

@@ -1,0 +1,338 @@
+import hashlib
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import duckdb
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import storage
+from storage import DamagedError, PartKey, Store, StoreUnavailableError
+from storage.verify import verify
+
+Key = Callable[..., PartKey]
+Table = Callable[..., pa.Table]
+REJECT = {"stage": "rewards", "key": "row 3", "reason": "NaN reward", "prompt_id": "prompt-3"}
+
+
+def test_a_committed_part_is_found_and_read_back(store: Store, part_key: Key, rewards_table: Table) -> None:
+    key = part_key("rewards")
+    assert store.part(key) is None
+    record = store.commit_part(
+        key,
+        rewards_table(10),
+        rejects=storage.rejects_table([REJECT]),
+        parents={"f" * 32: "0" * 64},
+        metadata={"engine": "vllm"},
+        seconds=1.25,
+    )
+    assert store.part(key) == record
+    assert store.find_parts([key, part_key("rewards", 1)]) == {key.fingerprint: record}
+    assert store.family_parts("rewards", key.family) == [record]
+    assert (record.rows, record.rejects, record.seconds) == (10, 1, 1.25)
+    assert store.read_part(record).to_pylist() == rewards_table(10).to_pylist()
+    assert store.read_part(record, ["reward"]).column_names == ["reward"]
+    assert store.read_rejects(record).to_pylist() == [REJECT]
+
+
+def test_the_record_says_what_lies_in_the_store(store: Store, part_key: Key, rewards_table: Table) -> None:
+    record = store.commit_part(part_key("rewards"), rewards_table(10))
+    table = record.table
+    assert table is not None
+    data = store.read_bytes(table.key)
+    assert len(data) == table.bytes
+    assert hashlib.sha256(data).hexdigest() == table.sha256
+    assert table.key == f"parts/rewards/{record.family}/{record.fingerprint}.parquet"
+    assert store.list() == [f"parts/rewards/{record.family}/{record.fingerprint}.json", table.key]
+
+
+def test_equal_rows_give_equal_bytes_however_they_arrive(
+    store: Store, part_key: Key, rewards_table: Table
+) -> None:
+    rows = rewards_table(5000)
+    whole = store.commit_part(part_key("rewards", 0), rows)
+    pieces = store.commit_part(part_key("rewards", 1), (rows.slice(at, 37) for at in range(0, 5000, 37)))
+    polars = store.commit_part(part_key("rewards", 2), pl.from_arrow(rows).to_arrow())
+    assert whole.digest == pieces.digest == polars.digest
+    assert whole.rows == pieces.rows == 5000
+
+
+def test_a_committed_part_is_never_written_again(tmp_path: Path, part_key: Key, rewards_table: Table) -> None:
+    store = Store(tmp_path)
+    key = part_key("rewards")
+    record = store.commit_part(key, rewards_table(10, seed=0))
+    path = store.local_path(key.table)
+    assert path is not None
+    before = path.stat()
+    assert store.commit_part(key, rewards_table(10, seed=1)) == record
+    assert path.stat() == before
+
+
+def test_replace_puts_the_new_rows_in_place_of_the_old(
+    store: Store, part_key: Key, rewards_table: Table
+) -> None:
+    key = part_key("rewards")
+    old = store.commit_part(key, rewards_table(10), rejects=storage.rejects_table([REJECT]))
+    new = store.commit_part(key, rewards_table(12, seed=1), replace=True)
+    assert new.digest != old.digest
+    assert store.part(key) == new
+    assert store.read_part(new).num_rows == 12
+    assert store.list() == [key.record, key.table]
+
+
+def test_replace_keeps_the_old_part_where_the_new_rows_fail(
+    store: Store, part_key: Key, rewards_table: Table
+) -> None:
+    key = part_key("rewards")
+    old = store.commit_part(key, rewards_table(10))
+    with pytest.raises(storage.SchemaError):
+        store.commit_part(key, rewards_table(12).drop_columns("reward"), replace=True)
+    assert store.part(key) == old
+    assert store.read_part(old).num_rows == 10
+
+
+def test_a_failing_iterator_leaves_nothing_behind(store: Store, part_key: Key, rewards_table: Table) -> None:
+    def rows():
+        yield rewards_table(70_000)
+        raise RuntimeError("engine died")
+
+    with pytest.raises(RuntimeError, match="engine died"):
+        store.commit_part(part_key("rewards"), rows())
+    assert store.list() == []
+    root = store.local_path("x")
+    if root is not None:
+        assert not [name for _, _, names in os.walk(root.parent) for name in names]
+
+
+def test_rejects_may_be_known_only_after_the_last_row(
+    store: Store, part_key: Key, rewards_table: Table
+) -> None:
+    left_out: list[dict[str, str | None]] = []
+
+    def rows():
+        yield rewards_table(10)
+        left_out.append(REJECT)
+
+    record = store.commit_part(part_key("rewards"), rows(), rejects=lambda: storage.rejects_table(left_out))
+    assert record.rejects == 1
+
+
+def test_a_part_may_have_no_rows(store: Store, part_key: Key) -> None:
+    for number, tables in enumerate([[], storage.SCHEMAS["rewards"].empty_table()]):
+        record = store.commit_part(part_key("rewards", number), tables)
+        assert record.rows == 0
+        assert store.read_part(record).schema == storage.SCHEMAS["rewards"]
+
+
+def test_discard_makes_a_part_uncommitted_and_leaves_no_file(
+    store: Store, part_key: Key, rewards_table: Table
+) -> None:
+    key, other = part_key("rewards", 0), part_key("rewards", 1)
+    store.commit_part(key, rewards_table(10), rejects=storage.rejects_table([REJECT]))
+    kept = store.commit_part(other, rewards_table(10))
+    store.discard_part(key)
+    assert store.part(key) is None
+    assert store.list() == [other.record, other.table]
+    assert store.part(other) == kept
+
+
+def test_a_payload_left_by_a_killed_run_is_taken_as_it_is(
+    store: Store, part_key: Key, rewards_table: Table
+) -> None:
+    key = part_key("rewards")
+    first = store.commit_part(key, rewards_table(10, seed=0), rejects=storage.rejects_table([REJECT]))
+    store.delete(key.record)  # as if killed before the commit
+    second = store.commit_part(
+        key, rewards_table(12, seed=1), rejects=storage.rejects_table([REJECT, REJECT])
+    )
+    assert second.files == first.files
+    assert (second.rows, second.rejects) == (10, 1)
+    assert len(store.list()) == 3
+
+
+def test_a_payload_left_by_a_killed_discard_is_not_taken(
+    store: Store, part_key: Key, rewards_table: Table
+) -> None:
+    key = part_key("rewards")
+    store.commit_part(key, rewards_table(10, seed=0))
+    store.write_bytes(f"{key.folder}.discarded", b"{}")
+    store.delete(key.record)
+    record = store.commit_part(key, rewards_table(12, seed=1))
+    assert store.read_part(record).num_rows == 12
+    assert store.list() == [key.record, key.table]
+
+
+def test_a_torn_payload_without_a_record_is_written_anew(
+    store: Store, part_key: Key, rewards_table: Table
+) -> None:
+    key = part_key("rewards")
+    store.write_bytes(key.table, b"PAR1 and nothing more")
+    record = store.commit_part(key, rewards_table(10))
+    assert store.read_part(record).num_rows == 10
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated", "other rows"])
+def test_reading_a_damaged_part_names_its_file(
+    store: Store, part_key: Key, rewards_table: Table, harm: str
+) -> None:
+    record = store.commit_part(part_key("rewards"), rewards_table(10))
+    assert record.table is not None
+    key = record.table.key
+    data = store.read_bytes(key)
+    if harm == "missing":
+        store.delete(key)
+    elif harm == "truncated":
+        store.write_bytes(key, data[:-1])
+    else:
+        record = storage.PartRecord(**{**record.__dict__, "rows": 11})
+    with pytest.raises(DamagedError, match=key):
+        store.read_part(record)
+
+
+def test_a_record_edited_by_hand_is_refused(store: Store, part_key: Key, rewards_table: Table) -> None:
+    key = part_key("rewards")
+    store.commit_part(key, rewards_table(10))
+    data = store.read_bytes(key.record)
+    store.write_bytes(key.record, data.replace(b'"rows":10', b'"rows":11'))
+    with pytest.raises(DamagedError, match="was changed after it was written"):
+        store.part(key)
+    with pytest.raises(DamagedError, match=key.record):
+        store.find_parts([key])
+    store.write_bytes(part_key("rewards", 1).record, data)
+    with pytest.raises(DamagedError, match="moved or copied"):
+        store.part(part_key("rewards", 1))
+
+
+def test_a_folder_is_committed_and_fetched(store: Store, part_key: Key, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = tmp_path / "model"
+    (model / "sub").mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    (model / "sub" / "model.safetensors").write_bytes(bytes(range(256)) * 100)
+    record = store.commit_folder(part_key("policy"), model, metadata={"steps": 3})
+    assert store.part(part_key("policy")) == record
+    for fetched in (store.fetch_folder(record), store.fetch_folder(record, into=tmp_path / "mine")):
+        assert storage.folder_digest(fetched) == storage.folder_digest(model)
+    assert store.fetch_folder(record) == store.fetch_folder(record)
+    store.discard_part(part_key("policy"))
+    assert store.list() == []
+
+
+def test_a_half_copied_folder_is_not_a_part(store: Store, part_key: Key, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "a").write_text("a")
+    (tmp_path / "model" / "b").write_text("b")
+    key = part_key("policy")
+    record = store.commit_folder(key, tmp_path / "model")
+    store.delete(key.record)
+    store.delete(record.files[1].key)
+    assert store.part(key) is None
+    assert store.commit_folder(key, tmp_path / "model").digest == record.digest
+
+
+def test_polars_and_duckdb_read_a_family_by_a_glob(
+    tmp_path: Path, part_key: Key, rewards_table: Table
+) -> None:
+    store = Store(tmp_path)
+    records = [store.commit_part(part_key("rewards", n), rewards_table(10, seed=n)) for n in range(3)]
+    glob = str(tmp_path / "parts" / "rewards" / records[0].family / "*.parquet")
+    assert pl.scan_parquet(glob).select(pl.len()).collect().item() == 30
+    assert duckdb.sql(f"select count(*), count(distinct prompt_id) from '{glob}'").fetchall() == [(30, 15)]
+
+
+def test_scan_reads_many_parts_as_one_table(store: Store, part_key: Key, rewards_table: Table) -> None:
+    records = [store.commit_part(part_key("rewards", n), rewards_table(10, seed=n)) for n in range(3)]
+    lazy = store.scan(records).filter(pl.col("sample_index") == 1).select("prompt_id", "reward")
+    assert lazy.collect().shape == (15, 2)
+
+
+def test_row_groups_and_statistics_let_a_reader_skip(
+    tmp_path: Path, part_key: Key, rewards_table: Table
+) -> None:
+    store = Store(tmp_path)
+    record = store.commit_part(part_key("rewards"), rewards_table(150_000))
+    with pq.ParquetFile(store.local_path(record.key.table)) as file:
+        assert [file.metadata.row_group(i).num_rows for i in range(3)] == [65_536, 65_536, 18_928]
+        column = file.metadata.row_group(0).column(0)
+        assert column.compression == "ZSTD"
+        assert column.statistics.has_min_max
+
+
+def test_a_store_can_be_sent_to_another_process(store: Store, part_key: Key, rewards_table: Table) -> None:
+    record = store.commit_part(part_key("rewards"), rewards_table(10))
+    copy = pickle.loads(pickle.dumps(store))  # noqa: S301
+    assert copy.part(part_key("rewards")) == record
+
+
+def test_work_folders_survive_until_they_are_cleared(
+    store: Store, part_key: Key, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    key = part_key("policy")
+    (store.work_dir(key) / "checkpoint").write_text("1")
+    assert (store.work_dir(key) / "checkpoint").read_text() == "1"
+    store.clear_work(key)
+    assert list(store.work_dir(key).iterdir()) == []
+
+
+def test_threads_that_commit_one_part_agree_on_the_first(
+    store: Store, part_key: Key, rewards_table: Table
+) -> None:
+    rejects = storage.rejects_table([REJECT])
+    for number in range(5):
+        key = part_key("rewards", number)
+        barrier = threading.Barrier(4)
+        records: list[storage.PartRecord] = []
+
+        def commit(seed: int, key=key, barrier=barrier, records=records) -> None:
+            table = rewards_table(10 + seed, seed=seed)
+            barrier.wait()
+            records.append(store.commit_part(key, table, rejects=rejects if seed % 2 else None))
+
+        threads = [threading.Thread(target=commit, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(records) == 4
+        assert len({record.files for record in records}) == 1
+        assert store.read_part(records[0]).num_rows == records[0].rows
+        assert store.read_rejects(records[0]).num_rows == records[0].rejects
+    assert list(verify(store)) == []
+
+
+@pytest.mark.parametrize("place", ["/proc/no-store", "file"])
+def test_a_store_that_cannot_be_written_is_one_readable_error(
+    tmp_path: Path, part_key: Key, rewards_table: Table, place: str
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    store = Store(tmp_path / place)
+    with pytest.raises(StoreUnavailableError, match="choose another store"):
+        store.commit_part(part_key("rewards"), rewards_table(10))
+    with pytest.raises(StoreUnavailableError, match="choose another store"):
+        store.write_run("run", {})
+
+
+def test_a_full_disk_is_one_readable_error_and_leaves_nothing(tmp_path: Path) -> None:
+    code = """
+import resource, sys, numpy as np, pyarrow as pa, storage
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+key = storage.PartKey("metrics", "family", "part")
+table = pa.table({"x": np.random.default_rng(0).random(100_000)})
+try:
+    storage.Store(sys.argv[1]).commit_part(key, table)
+except storage.StoreUnavailableError as error:
+    print(error)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert "File too large. Nothing committed is lost" in run.stdout
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -1,0 +1,222 @@
+"""Kills every stage of a small pipeline at every crash point, resumes it, and compares with an uninterrupted run.
+
+    python crash_stages.py FOLDER [N]      prints one JSON object: points by stage, killed, resumed, faults
+
+With N, stages that train or load a model for each attempt are killed at every N-th point only; without, at every one.
+
+An uninterrupted run goes first, and the store is copied before and after each stage. Then, for every stage and every
+point at which it changes the store: a fork of this process runs the stage from the copy before it and kills itself
+there; another fork runs it to the end. Every file must then be what the uninterrupted run left (records apart from their
+times), and no part that was committed before the kill may have been touched.
+
+All stages run in the forks themselves, not in child processes, so that a kill meets their commits. Prefect's task wrapper is
+left off: it takes no part in what is written.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+import torch
+
+from qrpo.engines.transformers import TransformersEngine
+from qrpo.tiny import build_tiny_model
+from storage.crashpoints import on_crash_point
+from tasks import completions, evaluation, run_stage
+from tasks.config import PipelineConfig, parse_config
+from tasks.stages import STAGES
+
+DEAR = ("reference", "policy", "evaluation")
+REWARD = "def reward(prompts, completions, **columns):\n    return [len(text) + text.count('a') / 7 for text in completions]\n"
+
+
+def write_task(folder: Path) -> PipelineConfig:
+    """Twelve prompts, one of them broken and two held out, on a model of a few thousand weights."""
+    words = ["alpha beta", "gamma a", "delta aa", "epsilon"]
+    build_tiny_model(folder / "base", words, hidden_size=32, heads=1, layers=1, max_length=96)
+    rows = [{"prompt": f"{words[i % 4]} {i}", "completion": words[(i + 1) % 4]} for i in range(12)]
+    lines = [json.dumps(row) for row in rows] + ["{broken"]
+    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "reward.py").write_text(REWARD)
+    return parse_config(
+        {
+            "name": "crash",
+            "prompts": {"source": str(folder / "prompts.jsonl"), "eval_fraction": 0.3},
+            "reference": {
+                "model": {"path": str(folder / "base")},
+                "sft": {"max_steps": 1, "prompts_per_step": 8},
+            },
+            "completions": {
+                "num_ref": 3,
+                "samples_per_part": 2,
+                "engine": {"kind": "transformers"},
+                "sampling": {"max_tokens": 6},
+            },
+            "rewards": [{"kind": "function", "function": f"{folder / 'reward.py'}:reward"}],
+            "policy": {"max_steps": 1, "prompts_per_step": 8},
+            "evaluation": {"num_samples": 1},
+            "run": {"part_size": 32, "max_reject_fraction": 0.5},
+        }
+    )
+
+
+class EngineHere:
+    """The transformers engine in this process, one for each model folder."""
+
+    def __init__(self, config: Any, model: Any) -> None:
+        self.max_model_len = 96
+        self._engine = TransformersEngine(config, model, self.max_model_len)
+
+    def sample(self, requests: Any, sampling: Any) -> Any:
+        return self._engine.sample(requests, sampling)
+
+
+def run_here() -> None:
+    """Let every stage work in this process."""
+
+    def in_this_process(target: str, work: Any, *more: Any) -> Any:
+        module, _, function = target.partition(":")
+        return getattr(import_module(module), function)(work, *more)
+
+    run_stage._in_child = in_this_process
+    compute = run_stage.compute_parts.fn
+    run_stage.compute_parts = lambda label, work, reporter: compute(label, work.unquote(), reporter.unquote())
+    for module in (completions, evaluation):
+        module.engine_for = lambda config, model, log: EngineHere(config, model)
+
+
+def in_fork(work: Callable[[], None]) -> int:
+    """The status of `work` in a fork of this process: 0, or minus the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def run_one(
+    stage: str, config: PipelineConfig, store: Path, kill_at: int | None = None, count: Path | None = None
+) -> int:
+    """Run a stage in a fork, killed at its `kill_at`-th crash point; `count` gets how many there were."""
+
+    def work() -> None:
+        points = 0
+
+        def listener(name: str, key: str) -> None:
+            nonlocal points
+            if key.startswith("leases/"):
+                return  # a heartbeat thread writes them at times of its own
+            points += 1
+            if points == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        on_crash_point(listener)
+        run_stage.run_stage(stage, config, str(store))
+        if count is not None:
+            count.write_text(str(points))
+
+    return in_fork(work)
+
+
+def content(store: Path) -> dict[str, str]:
+    """What a reader of the store can see, without what tells the time (a policy's metrics do)."""
+    seen = {}
+    for path in sorted(store.rglob("*")):
+        key = path.relative_to(store).as_posix()
+        if not path.is_file() or key.startswith(("leases/", "work/", "logs/")) or path.name.startswith("."):
+            continue
+        names = key.split("/")
+        if (
+            names[0] == "parts" and len(names) == 6
+        ):  # a file of a model folder, below the hash of all its files
+            if path.name != "metrics.parquet":
+                seen["/".join([*names[:4], names[5]])] = digest(path)
+        elif path.suffix == ".json":
+            timed = {"files", "bytes"} if "policy" in names else set()
+            seen[key] = json.dumps(without_times(json.loads(path.read_text()), timed), sort_keys=True)
+        else:
+            seen[key] = digest(path)
+    return seen
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def without_times(value: Any, more: set[str]) -> Any:
+    """The same without times (and `more` keys), and without how many parts this very run computed."""
+    left_out = {"created", "seconds", "updated", "sha256", "parts_computed", "parts_cached"} | more
+    if isinstance(value, dict):
+        return {key: without_times(item, more) for key, item in value.items() if key not in left_out}
+    if isinstance(value, list):
+        return [without_times(item, more) for item in value]
+    return value
+
+
+def committed(store: Path) -> dict[str, int]:
+    """The payload files of committed parts, with the time of their last change in nanoseconds."""
+    times = {}
+    for record in store.glob("parts/*/*/*.json"):
+        for _, key, _, _ in json.loads(record.read_text())["files"]:
+            times[key] = (store / key).stat().st_mtime_ns
+    return times
+
+
+def main(folder: Path, every: int) -> dict[str, Any]:
+    """Kill and resume every stage at every point, the dear ones at every `every`-th."""
+    torch.set_num_threads(1)
+    run_here()
+    config = write_task(folder)
+    store = folder / "store"
+    store.mkdir()
+    points: dict[str, int] = {}
+    for stage in STAGES:
+        shutil.copytree(store, folder / f"before-{stage}")
+        assert run_one(stage, config, store, count=folder / "points") == 0, stage
+        points[stage] = int((folder / "points").read_text())
+        shutil.copytree(store, folder / f"after-{stage}")
+    faults = []
+    killed = resumed = 0
+    for stage, total in points.items():
+        expected = content(folder / f"after-{stage}")
+        for point in range(1, total + 1, every if stage in DEAR else 1):
+            killed += 1
+            broken = folder / "broken"
+            shutil.rmtree(broken, ignore_errors=True)
+            shutil.copytree(folder / f"before-{stage}", broken)
+            if run_one(stage, config, broken, kill_at=point) != -signal.SIGKILL:
+                faults.append(f"{stage} {point}: not killed")
+            before = committed(broken)
+            if run_one(stage, config, broken) != 0:
+                faults.append(f"{stage} {point}: not resumed")
+                continue
+            resumed += 1
+            touched = [key for key, time in before.items() if committed(broken).get(key) != time]
+            if touched:
+                faults.append(f"{stage} {point}: computed again {touched}")
+            got = content(broken)
+            if got != expected:
+                different = sorted(
+                    key for key in got.keys() | expected.keys() if got.get(key) != expected.get(key)
+                )
+                faults.append(f"{stage} {point}: differs in {different}")
+    return {"points": points, "killed": killed, "resumed": resumed, "faults": faults}
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1)) + "\n")
