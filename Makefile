@@ -11,9 +11,11 @@ UV := $(VENV)/bin/uv
 WHEELS = $(if $(PIP_FIND_LINKS),$(addprefix --find-links ,$(PIP_FIND_LINKS)),--torch-backend $(if $(filter cuda,$(EXTRA)),auto,cpu))
 OVERRIDES = $(if $(filter cpu,$(EXTRA)),--override requirements/cpu-overrides.txt)
 STAMP := $(VENV)/.installed-$(EXTRA)
+# What tests use beside Python: the sandbox's isolator, a database for the Prefect server, a browser.
+SYSTEM_PACKAGES := bubblewrap chromium fonts-dejavu-core postgresql
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help install demo test check lint types format lock clean
+.PHONY: help install system demo test check lint types format lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,10 +33,17 @@ $(STAMP): $(UV) pyproject.toml requirements/$(EXTRA).txt
 
 install: $(STAMP) ## the virtual environment with everything in it
 
+system: ## the Debian packages that tests use, where they are missing
+	@missing=$$(for name in $(SYSTEM_PACKAGES); do dpkg -s $$name >/dev/null 2>&1 || echo $$name; done); \
+	if test -z "$$missing"; then :; \
+	elif test "$$(id -u)" = 0 && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+	else echo "Not installed: $$missing. The tests that use them are skipped; a Debian root installs them by \`make system\`." >&2; fi
+
 demo: $(STAMP) ## prompts become a better policy, in minutes, nothing to download
 	$(VENV)/bin/qrpo demo
 
-test: $(STAMP) ## the whole test suite
+test: $(STAMP) system ## the whole test suite
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP) lint types ## lint, types, import contracts, fast tests

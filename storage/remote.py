@@ -118,12 +118,14 @@ class RemoteFiles:
         """
 
         def put(fs: Any, name: str) -> bool:
-            try:
-                with _memory_lock if self.protocol == "memory" else nullcontext():
-                    fs.pipe_file(name, data, mode="create")
-            except FileExistsError:
-                return self.read(key) == data
-            return True
+            while True:
+                try:
+                    with _memory_lock if self.protocol == "memory" else nullcontext():
+                        fs.pipe_file(name, data, mode="create")
+                    return True
+                except FileExistsError:
+                    with suppress(FileNotFoundError):  # deleted since it was in the way: the name is free again
+                        return self.read(key) == data
 
         crash_point("put-before", key)
         created = self._tried("write", key, put)
