@@ -19,7 +19,7 @@ from storage.files import Files
 from storage.fingerprints import file_digest
 from storage.parts import FileEntry, PartRecord
 from storage.remote import RemoteFiles
-from storage.tables import REJECTS, SCHEMAS
+from storage.tables import REJECTS
 
 if TYPE_CHECKING:
     import polars as pl
@@ -30,12 +30,15 @@ __all__ = ["cache_folder", "dataset", "fetch_folder", "open_table", "read_reject
 _REMEDY = "`qrpo verify --repair` computes just this part again."
 
 
-def open_table(files: Files, record: PartRecord) -> pq.ParquetFile:
-    """A part's Parquet file, its size and row count checked. Close it, or use it in a `with`."""
+def open_table(files: Files, record: PartRecord, encoded: Sequence[str] = ()) -> pq.ParquetFile:
+    """A part's Parquet file, its size and row count checked. Close it, or use it in a `with`.
+
+    The text columns `encoded` come as dictionaries: many equal texts are then not made one by one.
+    """
     entry = record.table
     if entry is None:
         raise StoreError(f"{record.key} is a folder, not a table. Use fetch_folder.")
-    opened = _open(files, entry, record)
+    opened = _open(files, entry, record, encoded)
     if opened.metadata.num_rows != record.rows:
         raise DamagedError(
             f"{record.key}: {entry.key} has {opened.metadata.num_rows} rows, {record.rows} were committed. {_REMEDY}"
@@ -43,9 +46,11 @@ def open_table(files: Files, record: PartRecord) -> pq.ParquetFile:
     return opened
 
 
-def read_table(files: Files, record: PartRecord, columns: Sequence[str] | None = None) -> pa.Table:
-    """A part's rows, all columns or some."""
-    with open_table(files, record) as opened:
+def read_table(
+    files: Files, record: PartRecord, columns: Sequence[str] | None = None, encoded: Sequence[str] = ()
+) -> pa.Table:
+    """A part's rows, all columns or some; the text columns `encoded` as dictionaries."""
+    with open_table(files, record, encoded) as opened:
         return _read(opened, record, columns)
 
 
@@ -75,13 +80,11 @@ def dataset(files: Files, records: Iterable[PartRecord]) -> "ds.Dataset":
     import pyarrow.dataset as ds
 
     records = [record for record in records if record.table]
-    schema = SCHEMAS.get(records[0].stage) if records else None
     if not records:
         raise StoreError("there are no parts to scan: the list is empty.")
     if isinstance(files, RemoteFiles):
         names = [f"{files.root}/{record.key.table}" for record in records]
         return ds.dataset(names, format="parquet", filesystem=files.filesystem)
-    del schema
     return ds.dataset([str(files.path(record.key.table)) for record in records], format="parquet")
 
 
@@ -137,7 +140,7 @@ def _download(files: Files, entry: FileEntry, path: Path, record: PartRecord) ->
         )
 
 
-def _open(files: Files, entry: FileEntry, record: PartRecord) -> pq.ParquetFile:
+def _open(files: Files, entry: FileEntry, record: PartRecord, encoded: Sequence[str] = ()) -> pq.ParquetFile:
     try:
         file: Any = files.path(entry.key) or files.open_input(entry.key, entry.bytes)
         size = file.stat().st_size if isinstance(file, Path) else file.seek(0, os.SEEK_END)
@@ -148,7 +151,7 @@ def _open(files: Files, entry: FileEntry, record: PartRecord) -> pq.ParquetFile:
             f"{record.key}: {entry.key} has {size} bytes, {entry.bytes} were committed. {_REMEDY}"
         )
     try:
-        return pq.ParquetFile(file, pre_buffer=True)
+        return pq.ParquetFile(file, pre_buffer=True, read_dictionary=list(encoded))
     except (pa.ArrowInvalid, OSError) as error:
         raise DamagedError(
             f"{record.key}: {entry.key} is not readable as Parquet ({error}). {_REMEDY}"
