@@ -139,8 +139,9 @@ def dump_config(config: PipelineConfig) -> str:
 
 
 def _explain(item: dict[str, Any]) -> str:
+    steps = item["loc"]  # behind a list's index pydantic names the `kind` that it took the item for
     location = [
-        str(step) for step in item["loc"] if not (isinstance(step, str) and step in {"function", "model"})
+        str(step) for place, step in enumerate(steps) if not (place and isinstance(steps[place - 1], int))
     ]
     path = ".".join(location)
     if item["type"] == "extra_forbidden":
@@ -164,20 +165,18 @@ def _explain(item: dict[str, Any]) -> str:
 
 def _known_keys(path: list[Any]) -> list[str]:
     models: list[Any] = [PipelineConfig]
-    for step in path:
+    for place, step in enumerate(path):
         if isinstance(step, int):
             continue
-        of_kind = [
-            model
-            for model in models
-            if "kind" in model.model_fields and model.model_fields["kind"].default == step
-        ]
-        models = of_kind or [
-            inner
-            for model in models
-            if step in model.model_fields
-            for inner in _models_in(model.model_fields[step].annotation)
-        ]
+        if place and isinstance(path[place - 1], int):
+            models = [model for model in models if model.model_fields["kind"].default == step]
+        else:
+            models = [
+                inner
+                for model in models
+                if step in model.model_fields
+                for inner in _models_in(model.model_fields[step].annotation)
+            ]
     return sorted({name for model in models for name in model.model_fields})
 
 

@@ -275,7 +275,7 @@ def model_scores(folder: Path, **settings: Any) -> list[Score]:
 
     reward = ModelReward(ModelRewardConfig(model=ModelConfig(path=str(folder)), device="cpu", **settings))
     prompts, completions = zip(*CONVERSATIONS, strict=True)
-    return reward.score(prompts, completions, {})
+    return reward.score(prompts, completions)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 400, 100_000])
