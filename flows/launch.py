@@ -2,7 +2,7 @@
 
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +12,9 @@ from storage import Store
 from tasks.config import PipelineConfig
 from tasks.plan import StagePlan
 from tasks.stages import STAGES, plan_pipeline, require_parents
+
+if TYPE_CHECKING:
+    from flows.stages import StageName
 
 __all__ = ["launch", "print_summary"]
 
@@ -43,7 +46,14 @@ def launch(
         from flows.pipeline import pipeline
 
         server_answers()
-        results = pipeline(config, store.url, first, last, force)
+        # the names were checked by whoever asked; Prefect checks them again
+        results = pipeline(
+            config,
+            store.url,
+            cast("StageName", first),
+            cast("StageName", last),
+            cast("tuple[StageName, ...]", force),
+        )
     stages = {
         result.stage: {
             "fingerprint": result.fingerprint,

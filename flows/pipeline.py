@@ -1,21 +1,28 @@
 """All stages as one flow."""
 
-from prefect import flow
+from typing import Annotated, get_args
 
-from flows.stages import DEFAULT_STORE, STAGE_FLOWS
-from tasks.config import PipelineConfig
+from prefect import flow, tags
+from pydantic import Field
+
+from flows.stages import DEFAULT_STORE, STAGE_FLOWS, ConfigParameter, StageName, StoreParameter
 from tasks.run_stage import StageResult
 
 __all__ = ["pipeline", "stage_span"]
 
 
-@flow(name="pipeline", flow_run_name="{config.name}")
+@flow(name="pipeline", flow_run_name="{config.name}: {first} to {last} ({config.subject})")
 def pipeline(
-    config: PipelineConfig,
-    store: str = DEFAULT_STORE,
-    first: str = "prompts",
-    last: str = "evaluation",
-    force: tuple[str, ...] = (),
+    config: ConfigParameter,
+    store: StoreParameter = DEFAULT_STORE,
+    first: Annotated[
+        StageName, Field(title="From", description="Start with this stage; those before must be complete.")
+    ] = "prompts",
+    last: Annotated[StageName, Field(title="Until", description="Stop after this stage.")] = "evaluation",
+    force: Annotated[
+        tuple[StageName, ...],
+        Field(title="Compute again", description="Stages to compute again even where the store has them."),
+    ] = (),
 ) -> list[StageResult]:
     """Quantile Reward Policy Optimization, stage by stage; what the store already has is not computed again.
 
@@ -27,10 +34,11 @@ def pipeline(
     minimise (f(q) - beta log Z - beta log(policy / reference))^2             policy
     compare policy and reference on held-out prompts                          evaluation
     """
-    return [STAGE_FLOWS[stage](config, store, force=stage in force) for stage in stage_span(first, last)]
+    with tags(f"run:{config.name}"):
+        return [STAGE_FLOWS[stage](config, store, force=stage in force) for stage in stage_span(first, last)]
 
 
-def stage_span(first: str = "prompts", last: str = "evaluation") -> tuple[str, ...]:
+def stage_span(first: StageName = "prompts", last: StageName = "evaluation") -> tuple[StageName, ...]:
     """The stages from `first` to `last`, both included."""
-    names = tuple(STAGE_FLOWS)
+    names = get_args(StageName)
     return names[names.index(first) : names.index(last) + 1]

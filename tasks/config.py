@@ -35,6 +35,8 @@ class RunConfig(Section):
     """Parts that one Prefect task covers."""
     cpu_threads: int | None = knob(None, ge=1)
     """Threads of training and scoring on a CPU; by default all cores, though a very small model is faster on one."""
+    task_timeout: float | None = knob(None, gt=0.0)
+    """Seconds after which one task is taken to hang: its engine is killed and started again, the parts that it committed stay."""
     lease_ttl: float = knob(60.0, gt=0.0)
     """Seconds of silence after which another run on the same store takes over what this one was working on."""
     lease_patience: float = knob(86_400.0, gt=0.0)
@@ -70,6 +72,11 @@ class PipelineConfig(Section):
     """Policy against reference on held-out prompts."""
     run: RunConfig = RunConfig()
     """How the work is cut and when a run gives up."""
+
+    @property
+    def subject(self) -> str:
+        """Which prompts and which model, in a few words: run names say it."""
+        return f"{self.prompts.name}, {self.reference.model.path.rstrip('/').rsplit('/', 1)[-1]}"
 
     @model_validator(mode="after")
     def _consistent(self) -> "PipelineConfig":

@@ -17,7 +17,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.utilities.annotations import quote
 
 from qrpo.child import stream
-from qrpo.errors import DataError, EngineError
+from qrpo.errors import DataError
 from storage import Manifest, PartKey, PartRecord, Store, manifest_of
 from storage.leases import Leases
 from storage.manifest import now
@@ -25,6 +25,7 @@ from tasks import evaluation, prompts
 from tasks.engines import close_engine
 from tasks.plan import PartPlan, StagePlan
 from tasks.progress import Reporter, reporting
+from tasks.retries import RETRY_DELAYS, worth_another_try
 from tasks.salvage import with_candidates
 from tasks.stages import STAGES, plan_pipeline, require_parents
 from tasks.work import Progress, Work
@@ -37,7 +38,6 @@ __all__ = ["StageResult", "run_stage"]
 log = logging.getLogger("qrpo")
 
 _IN_CHILD = {"reference", "shards", "policy"}  # each loads a model, whose memory must come back
-_RETRY_DELAYS = [5.0]  # seconds; each entry is one more attempt
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ def _compute_missing(plan: StagePlan, config: "PipelineConfig", store: Store, fo
             # quoted, so that Prefect does not walk through them
             work: Any = quote(Work(plan.stage, config, store.url, tuple(group)))
             shown: Any = quote(reporter)
-            compute_parts(f"{plan.stage} {label}", work, shown)
+            timed = compute_parts.with_options(timeout_seconds=config.run.task_timeout)
+            timed(f"{plan.stage} {label}", work, shown)
             for part in group:
                 leases.release(part.key)
             return len(group)
@@ -149,19 +150,15 @@ def _share(leases: Leases, group: Sequence[PartPlan]) -> tuple[list[PartPlan], l
     )
 
 
-def _worth_another_try(task: Any, run: Any, state: Any) -> bool:
-    """A dead engine or child process is started anew; a mistake in the configuration or the data would only come again."""
-    return isinstance(state.result(raise_on_failure=False), EngineError)
-
-
 @task(
     name="compute parts",
     task_run_name="{label}",
     cache_policy=NO_CACHE,
     persist_result=False,
-    retries=len(_RETRY_DELAYS),
-    retry_delay_seconds=_RETRY_DELAYS,
-    retry_condition_fn=_worth_another_try,
+    retries=len(RETRY_DELAYS),
+    retry_delay_seconds=RETRY_DELAYS,
+    retry_jitter_factor=0.2,
+    retry_condition_fn=worth_another_try,
 )
 def compute_parts(label: str, work: Work, reporter: Reporter) -> list[str]:
     """Compute and commit one group of parts; the fingerprints of those that were computed in this attempt."""
