@@ -124,7 +124,9 @@ class RemoteFiles:
                         fs.pipe_file(name, data, mode="create")
                     return True
                 except FileExistsError:
-                    with suppress(FileNotFoundError):  # deleted since it was in the way: the name is free again
+                    with suppress(
+                        FileNotFoundError
+                    ):  # deleted since it was in the way: the name is free again
                         return self.read(key) == data
 
         crash_point("put-before", key)
