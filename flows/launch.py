@@ -105,18 +105,19 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> Table:
-    """Reference, policy and what the closed-form optimum promises, side by side."""
-    reference, policy, theory = evaluation["reference"], evaluation["policy"], evaluation["theory"]
+    """Reference, policy and, for QRPO, what the closed-form optimum promises, side by side."""
+    reference, policy, theory = evaluation["reference"], evaluation["policy"], evaluation.get("theory")
     wins, kl = evaluation["win_rate"], evaluation["kl"]
     title = f"{evaluation['prompts']} held-out prompts, {policy['samples']} fresh samples of each model"
-    promise = f"optimum for beta {theory['beta']:g}"
+    promise = f"optimum for beta {theory['beta']:g}" if theory else ""
+    promised_win_rate = f"{theory['quantile_reward']:.3f}" if theory else ""
     table = Table("", "reference", "policy", promise, title=title, title_justify="left")
     table.add_row("mean reward", _measured(reference["reward"]), _measured(policy["reward"]), "")
     quantiles = _measured(reference["quantile_reward"]), _measured(policy["quantile_reward"])
-    table.add_row("mean quantile reward", *quantiles, f"{theory['quantile_reward']:.3f}")
+    table.add_row("mean quantile reward", *quantiles, promised_win_rate)
     interval = f"{wins['mean']:.3f} ({wins['low']:.3f} to {wins['high']:.3f})"
-    table.add_row("win rate against reference", "0.5", interval, f"{theory['quantile_reward']:.3f}")
-    table.add_row("KL to reference, nats", "0", _measured(kl), f"{theory['kl']:.3f}")
+    table.add_row("win rate against reference", "0.5", interval, promised_win_rate)
+    table.add_row("KL to reference, nats", "0", _measured(kl), f"{theory['kl']:.3f}" if theory else "")
     table.add_row(
         "completion length, tokens", _measured(reference["length"]), _measured(policy["length"]), ""
     )

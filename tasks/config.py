@@ -93,6 +93,24 @@ class PipelineConfig(Section):
                 f"quantiles.num_completions is {train_on} but completions.num_ref is {self.completions.num_ref}: "
                 "training completions are taken from the reference samples, so it cannot be larger"
             )
+        if (
+            self.policy.loss != "qrpo"
+            and self.policy.pairs == "dataset"
+            and self.quantiles.train_on == "reference"
+        ):
+            raise ValueError(
+                "policy.pairs is `dataset` but quantiles.train_on is `reference`: the dataset's own completions are not "
+                "trained on; set quantiles.train_on to offline or both, or policy.pairs to best-worst or random"
+            )
+        if (
+            self.policy.loss in ("dpo", "rebel", "simpo")
+            and self.quantiles.train_on == "reference"
+            and (train_on or self.completions.num_ref) < 2
+        ):
+            raise ValueError(
+                f"policy.loss {self.policy.loss} needs two completions of each prompt, and there is one: raise "
+                "quantiles.num_completions and completions.num_ref"
+            )
         return self
 
 

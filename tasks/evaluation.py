@@ -218,8 +218,9 @@ def _quantiles(rows: Sequence[Mapping[str, Any]], references: Mapping[str, Seque
 
 
 def summary(config: "PipelineConfig", store: Store, stage_plan: StagePlan) -> dict[str, Any]:
-    """The comparison over all parts, with what the closed-form optimum promises for this transform and beta."""
+    """The comparison over all parts, with what QRPO's closed-form optimum promises for this transform and beta."""
     from qrpo.evaluation import summarise
 
     table = store.scan([stage_plan.records[part.key.fingerprint] for part in stage_plan.parts]).collect()
-    return summarise(table.to_arrow(), config.policy, num_ref=config.completions.num_ref, seed=config.seed)
+    promising = config.policy if config.policy.loss == "qrpo" else None
+    return summarise(table.to_arrow(), promising, num_ref=config.completions.num_ref, seed=config.seed)

@@ -22,16 +22,6 @@ __all__ = ["compute", "plan"]
 
 VERSION = 1
 
-_COLUMNS = (
-    "prompt_id",
-    "prompt_token_ids",
-    "completion_token_ids",
-    "quantile_reward",
-    "ref_logprob",
-    "num_ref",
-    "ref_std",
-)
-
 
 def plan(config: "PipelineConfig", plans: Mapping[str, StagePlan], store: Store) -> StagePlan:
     """One part, the policy's folder, from all shards."""
@@ -53,14 +43,17 @@ def compute(work: Work) -> Iterator[PartRecord | Progress]:
 
     (part,) = work.parts
     started = time.monotonic()
-    reader = ShardReader(work.store, work.inputs(part, "shards"), seed=work.config.seed, columns=_COLUMNS)
+    section = work.config.policy
+    shards = work.inputs(part, "shards")
+    reader = ShardReader(work.store, shards, seed=work.config.seed, columns=section.columns())
     if not len(reader):
         raise DataError(
             "policy: the shards hold no rows; `qrpo inspect CONFIG shards` and its rejects say why"
         )
     scratch = work.store.work_dir(part.key)
-    model, settings = model_for(work, part), work.config.policy.with_seed(work.config.seed)
-    spread = _mean_ref_std(work, part) if get_transform(settings.transform).needs_scale else None
+    model, settings = model_for(work, part), section.with_seed(work.config.seed)
+    scaled = "transform" not in section.idle_fields() and get_transform(section.transform).needs_scale
+    spread = _mean_ref_std(work, part) if scaled else None
     yield from progress_of(
         lambda report: train_policy(model, reader, settings, scratch, mean_ref_std=spread, on_progress=report)
     )
