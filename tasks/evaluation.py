@@ -110,7 +110,7 @@ def compute(work: Work, samples: Samples) -> Iterator[PartRecord]:
         LogprobScorer(model_for(work, work.parts[0], stage=stage), work.config).score(rows, column)
     for row in rows:
         row["policy_logprob"], row["ref_logprob"] = row["policy_logprob"][0], row["ref_logprob"][0]
-    with Scorer(work.config, work.log) as scorer:
+    with Scorer(work.config, work.log, work.store) as scorer:
         for part in work.parts:
             yield _score_part(work, part, Samples(rows, samples.refused), scorer, started)
 
