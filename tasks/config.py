@@ -185,6 +185,8 @@ def _explain(item: dict[str, Any]) -> str:
     message = str(item["msg"]).removeprefix("Value error, ")
     if not path:
         return message
+    if location[-1] == "api_key_env":  # somebody may have put the key itself there
+        return f"{path}: {message}"
     return f"{path}: {message}, got {item['input']!r}"
 
 

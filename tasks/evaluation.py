@@ -129,7 +129,7 @@ def compute(work: Work, samples: Samples) -> Iterator[PartRecord]:
     started = time.monotonic()
     rows = [{**row, "completion_token_ids": [row["token_ids"]]} for row in samples.rows]
     _score_logprobs(work, rows)
-    with Scorer(work.config, work.log) as scorer:
+    with Scorer(work.config, work.log, work.store) as scorer:
         for part in work.parts:
             yield _score_part(work, part, Samples(rows, samples.refused), scorer, started)
 

@@ -21,13 +21,17 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator
 
+from qrpo.rewards.answer import AnswerRewardConfig
 from qrpo.rewards.function import FunctionRewardConfig
+from qrpo.rewards.judge import JudgeRewardConfig
 from qrpo.rewards.model import ModelRewardConfig
 from qrpo.rewards.protocol import Answers, Reward, RewardSection, Score, combine
 
 __all__ = [
+    "AnswerRewardConfig",
     "Answers",
     "FunctionRewardConfig",
+    "JudgeRewardConfig",
     "ModelRewardConfig",
     "Reward",
     "RewardConfig",
@@ -38,7 +42,9 @@ __all__ = [
     "open_reward",
 ]
 
-RewardConfig = Annotated[FunctionRewardConfig | ModelRewardConfig, Discriminator("kind")]
+RewardConfig = Annotated[
+    FunctionRewardConfig | ModelRewardConfig | JudgeRewardConfig | AnswerRewardConfig, Discriminator("kind")
+]
 """One reward in the configuration; `kind` says which."""
 
 
