@@ -12,6 +12,8 @@ Names are loaded when they are first used, so that `qrpo --help` does not wait f
 from importlib import import_module
 from typing import Any
 
+from flows.environment import set_defaults
+
 __all__ = [
     "completions",
     "evaluation",
@@ -23,6 +25,8 @@ __all__ = [
     "rewards",
     "shards",
 ]
+
+set_defaults()
 
 
 def __getattr__(name: str) -> Any:

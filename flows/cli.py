@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 failed, 2 bad usage or configuration.
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+
+from flows.environment import set_defaults
 
 __all__ = ["app", "main"]
 
@@ -40,6 +41,20 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: --set policy.beta=0.1"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
+Cron = Annotated[
+    str | None,
+    typer.Option(
+        "--cron", metavar="'M H D M W'", help="When to run the pipeline; by default never by itself."
+    ),
+]
+Timezone = Annotated[str, typer.Option("--timezone", help="The schedule's time zone.")]
+Gpus = Annotated[int, typer.Option("--gpus", min=1, help="Runs that may use a GPU at the same time.")]
+Notify = Annotated[
+    str | None,
+    typer.Option(
+        "--notify", metavar="TYPE/NAME", help="Prefect notification block that is told of failures."
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and every log line.")]
 
 
@@ -275,13 +290,109 @@ def theory(
             err.print(f"drawn: {plot}")
 
 
+@app.command()
+def serve(
+    config: ConfigPath,
+    cron: Cron = None,
+    timezone: Timezone = "UTC",
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen at; 0.0.0.0 opens it to everybody.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 4200,
+    gpus: Gpus = 1,
+    notify: Notify = None,
+    overrides: Overrides = None,
+    store: StoreUrl = "artifacts",
+    debug: Debug = False,
+) -> None:
+    """Server, worker and schedule on this machine, in one command. Runs are started by the schedule, in the browser or by hand.
+
+    Examples:
+
+      qrpo serve config.yaml
+
+      qrpo serve config.yaml --cron "0 3 * * *" --timezone Europe/Zurich
+    """
+    with _errors_as_lines(debug):
+        from flows.serve import serve
+        from tasks.config import load_config
+
+        serve(
+            load_config(config, overrides or ()),
+            store,
+            cron=cron,
+            timezone=timezone,
+            host=host,
+            port=port,
+            gpus=gpus,
+            notify=notify,
+            console=err,
+        )
+
+
+@app.command()
+def deploy(
+    config: ConfigPath,
+    pool: Annotated[
+        str, typer.Option("--pool", help="The work pool's name; it is made where missing.")
+    ] = "qrpo",
+    pool_type: Annotated[
+        str, typer.Option("--type", help="Where runs happen: process, docker or kubernetes.")
+    ] = "process",
+    image: Annotated[
+        str | None, typer.Option("--image", help="The image of docker and kubernetes jobs.")
+    ] = None,
+    cron: Cron = None,
+    timezone: Timezone = "UTC",
+    gpus: Gpus = 1,
+    secrets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--secret",
+            metavar="VARIABLE=BLOCK",
+            help="Environment variable that jobs take from a Secret block.",
+        ),
+    ] = None,
+    notify: Notify = None,
+    overrides: Overrides = None,
+    store: StoreUrl = "artifacts",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Put the pipeline and every stage as deployments on the Prefect server that PREFECT_API_URL names.
+
+    Examples:
+
+      qrpo deploy config.yaml --store s3://bucket/qrpo --cron "0 3 * * *"
+
+      qrpo deploy config.yaml --type kubernetes --image registry/qrpo:1 --store s3://bucket/qrpo
+    """
+    with _errors_as_lines(debug):
+        from flows.deploy import DeployOptions, deploy, deployed_lines, pool_type_of
+        from tasks.config import load_config
+
+        pairs = [secret.partition("=") for secret in secrets or ()]
+        if not all(variable and block for variable, _, block in pairs):
+            raise typer.BadParameter(
+                "--secret takes VARIABLE=BLOCK, such as AWS_SECRET_ACCESS_KEY=qrpo-s3-secret-key"
+            )
+        options = DeployOptions(
+            pool=pool,
+            pool_type=pool_type_of(pool_type),
+            image=image,
+            cron=cron,
+            timezone=timezone,
+            gpus=gpus,
+            secrets={variable: block for variable, _, block in pairs},
+            notify=notify,
+        )
+        deployed = deploy(load_config(config, overrides or ()), store, options)
+        _show(deployed, "\n".join(deployed_lines(deployed)), as_json)
+
+
 def main() -> None:
     """The console script's entry."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    set_defaults(PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL="CRITICAL")
     app()
 
 

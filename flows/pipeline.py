@@ -1,12 +1,13 @@
 """All stages as one flow."""
 
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 from prefect import flow, tags
 from pydantic import Field
 
 from flows.stages import DEFAULT_STORE, STAGE_FLOWS, ConfigParameter, StageName, StoreParameter
 from tasks.run_stage import StageResult
+from tasks.stages import STAGES
 
 __all__ = ["pipeline", "stage_span"]
 
@@ -34,8 +35,13 @@ def pipeline(
     minimise (f(q) - beta log Z - beta log(policy / reference))^2             policy
     compare policy and reference on held-out prompts                          evaluation
     """
+    results: dict[str, StageResult] = {}
     with tags(f"run:{config.name}"):
-        return [STAGE_FLOWS[stage](config, store, force=stage in force) for stage in stage_span(first, last)]
+        for stage in stage_span(first, last):
+            stage_flow: Any = STAGE_FLOWS[stage]  # the annotation of its call does not know `wait_for`
+            parents = [results[parent] for parent in STAGES[stage].parents if parent in results]
+            results[stage] = stage_flow(config, store, force=stage in force, wait_for=parents)
+    return list(results.values())
 
 
 def stage_span(first: StageName = "prompts", last: StageName = "evaluation") -> tuple[StageName, ...]:
