@@ -100,9 +100,7 @@ class Sandbox:
     def __exit__(self, *raised: object) -> None:
         self.close()
 
-    def judge(
-        self, solutions: Sequence[tuple[str, CheckTests | ProgramTests]]
-    ) -> list[Verdict | DataError]:
+    def judge(self, solutions: Sequence[tuple[str, CheckTests | ProgramTests]]) -> list[Verdict | DataError]:
         """A verdict for each (code, tests), in order; DataError in the place of one whose tests cannot be used."""
         with self._lock:
             if self._pool is None:

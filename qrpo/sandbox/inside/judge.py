@@ -15,7 +15,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .codec import CodecError, decode, encode
+from .codec import decode, encode
 from .framing import Reader, write_frame
 
 __all__ = ["Suite", "serve"]
@@ -71,7 +71,9 @@ class Suite:
         self._names = module.__dict__
         exec(compile(preamble, "<preamble>", "exec"), self._names)  # noqa: S102
         tree = ast.parse(test)
-        check = next((node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "check"), None)
+        check = next(
+            (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "check"), None
+        )
         if check is None:
             body, candidates = tree.body, {entry_point}
         else:
@@ -90,7 +92,11 @@ class Suite:
         except SyntaxError:  # a `return` among the statements: the function is one test
             assert check is not None
             ask = ast.parse(f"check({_CANDIDATE})").body[0]
-            check = next(node for node in ast.parse(test).body if isinstance(node, ast.FunctionDef) and node.name == "check")
+            check = next(
+                node
+                for node in ast.parse(test).body
+                if isinstance(node, ast.FunctionDef) and node.name == "check"
+            )
             self._calls, self.known_beforehand = [], False
             self._steps = [(False, _compiled([check])), (True, _compiled([ask]))]
         self.tests = sum(is_test for is_test, _ in self._steps)
@@ -154,7 +160,9 @@ class Suite:
             node.id for step in body for node in ast.walk(step) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)
         }  # fmt: skip
         for step in body:
-            uses = [node for node in ast.walk(step) if isinstance(node, ast.Name) and node.id in self._candidates]
+            uses = [
+                node for node in ast.walk(step) if isinstance(node, ast.Name) and node.id in self._candidates
+            ]
             if not uses:
                 continue
             if not isinstance(step, ast.Assert):

@@ -97,7 +97,9 @@ _CONDITIONS: dict[str, list[_Instruction]] = {
         (_RETURN, 0, 0, _ALLOW),
         (_RETURN, 0, 0, _DENY),
     ],
-    "clone3": [(_RETURN, 0, 0, _ERRNO | errno.ENOSYS)],  # its flags cannot be seen: the C library then takes clone
+    "clone3": [
+        (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)
+    ],  # its flags cannot be seen: the C library then takes clone
 }
 
 
