@@ -11,6 +11,7 @@ from flows.server import start_server
 from storage import Store
 from tasks.config import PipelineConfig
 from tasks.plan import StagePlan
+from tasks.rounds import rounds_until
 from tasks.stages import STAGES, plan_pipeline, require_parents
 
 if TYPE_CHECKING:
@@ -30,8 +31,19 @@ def launch(
 ) -> dict[str, Any]:
     """Run the stages from `first` to `last`: through Prefect where anything is left to compute, else straight from the store.
 
-    Returns the summary that `--json` prints: `run`, `store`, `stages`, `seconds` and, where it ran, `evaluation`.
+    Returns the summary that `--json` prints: `run`, `store`, `stages`, `seconds` and, where it ran, `evaluation`. Where there are
+    several rounds, it is the last one's, and `rounds` holds those of all.
     """
+    summaries = [
+        _launch(of_round, store_url, first if number == 0 else "prompts", last, force, console)
+        for number, of_round in enumerate(rounds_until(last, config))
+    ]
+    return summaries[-1] if len(summaries) == 1 else {**summaries[-1], "rounds": summaries}
+
+
+def _launch(
+    config: PipelineConfig, store_url: str, first: str, last: str, force: tuple[str, ...], console: Console
+) -> dict[str, Any]:
     started = time.monotonic()
     store = Store(store_url)
     plans = plan_pipeline(config, store, until=last)
@@ -76,6 +88,10 @@ def launch(
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
     """The summary as a person reads it."""
+    for earlier in summary.get("rounds", [])[:-1]:
+        if "evaluation" in earlier:
+            console.print(f"run {earlier['run']}")
+            console.print(evaluation_table(earlier["evaluation"]))
     table = Table(
         "stage", "rows", "rejects", "parts", "seconds", title=f"run {summary['run']}", title_justify="left"
     )

@@ -6,6 +6,7 @@ from prefect import flow, tags
 from pydantic import Field
 
 from flows.stages import DEFAULT_STORE, STAGE_FLOWS, ConfigParameter, StageName, StoreParameter
+from tasks.rounds import rounds_until
 from tasks.run_stage import StageResult
 from tasks.stages import STAGES
 
@@ -34,13 +35,17 @@ def pipeline(
         log reference(y | x)                                                  shards
     minimise (f(q) - beta log Z - beta log(policy / reference))^2             policy
     compare policy and reference on held-out prompts                          evaluation
+
+    With `rounds.count`, again from y ~ policy(. | x), against the same r_1 .. r_n. Returns the results of the last round.
     """
     results: dict[str, StageResult] = {}
-    with tags(f"run:{config.name}"):
-        for stage in stage_span(first, last):
-            stage_flow: Any = STAGE_FLOWS[stage]  # the annotation of its call does not know `wait_for`
-            parents = [results[parent] for parent in STAGES[stage].parents if parent in results]
-            results[stage] = stage_flow(config, store, force=stage in force, wait_for=parents)
+    for number, of_round in enumerate(rounds_until(last, config)):
+        results = {}
+        with tags(f"run:{of_round.name}"):
+            for stage in stage_span(first if number == 0 else "prompts", last):
+                stage_flow: Any = STAGE_FLOWS[stage]  # the annotation of its call does not know `wait_for`
+                parents = [results[parent] for parent in STAGES[stage].parents if parent in results]
+                results[stage] = stage_flow(of_round, store, force=stage in force, wait_for=parents)
     return list(results.values())
 
 

@@ -130,6 +130,8 @@ class PolicyConfig(OptimizationConfig):
     """SimPO's target margin, as a share of beta."""
     learning_rate: float = Field(default=1e-6, gt=0)
     """Peak learning rate of AdamW."""
+    seed: int | None = None
+    """Seed of the training run alone; null for the run's own. With another one the same shards are trained on again."""
     max_initial_log_ratio: float | None = knob(None, gt=0)
     """Largest mean |log pi - log ref| per square root of a token before the first step; by default, what rounding
     explains in the dtype."""

@@ -21,6 +21,7 @@ from tasks.completions import CompletionsConfig
 from tasks.evaluation import EvaluationConfig
 from tasks.quantiles import QuantilesConfig
 from tasks.reference import ReferenceConfig
+from tasks.rounds import RoundsConfig
 from tasks.shards import ShardsConfig
 
 __all__ = ["PipelineConfig", "RunConfig", "apply_overrides", "dump_config", "load_config", "parse_config"]
@@ -70,6 +71,8 @@ class PipelineConfig(Section):
     """The training run."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Policy against reference on held-out prompts."""
+    rounds: RoundsConfig = RoundsConfig()
+    """Going on from a trained policy, on its own samples."""
     run: RunConfig = RunConfig()
     """How the work is cut and when a run gives up."""
 
@@ -84,23 +87,37 @@ class PipelineConfig(Section):
         if len(set(names)) < len(names):
             raise ValueError(f"rewards: the names must differ, got {names}; give each reward a `name`")
         train_on = self.quantiles.num_completions
-        if (
-            self.quantiles.train_on != "offline"
-            and train_on is not None
-            and train_on > self.completions.num_ref
-        ):
+        samples_itself = self.quantiles.train_on in ("reference", "both")
+        if samples_itself and train_on is not None and train_on > self.completions.num_ref:
             raise ValueError(
                 f"quantiles.num_completions is {train_on} but completions.num_ref is {self.completions.num_ref}: "
                 "training completions are taken from the reference samples, so it cannot be larger"
             )
+        if (self.quantiles.train_on == "policy") != (self.rounds.from_run is not None):
+            raise ValueError(
+                f"quantiles.train_on is {self.quantiles.train_on} and rounds.from_run is {self.rounds.from_run}: to train on "
+                "a policy's samples, set the first to policy and the second to the run that made it; rounds.count does both"
+            )
+        if self.quantiles.num_ref is not None:
+            if samples_itself and train_on is None:
+                raise ValueError(
+                    "quantiles.num_ref is set but quantiles.num_completions is null: every sample is trained on, "
+                    "and none is left to take quantiles among; set num_completions"
+                )
+            needed = self.quantiles.num_ref + ((train_on or 0) if samples_itself else 0)
+            if needed > self.completions.num_ref:
+                raise ValueError(
+                    f"quantiles.num_ref needs {needed} samples of each prompt, those trained on included, but "
+                    f"completions.num_ref is {self.completions.num_ref}: raise that"
+                )
         if (
             self.policy.loss != "qrpo"
             and self.policy.pairs == "dataset"
-            and self.quantiles.train_on == "reference"
+            and self.quantiles.train_on in ("reference", "policy")
         ):
             raise ValueError(
-                "policy.pairs is `dataset` but quantiles.train_on is `reference`: the dataset's own completions are not "
-                "trained on; set quantiles.train_on to offline or both, or policy.pairs to best-worst or random"
+                f"policy.pairs is `dataset` but quantiles.train_on is `{self.quantiles.train_on}`: the dataset's own "
+                "completions are not trained on; set quantiles.train_on to offline or both, or policy.pairs to best-worst or random"
             )
         if (
             self.policy.loss in ("dpo", "rebel", "simpo")

@@ -119,7 +119,7 @@ def sample(work: Work) -> Samples:
         tokens = {request.key: list(request.prompt_token_ids) for request in requests}
         for prompt_id, samples in engine.sample(requests, work.config.completions.sampling):
             asked = {"prompt_token_ids": tokens[prompt_id], "model": name}
-            rows += [{**sample_row(prompt_id, drawn), **asked} for drawn in samples]
+            rows += [{**sample_row(prompt_id, drawn, name), **asked} for drawn in samples]
         close_engine()
     return Samples(rows, refused)
 

@@ -1,5 +1,6 @@
 """The `policy` stage: train from the shards, streaming, from the last whole checkpoint where there is one."""
 
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from qrpo.transforms import get_transform
 from storage import PartKey, PartRecord, ShardReader, Store, fingerprint
 from tasks.plan import PartPlan, StagePlan, make_family
 from tasks.reference import model_for, reference_identity, reference_inputs, reference_parent
+from tasks.rounds import previous_policy
 from tasks.work import Progress, Work, progress_of
 
 if TYPE_CHECKING:
@@ -25,14 +27,17 @@ VERSION = 1
 
 def plan(config: "PipelineConfig", plans: Mapping[str, StagePlan], store: Store) -> StagePlan:
     """One part, the policy's folder, from all shards."""
-    settings: dict[str, Any] = {**keyed(config.policy), "seed": config.seed}
+    settings: dict[str, Any] = {**keyed(config.policy), "seed": _seed(config)}
     outside = {"model": reference_identity(config, plans)}
+    before = previous_policy(config, store)
+    if before is not None:
+        outside["start"] = {"artifact": before.fingerprint}
     family = make_family("policy", VERSION, settings, outside)
     shards = [part.key for part in plans["shards"].parts]
     parts: tuple[PartPlan, ...] = ()
     if shards:
         key = PartKey("policy", family, fingerprint([family, [shard.fingerprint for shard in shards]]))
-        parts = (PartPlan(key, (*shards, *reference_inputs(plans))),)
+        parts = (PartPlan(key, (*shards, *reference_inputs(plans), *((before.key,) if before else ()))),)
     parents = {"shards": plans["shards"].fingerprint, **reference_parent(plans)}
     return StagePlan("policy", family, settings, outside, parts, parents)
 
@@ -45,13 +50,18 @@ def compute(work: Work) -> Iterator[PartRecord | Progress]:
     started = time.monotonic()
     section = work.config.policy
     shards = work.inputs(part, "shards")
-    reader = ShardReader(work.store, shards, seed=work.config.seed, columns=section.columns())
+    reader = ShardReader(work.store, shards, seed=_seed(work.config), columns=section.columns())
     if not len(reader):
         raise DataError(
             "policy: the shards hold no rows; `qrpo inspect CONFIG shards` and its rejects say why"
         )
     scratch = work.store.work_dir(part.key)
-    model, settings = model_for(work, part), section.with_seed(work.config.seed)
+    settings = section.with_seed(_seed(work.config))
+    if work.config.rounds.from_run is None:
+        model = model_for(work, part)
+    else:  # a later round starts where the one before ended, away from the reference
+        model = model_for(work, part, stage="policy")
+        settings = settings.model_copy(update={"max_initial_log_ratio": math.inf})
     scaled = "transform" not in section.idle_fields() and get_transform(section.transform).needs_scale
     spread = _mean_ref_std(work, part) if scaled else None
     yield from progress_of(
@@ -67,6 +77,10 @@ def compute(work: Work) -> Iterator[PartRecord | Progress]:
         replace=part.replace,
     )
     work.store.clear_work(part.key)
+
+
+def _seed(config: "PipelineConfig") -> int:
+    return config.seed if config.policy.seed is None else config.policy.seed
 
 
 def _mean_ref_std(work: Work, part: PartPlan) -> float:

@@ -37,10 +37,13 @@ Floats = npt.NDArray[np.float32]
 class QuantilesConfig(Section):
     """Which completions are trained on, and how their rewards become quantiles."""
 
-    train_on: Literal["reference", "offline", "both"] = "reference"
-    """Train on the reference's own samples, on the dataset's completions, or on both."""
+    train_on: Literal["reference", "offline", "both", "policy"] = "reference"
+    """Train on the reference's own samples, on the dataset's completions, or on both; in a later round, on the policy's samples."""
     num_completions: int | None = Field(None, ge=1)
     """How many reference samples of each prompt are trained on; null for all of them."""
+    num_ref: int | None = Field(None, ge=1)
+    """Take the quantiles of training completions among so many reference samples that are not trained on, the first after
+    `num_completions`; null for all samples of the prompt but the completion itself. Shows what more samples are worth."""
     ties: Literal["weak", "strict", "mid", "randomized"] = "weak"
     """How equal rewards count: `weak` is the paper's P(s <= r)."""
     self_exclusion: bool = True
@@ -90,7 +93,7 @@ def _compute_part(work: Work, part: PartPlan) -> PartRecord:
 _THREADS = 2
 _TEXTS = ["prompt_id", "origin"]
 _COLUMNS = [*_TEXTS, "sample_index", "reward"]
-_ORIGINS = pa.array(["offline", "reference"])
+_ORIGINS = pa.array(["offline", "reference", "policy"])
 
 
 def quantile_table(
@@ -106,8 +109,13 @@ def quantile_table(
     scored_B = (prompt_B >= 0) & ~np.isnan(reward_B)
     sampled_B = scored_B & (origin_B == 1)
 
-    leave_one_out = config.self_exclusion and config.train_on != "offline" and split == "train"
-    needed = 2 if leave_one_out else 1
+    index_B = rewards["sample_index"].to_numpy()
+    sampled_only = config.train_on in ("reference", "both") and split == "train"
+    if config.num_ref is not None and split == "train":
+        first = (config.num_completions or 0) if sampled_only else 0
+        sampled_B &= (index_B >= first) & (index_B < first + config.num_ref)
+        sampled_only = False
+    needed = 2 if config.self_exclusion and sampled_only else 1
     num_ref_P = np.bincount(prompt_B[sampled_B], minlength=len(prompt_ids))
     usable_P = num_ref_P >= needed
     rejects = [
@@ -121,8 +129,7 @@ def quantile_table(
     scored_B &= usable_P[prompt_B]
     references_B = scored_B & sampled_B
     ref_prompt, ref_rewards = _sorted_within(prompt_B[references_B], reward_B[references_B], len(prompt_ids))
-    rows = np.flatnonzero(scored_B & _trained_on(origin_B, rewards["sample_index"].to_numpy(), config, split))
-    index_B = rewards["sample_index"].to_numpy()
+    rows = np.flatnonzero(scored_B & _trained_on(origin_B, index_B, config, split))
     rows = rows[np.lexsort((index_B[rows], origin_B[rows], prompt_B[rows]))]
     training = {
         "prompt": prompt_B[rows],
@@ -136,13 +143,14 @@ def quantile_table(
 def _trained_on(origin_B: Ints, index_B: Ints, config: QuantilesConfig, split: str) -> npt.NDArray[np.bool_]:
     if split != "train":
         return np.zeros(len(origin_B), dtype=bool)
-    sampled: npt.NDArray[np.bool_] = origin_B == 1
-    offline: npt.NDArray[np.bool_] = origin_B == 0
-    if config.num_completions is not None:
-        sampled &= index_B < config.num_completions
-    if config.train_on == "both":
-        return sampled | offline
-    return sampled if config.train_on == "reference" else offline
+    few = np.iinfo(np.int64).max if config.num_completions is None else config.num_completions
+    of: dict[str, npt.NDArray[np.bool_]] = {
+        "offline": origin_B == 0,
+        "reference": (origin_B == 1) & (index_B < few),
+        "policy": origin_B == 2,
+    }
+    of["both"] = of["reference"] | of["offline"]
+    return of[config.train_on]
 
 
 def _table(
@@ -159,7 +167,7 @@ def _table(
         _offsets(training["prompt"], len(prompt_ids)),
     )
     num_ref_P = np.diff(ref_offsets)
-    sampled = training["origin"] == 1
+    sampled = (training["origin"] == 1) & (config.num_ref is None)  # itself among its references
     quantiles = quantile_rewards(
         training["reward"],
         ref_rewards,

@@ -111,8 +111,10 @@ class LogprobScorer:
 def _trained_on(part: PartPlan, config: "PipelineConfig") -> bool:
     section = config.quantiles
     if part.slice["origin"] == "offline":
-        return section.train_on != "reference"
-    return section.train_on != "offline" and (
+        return section.train_on in ("offline", "both")
+    if part.slice["origin"] == "policy":
+        return True
+    return section.train_on in ("reference", "both") and (
         section.num_completions is None or part.slice["start"] < section.num_completions
     )
 
@@ -137,7 +139,7 @@ def _rows(work: Work, part: PartPlan, tokenizer: Any) -> tuple[list[dict[str, An
 def _completion_tokens(work: Work, part: PartPlan) -> dict[tuple[str, str, int], list[int]]:
     """Token ids of the completions that are trained on, by prompt, origin and sample index."""
     keep = work.config.quantiles.num_completions
-    trained = pc.field("origin") == "offline"
+    trained = pc.field("origin") != "reference"
     trained |= pc.scalar(True) if keep is None else pc.field("sample_index") < keep
     columns = ["prompt_id", "origin", "sample_index", "token_ids"]
     return {
@@ -173,7 +175,8 @@ def _row(
             {"key": prompt_id, "reason": "no scored training completion is left", "prompt_id": prompt_id}
         )
         return None, rejects
-    left_out = config.quantiles.self_exclusion and config.quantiles.train_on == "reference"
+    section = config.quantiles
+    left_out = section.self_exclusion and section.train_on == "reference" and section.num_ref is None
     row = {
         "prompt_id": prompt_id,
         "prompt_token_ids": prompt_token_ids,
