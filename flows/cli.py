@@ -121,6 +121,40 @@ def run(
 
 
 @app.command()
+def compare(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    write: Annotated[
+        Path | None, typer.Option("--out", help="Also write the report into this JSON file.")
+    ] = None,
+    store: StoreUrl = "artifacts",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train every method of the section `compare` over its grid and seeds, and report each method's best.
+
+    All share their samples, rewards and held-out prompts; what the store already has is not trained again.
+
+    Example: qrpo compare examples/compare/config.yaml --out comparison.json
+    """
+    with _errors_as_lines(debug):
+        from tasks.config import load_config
+
+        loaded = load_config(config, overrides or ())
+        from flows.server import start_server
+
+        server_answers = start_server()
+        from flows.compare import compare as compare_methods
+        from flows.compare import comparison_table
+
+        server_answers()
+        report = compare_methods(loaded, store)
+        if write is not None:
+            write.write_text(json.dumps(report, indent=1) + "\n")
+        _show(report, comparison_table(report), as_json)
+
+
+@app.command()
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,

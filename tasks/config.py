@@ -17,6 +17,7 @@ from qrpo.errors import ConfigError
 from qrpo.optimization import PolicyConfig
 from qrpo.prompts import PromptsConfig
 from qrpo.rewards import RewardConfig
+from tasks.comparison import CompareConfig
 from tasks.completions import CompletionsConfig
 from tasks.evaluation import EvaluationConfig
 from tasks.quantiles import QuantilesConfig
@@ -73,6 +74,8 @@ class PipelineConfig(Section):
     """Policy against reference on held-out prompts."""
     rounds: RoundsConfig = RoundsConfig()
     """Going on from a trained policy, on its own samples."""
+    compare: CompareConfig = CompareConfig()
+    """What `qrpo compare` trains."""
     run: RunConfig = RunConfig()
     """How the work is cut and when a run gives up."""
 

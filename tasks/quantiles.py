@@ -53,17 +53,19 @@ class QuantilesConfig(Section):
 
 
 def plan(config: "PipelineConfig", plans: Mapping[str, StagePlan], store: Store) -> StagePlan:
-    """One part for every prompts part, over all its rewards."""
+    """One part for every prompts part, over all its rewards. Held-out prompts have no training completions, so no setting matters."""
     settings: dict[str, Any] = keyed(config.quantiles)
     if config.quantiles.ties == "randomized":
         settings["seed"] = config.seed
     family = make_family("quantiles", VERSION, settings, {})
+    held_out = make_family("quantiles", VERSION, {}, {})
     rewards_of = parts_by_prompts(plans["rewards"])
     parts = []
     for prompts in prompt_parts(plans):
         rewards = rewards_of[prompts.key.fingerprint]
         inputs = [part.key for part in rewards]
-        key = PartKey("quantiles", family, fingerprint([family, [key.fingerprint for key in inputs]]))
+        of = family if prompts.slice["split"] == "train" else held_out
+        key = PartKey("quantiles", of, fingerprint([of, [key.fingerprint for key in inputs]]))
         common = {"prompts": prompts.key.fingerprint, "split": prompts.slice["split"]}
         parts.append(PartPlan(key, (prompts.key, *inputs), common))
     return StagePlan(
