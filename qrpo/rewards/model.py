@@ -70,10 +70,10 @@ class ModelReward:
     def __init__(self, config: ModelRewardConfig):
         self._tokenizer = load_tokenizer(config.model)
         self._max_length = config.max_length or context_length(config.model)
-        self._model = load_reward_model(config.model, config.device)
+        self.model = load_reward_model(config.model, config.device)
         self._path = config.model.path
         # a model with code of its own may have several and still give one score: seen when it is run
-        if (labels := self._model.config.num_labels) != 1 and not config.model.trust_remote_code:
+        if (labels := self.model.config.num_labels) != 1 and not config.model.trust_remote_code:
             raise ModelError(not_one_score(self._path, labels))
         self._batch_tokens = config.batch_tokens
 
@@ -88,7 +88,7 @@ class ModelReward:
         # what needs most memory first: if it fits, all does
         waiting = sorted(encoded, key=lambda row: len(encoded[row]), reverse=True)
         while waiting:
-            batch = waiting[: max(1, self._batch_tokens // len(encoded[waiting[0]]))]
+            batch = waiting[: _batch_rows([len(encoded[row]) for row in waiting], self._batch_tokens)]
             rewards = self._forward([encoded[row] for row in batch])
             if rewards is None:
                 self._halve(len(batch), len(encoded[batch[0]]))
@@ -108,10 +108,10 @@ class ModelReward:
         for row, sequence in enumerate(ids):
             input_ids_BT[row, : len(sequence)] = torch.as_tensor(sequence)
             mask_BT[row, : len(sequence)] = 1
-        device = self._model.device
+        device = self.model.device
         try:
             with torch.inference_mode():
-                output = self._model(input_ids=input_ids_BT.to(device), attention_mask=mask_BT.to(device))
+                output = self.model(input_ids=input_ids_BT.to(device), attention_mask=mask_BT.to(device))
                 # multi-objective models (ArmoRM) combine their objectives in `score`
                 found = output.score if getattr(output, "score", None) is not None else output.logits
                 found = found.float().reshape(len(ids), -1).cpu()
@@ -142,7 +142,7 @@ class ModelReward:
         A model without one is used on single sequences by its users and scores the last token whatever it is. The
         same comes of padding with an id that is in none of the sequences.
         """
-        text_config = self._model.config.get_text_config()
+        text_config = self.model.config.get_text_config()
         if text_config.pad_token_id is not None and not getattr(self, "_pads_freely", False):
             return int(text_config.pad_token_id)
         self._pads_freely = True
@@ -203,6 +203,18 @@ def encode_rows(
         else:
             encoded[row] = ids
     return encoded, refused
+
+
+def _batch_rows(lengths: Sequence[int], budget: int) -> int:
+    """How many of these rows, longest first, make the next batch: within the budget, and hardly any padding.
+
+    A batch ends early before a row that would be padding by more than a fifth, as among the few longest: a smaller
+    batch costs less than to compute what nobody reads.
+    """
+    most = max(1, budget // lengths[0])
+    return next(
+        (rows for rows in range(1, min(most, len(lengths))) if lengths[rows] < 0.8 * lengths[0]), most
+    )
 
 
 def not_one_score(path: str, got: int) -> str:
