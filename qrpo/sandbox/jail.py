@@ -23,6 +23,7 @@ from qrpo.sandbox.limits import Limits
 __all__ = ["Ended", "Jail", "Job"]
 
 _START_SECONDS = 120.0
+_PATIENCE_SECONDS = 0.005
 # past the longest time that the nursery gives a starved solution (ten times its wall limit), it is the nursery that hangs
 _LONGEST_WALLS, _GRACE_SECONDS = 11.0, 60.0
 
@@ -177,6 +178,10 @@ class Job:
         """Wait for something to happen, and take it in."""
         if closing and not self._pending:
             self._close_job()
+            # most cells end soon, and their whole answer fits the pipe: it is then read once, and not piece by piece
+            if select.select([self._control], [], [], _PATIENCE_SECONDS)[0]:
+                self._learn_the_end()
+                return
         poller = select.poll()
         poller.register(self._control, select.POLLIN)
         if self._reading:

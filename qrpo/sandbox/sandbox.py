@@ -218,9 +218,7 @@ class _Judge:
         self._job: Job | None = None
         self._uses = 0
 
-    def ask(
-        self, *parts: bytes | str, reply: Callable[[bytes], bytes] | None = None
-    ) -> list[bytes]:
+    def ask(self, *parts: bytes | str, reply: Callable[[bytes], bytes] | None = None) -> list[bytes]:
         """The messages of the judge's answer; the last is b"." unless the cell ended before."""
         if self._uses >= _JUDGEMENTS or reply is not None:  # calls made meanwhile cannot be made twice
             self._end()
@@ -234,9 +232,7 @@ class _Judge:
         self._job = None
         self._jail.close()
 
-    def _answer(
-        self, parts: Sequence[bytes | str], reply: Callable[[bytes], bytes] | None
-    ) -> list[bytes]:
+    def _answer(self, parts: Sequence[bytes | str], reply: Callable[[bytes], bytes] | None) -> list[bytes]:
         if self._job is None:
             self._job, self._uses = self._jail.start("judge"), 0
         self._uses += 1

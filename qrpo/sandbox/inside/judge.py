@@ -16,7 +16,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .codec import CodecError, decode, encode
+from .codec import decode, encode
 from .framing import Reader, write_frame
 
 __all__ = ["Suite", "serve"]

@@ -36,7 +36,7 @@ ENDED = struct.Struct("<icd")
 _PREIMPORTED = """
     abc array bisect builtins cmath collections collections.abc contextlib copy dataclasses datetime decimal enum fractions
     functools heapq io itertools json math numbers operator queue random re statistics string sys textwrap threading time
-    traceback types typing unittest uuid zlib
+    traceback types typing
 """
 
 # Where a wall limit passes on a machine so busy that the solution hardly ran, it may go on: by the CPU time it has had.
