@@ -10,34 +10,28 @@ import re
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
-
 from qrpo.chat import Messages
-from qrpo.config import Section, knob
+from qrpo.config import knob
 from qrpo.errors import DataError
-from qrpo.rewards.protocol import Columns, Score
+from qrpo.rewards.protocol import Answers, Columns, RewardSection, Score
 from qrpo.sandbox import CheckTests, Limits, ProgramTests, Sandbox, Verdict
 
-__all__ = ["CodeReward", "CodeRewardConfig", "code_identity", "fenced_code", "run_tests"]
+__all__ = ["CodeReward", "CodeRewardConfig", "fenced_code", "run_tests"]
 
-VERSION = 1
-"""Changes when the same code and tests could be judged otherwise."""
+_VERSION = 1  # changes when the same code and tests could be judged otherwise
 
 _FENCE = re.compile(r"[ \t]*(?P<mark>`{3,}|~{3,})[ \t]*(?P<language>[\w+.#-]*)[^`]*")
 _PYTHON = {"python", "python3", "py", ""}
 
 
-class CodeRewardConfig(Section):
+class CodeRewardConfig(RewardSection):
     """A reward that runs the completion's code against the row's tests."""
 
     kind: Literal["code"] = "code"
     """Says that this reward runs code."""
-    name: str = Field("code", min_length=1)
-    """What its values are called among the components of a sum."""
-    weight: float = Field(1.0, allow_inf_nan=False)
-    """Its factor in a sum of several rewards."""
     tests: Literal["check", "stdio"] = "check"
     """`check`: assertions about a function; `stdio`: a program's outputs for its inputs."""
     test: str = "test"
@@ -56,6 +50,14 @@ class CodeRewardConfig(Section):
     """How many solutions run at once, by default one a core."""
     allow_unsandboxed: bool = False
     """Run the code WITHOUT the sandbox, with all rights of this user. Never for what a model wrote."""
+
+    def identity(self) -> dict[str, Any]:
+        """The Python that runs the code, and the version of the judging."""
+        return {"judging": _VERSION, "python": ".".join(map(str, sys.version_info[:2]))}
+
+    def open(self, log: Path | None, answers: Answers | None) -> "CodeReward":
+        """The sandbox, started by the first call; RewardError at once where bubblewrap is missing."""
+        return CodeReward(self)
 
 
 def fenced_code(text: str, mention: str = "") -> str | None:
@@ -147,11 +149,6 @@ def run_tests(
         return reward.verdicts(completions, columns)
     finally:
         reward.close()
-
-
-def code_identity() -> dict[str, Any]:
-    """What else a score hangs on: the Python that runs the code, and the version of the judging."""
-    return {"judging": VERSION, "python": ".".join(map(str, sys.version_info[:2]))}
 
 
 def _tests_of(values: Mapping[str, Any], config: CodeRewardConfig) -> CheckTests | ProgramTests:
