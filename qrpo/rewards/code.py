@@ -5,6 +5,7 @@ outputs of a program that reads standard input. A completion without code has re
 has an error. `run_tests` gives the same for a list of completions, with whether all tests passed.
 """
 
+import importlib.metadata
 import json
 import re
 import sys
@@ -18,6 +19,7 @@ from qrpo.config import knob
 from qrpo.errors import DataError
 from qrpo.rewards.protocol import Answers, Columns, RewardSection, Score
 from qrpo.sandbox import CheckTests, Limits, ProgramTests, Sandbox, Verdict
+from qrpo.sandbox.isolator import find_packages
 
 __all__ = ["CodeReward", "CodeRewardConfig", "fenced_code", "run_tests"]
 
@@ -46,14 +48,18 @@ class CodeRewardConfig(RewardSection):
     """The column with what it should print for each of them."""
     limits: Limits = Limits()
     """What one solution may use."""
+    packages: tuple[str, ...] = ()
+    """What solutions and tests may import beside the standard library: names of modules that are installed here, and need
+    no others."""
     workers: int | None = knob(None, ge=1)
     """How many solutions run at once, by default one a core."""
     allow_unsandboxed: bool = False
     """Run the code WITHOUT the sandbox, with all rights of this user. Never for what a model wrote."""
 
     def identity(self) -> dict[str, Any]:
-        """The Python that runs the code, and the version of the judging."""
-        return {"judging": _VERSION, "python": ".".join(map(str, sys.version_info[:2]))}
+        """The version of the judging, of the Python that runs the code, and of its packages."""
+        versions = {name: _version(name) for name in self.packages}
+        return {"judging": _VERSION, "python": ".".join(map(str, sys.version_info[:2])), **versions}
 
     def open(self, log: Path | None, answers: Answers | None) -> "CodeReward":
         """The sandbox, started by the first call; RewardError at once where bubblewrap is missing."""
@@ -93,7 +99,10 @@ class CodeReward:
     def __init__(self, config: CodeRewardConfig):
         self._config = config
         self._sandbox = Sandbox(
-            config.limits, workers=config.workers, allow_unsandboxed=config.allow_unsandboxed
+            config.limits,
+            packages=config.packages,
+            workers=config.workers,
+            allow_unsandboxed=config.allow_unsandboxed,
         )
 
     def score(
@@ -149,6 +158,12 @@ def run_tests(
         return reward.verdicts(completions, columns)
     finally:
         reward.close()
+
+
+def _version(name: str) -> str | None:
+    find_packages([name])
+    distributions = importlib.metadata.packages_distributions().get(name)
+    return importlib.metadata.version(distributions[0]) if distributions else None
 
 
 def _tests_of(values: Mapping[str, Any], config: CodeRewardConfig) -> CheckTests | ProgramTests:

@@ -12,7 +12,7 @@ from typing import Self
 
 from qrpo.errors import DataError, EngineError
 from qrpo.sandbox.inside.framing import complete_frames
-from qrpo.sandbox.isolator import find_bubblewrap
+from qrpo.sandbox.isolator import find_bubblewrap, find_packages
 from qrpo.sandbox.jail import Ended, Jail, Job
 from qrpo.sandbox.limits import Limits
 
@@ -74,13 +74,21 @@ class Sandbox:
     """Judges solutions, each in a cell of its own. Serves several threads; started by the first call.
 
     Raises RewardError at once where bubblewrap is missing, unless `allow_unsandboxed`: then solutions run with all
-    rights of this user, and a warning says so. `workers` is how many run at once, by default one a core.
+    rights of this user, and a warning says so. `packages` may be imported beside the standard library. `workers` is how
+    many run at once, by default one a core.
     """
 
     def __init__(
-        self, limits: Limits | None = None, *, workers: int | None = None, allow_unsandboxed: bool = False
+        self,
+        limits: Limits | None = None,
+        *,
+        packages: Sequence[str] = (),
+        workers: int | None = None,
+        allow_unsandboxed: bool = False,
     ):
         self.limits = limits or Limits()
+        find_packages(packages)
+        self._packages = packages
         self._bare = allow_unsandboxed
         if allow_unsandboxed:
             logger.warning(
@@ -120,7 +128,7 @@ class Sandbox:
 
     def _judge_one(self, solution: tuple[str, CheckTests | ProgramTests]) -> Verdict | DataError:
         with self._lock:
-            worker = self._free.pop() if self._free else _Worker(self.limits, self._bare)
+            worker = self._free.pop() if self._free else self._new_worker()
         try:
             return self._judged(worker, *solution)
         except EngineError:  # not the solution's doing, which cannot reach the nursery: once more, afresh
@@ -129,6 +137,10 @@ class Sandbox:
         finally:
             with self._lock:
                 self._free.append(worker)
+
+    def _new_worker(self) -> "_Worker":
+        jails = [Jail(self.limits, packages=self._packages, bare=self._bare) for _ in range(2)]
+        return _Worker(*jails)
 
     def _judged(self, worker: "_Worker", code: str, tests: CheckTests | ProgramTests) -> Verdict | DataError:
         if isinstance(tests, ProgramTests):
@@ -151,9 +163,9 @@ class Sandbox:
 class _Worker:
     """Two jails: in one solutions run, in the other their judges, which see the tests and run no solution."""
 
-    def __init__(self, limits: Limits, bare: bool):
-        self._solutions = Jail(limits, bare=bare)
-        self._judge = _Judge(Jail(limits, bare=bare))
+    def __init__(self, solutions: Jail, judges: Jail):
+        self._solutions = solutions
+        self._judge = _Judge(judges)
 
     def close(self) -> None:
         self._solutions.close()

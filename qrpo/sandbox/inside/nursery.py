@@ -44,9 +44,13 @@ _BUSY_SHARE, _LONGEST = 0.05, 10.0
 
 
 def main(control: int, settings: str) -> None:
-    """Serve requests over the socket `control` until it closes. `settings` is JSON: the limits, and `bare`."""
+    """Serve requests over the socket `control` until it closes.
+
+    `settings` is JSON: the limits; `packages`, their names, and the `path` to find them on; `bare`, for no isolation.
+    """
     limits: dict[str, Any] = json.loads(settings)
-    for name in _PREIMPORTED.split():
+    sys.path += limits["path"]
+    for name in [*_PREIMPORTED.split(), *limits["packages"]]:
         importlib.import_module(name)
     cells = Cells(limits, bare=limits["bare"])
     host = socket.socket(fileno=control)
