@@ -6,6 +6,7 @@
 | `model` | a Hugging Face reward model, run by transformers or vLLM |
 | `judge` | a language model behind an OpenAI-compatible server, asked to grade by a rubric |
 | `answer` | a comparison with the right answer, mathematical or to the letter |
+| `code` | the share of tests that the completion's code passes, run in a sandbox |
 
 `open_reward` gives a `Reward` that starts what it needs with the first call, in child processes where that is memory
 or foreign code: a reward model gives its memory back when closed, and a function that hangs is ended. Rows that cannot
@@ -22,6 +23,7 @@ from typing import Annotated, Any
 from pydantic import Discriminator
 
 from qrpo.rewards.answer import AnswerRewardConfig
+from qrpo.rewards.code import CodeRewardConfig
 from qrpo.rewards.function import FunctionRewardConfig
 from qrpo.rewards.judge import JudgeRewardConfig
 from qrpo.rewards.model import ModelRewardConfig
@@ -30,6 +32,7 @@ from qrpo.rewards.protocol import Answers, Reward, RewardSection, Score, combine
 __all__ = [
     "AnswerRewardConfig",
     "Answers",
+    "CodeRewardConfig",
     "FunctionRewardConfig",
     "JudgeRewardConfig",
     "ModelRewardConfig",
@@ -43,7 +46,8 @@ __all__ = [
 ]
 
 RewardConfig = Annotated[
-    FunctionRewardConfig | ModelRewardConfig | JudgeRewardConfig | AnswerRewardConfig, Discriminator("kind")
+    FunctionRewardConfig | ModelRewardConfig | JudgeRewardConfig | AnswerRewardConfig | CodeRewardConfig,
+    Discriminator("kind"),
 ]
 """One reward in the configuration; `kind` says which."""
 

@@ -12,17 +12,19 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qrpo.errors import EngineError
 from qrpo.sandbox.inside.framing import complete_frames, frame
 from qrpo.sandbox.inside.nursery import ENDED
-from qrpo.sandbox.isolator import bare_command, jail_command
+from qrpo.sandbox.isolator import PACKAGES, bare_command, find_packages, jail_command
 from qrpo.sandbox.limits import Limits
 
 __all__ = ["Ended", "Jail", "Job"]
 
 _START_SECONDS = 120.0
+_PATIENCE_SECONDS = 0.005
 # past the longest time that the nursery gives a starved solution (ten times its wall limit), it is the nursery that hangs
 _LONGEST_WALLS, _GRACE_SECONDS = 11.0, 60.0
 
@@ -41,8 +43,9 @@ class Ended:
 class Jail:
     """A running nursery. One job at a time; not for several threads at once. Close it, or use it as a context."""
 
-    def __init__(self, limits: Limits, *, bare: bool = False):
+    def __init__(self, limits: Limits, *, packages: Sequence[str] = (), bare: bool = False):
         self.limits = limits
+        self._packages = find_packages(packages)
         self._bare = bare
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -97,8 +100,14 @@ class Jail:
         self.close()
         control, theirs = socket.socketpair()
         self._folder = tempfile.TemporaryDirectory(prefix="qrpo-sandbox-")
-        settings = json.dumps({**self.limits.plain(), "bare": self._bare})
-        command = (bare_command if self._bare else jail_command)(theirs.fileno(), settings)
+        path = [str(place.parent) for place in self._packages.values()] if self._bare else [PACKAGES]
+        importable = {"packages": list(self._packages), "path": path}
+        settings = json.dumps({**self.limits.plain(), **importable, "bare": self._bare})
+        command = (
+            bare_command(theirs.fileno(), settings)
+            if self._bare
+            else jail_command(theirs.fileno(), settings, self._packages)
+        )
         with theirs, tempfile.TemporaryFile() as output:
             self._process = subprocess.Popen(
                 command,
@@ -177,6 +186,10 @@ class Job:
         """Wait for something to happen, and take it in."""
         if closing and not self._pending:
             self._close_job()
+            # most cells end soon, and their whole answer fits the pipe: it is then read once, and not piece by piece
+            if select.select([self._control], [], [], _PATIENCE_SECONDS)[0]:
+                self._learn_the_end()
+                return
         poller = select.poll()
         poller.register(self._control, select.POLLIN)
         if self._reading:

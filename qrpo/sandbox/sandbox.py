@@ -5,15 +5,15 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
 
 from qrpo.errors import DataError, EngineError
 from qrpo.sandbox.inside.framing import complete_frames
-from qrpo.sandbox.isolator import find_bubblewrap
-from qrpo.sandbox.jail import Ended, Jail
+from qrpo.sandbox.isolator import find_bubblewrap, find_packages
+from qrpo.sandbox.jail import Ended, Jail, Job
 from qrpo.sandbox.limits import Limits
 
 __all__ = ["CheckTests", "ProgramTests", "Sandbox", "Verdict"]
@@ -65,6 +65,7 @@ class Verdict:
 @dataclass(frozen=True, slots=True)
 class _Prepared:
     tests: int
+    suite: bytes
     calls: tuple[bytes, ...]
     live: bool
 
@@ -73,13 +74,21 @@ class Sandbox:
     """Judges solutions, each in a cell of its own. Serves several threads; started by the first call.
 
     Raises RewardError at once where bubblewrap is missing, unless `allow_unsandboxed`: then solutions run with all
-    rights of this user, and a warning says so. `workers` is how many run at once, by default one a core.
+    rights of this user, and a warning says so. `packages` may be imported beside the standard library. `workers` is how
+    many run at once, by default one a core.
     """
 
     def __init__(
-        self, limits: Limits | None = None, *, workers: int | None = None, allow_unsandboxed: bool = False
+        self,
+        limits: Limits | None = None,
+        *,
+        packages: Sequence[str] = (),
+        workers: int | None = None,
+        allow_unsandboxed: bool = False,
     ):
         self.limits = limits or Limits()
+        find_packages(packages)
+        self._packages = packages
         self._bare = allow_unsandboxed
         if allow_unsandboxed:
             logger.warning(
@@ -119,7 +128,7 @@ class Sandbox:
 
     def _judge_one(self, solution: tuple[str, CheckTests | ProgramTests]) -> Verdict | DataError:
         with self._lock:
-            worker = self._free.pop() if self._free else _Worker(self.limits, self._bare)
+            worker = self._free.pop() if self._free else self._new_worker()
         try:
             return self._judged(worker, *solution)
         except EngineError:  # not the solution's doing, which cannot reach the nursery: once more, afresh
@@ -128,6 +137,10 @@ class Sandbox:
         finally:
             with self._lock:
                 self._free.append(worker)
+
+    def _new_worker(self) -> "_Worker":
+        jails = [Jail(self.limits, packages=self._packages, bare=self._bare) for _ in range(2)]
+        return _Worker(*jails)
 
     def _judged(self, worker: "_Worker", code: str, tests: CheckTests | ProgramTests) -> Verdict | DataError:
         if isinstance(tests, ProgramTests):
@@ -150,58 +163,52 @@ class Sandbox:
 class _Worker:
     """Two jails: in one solutions run, in the other their judges, which see the tests and run no solution."""
 
-    def __init__(self, limits: Limits, bare: bool):
-        self._solutions, self._judges = Jail(limits, bare=bare), Jail(limits, bare=bare)
+    def __init__(self, solutions: Jail, judges: Jail):
+        self._solutions = solutions
+        self._judge = _Judge(judges)
 
     def close(self) -> None:
         self._solutions.close()
-        self._judges.close()
+        self._judge.close()
 
     def prepare(self, tests: CheckTests) -> _Prepared | DataError:
-        job = self._judges.start("judge", "prepare", tests.preamble, tests.test, tests.entry_point)
-        ended = job.finish()
-        frames = complete_frames(job.output, 1 << 30)
-        if not frames:
-            return DataError(f"the tests cannot be prepared: {_note(ended) or 'no answer'}")
+        frames = self._judge.ask("prepare", tests.preamble, tests.test, tests.entry_point)
+        if not frames or frames[-1] != b".":
+            return DataError("the tests cannot be prepared within the limits")
         facts = json.loads(frames[0])
         if facts["error"] is not None:
             return DataError(f"the tests cannot be used: {facts['error']}")
-        if len(frames) - 1 < facts["calls"]:
-            return DataError(f"the tests cannot be prepared: their calls pass the limits ({_note(ended)})")
-        return _Prepared(facts["tests"], tuple(frames[1:]), live=facts["calls"] < 0)
+        return _Prepared(facts["tests"], frames[1], tuple(frames[2:-1]), live=facts["calls"] < 0)
 
     def judge(self, code: str, tests: CheckTests, prepared: _Prepared) -> Verdict:
+        if prepared.live:
+            return self._judge_live(code, tests, prepared)
+        solution = self._solution(code, tests, prepared)
+        note = _note(solution.finish())
+        replies = complete_frames(solution.output, len(prepared.calls))
+        return _verdict(prepared, self._judge.ask("judge", prepared.suite, str(len(replies)), *replies), note)
+
+    def _solution(self, code: str, tests: CheckTests, prepared: _Prepared) -> Job:
         count = -1 if prepared.live else len(prepared.calls)
-        solution = self._solutions.start(
+        return self._solutions.start(
             "solution", tests.preamble, code, tests.entry_point, str(count), *prepared.calls
         )
-        replies: list[bytes] = []
+
+    def _judge_live(self, code: str, tests: CheckTests, prepared: _Prepared) -> Verdict:
+        solution = self._solution(code, tests, prepared)
         try:
-            if not prepared.live:
-                solution.finish()
-                replies = complete_frames(solution.output, len(prepared.calls))
-            judge = self._judges.start(
-                "judge", "judge", tests.preamble, tests.test, tests.entry_point, str(len(replies)), *replies
-            )
-            try:
-                asked = place = 0
-                while prepared.live and (message := judge.next_frame(place)) is not None:
-                    place += 1
-                    if message[:1] == b"c":
-                        solution.send(message[1:])
-                        reply = solution.next_frame(asked)
-                        asked += 1
-                        judge.send(_GONE if reply is None else reply)
-                judge.finish()
-            finally:
-                judge.abandon()
+            asked = 0
+
+            def reply(call: bytes) -> bytes:
+                nonlocal asked
+                solution.send(call)
+                asked += 1
+                return solution.next_frame(asked - 1) or _GONE
+
+            frames = self._judge.ask("judge", prepared.suite, "0", reply=reply)
+            return _verdict(prepared, frames, _note(solution.ended) if solution.ended else "")
         finally:
             solution.abandon()
-        verdicts = [m == b"1" for m in complete_frames(judge.output, 1 << 30) if m[:1] != b"c"]
-        verdicts = verdicts[: prepared.tests]
-        assert solution.ended is not None
-        note = "" if prepared.live else _note(solution.ended)
-        return Verdict((*verdicts, *[False] * (prepared.tests - len(verdicts))), note)
 
     def run_program(self, code: str, tests: ProgramTests) -> Verdict:
         passed, note = [], ""
@@ -215,7 +222,58 @@ class _Worker:
         return Verdict(tuple(passed), note)
 
 
-_GONE = b'!["RuntimeError",[]]'
+class _Judge:
+    """A judge's cell, used for many judgements; where one of them ends it, that one is tried once more in a fresh cell."""
+
+    def __init__(self, jail: Jail):
+        self._jail = jail
+        self._job: Job | None = None
+        self._uses = 0
+
+    def ask(self, *parts: bytes | str, reply: Callable[[bytes], bytes] | None = None) -> list[bytes]:
+        """The messages of the judge's answer; the last is b"." unless the cell ended before."""
+        if self._uses >= _JUDGEMENTS or reply is not None:  # calls made meanwhile cannot be made twice
+            self._end()
+        fresh = self._job is None
+        frames = self._answer(parts, reply)
+        if frames[-1:] != [b"."] and not fresh:
+            frames = self._answer(parts, reply)
+        return frames
+
+    def close(self) -> None:
+        self._job = None
+        self._jail.close()
+
+    def _answer(self, parts: Sequence[bytes | str], reply: Callable[[bytes], bytes] | None) -> list[bytes]:
+        if self._job is None:
+            self._job, self._uses = self._jail.start("judge"), 0
+        self._uses += 1
+        self._job.output.clear()
+        self._job.send(*parts)
+        frames: list[bytes] = []
+        while frames[-1:] != [b"."]:
+            message = self._job.next_frame(len(frames))
+            if message is None:
+                self._end()
+                break
+            frames.append(message)
+            if message[:1] == b"c" and reply is not None:
+                self._job.send(reply(message[1:]))
+        return frames
+
+    def _end(self) -> None:
+        job, self._job, self._uses = self._job, None, 0
+        if job is not None:
+            job.abandon()
+
+
+_JUDGEMENTS = 200
+_GONE = b'!["RuntimeError",[]]'  # to which the stand-in answers by raising
+
+
+def _verdict(prepared: _Prepared, frames: Sequence[bytes], note: str) -> Verdict:
+    verdicts = [message == b"1" for message in frames if message in (b"0", b"1")]
+    return Verdict((*verdicts, *[False] * (prepared.tests - len(verdicts))), note)
 
 
 def _lines(text: str) -> list[str]:

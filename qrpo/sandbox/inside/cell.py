@@ -6,10 +6,11 @@ threads, and the system-call filter. Nothing in it outlives its first process, a
 
 import ctypes
 import os
+import platform
 import resource
 from collections.abc import Mapping
 
-from .seccomp import install_filter
+from .seccomp import build_filter, install_filter
 
 __all__ = ["Cells"]
 
@@ -27,6 +28,7 @@ class Cells:
         self._libc = ctypes.CDLL(None, use_errno=True)
         if not bare:
             self._own_processes = os.pidfd_open(os.getpid())
+            self._filter = build_filter(platform.machine())
 
     def fork(self) -> int:
         """`os.fork`, with the child the first of a new process namespace."""
@@ -62,7 +64,7 @@ class Cells:
         header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
         nothing = (ctypes.c_uint32 * 6)()
         self._check(self._libc.capset(header, nothing), "capset")
-        install_filter(self._libc)
+        install_filter(self._libc, self._filter)
 
     def _set_limits(self) -> None:
         for limit, value in (

@@ -10,6 +10,7 @@ afterwards. Otherwise they are made one by one, while the tests run.
 import ast
 import builtins
 import json
+import marshal
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -25,91 +26,113 @@ _NESTED = (ast.Lambda, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.
 
 
 def serve(jobs: Reader, answer: int, seal: Callable[[], None]) -> int:
-    """Prepare a problem's tests, or judge a solution's replies to their calls.
+    """Prepare problems' tests and judge solutions' replies, one request after another, until the pipe ends.
 
-    The job: "prepare" or "judge", preamble, test, entry point; to judge, also the number of replies, and the replies.
-    Prepared, the answer is JSON (`tests`, their number; `calls`, theirs, or -1 where they are made one by one; `error`)
-    and the calls. Judged, it is b"1" or b"0" for each test as it is judged, and between them b"c" with a call that is to
-    be made, whose reply comes on the job's pipe.
+    "prepare", preamble, test, entry point: answered by JSON (`tests`, their number; `calls`, theirs, or -1 where they are
+    made one by one; or `error`), the suite compiled, and the calls. "judge", the compiled suite, the number of
+    replies, the replies: answered by b"1" or b"0" for each test as it is judged, and between them b"c" with a call that is
+    to be made, whose reply comes next on the jobs' pipe. b"." ends each answer.
     """
-    action, preamble, test, entry_point = jobs.text(), jobs.text(), jobs.text(), jobs.text()
-    replies = [jobs.frame() for _ in range(int(jobs.text()))] if action == "judge" else []
     seal()
     sys.setrecursionlimit(10_000)
-    if action == "prepare":
-        for payload in _prepared(preamble, test, entry_point):
-            write_frame(answer, payload)
-        return 0
 
     def ask(data: bytes) -> bytes:
         write_frame(answer, b"c" + data)
         return jobs.frame()
 
-    for passed in Suite(preamble, test, entry_point).verdicts(replies, ask):
-        write_frame(answer, b"1" if passed else b"0")
-    return 0
+    while True:
+        try:
+            action = jobs.text()
+        except EOFError:
+            return 0
+        if action == "prepare":
+            for payload in _prepared(jobs.text(), jobs.text(), jobs.text()):
+                write_frame(answer, payload)
+        else:
+            suite = Suite.loaded(jobs.frame())
+            replies = [jobs.frame() for _ in range(int(jobs.text()))]
+            for passed in suite.verdicts(replies, ask):
+                write_frame(answer, b"1" if passed else b"0")
+        write_frame(answer, b".")
 
 
 def _prepared(preamble: str, test: str, entry_point: str) -> list[bytes]:
     try:
-        suite = Suite(preamble, test, entry_point)
+        suite = Suite.compiled(preamble, test, entry_point)
         if not suite.tests:
-            raise ValueError("it asserts nothing")
+            raise ValueError("they assert nothing")
         calls = suite.captured_calls()
     except BaseException as error:
         return [json.dumps({"error": f"{type(error).__name__}: {error}"}).encode()]
-    count = len(calls) if suite.known_beforehand else -1
-    return [json.dumps({"tests": suite.tests, "calls": count, "error": None}).encode(), *calls]
+    count = len(calls) if suite.calls is not None else -1
+    facts = {"tests": suite.tests, "calls": count, "error": None}
+    return [json.dumps(facts).encode(), suite.dumped(), *calls]
 
 
 class Suite:
-    """The tests of one problem, compiled."""
+    """The tests of one problem: what defines their names, and one step for each statement."""
 
-    def __init__(self, preamble: str, test: str, entry_point: str):
+    def __init__(
+        self,
+        definitions: list[types.CodeType],
+        steps: list[tuple[bool, types.CodeType]],
+        candidates: list[str],
+        calls: types.CodeType | None,
+    ):
+        self._parts = (definitions, steps, candidates, calls)
+        self._steps = steps
+        self._candidates = candidates
+        self.calls = calls
+        """Code that makes the list of the calls' arguments; None where they are not known beforehand."""
+        self.tests = sum(is_test for is_test, _ in steps)
         module = types.ModuleType("tests")
         sys.modules["tests"] = module
         self._names = module.__dict__
-        exec(compile(preamble, "<preamble>", "exec"), self._names)  # noqa: S102
+        for code in definitions:
+            exec(code, self._names)  # noqa: S102
+
+    @classmethod
+    def compiled(cls, preamble: str, test: str, entry_point: str) -> "Suite":
+        """From source; raises what the source raises, or ValueError where it is no test."""
         tree = ast.parse(test)
-        check = next(
-            (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "check"), None
-        )
+        check = next((n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "check"), None)
         if check is None:
-            body, candidates = tree.body, {entry_point}
+            around: list[ast.stmt] = []
+            body, candidate = tree.body, entry_point
         else:
             if len(check.args.args) != 1:
                 raise ValueError("check takes one argument, the candidate")
             around = [node for node in tree.body if node is not check and not _calls_check(node)]
-            exec(_compiled(around), self._names)  # noqa: S102
-            body, candidates = check.body, {check.args.args[0].arg}
-        self._candidates = candidates
-        self._calls: list[ast.Call] = []
-        self.known_beforehand = self._can_be_known(body)
-        if self.known_beforehand:
-            body = [_Replayed(self._candidates, self._calls).visit(node) for node in body]
+            body, candidate = check.body, check.args.args[0].arg
+        definitions = [compile(preamble, "<preamble>", "exec"), _compiled(around)]
+        known = _known_beforehand(body, candidate)
+        replayed = _Replayed(candidate)
         try:
-            self._steps = [(_asserts(node), _compiled([node])) for node in body]
+            if known:
+                steps = [(_asserts(node), _compiled([replayed.visit(node)])) for node in body]
+                return cls(definitions, steps, [candidate], _captures(replayed.calls))
+            return cls(definitions, [(_asserts(node), _compiled([node])) for node in body], [candidate], None)
         except SyntaxError:  # a `return` among the statements: the function is one test
             assert check is not None
-            ask = ast.parse(f"check({_CANDIDATE})").body[0]
-            check = next(
-                node
-                for node in ast.parse(test).body
-                if isinstance(node, ast.FunctionDef) and node.name == "check"
-            )
-            self._calls, self.known_beforehand = [], False
-            self._steps = [(False, _compiled([check])), (True, _compiled([ask]))]
-        self.tests = sum(is_test for is_test, _ in self._steps)
+            whole = [node for node in ast.parse(test).body if not _calls_check(node)]
+            call = ast.parse(f"check({_CANDIDATE})").body
+            return cls([definitions[0], _compiled(whole)], [(True, _compiled(call))], [_CANDIDATE], None)
+
+    @classmethod
+    def loaded(cls, data: bytes) -> "Suite":
+        """From what `dumped` gave."""
+        return cls(*marshal.loads(data))  # noqa: S302 - written by a judge
+
+    def dumped(self) -> bytes:
+        """The compiled suite, for another judge."""
+        return marshal.dumps(self._parts)
 
     def captured_calls(self) -> list[bytes]:
         """The calls that are known beforehand, encoded, in order."""
+        if self.calls is None:
+            return []
         self._names[_CAPTURE] = lambda *args, **kwargs: [list(args), kwargs]
-        calls = []
-        for node in self._calls:
-            capture = ast.Call(ast.Name(_CAPTURE, ast.Load()), node.args, node.keywords)
-            expression = ast.fix_missing_locations(ast.Expression(capture))
-            calls.append(encode(eval(compile(expression, "<test>", "eval"), self._names)))  # noqa: S307
-        return calls
+        return [encode(call) for call in eval(self.calls, self._names)]  # noqa: S307
 
     def verdicts(self, replies: list[bytes], ask: Callable[[bytes], bytes]) -> Iterator[bool]:
         """Whether each test passes, one after another."""
@@ -127,7 +150,7 @@ class Suite:
                 _copy_back(ours, kwargs_after[name])
             return result
 
-        self._names |= {_REPLAY: replayed, _CANDIDATE: candidate} | dict.fromkeys(self._candidates, candidate)
+        self._names |= {_REPLAY: replayed} | dict.fromkeys(self._candidates, candidate)
         for is_test, step in self._steps:
             try:
                 exec(step, self._names)  # noqa: S102
@@ -154,51 +177,49 @@ class Suite:
             if isinstance(value, type) and value.__module__ == "tests"
         }
 
-    def _can_be_known(self, body: list[ast.stmt]) -> bool:
-        """Whether each use of the candidate is a plain call in an assertion, with arguments of the text's own."""
-        bound = {
-            node.id for step in body for node in ast.walk(step) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)
-        }  # fmt: skip
-        for step in body:
-            uses = [
-                node for node in ast.walk(step) if isinstance(node, ast.Name) and node.id in self._candidates
-            ]
-            if not uses:
-                continue
-            if not isinstance(step, ast.Assert):
+
+def _known_beforehand(body: list[ast.stmt], candidate: str) -> bool:
+    """Whether each use of the candidate is a plain call in an assertion, with arguments of the text's own."""
+    bound = {n.id for step in body for n in ast.walk(step) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}  # fmt: skip
+    for step in body:
+        uses = sum(isinstance(node, ast.Name) and node.id == candidate for node in ast.walk(step))
+        calls = [node for node in _outside_scopes(step) if _is_call_of(node, candidate)]
+        if uses and (not isinstance(step, ast.Assert) or len(calls) != uses):
+            return False
+        for call in calls:
+            inside = {n.id for part in (*call.args, *call.keywords) for n in ast.walk(part) if isinstance(n, ast.Name)}  # fmt: skip
+            if inside & (bound | {candidate}):
                 return False
-            calls = [node for node in _outside_scopes(step) if _is_call_of(node, self._candidates)]
-            if len(calls) != len(uses):
-                return False
-            for call in calls:
-                arguments = [*call.args, *call.keywords]
-                inside = {n.id for a in arguments for n in ast.walk(a) if isinstance(n, ast.Name)}
-                if inside & (bound | self._candidates):
-                    return False
-        return True
+    return True
+
+
+def _captures(calls: list[ast.Call]) -> types.CodeType:
+    captured: list[ast.expr] = [ast.Call(ast.Name(_CAPTURE, ast.Load()), c.args, c.keywords) for c in calls]
+    expression = ast.Expression(ast.List(captured, ast.Load()))
+    return compile(ast.fix_missing_locations(expression), "<test>", "eval")
 
 
 class _Replayed(ast.NodeTransformer):
     """Puts the replay of call number i in the place of the call, and keeps the calls."""
 
-    def __init__(self, candidates: set[str], calls: list[ast.Call]):
-        self._candidates = candidates
-        self._calls = calls
+    def __init__(self, candidate: str):
+        self._candidate = candidate
+        self.calls: list[ast.Call] = []
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        if not _is_call_of(node, self._candidates):
+        if not _is_call_of(node, self._candidate):
             return self.generic_visit(node)
-        self._calls.append(node)
-        place = ast.Constant(len(self._calls) - 1)
+        self.calls.append(node)
+        place = ast.Constant(len(self.calls) - 1)
         return ast.copy_location(ast.Call(ast.Name(_REPLAY, ast.Load()), [place], []), node)
 
 
-def _is_call_of(node: ast.AST, names: set[str]) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names
+def _is_call_of(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
 
 
 def _calls_check(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and _is_call_of(node.value, {"check"})
+    return isinstance(node, ast.Expr) and _is_call_of(node.value, "check")
 
 
 def _asserts(node: ast.stmt) -> bool:

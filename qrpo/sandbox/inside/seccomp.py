@@ -9,7 +9,6 @@ it asks for fails with EPERM. Numbers are those of Linux's `unistd.h`; a program
 import ctypes
 import errno
 import os
-import platform
 import struct
 
 __all__ = ["ALLOWED", "build_filter", "install_filter"]
@@ -129,9 +128,8 @@ class _Program(ctypes.Structure):
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _MODE_FILTER = 38, 22, 2
 
 
-def install_filter(libc: ctypes.CDLL, program: bytes | None = None) -> None:
-    """Bind this process, and all its threads to come, to the filter for good."""
-    program = program or build_filter(platform.machine())
+def install_filter(libc: ctypes.CDLL, program: bytes) -> None:
+    """Bind this process, and all its threads to come, to a program of `build_filter`, for good."""
     described = _Program(len(program) // 8, program)
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(
         _PR_SET_SECCOMP, _MODE_FILTER, ctypes.byref(described), 0, 0
