@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import yaml
 
+from flows.evaluate import Cell, comparison_table
 from flows.show import find_manifest, stages_of
 from qrpo.statistics import Floats
 from storage import Manifest, Store
@@ -43,6 +44,8 @@ class Content:
     rejects: list[dict[str, Any]]
     sources: list[tuple[str, str]]
     summary: dict[str, Any] | None
+    comparison: tuple[list[str], list[tuple[str, list[Cell]]]] | None
+    """The summary as a table: the models' names, and titled rows."""
     evaluation: pl.DataFrame | None
     """prompt_id, model, sample_index, reward, quantile_reward, length, text: every scored sample."""
     ref_rewards: list[Floats]
@@ -63,6 +66,7 @@ def gather(store: Store, run: str) -> Content:
     evaluation = _evaluation(store, manifests.get("evaluation"))
     ref_rewards, widths = _quantiles(store, manifests.get("quantiles"), evaluation)
     tables = {} if evaluation is None else _tables(evaluation, _prompts(store, manifests["prompts"]))
+    summary = manifests["evaluation"].metadata.get("summary") if evaluation is not None else None
     return Content(
         name=run,
         config=config,
@@ -70,7 +74,8 @@ def gather(store: Store, run: str) -> Content:
         stages=[_stage(manifest, noted["stages"][name]) for name, manifest in manifests.items()],
         rejects=[row for manifest in manifests.values() for row in _rejects(store, manifest)],
         sources=_sources(manifests),
-        summary=manifests["evaluation"].metadata.get("summary") if evaluation is not None else None,
+        summary=summary,
+        comparison=comparison_table(summary) if summary else None,
         evaluation=evaluation,
         ref_rewards=ref_rewards,
         interval_widths=widths,
@@ -187,11 +192,14 @@ def _tables(evaluation: pl.DataFrame, prompts: Mapping[str, str]) -> dict[str, l
     )
     pairs = policy.join(reference, on=keys).join(change, on="prompt_id").sort(*keys)
     reward = pl.col("policy").struct.field("reward")
-    typical = pairs.unique("prompt_id", keep="first", maintain_order=True)
+    change_here = reward - pl.col("reference").struct.field("reward")
+    typical = pairs.sort((change_here - pl.col("change")).abs(), maintain_order=True)
     orders = {
         "best": pairs.sort(reward, descending=True, maintain_order=True),
         "worst": pairs.sort(reward, maintain_order=True),
-        "gained most": typical.sort("change", descending=True, maintain_order=True),
+        "gained most": typical.filter(pl.col("change") > 0).sort(
+            "change", descending=True, maintain_order=True
+        ),
         "lost most": typical.filter(pl.col("change") < 0).sort("change", maintain_order=True),
     }
     tables = {}
@@ -202,8 +210,10 @@ def _tables(evaluation: pl.DataFrame, prompts: Mapping[str, str]) -> dict[str, l
 
 
 def _comparison(row: Mapping[str, Any], prompts: Mapping[str, str]) -> Comparison:
-    sides = [{**row[name], "text": _short(row[name]["text"])} for name in ("reference", "policy")]
-    return Comparison(_short(prompts.get(row["prompt_id"], row["prompt_id"])), *sides, change=row["change"])
+    reference, policy = ({**row[name], "text": _short(row[name]["text"])} for name in ("reference", "policy"))
+    return Comparison(
+        _short(prompts.get(row["prompt_id"], row["prompt_id"])), reference, policy, row["change"]
+    )
 
 
 def _short(text: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from flows.report.content import Content
 from qrpo.statistics import Floats
@@ -61,8 +62,8 @@ def draw(content: Content) -> list[Plot]:
     """The pictures that the run has data for, in the order of the page."""
     plots = []
     for name, (title, text, figure) in _FIGURES.items():
-        with mpl.rc_context(_STYLE):  # type: ignore[arg-type]
-            drawing = Figure(figsize=(5.2, 3.3), layout="constrained")
+        with mpl.rc_context(_STYLE):
+            drawing = Figure(figsize=(4.6, 3.2), layout="constrained")
             if figure(drawing.subplots(), content):
                 plots.append(Plot(title, text, _svg(drawing, name, title)))
     return plots
@@ -77,11 +78,13 @@ def _svg(figure: Figure, name: str, title: str) -> Markup:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{title}">', svg, count=1)
+    svg = re.sub(
+        r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{title}">', svg, count=1
+    )
     svg = svg.replace("xlink:href=", "href=")
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, variable)
-    return Markup(svg)  # noqa: S704 - drawn here from numbers and fixed words
+    return Markup(svg)
 
 
 def _values(content: Content, model: str, column: str) -> Floats:
@@ -173,7 +176,9 @@ def _length(axes: Any, content: Content) -> bool:
     return True
 
 
-def _measured(axes: Any, content: Content, score: Callable[[dict[str, Any], dict[str, Any]], tuple[float, float]]) -> None:
+def _measured(
+    axes: Any, content: Content, score: Callable[[dict[str, Any], dict[str, Any]], tuple[float, float]]
+) -> None:
     """The models' points over KL, with two standard errors."""
     assert content.summary is not None
     compared = {"policy": content.summary, **content.summary.get("others", {})}
@@ -184,7 +189,14 @@ def _measured(axes: Any, content: Content, score: Callable[[dict[str, Any], dict
             continue
         colour = _POLICY if name == "policy" else _INK
         axes.errorbar(
-            kl["mean"], value, yerr=2 * error, xerr=2 * (kl["standard_error"] or 0), fmt="o", color=colour, label=name
+            kl["mean"],
+            value,
+            yerr=2 * error,
+            xerr=2 * (kl["standard_error"] or 0),
+            fmt="o",
+            markersize=4,
+            color=colour,
+            label=name,
         )
 
 
@@ -200,14 +212,23 @@ def _win_rate_frontier(axes: Any, content: Content) -> bool:
         return False
     curve = beta_table(settings.transform, _frontier_betas(content))
     axes.plot(
-        [row["kl"] for row in curve], [row["win_rate"] for row in curve], color=_THEORY, label="theoretical frontier"
+        [row["kl"] for row in curve],
+        [row["win_rate"] for row in curve],
+        color=_THEORY,
+        label="theoretical frontier",
     )
     (best,) = beta_table(settings.transform, [settings.beta])
     axes.plot(best["kl"], best["win_rate"], "D", color=_THEORY, label=f"optimum, beta {settings.beta:g}")
     got = attained(settings.transform, settings.beta, content.config.completions.num_ref)
-    axes.plot(got.kl, got.win_rate, "s", color=_THEORY, fillstyle="none", label=f"from {got.num_ref} references")
+    axes.plot(
+        got.kl, got.win_rate, "s", color=_THEORY, fillstyle="none", label=f"from {got.num_ref} references"
+    )
     axes.plot(0, 0.5, "o", color=_REFERENCE, label="reference")
-    _measured(axes, content, lambda _, one: (one["win_rate"]["mean"], (one["win_rate"]["high"] - one["win_rate"]["low"]) / 4))
+    _measured(
+        axes,
+        content,
+        lambda _, one: (one["win_rate"]["mean"], (one["win_rate"]["high"] - one["win_rate"]["low"]) / 4),
+    )
     axes.set(xlabel="KL to the reference, nats", ylabel="win rate against the reference")
     axes.legend(loc="lower right")
     return True
@@ -221,12 +242,25 @@ def _reward_frontier(axes: Any, content: Content) -> bool:
     offsets = np.cumsum([0, *(len(rewards) for rewards in content.ref_rewards)])
     curve = beta_table(settings.transform, _frontier_betas(content))
     means = [
-        float(np.nanmean(expected_reward(settings.transform, row["beta"], flat, ref_offsets=offsets))) for row in curve
+        float(np.nanmean(expected_reward(settings.transform, row["beta"], flat, ref_offsets=offsets)))
+        for row in curve
     ]
     axes.plot([row["kl"] for row in curve], means, color=_THEORY, label="theoretical frontier")
     reference = content.summary["reference"]["reward"]
-    axes.errorbar(0, reference["mean"], yerr=2 * (reference["standard_error"] or 0), fmt="o", color=_REFERENCE, label="reference")
-    _measured(axes, content, lambda described, _: (described["reward"]["mean"], described["reward"]["standard_error"] or 0))
+    axes.errorbar(
+        0,
+        reference["mean"],
+        yerr=2 * (reference["standard_error"] or 0),
+        fmt="o",
+        markersize=4,
+        color=_REFERENCE,
+        label="reference",
+    )
+    _measured(
+        axes,
+        content,
+        lambda described, _: (described["reward"]["mean"], described["reward"]["standard_error"] or 0),
+    )
     axes.set(xlabel="KL to the reference, nats", ylabel="mean reward")
     axes.legend(loc="lower right")
     return True
@@ -246,6 +280,17 @@ def _noise(axes: Any, content: Content) -> bool:
         yscale="log",
         xlabel="reference samples a prompt (num_ref)",
         ylabel="noise of the target log ratio, nats",
+    )
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter(NullFormatter())
+    axes.set_xticks([1, 3, 10, 30, 100])
+    axes.set_yticks(
+        [
+            size
+            for size in np.outer(10.0 ** np.arange(-3, 4), [1, 3]).ravel()
+            if min(noise) / 1.5 < size < max(noise) * 1.5
+        ]
     )
     axes.legend()
     return True
