@@ -103,7 +103,7 @@ def comparison_table(summary: Mapping[str, Any]) -> tuple[list[str], list[tuple[
     against(
         "KL to the reference, nats", "0", [_measured(one["kl"]) for one in compared], promised.get("kl", "")
     )
-    every("completion length, tokens", [_measured(one["length"], 1) for one in described])
+    every("completion length, tokens", [_measured(one["length"], 2) for one in described])
     for key, title in (
         ("unique", "distinct completions of a prompt"),
         ("distinct_2", "distinct token pairs"),

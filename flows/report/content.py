@@ -151,10 +151,10 @@ def _quantiles(
     if evaluation is not None:
         rows = rows.filter(pl.col("prompt_id").is_in(evaluation["prompt_id"].unique().to_list()))
     lists = rows.select("ref_rewards").head(_PROMPTS).collect()["ref_rewards"].to_list()
-    bounds = scan.select("quantile_low", "quantile_high").head(_PROMPTS)
-    bounds = bounds.filter(pl.col("quantile_low").list.len() > 0).explode("quantile_low", "quantile_high")
-    widths = bounds.select(pl.col("quantile_high") - pl.col("quantile_low")).collect().to_series()
-    return [np.array(rewards, dtype=float) for rewards in lists], widths.to_numpy().astype(float)
+    bounds = scan.select("quantile_low", "quantile_high").head(_PROMPTS).collect()
+    low, high = ([value for some in bounds[name].to_list() for value in some] for name in bounds.columns)
+    widths = np.array(high, dtype=float) - np.array(low, dtype=float)
+    return [np.array(rewards, dtype=float) for rewards in lists], widths
 
 
 def _metrics(store: Store, manifest: Manifest | None) -> pl.DataFrame | None:

@@ -313,7 +313,7 @@ _FIGURES: dict[str, tuple[str, str, Callable[[Any, Content], bool]]] = {
         "The frontier from the held-out prompts' own reference rewards.",
         _reward_frontier,
     ),
-    "length": ("Reward against length", "Points are completions, lines the means of equally many.", _length),
+    "length": ("Reward against length", "Points are completions, lines their means by length.", _length),
     "noise": (
         "What num_ref costs",
         "Quantiles from few references are noisy targets; the error falls with the root of their number.",
