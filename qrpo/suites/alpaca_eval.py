@@ -125,8 +125,9 @@ class _Package:
         config = _annotator_config(Path(alpaca_eval.__file__).parent / "evaluators_configs", judge, folder)
         try:
             board, annotations = alpaca_eval.evaluate(
-                model_outputs=str(outputs),
-                reference_outputs=str(baseline),
+                # rows, not paths: the package would read a text of digits as a number
+                model_outputs=json.loads(outputs.read_text(encoding="utf-8")),
+                reference_outputs=json.loads(baseline.read_text(encoding="utf-8")),
                 annotators_config=str(config.resolve()),
                 output_path=None,
                 precomputed_leaderboard=None,
