@@ -47,7 +47,7 @@ def summarise(
     The answer describes `policy` and `reference` and compares the two: `win_rate`, `kl`, `length_controlled`. Where the
     table has other models, `others` has the same of each, and `best` the one of all with the highest reward, chosen on
     one half of the prompts and reported on the other. With `config` there is `theory`: what the optimum of its
-    transform and beta promises, and with `num_ref` what quantiles of so many references can attain of it.
+    transform and beta promises (QRPO's alone), and with `num_ref` what quantiles of so many references can attain of it.
     """
     samples = _samples(table)
     if not {"policy", "reference"} <= samples.keys():
@@ -73,7 +73,7 @@ def summarise(
         candidates = {name: rewards[name] for name in ("policy", *others)}
         if len(prompt_ids) > 1:
             result["best"] = asdict(choose_best(candidates, prompt_ids, seed=seed))
-    if config is not None:
+    if config is not None and config.loss == "qrpo":
         result["theory"] = _promised(config, num_ref)
     plain: dict[str, Any] = _json_numbers(result)
     return plain
