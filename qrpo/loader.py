@@ -73,11 +73,11 @@ class StepLoader(DataLoader):  # type: ignore[misc]
 
 
 class _Share(NamedTuple):
-    """One process's part of one micro-batch: `count` rows from the global position `start` on; `next` starts the next."""
+    """One process's part of one micro-batch: `rows` rows from the global position `start` on; `next` starts the next."""
 
     epoch: int
     start: int
-    count: int
+    rows: int
     next: int
 
 
@@ -120,11 +120,11 @@ class _Rows(Dataset):  # type: ignore[misc]
         return len(self._reader)
 
     def __getitems__(self, share: _Share) -> list[Any]:
-        if not share.count:
+        if not share.rows:
             return [{**next(self._reader.iterate(share.epoch, start=len(self) - 1)), IDLE: True}]
         if self._at != (share.epoch, share.start):
             ranks = {"rank": self._rank, "world_size": self._world_size} if self._world_size > 1 else {}
             self._stream = iter(self._reader.iterate(share.epoch, start=share.start, **ranks))
-        rows = list(islice(self._stream, share.count))
+        rows = list(islice(self._stream, share.rows))
         self._at = (share.epoch, share.next)
         return rows

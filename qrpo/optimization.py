@@ -138,6 +138,10 @@ class PolicyConfig(OptimizationConfig):
     """Peak learning rate of AdamW."""
     seed: int | None = None
     """Seed of the training run alone; null for the run's own. With another one the same shards are trained on again."""
+    processes: int = knob(1, ge=1)
+    """Processes of this machine to train with, one for each GPU; `prompts_per_step` is over all of them."""
+    fsdp: bool = knob(False)
+    """Shard weights, gradients and optimizer over the processes (FSDP) instead of each having all (DDP)."""
     max_initial_log_ratio: float | None = knob(None, gt=0)
     """Largest mean |log pi - log ref| per square root of a token before the first step; by default, what rounding
     explains in the dtype."""
@@ -185,4 +189,5 @@ class PolicyConfig(OptimizationConfig):
             transform=self.transform,
             partition=self.partition,
             max_initial_log_ratio=self.max_initial_log_ratio,
+            fsdp=self.fsdp or None,
         )
