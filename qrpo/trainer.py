@@ -63,7 +63,9 @@ class CompletionTrainingArguments(TrainingArguments):  # type: ignore[misc]
     )
     max_loss_growth: float = field(
         default=1000.0,
-        metadata={"help": "A loss this many times the largest of the first 10 logged has exploded. `inf`: never."},
+        metadata={
+            "help": "A loss this many times the largest of the first 10 logged has exploded. `inf`: never."
+        },
     )
     remove_unused_columns: bool = False
     dataloader_pin_memory: bool = False
@@ -231,7 +233,9 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         step = self.state.global_step
         batches = [
             {
-                "rows": [] if is_idle(batch["rows"]) else self.objective.select(self._usable(batch["rows"]), step),
+                "rows": []
+                if is_idle(batch["rows"])
+                else self.objective.select(self._usable(batch["rows"]), step),
                 "spare": [narrowed(row, [0]) for row in batch["rows"][:1]],
             }
             for batch in batches
