@@ -38,6 +38,10 @@ class OptimizationConfig(Section):
     """AdamW's decoupled decay."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients of a larger norm are scaled down to it."""
+    bad_step: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not finite, or whose loss has exploded: stop and name its prompts, or leave it out."""
+    max_loss_growth: float | None = Field(default=1000.0, gt=1)
+    """A loss this many times the largest of the first 10 logged has exploded; null for never."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the matrix products. Weights, gradients and the optimizer stay in float32 (mixed precision)."""
     token_budget: int = knob(8192, ge=1)
@@ -46,7 +50,7 @@ class OptimizationConfig(Section):
     """Recompute activations in the backward pass: less memory, a third more time."""
     save_steps: int = knob(50, ge=1)
     """Steps between checkpoints."""
-    keep_checkpoints: int = knob(2, ge=2)
+    keep_checkpoints: int = knob(2, ge=1)
     """Newest checkpoints kept."""
     logging_steps: int = knob(1, ge=1)
     """Steps between rows of metrics."""
@@ -81,6 +85,8 @@ class OptimizationConfig(Section):
             "gradient_accumulation_steps": 1,
             "weight_decay": self.weight_decay,
             "max_grad_norm": self.max_grad_norm,
+            "bad_step": self.bad_step,
+            "max_loss_growth": float("inf") if self.max_loss_growth is None else self.max_loss_growth,
             "bf16": self.dtype == "bfloat16",
             "use_cpu": not accelerator.is_available(),
             "seed": self._seed,
@@ -132,6 +138,10 @@ class PolicyConfig(OptimizationConfig):
     """Peak learning rate of AdamW."""
     seed: int | None = None
     """Seed of the training run alone; null for the run's own. With another one the same shards are trained on again."""
+    processes: int = knob(1, ge=1)
+    """Processes of this machine to train with, one for each GPU; `prompts_per_step` is over all of them."""
+    fsdp: bool = knob(False)
+    """Shard weights, gradients and optimizer over the processes (FSDP) instead of each having all (DDP)."""
     max_initial_log_ratio: float | None = knob(None, gt=0)
     """Largest mean |log pi - log ref| per square root of a token before the first step; by default, what rounding
     explains in the dtype."""
@@ -179,4 +189,5 @@ class PolicyConfig(OptimizationConfig):
             transform=self.transform,
             partition=self.partition,
             max_initial_log_ratio=self.max_initial_log_ratio,
+            fsdp=self.fsdp or None,
         )

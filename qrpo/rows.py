@@ -14,9 +14,8 @@ They come from shards on disk through a reader, or from a dataset in one of TRL'
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +28,6 @@ from qrpo.quantiles import quantile_rewards
 __all__ = [
     "PER_COMPLETION",
     "Row",
-    "RowReader",
-    "StreamedRows",
     "collate_rows",
     "flatten_rows",
     "take",
@@ -41,46 +38,6 @@ __all__ = [
 Row = Mapping[str, Any]
 PER_COMPLETION = ("completion_token_ids", "quantile_reward", "ref_logprob", "reward")
 PER_PROMPT = ("prompt_token_ids", "prompt_id", "num_ref", "ref_std")
-
-
-class RowReader(Protocol):
-    """Streams rows in an order that is a function of the epoch alone, from any position on at once."""
-
-    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        """Rows `start`, `start + 1`, ... of this epoch."""
-
-    def __len__(self) -> int:
-        """Rows in an epoch."""
-
-
-class StreamedRows(torch.utils.data.Dataset):  # type: ignore[misc]
-    """A reader seen as a map-style dataset of positions, to be read in their order.
-
-    So a Trainer's own bookkeeping (length, ranks, skipping on resume) works on it, and skipping costs one seek.
-    """
-
-    def __init__(self, reader: RowReader) -> None:
-        self.reader = reader
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Read this epoch's order from now on."""
-        self._epoch, self._position = epoch, -1
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getitems__(self, positions: list[int]) -> list[Any]:
-        rows: list[Any] = []
-        for position in positions:
-            if position != self._position:
-                self._rows = iter(self.reader.iterate(self._epoch, start=position))
-            rows.extend(islice(self._rows, 1))
-            self._position = position + 1
-        return rows
-
-    def __getitem__(self, position: int) -> Any:
-        return self.__getitems__([position])[0]
 
 
 def collate_rows(rows: Sequence[Row]) -> dict[str, Any]:

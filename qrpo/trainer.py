@@ -23,15 +23,19 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import DistributedType, PartialState
+from safetensors import SafetensorError
 from transformers import Trainer, TrainingArguments
 
-from qrpo.checkpoints import mark_whole
+from qrpo.checkpoints import UNFINISHED, commit_checkpoint, unwritten
 from qrpo.errors import ConfigError, DataError, TrainingError
+from qrpo.guard import BadStep, StepGuard
+from qrpo.loader import ShuffledRows, is_idle, step_loader
 from qrpo.logprobs import completion_logprobs, length_sorted_batches, score_logprobs
 from qrpo.losses import LossType, PairChoice
 from qrpo.objectives import Objective, make_objective, narrowed
 from qrpo.partition import Partition
-from qrpo.rows import StreamedRows, collate_rows, flatten_rows, take, tensor_of, training_rows
+from qrpo.rows import collate_rows, flatten_rows, take, tensor_of, training_rows
 from qrpo.transforms import get_transform
 
 __all__ = ["CompletionTrainer", "CompletionTrainingArguments", "QRPOConfig", "QRPOTrainer"]
@@ -50,19 +54,28 @@ class CompletionTrainingArguments(TrainingArguments):  # type: ignore[misc]
             "help": "Most tokens of one forward pass, padding included. Changes memory and speed, not results."
         },
     )
+    bad_step: BadStep = field(
+        default="stop",
+        metadata={
+            "help": "What to do about a step whose loss or gradient is not finite, or whose loss has exploded: `stop`, naming "
+            "the prompts, or `skip` it, leaving the weights as they were."
+        },
+    )
+    max_loss_growth: float = field(
+        default=1000.0,
+        metadata={
+            "help": "A loss this many times the largest of the first 10 logged has exploded. `inf`: never."
+        },
+    )
     remove_unused_columns: bool = False
     dataloader_pin_memory: bool = False
     logging_nan_inf_filter: bool = False
     save_total_limit: int | None = 2
+    ddp_find_unused_parameters: bool | None = False
     accelerator_config: Any = None
     data_seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.save_total_limit is not None and self.save_total_limit < 2:
-            raise ValueError(
-                f"save_total_limit={self.save_total_limit}: expected at least 2, for the older checkpoint is deleted "
-                "before the newer one is known to be whole"
-            )
         # Each rank reads its own rows, and their order is a function of the seed and the epoch.
         if self.accelerator_config is None:
             self.accelerator_config = {"dispatch_batches": False}
@@ -144,8 +157,6 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        if hasattr(train_dataset, "iterate"):
-            train_dataset = StreamedRows(train_dataset)
         super().__init__(
             model=model,
             args=args,
@@ -156,6 +167,9 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
             optimizers=optimizers,
         )
         self.objective = objective
+        self.guard = StepGuard(self, args.bad_step, args.max_loss_growth)
+        self.add_callback(self.guard)
+        self._saving = False
         self._metrics: dict[str, tuple[float, int]] = {}  # sum over completions, and their number
         self._tokens = 0
         self._clock: float | None = None
@@ -170,26 +184,27 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         objective, rows = self.objective, inputs["rows"]
         self._clock = self._clock or time.perf_counter()
         if self.state.global_step == 0:
-            self.before_first_step(rows)
+            self.before_first_step(rows or inputs["spare"])
         model.train()
         scale = self.accelerator.num_processes / float(num_items_in_batch or objective.count(rows) or 1)
         # A rank without any term takes part all the same, with a weight of 0: the others wait for its gradients.
         idle = not rows
         columns = flatten_rows(inputs["spare"] if idle else rows)
-        batches = self._micro_batches(columns, 1 if idle else objective.group)
+        batches = self._as_many_on_all_ranks(self._micro_batches(columns, 1 if idle else objective.group))
         total = torch.zeros((), device=self.args.device)
         seen_B = torch.zeros(len(columns["length"]), device=self.args.device)
-        for number, indices in enumerate(batches):
+        for number, (indices, repeated) in enumerate(batches):
             batch = take(columns, indices)
             last = number == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(model):
                 logprob_B = self.logprobs(model, batch)
-                losses_U = 0 * logprob_B if idle else objective.loss(logprob_B, batch)
-                self._require_finite(losses_U, batch)
+                losses_U = 0 * logprob_B if idle or repeated else objective.loss(logprob_B, batch)
                 loss = losses_U.sum() * scale
                 self.accelerator.backward(loss)
+            self.guard.note_terms(losses_U, batch["prompt_id"])
             total += loss.detach()
             seen_B[indices] = logprob_B.detach().to(seen_B.dtype)
+        self.guard.note_loss(total)
         if not idle:
             with torch.no_grad():
                 self._add_metrics(objective.metrics(seen_B, columns), columns)
@@ -218,7 +233,9 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         step = self.state.global_step
         batches = [
             {
-                "rows": self.objective.select(self._usable(batch["rows"]), step),
+                "rows": []
+                if is_idle(batch["rows"])
+                else self.objective.select(self._usable(batch["rows"]), step),
                 "spare": [narrowed(row, [0]) for row in batch["rows"][:1]],
             }
             for batch in batches
@@ -258,17 +275,65 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
                 )
         return rows
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if isinstance(dataset, StreamedRows):
-            return torch.utils.data.SequentialSampler(dataset)
-        return super()._get_train_sampler(train_dataset)
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer does, and FSDP on CPUs: torch shards there, but accelerate only asks it to on accelerators."""
+        if self.args.fsdp and self.args.use_cpu and self.args.world_size > 1:
+            PartialState().distributed_type = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
+
+    def get_train_dataloader(self) -> Any:
+        """This process's rows in an order that the seed and the epoch decide; an iterable dataset in its own order."""
+        args, reader = self.args, self.train_dataset
+        if isinstance(reader, torch.utils.data.IterableDataset):
+            return super().get_train_dataloader()
+        if not hasattr(reader, "iterate"):
+            reader = ShuffledRows(reader, args.data_seed)
+        return step_loader(
+            reader,
+            self._train_batch_size,
+            args.process_index,
+            args.world_size,
+            drop_last=args.dataloader_drop_last,
+        )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder: str = super()._get_output_dir(trial)
+        return str(Path(folder, UNFINISHED)) if self._saving else folder
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            mark_whole(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+        """Write a checkpoint aside, then name it; raises TrainingError where it cannot be written."""
+        state, folder = self.state, Path(self._get_output_dir(trial))
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+            best = None
+            if state.best_global_step:  # the Trainer noted where it is written now, not where it will be
+                best = folder / f"checkpoint-{state.best_global_step}"
+                state.best_model_checkpoint = str(best)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                written = folder / UNFINISHED / f"checkpoint-{state.global_step}"
+                if best is not None:
+                    state.save_to_json(str(written / "trainer_state.json"))
+                commit_checkpoint(folder, state.global_step, keep=self.args.save_total_limit, also=best)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise unwritten(f"the checkpoint of step {state.global_step}", folder, error) from error
+        finally:
+            self._saving = False
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        self.guard.grad_norm = norm
+        return norm
+
+    def _as_many_on_all_ranks(self, batches: list[list[int]]) -> list[tuple[list[int], bool]]:
+        """The micro-batches, and whether each only repeats the last and counts for nothing. A sharded model gathers its weights in
+        each forward, so all ranks need the same number of them."""
+        most = len(batches)
+        if self.accelerator.num_processes > 1:
+            number = torch.tensor([most], device=self.args.device)
+            most = int(self.accelerator.gather(number).max())
+        return [(batch, False) for batch in batches] + [(batches[-1], True)] * (most - len(batches))
 
     def _add_metrics(self, metrics: dict[str, torch.Tensor], columns: dict[str, Any]) -> None:
         count = len(columns["length"])
@@ -277,19 +342,6 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
             if not math.isnan(scalar := value.item()):
                 self._metrics[name] = total + scalar * count, weight + count
         self._tokens += sum(columns["length"])
-
-    def _require_finite(self, losses_B: torch.Tensor, batch: dict[str, Any]) -> None:
-        finite_B = torch.isfinite(losses_B.detach())
-        if not finite_B.all():
-            group = len(batch["prompt_id"]) // len(losses_B)
-            bad = sorted(
-                {str(batch["prompt_id"][i * group]) for i in (~finite_B).nonzero().flatten().tolist()}
-            )
-            raise TrainingError(
-                f"step {self.state.global_step + 1}: the loss is not finite for {len(bad)} prompts: "
-                f"{', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}. Look at their rewards and log-probabilities; "
-                "if those are finite, the policy has diverged: lower the learning rate, or raise beta."
-            )
 
 
 class QRPOTrainer(CompletionTrainer):
@@ -371,9 +423,7 @@ def _mean_ref_std(rows: Any) -> float:
 def _through_wrapper(
     model: torch.nn.Module, inner: torch.nn.Module, compute: Callable[..., torch.Tensor], *arguments: Any
 ) -> torch.Tensor:
-    """Call `compute` inside the forward of what wraps `inner` (DDP, FSDP), whose hooks gather and reduce there."""
-    if inner is model:
-        return compute(*arguments)
+    """Call `compute` inside the forward of `model`: DDP, which wraps `inner`, and FSDP, which hooks into it, work there."""
 
     def forward(*forwarded: Any) -> torch.Tensor:
         restore()

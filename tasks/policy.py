@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from qrpo.config import keyed
-from qrpo.errors import DataError
+from qrpo.errors import ConfigError, DataError
+from qrpo.launch import stream_ranks
 from qrpo.transforms import get_transform
 from storage import PartKey, PartRecord, ShardReader, Store, fingerprint
 from tasks.plan import PartPlan, StagePlan, make_family
@@ -20,7 +21,7 @@ from tasks.work import Progress, Work, progress_of
 if TYPE_CHECKING:
     from tasks.config import PipelineConfig
 
-__all__ = ["compute", "plan"]
+__all__ = ["compute", "plan", "train"]
 
 VERSION = 1
 
@@ -44,18 +45,43 @@ def plan(config: "PipelineConfig", plans: Mapping[str, StagePlan], store: Store)
 
 def compute(work: Work) -> Iterator[PartRecord | Progress]:
     """Train and commit the policy's folder. Runs in a child process; checkpoints lie in the store's work folder."""
-    from qrpo.policy import train_policy
-
     (part,) = work.parts
     started = time.monotonic()
-    section = work.config.policy
-    shards = work.inputs(part, "shards")
-    reader = ShardReader(work.store, shards, seed=_seed(work.config), columns=section.columns())
-    if not len(reader):
+    rows = sum(record.rows for record in work.inputs(part, "shards"))
+    if not rows:
         raise DataError(
             "policy: the shards hold no rows; `qrpo inspect CONFIG shards` and its rejects say why"
         )
+    processes = work.config.policy.processes
+    if processes == 1:
+        yield from train(work)
+    elif work.store.url.startswith("memory://"):
+        raise ConfigError(
+            f"policy.processes is {processes}, and a memory:// store is seen by one process only"
+        )
+    else:
+        yield from stream_ranks("tasks.policy:train", work, processes=processes, log=work.log)
     scratch = work.store.work_dir(part.key)
+    shutil.copy(scratch / "metrics.parquet", scratch / "final" / "metrics.parquet")
+    yield work.store.commit_folder(
+        part.key,
+        scratch / "final",
+        rows=rows,
+        parents=work.parent_digests(part),
+        seconds=time.monotonic() - started,
+        replace=part.replace,
+    )
+    work.store.clear_work(part.key)
+
+
+def train(work: Work) -> Iterator[Progress]:
+    """Train into the work folder: the whole run, or one rank's part of it where `qrpo.launch` started this process."""
+    from qrpo.policy import train_policy
+
+    (part,) = work.parts
+    section = work.config.policy
+    shards = work.inputs(part, "shards")
+    reader = ShardReader(work.store, shards, seed=_seed(work.config), columns=section.columns())
     settings = section.with_seed(_seed(work.config))
     if work.config.rounds.from_run is None:
         model = model_for(work, part)
@@ -64,19 +90,10 @@ def compute(work: Work) -> Iterator[PartRecord | Progress]:
         settings = settings.model_copy(update={"max_initial_log_ratio": math.inf})
     scaled = "transform" not in section.idle_fields() and get_transform(section.transform).needs_scale
     spread = _mean_ref_std(work, part) if scaled else None
+    folder = work.store.work_dir(part.key)
     yield from progress_of(
-        lambda report: train_policy(model, reader, settings, scratch, mean_ref_std=spread, on_progress=report)
+        lambda report: train_policy(model, reader, settings, folder, mean_ref_std=spread, on_progress=report)
     )
-    shutil.copy(scratch / "metrics.parquet", scratch / "final" / "metrics.parquet")
-    yield work.store.commit_folder(
-        part.key,
-        scratch / "final",
-        rows=len(reader),
-        parents=work.parent_digests(part),
-        seconds=time.monotonic() - started,
-        replace=part.replace,
-    )
-    work.store.clear_work(part.key)
 
 
 def _seed(config: "PipelineConfig") -> int:

@@ -38,6 +38,8 @@ __all__ = ["StageResult", "run_stage"]
 log = logging.getLogger("qrpo")
 
 _IN_CHILD = {"reference", "shards", "policy"}  # each loads a model, whose memory must come back
+_TRAINS = {"reference", "policy"}  # each saves a checkpoint when it is told to end
+_PATIENCE = 300.0  # seconds that it has for this
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,8 @@ def _in_child(target: str, work: Work, *more: Any) -> Iterator[PartRecord | Prog
         return getattr(import_module(module), function)(work, *more)  # type: ignore[no-any-return]
     threads = work.config.run.cpu_threads
     environment = {"OMP_NUM_THREADS": str(threads)} if threads else None
-    return stream(target, work, *more, log=work.log, env=environment)
+    patience = _PATIENCE if work.stage in _TRAINS else 0.0
+    return stream(target, work, *more, log=work.log, env=environment, patience=patience)
 
 
 def _read_prompts(
