@@ -241,17 +241,8 @@ def service(
         wait_for(service.healthy, "the server's start", service.log)
         done = subprocess.run(
             [
-                *(
-                    sys.executable,
-                    "-m",
-                    "flows.cli",
-                    "deploy",
-                    config,
-                    "--store",
-                    "s3://qrpo/store",
-                    "--json",
-                ),
-                *("--cron", "* * * * *", "--set", "prompts.eval_fraction=0.3"),
+                *(Path(sys.executable).with_name("qrpo"), "deploy", config, "--store", "s3://qrpo/store"),
+                *("--json", "--cron", "* * * * *", "--set", "prompts.eval_fraction=0.3"),
             ],
             env=service.client_environment,
             cwd=folder,
