@@ -32,5 +32,5 @@ set_defaults()
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'flows' has no attribute {name!r}")
-    module = import_module("flows.pipeline" if name == "pipeline" else "flows.stages")
+    module = import_module("flows.algorithm" if name == "pipeline" else "flows.stages")
     return getattr(module, name)

@@ -18,7 +18,7 @@ from qrpo.errors import ConfigError
 __all__ = ["find_dead_runs", "tell_of_failures"]
 
 SILENCE = timedelta(seconds=90)
-_ENDS = ("Completed", "Failed", "TimedOut", "Crashed", "Cancelled", "Cancelling", "Paused", "Suspended")
+_ENDS = ("Completed", "Failed", "TimedOut", "Crashed", "Cancelled", "Paused", "Suspended")
 _RUNS = {"prefect.resource.id": "prefect.flow-run.*"}
 
 

@@ -8,7 +8,7 @@ from prefect import flow, get_run_logger, tags
 from rich.table import Table
 
 import storage
-from flows.stages import DEFAULT_STORE, ConfigParameter, StoreParameter
+from flows.stages import DEFAULT_STORE
 from qrpo.comparison import Contender, compare_methods
 from qrpo.errors import ConfigError, DataError
 from qrpo.evaluation import Score, prompt_scores
@@ -26,11 +26,15 @@ _OWN: tuple[Score, ...] = ("reward", "quantile_reward", "length")  # what the re
 
 
 @flow(name="compare", flow_run_name="{config.name}: compare methods")
-def compare(config: ConfigParameter, store: StoreParameter = DEFAULT_STORE) -> dict[str, Any]:
+def compare(config: PipelineConfig, store: str = DEFAULT_STORE) -> dict[str, Any]:
     """Train every method over its grid and seeds, evaluate each policy, and report each method's best.
 
     The stages up to the rewards are the same for all, so they are computed once; a policy that the store has is not trained again.
     Every candidate is a run of its own, to be looked at like any other. Raises ConfigError where `compare.methods` is empty.
+
+    Args:
+        config: The YAML file as a form; its section `compare` says what is trained.
+        store: Where artifacts are kept: a folder of the worker's machine, or a URL such as s3://bucket/qrpo.
     """
     if not config.compare.methods:
         raise ConfigError(

@@ -55,7 +55,7 @@ def _launch(
                 "starting a Prefect server for this run (set PREFECT_API_URL to use one that runs) ..."
             )
         server_answers = start_server()
-        from flows.pipeline import pipeline
+        from flows.algorithm import pipeline
 
         server_answers()
         # the names were checked by whoever asked; Prefect checks them again

@@ -5,6 +5,7 @@ their finished parts stay, their engines are shut down, and the next run goes on
 """
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -23,7 +24,7 @@ from tasks.config import PipelineConfig
 
 __all__ = ["PoolWorker", "serve"]
 
-_LONGEST_STOP = 40.0  # seconds for runs to end after they were cancelled
+_LONGEST_STOP = 15.0  # seconds for runs to end after they were cancelled
 
 
 class PoolWorker:
@@ -49,44 +50,42 @@ def serve(
     gpus: int,
     notify: str | None,
     console: Console,
-    ready: threading.Event | None = None,
 ) -> None:
     """Serve until interrupted. Uses the server that PREFECT_API_URL names, else starts one at `host` and `port`.
 
-    `ready` is set when runs are taken. Raises ConfigError where the port is taken.
+    Runs happen in a work pool of this machine's own. Raises ConfigError where the port is taken.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):  # a service manager ends it as Ctrl-C does
+        signal.signal(number, signal.default_int_handler)
     logs = _log_folder(Store(store_url))
-    children = []
+    server: Child | None = None
     if "PREFECT_API_URL" not in os.environ:
         _check_port(host, port)
         console.print("starting the Prefect server ...")
         server, answers = open_server(host, port, services=True, log=logs / "server.log")
         answers()
-        children.append(server)
     from flows.deploy import DeployOptions, deploy
 
     console.print("deploying the flows ...")
-    options = DeployOptions(cron=cron, timezone=timezone, gpus=gpus, notify=notify)
+    options = DeployOptions(
+        pool=f"qrpo-{socket.gethostname()}", cron=cron, timezone=timezone, gpus=gpus, notify=notify
+    )
     deployed = deploy(config, store_url, options)
     worker = Child("flows.serve:PoolWorker", name="the worker", log=logs / "worker.log")
-    children.insert(0, worker)
     working = threading.Thread(target=_work, args=(worker, options.pool), name="worker", daemon=True)
     working.start()
     url = os.environ["PREFECT_API_URL"].removesuffix("/api")
     for line in _told(deployed, url, logs):
         console.print(line)
     try:
-        if ready is not None:
-            ready.set()
         while working.is_alive():
             working.join(timeout=1.0)
         console.print(f"the worker ended; its log: {logs / 'worker.log'}")
     finally:
-        cancelled = _cancel_runs(options.pool)
-        if cancelled:
+        if cancelled := _end(worker, options.pool):
             console.print(f"cancelled {', '.join(cancelled)}; finished parts are kept")
-        for child in children:
-            child.close()
+        if server is not None:
+            server.close()
 
 
 def _work(worker: Child, pool: str) -> None:
@@ -109,31 +108,38 @@ def _told(deployed: dict[str, Any], url: str, logs: Path) -> list[str]:
     ]
 
 
-def _cancel_runs(pool: str) -> list[str]:
-    """Cancel what runs in this pool, wait until it has ended; the names of the runs."""
+def _end(worker: Child, pool: str) -> list[str]:
+    """Cancel what runs in this pool, give it some seconds to end, then end the worker and all below it; the runs' names."""
     import httpx
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
-    from prefect.client.schemas.objects import StateType
-    from prefect.states import Cancelling
+    from prefect.client.schemas.objects import FlowRun, StateType
+    from prefect.states import Cancelled, Cancelling
 
-    def going_on(*types: StateType) -> list[Any]:
+    def going_on(*types: StateType) -> list[FlowRun]:
         return client.read_flow_runs(
             flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": list(types)}}}),
             work_pool_filter=WorkPoolFilter.model_validate({"name": {"any_": [pool]}}),
         )
 
+    message = "`qrpo serve` was ended; what was committed is kept."
+    names: list[str] = []
     try:
         with get_client(sync_client=True) as client:
-            runs = going_on(StateType.RUNNING, StateType.PENDING)
-            for run in runs:
-                client.set_flow_run_state(run.id, Cancelling(message="`qrpo serve` was ended."))
+            for run in going_on(StateType.RUNNING, StateType.PENDING):
+                client.set_flow_run_state(run.id, Cancelling(message=message))
+                names.append(run.name)
             deadline = time.monotonic() + _LONGEST_STOP
             while time.monotonic() < deadline and going_on(StateType.CANCELLING):
                 time.sleep(0.5)
+            worker.close()
+            for run in going_on(StateType.CANCELLING):  # they had not begun, or did not listen
+                client.set_flow_run_state(run.id, Cancelled(message=message), force=True)
     except httpx.HTTPError:
-        return []  # the server is gone already, and with it whoever could be asked
-    return [run.name for run in runs]
+        pass  # the server is gone already, and with it whoever could be asked
+    finally:
+        worker.close()
+    return names
 
 
 def _log_folder(store: Store) -> Path:

@@ -1,11 +1,11 @@
 """All stages as one flow."""
 
-from typing import Annotated, Any, get_args
+from typing import Any, get_args
 
 from prefect import flow, tags
-from pydantic import Field
 
-from flows.stages import DEFAULT_STORE, STAGE_FLOWS, ConfigParameter, StageName, StoreParameter
+from flows.stages import DEFAULT_STORE, STAGE_FLOWS, StageName
+from tasks.config import PipelineConfig
 from tasks.rounds import rounds_until
 from tasks.run_stage import StageResult
 from tasks.stages import STAGES
@@ -15,16 +15,11 @@ __all__ = ["pipeline", "stage_span"]
 
 @flow(name="pipeline", flow_run_name="{config.name}: {first} to {last} ({config.subject})")
 def pipeline(
-    config: ConfigParameter,
-    store: StoreParameter = DEFAULT_STORE,
-    first: Annotated[
-        StageName, Field(title="From", description="Start with this stage; those before must be complete.")
-    ] = "prompts",
-    last: Annotated[StageName, Field(title="Until", description="Stop after this stage.")] = "evaluation",
-    force: Annotated[
-        tuple[StageName, ...],
-        Field(title="Compute again", description="Stages to compute again even where the store has them."),
-    ] = (),
+    config: PipelineConfig,
+    store: str = DEFAULT_STORE,
+    first: StageName = "prompts",
+    last: StageName = "evaluation",
+    force: tuple[StageName, ...] = (),
 ) -> list[StageResult]:
     """Quantile Reward Policy Optimization, stage by stage; what the store already has is not computed again.
 
@@ -37,6 +32,13 @@ def pipeline(
     compare policy and reference on held-out prompts                          evaluation
 
     With `rounds.count`, again from y ~ policy(. | x), against the same r_1 .. r_n. Returns the results of the last round.
+
+    Args:
+        config: Everything that decides what is computed: the YAML file as a form.
+        store: Where artifacts are kept: a folder of the worker's machine, or a URL such as s3://bucket/qrpo.
+        first: Start with this stage; those before must be complete.
+        last: Stop after this stage.
+        force: Stages to compute again even where the store has them.
     """
     results: dict[str, StageResult] = {}
     for number, of_round in enumerate(rounds_until(last, config)):
