@@ -21,6 +21,7 @@ from qrpo.rewards import Reward, Score, combine, identity, open_reward
 from storage import PartKey, PartRecord, Store, fingerprint
 from storage.tables import SCHEMAS
 from tasks.answers import StoredAnswers
+from tasks.engines import keep
 from tasks.plan import PartPlan, StagePlan, make_family
 from tasks.prompts import prompt_rows
 from tasks.salvage import reusable_rows
@@ -72,6 +73,10 @@ class Scorer:
         return self
 
     def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the child processes."""
         for reward in self._rewards:
             reward.close()
 
@@ -115,15 +120,17 @@ class _Part:
 
 
 def compute(work: Work) -> Iterator[PartRecord]:
-    """Score the group, some parts together, and commit each part."""
-    with Scorer(work.config, work.log, work.store) as scorer:
-        waiting: list[_Part] = []
-        for plan in work.parts:
-            waiting.append(_read_part(work, plan))
-            if sum(len(part.fresh) for part in waiting) >= _TOGETHER:
-                yield from _score_parts(work, waiting, scorer)
-                waiting = []
-        yield from _score_parts(work, waiting, scorer)
+    """Score the group, some parts together, and commit each part. The rewards are kept for the next group."""
+    scorer = keep(
+        (work.config.rewards, work.store.url, work.log), lambda: Scorer(work.config, work.log, work.store)
+    )
+    waiting: list[_Part] = []
+    for plan in work.parts:
+        waiting.append(_read_part(work, plan))
+        if sum(len(part.fresh) for part in waiting) >= _TOGETHER:
+            yield from _score_parts(work, waiting, scorer)
+            waiting = []
+    yield from _score_parts(work, waiting, scorer)
 
 
 def _read_part(work: Work, part: PartPlan) -> _Part:

@@ -7,7 +7,8 @@ started again after a kill, computes only the parts of its group that are not th
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -16,16 +17,17 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.utilities.annotations import quote
 
-from qrpo.child import stream
+from qrpo.child import Child
 from qrpo.errors import DataError
 from storage import Manifest, PartKey, PartRecord, Store, manifest_of
 from storage.leases import Leases
 from storage.manifest import now
 from tasks import evaluation, prompts
-from tasks.engines import close_engine
+from tasks.engines import close_engine, keep
 from tasks.plan import PartPlan, StagePlan
 from tasks.progress import Reporter, reporting
 from tasks.retries import RETRY_DELAYS, worth_another_try
+from tasks.runners import Errand, Workers, uses_workers
 from tasks.salvage import with_candidates
 from tasks.stages import STAGES, plan_pipeline, require_parents
 from tasks.work import Progress, Work
@@ -110,35 +112,70 @@ def _compute_missing(plan: StagePlan, config: "PipelineConfig", store: Store, fo
     parts = tuple(replace(part, replace=part.key.fingerprint in present) for part in missing)
     if not force:
         parts = with_candidates(store, plan, parts)
-    size = config.run.parts_per_task
-    groups = [parts[start : start + size] for start in range(0, len(parts), size)]
+    theirs: dict[PartKey, PartPlan] = {}
     computed = 0
-    with reporting(plan.stage, len(parts)) as reporter, Leases(store, config.run.lease_ttl) as leases:
+    with ExitStack() as stack:
+        reporter = stack.enter_context(reporting(plan.stage, len(parts)))
+        leases = stack.enter_context(Leases(store, config.run.lease_ttl))
+        stack.callback(close_engine)
         for family in {part.key.family for part in parts}:
             leases.protect(family)
+        size, compute = _computing(plan.stage, config, store, len(parts), reporter, stack)
+        groups = [parts[start : start + size] for start in range(0, len(parts), size)]
 
-        def compute(group: Sequence[PartPlan], label: str) -> int:
-            # quoted, so that Prefect does not walk through them
-            work: Any = quote(Work(plan.stage, config, store.url, tuple(group)))
-            shown: Any = quote(reporter)
-            timed = compute_parts.with_options(timeout_seconds=config.run.task_timeout)
-            timed(f"{plan.stage} {label}", work, shown)
-            for part in group:
-                leases.release(part.key)
-            return len(group)
-
-        try:
-            theirs: dict[PartKey, PartPlan] = {}
+        def ours() -> Iterator[Group]:
             for number, group in enumerate(groups, start=1):
                 mine, others = _share(leases, group)
-                theirs |= {part.key: part for part in others}
-                computed += compute(mine, f"{number}/{len(groups)}") if mine else 0
+                theirs.update({part.key: part for part in others})
+                if mine:
+                    yield f"{plan.stage} {number}/{len(groups)}", mine
+
+        def taken_over() -> Iterator[Group]:
             for key, record in leases.wait(theirs, patience=config.run.lease_patience):
                 if record is None:
-                    computed += compute([theirs[key]], f"taken over {key.fingerprint[:8]}")
-        finally:
-            close_engine()
+                    yield f"{plan.stage} taken over {key.fingerprint[:8]}", [theirs[key]]
+
+        for coming in (ours, taken_over):
+            for _, group in compute(coming()):
+                computed += len(group)
+                for part in group:
+                    leases.release(part.key)
     return computed
+
+
+Group = tuple[str, Sequence[PartPlan]]  # a label and the parts of one task
+
+
+def _computing(
+    stage: str, config: "PipelineConfig", store: Store, parts: int, reporter: Reporter, stack: ExitStack
+) -> tuple[int, Callable[[Iterable[Group]], Iterator[Group]]]:
+    """How many parts a group should have, and what computes groups, giving each back when it is done: here, or on workers."""
+
+    def work(group: Group) -> Work:
+        return Work(stage, config, store.url, tuple(group[1]))
+
+    timed = compute_parts.with_options(timeout_seconds=config.run.task_timeout)
+
+    def here(groups: Iterable[Group]) -> Iterator[Group]:
+        for group in groups:
+            # quoted, so that Prefect does not walk through them
+            quoted: tuple[Any, Any] = quote(work(group)), quote(reporter)
+            timed(group[0], *quoted)
+            yield group
+
+    if not uses_workers(config, parts):
+        return config.run.parts_per_task, here
+    workers = stack.enter_context(Workers(stage, config, store.url))
+
+    def errand(group: Group) -> dict[str, Any]:
+        return {"label": group[0], "work": Errand(work(group), workers.place)}
+
+    def spread(groups: Iterable[Group]) -> Iterator[Group]:
+        for group, _ in workers.spread(timed, groups, errand):
+            reporter.update(reporter.done + len(group[1]), f"{workers.count} workers")
+            yield group
+
+    return workers.group_size(parts, config.run.parts_per_task), spread
 
 
 def _share(leases: Leases, group: Sequence[PartPlan]) -> tuple[list[PartPlan], list[PartPlan]]:
@@ -160,8 +197,13 @@ def _share(leases: Leases, group: Sequence[PartPlan]) -> tuple[list[PartPlan], l
     retry_jitter_factor=0.2,
     retry_condition_fn=worth_another_try,
 )
-def compute_parts(label: str, work: Work, reporter: Reporter) -> list[str]:
-    """Compute and commit one group of parts; the fingerprints of those that were computed in this attempt."""
+def compute_parts(label: str, work: Work | Errand, reporter: Reporter | None = None) -> list[str]:
+    """Compute and commit one group of parts; the fingerprints of those that were computed in this attempt.
+
+    A worker, which gets its work as an errand, reports nothing in between: the driver counts its groups.
+    """
+    work = work.arrive() if isinstance(work, Errand) else work
+    reporter = reporter or Reporter(work.stage, len(work.parts), None)
     todo = [
         part for part in work.parts if part.replace or work.store.part(part.key) is None
     ]  # a retry comes here again
@@ -188,12 +230,18 @@ def _items(work: Work) -> Iterator[PartRecord | Progress]:
 
 
 def _in_child(target: str, work: Work, *more: Any) -> Iterator[PartRecord | Progress]:
+    """What the generator function yields in a child process, which is kept for the stage's next group."""
     if work.store.url.startswith("memory://"):  # that store is this process's alone
         module, _, function = target.partition(":")
         return getattr(import_module(module), function)(work, *more)  # type: ignore[no-any-return]
     threads = work.config.run.cpu_threads
-    environment = {"OMP_NUM_THREADS": str(threads)} if threads else None
-    return stream(target, work, *more, log=work.log, env=environment)
+    environment = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    log = work.log
+    child = keep(
+        (target, log, threads),
+        lambda: Child("qrpo.serving:GeneratorFunction", target, name=target, log=log, env=environment),
+    )
+    return child.stream("run", work, *more)
 
 
 def _read_prompts(
