@@ -5,8 +5,6 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import polars as pl
-
 from qrpo.config import keyed
 from qrpo.errors import DataError
 from qrpo.transforms import get_transform
@@ -71,5 +69,7 @@ def compute(work: Work) -> Iterator[PartRecord | Progress]:
 
 def _mean_ref_std(work: Work, part: PartPlan) -> float:
     """The mean spread of reference rewards over all prompts, by which scaled transforms divide each prompt's own."""
+    import polars as pl
+
     shards = work.store.scan(work.inputs(part, "shards"))
     return float(shards.select(pl.col("ref_std").mean()).collect().item())

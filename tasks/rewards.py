@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import polars as pl
 import pyarrow as pa
 
 from qrpo.config import keyed
@@ -138,7 +137,7 @@ def _read_part(work: Work, part: PartPlan) -> _Part:
     kept: dict[str, dict[str, Any]] = {}
     reusable = reusable_rows(work, part, on=["input_digest"])
     if not reusable.is_empty():
-        kept = {row["input_digest"]: row for row in reusable.filter(pl.col("error").is_null()).to_dicts()}
+        kept = {row["input_digest"]: row for row in reusable.to_dicts() if row["error"] is None}
     return _Part(part, started, _inputs(work, part), kept)
 
 
