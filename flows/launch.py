@@ -12,6 +12,7 @@ from storage import Store
 from tasks.config import PipelineConfig
 from tasks.plan import StagePlan
 from tasks.rounds import rounds_until
+from tasks.run_stage import run_stage
 from tasks.stages import STAGES, plan_pipeline, require_parents
 
 if TYPE_CHECKING:
@@ -157,6 +158,4 @@ def _from_cache(
     span = names[names.index(first) : names.index(last) + 1]
     if not all(plans[name].complete for name in span):
         return None
-    from tasks.run_stage import run_stage  # imports Prefect, whose settings are read then
-
     return [run_stage(name, config, store.url, plans=plans) for name in span]

@@ -7,7 +7,7 @@ file are taken from the current folder, as in a shell.
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -35,6 +35,15 @@ class RunConfig(Section):
     """Prompts in one part, the unit of caching and commit."""
     parts_per_task: int = knob(32, ge=1)
     """Parts that one Prefect task covers."""
+    runner: Literal["local", "process", "dask", "ray"] = knob("local")
+    """Where tasks run: one after another in this process, or spread over the workers of a process pool, Dask or Ray."""
+    workers: int | None = knob(None, ge=1)
+    """Workers, each with an engine of its own; by default as many as the GPUs allow, without GPUs one for each core."""
+    gpus_per_worker: int | None = knob(None, ge=0)
+    """GPUs of one worker; by default what the engine's tensor and pipeline parallelism take, where there are GPUs."""
+    cluster: str | None = knob(None)
+    """Address of a Dask or Ray cluster that runs already (tcp://HOST:8786, ray://HOST:10001); by default each stage starts
+    one on this machine and ends it."""
     cpu_threads: int | None = knob(None, ge=1)
     """Threads of training and scoring on a CPU; by default all cores, though a very small model is faster on one."""
     task_timeout: float | None = knob(None, gt=0.0)
@@ -45,6 +54,12 @@ class RunConfig(Section):
     """Longest wait, in seconds, for a part that another run works on."""
     max_reject_fraction: float = knob(0.1, ge=0.0, le=1.0)
     """A stage that loses more than this share of its rows stops the run."""
+
+    @model_validator(mode="after")
+    def _cluster_of_a_kind(self) -> "RunConfig":
+        if self.cluster is not None and self.runner not in ("dask", "ray"):
+            raise ValueError(f"cluster is {self.cluster!r}: set runner to dask or ray, got {self.runner!r}")
+        return self
 
 
 class PipelineConfig(Section):

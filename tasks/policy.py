@@ -6,8 +6,6 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import polars as pl
-
 from qrpo.config import keyed
 from qrpo.errors import ConfigError, DataError
 from qrpo.launch import stream_ranks
@@ -102,5 +100,7 @@ def _seed(config: "PipelineConfig") -> int:
 
 def _mean_ref_std(work: Work, part: PartPlan) -> float:
     """The mean spread of reference rewards over all prompts, by which scaled transforms divide each prompt's own."""
+    import polars as pl
+
     shards = work.store.scan(work.inputs(part, "shards"))
     return float(shards.select(pl.col("ref_std").mean()).collect().item())

@@ -6,6 +6,7 @@ Arrays end in `P` prompts, `N` reference rewards (all prompts' in one row, cut b
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -95,7 +96,12 @@ def _compute_part(work: Work, part: PartPlan) -> PartRecord:
 _THREADS = 2
 _TEXTS = ["prompt_id", "origin"]
 _COLUMNS = [*_TEXTS, "sample_index", "reward"]
-_ORIGINS = pa.array(["offline", "reference", "policy"])
+_ORIGINS = ["offline", "reference", "policy"]
+
+
+@cache
+def _origins() -> pa.Array:
+    return pa.array(_ORIGINS)  # not at import: pyarrow loads pandas for it
 
 
 def quantile_table(
@@ -106,7 +112,7 @@ def quantile_table(
     `rewards` has `prompt_id`, `origin`, `sample_index` and `reward`, in any order; null rewards and other prompts are passed over.
     """
     prompt_B = _positions(rewards["prompt_id"], prompt_ids)
-    origin_B = _positions(rewards["origin"], _ORIGINS)
+    origin_B = _positions(rewards["origin"], _origins())
     reward_B = rewards["reward"].to_numpy()
     scored_B = (prompt_B >= 0) & ~np.isnan(reward_B)
     sampled_B = scored_B & (origin_B == 1)
@@ -195,7 +201,7 @@ def _table(
         "ref_mean": mean,
         "ref_std": pa.array(np.sqrt(variance), mask=num_ref < 2),  # of a sample, as the published code has it
         "sample_index": _lists(offsets[kept], training["sample_index"]),
-        "origin": _lists(offsets[kept], _ORIGINS.take(pa.array(training["origin"]))),
+        "origin": _lists(offsets[kept], _origins().take(pa.array(training["origin"]))),
         "reward": _lists(offsets[kept], training["reward"]),
         "quantile_reward": _lists(offsets[kept], quantiles),
         "quantile_low": _lists(offsets[kept], low),

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import polars as pl
 import pyarrow as pa
 
 from qrpo.config import keyed
@@ -21,6 +20,7 @@ from qrpo.rewards import Reward, Score, combine, identity, open_reward
 from storage import PartKey, PartRecord, Store, fingerprint
 from storage.tables import SCHEMAS
 from tasks.answers import StoredAnswers
+from tasks.engines import keep
 from tasks.plan import PartPlan, StagePlan, make_family
 from tasks.prompts import prompt_rows
 from tasks.salvage import reusable_rows
@@ -72,6 +72,10 @@ class Scorer:
         return self
 
     def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the child processes."""
         for reward in self._rewards:
             reward.close()
 
@@ -115,15 +119,17 @@ class _Part:
 
 
 def compute(work: Work) -> Iterator[PartRecord]:
-    """Score the group, some parts together, and commit each part."""
-    with Scorer(work.config, work.log, work.store) as scorer:
-        waiting: list[_Part] = []
-        for plan in work.parts:
-            waiting.append(_read_part(work, plan))
-            if sum(len(part.fresh) for part in waiting) >= _TOGETHER:
-                yield from _score_parts(work, waiting, scorer)
-                waiting = []
-        yield from _score_parts(work, waiting, scorer)
+    """Score the group, some parts together, and commit each part. The rewards are kept for the next group."""
+    scorer = keep(
+        (work.config.rewards, work.store.url, work.log), lambda: Scorer(work.config, work.log, work.store)
+    )
+    waiting: list[_Part] = []
+    for plan in work.parts:
+        waiting.append(_read_part(work, plan))
+        if sum(len(part.fresh) for part in waiting) >= _TOGETHER:
+            yield from _score_parts(work, waiting, scorer)
+            waiting = []
+    yield from _score_parts(work, waiting, scorer)
 
 
 def _read_part(work: Work, part: PartPlan) -> _Part:
@@ -131,7 +137,7 @@ def _read_part(work: Work, part: PartPlan) -> _Part:
     kept: dict[str, dict[str, Any]] = {}
     reusable = reusable_rows(work, part, on=["input_digest"])
     if not reusable.is_empty():
-        kept = {row["input_digest"]: row for row in reusable.filter(pl.col("error").is_null()).to_dicts()}
+        kept = {row["input_digest"]: row for row in reusable.to_dicts() if row["error"] is None}
     return _Part(part, started, _inputs(work, part), kept)
 
 

@@ -20,6 +20,7 @@ from qrpo.models import ModelConfig
 from storage import PartKey, PartRecord, Store, fingerprint
 from storage.tables import SCHEMAS
 from tasks.completions import parts_by_prompts
+from tasks.engines import keep
 from tasks.plan import PartPlan, StagePlan, make_family
 from tasks.prompts import prompt_parts, prompt_rows
 from tasks.reference import model_for, reference_identity, reference_inputs, reference_parent
@@ -62,10 +63,9 @@ def plan(config: "PipelineConfig", plans: Mapping[str, StagePlan], store: Store)
 
 
 def compute(work: Work) -> Iterator[PartRecord]:
-    """Compute the group part by part. Runs in a child process, since it loads the reference model."""
+    """Compute the group part by part. Runs in a child process, since it loads the reference model, and keeps it."""
     model_config = model_for(work, work.parts[0])
     tokenizer = load_tokenizer(model_config)
-    scorer: LogprobScorer | None = None
     for part in work.parts:
         started = time.monotonic()
         rows, rejects = _rows(work, part, tokenizer)
@@ -74,7 +74,9 @@ def compute(work: Work) -> Iterator[PartRecord]:
             row["ref_logprob"] = known.get(_tokens_key(row))
         unknown = [row for row in rows if row["ref_logprob"] is None]
         if unknown:
-            scorer = scorer or LogprobScorer(model_config, work.config)
+            scorer = keep(
+                (model_config, "log-probabilities"), lambda: LogprobScorer(model_config, work.config)
+            )
             scorer.score(unknown, "ref_logprob")
         rows.sort(key=lambda row: _shuffle_key(work.config.seed, row["prompt_id"]))
         table = pa.Table.from_pylist(rows, schema=SCHEMAS["shards"])
@@ -106,6 +108,10 @@ class LogprobScorer:
         scores = score_logprobs(self._model, rows, self._token_budget, dtype=self._dtype)
         for row, scores_K in zip(rows, scores, strict=True):
             row[column] = scores_K.tolist()
+
+    def close(self) -> None:
+        """Let the model go."""
+        del self._model
 
 
 def _trained_on(part: PartPlan, config: "PipelineConfig") -> bool:
