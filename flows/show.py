@@ -6,11 +6,11 @@ from typing import Any
 
 from rich.table import Table
 
+from flows.stage_order import STAGE_ORDER
 from qrpo.errors import ConfigError, DataError
 from storage import Manifest, Store
-from tasks.stages import STAGES
 
-__all__ = ["artifact_table", "describe", "find_manifest", "list_runs", "runs_table", "stages_of"]
+__all__ = ["artifact_table", "describe", "find_manifest", "lineage", "list_runs", "runs_table", "stages_of"]
 
 
 def list_runs(store: Store) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def list_runs(store: Store) -> dict[str, Any]:
 def stages_of(noted: Mapping[str, Any]) -> dict[str, Any]:
     """What a run noted of its stages, in the order in which a run goes through them."""
     entries = noted.get("stages", {})
-    return {stage: entries[stage] for stage in STAGES if stage in entries}
+    return {stage: entries[stage] for stage in STAGE_ORDER if stage in entries}
 
 
 def runs_table(listing: dict[str, Any]) -> Table | str:
@@ -88,7 +88,7 @@ def describe(store: Store, name: str, stage: str) -> dict[str, Any]:
         "code_version": manifest.code_version,
         "created": manifest.created,
         "seconds": manifest.seconds,
-        "lineage": _lineage(store, manifest),
+        "lineage": lineage(store, manifest),
     }
 
 
@@ -155,7 +155,7 @@ def size_text(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
-def _lineage(store: Store, manifest: Manifest) -> list[dict[str, Any]]:
+def lineage(store: Store, manifest: Manifest) -> list[dict[str, Any]]:
     """Every artifact that this one was made from, nearest first, down to the source's digest."""
     steps: list[dict[str, Any]] = []
     todo = list(manifest.parents.items())

@@ -19,7 +19,7 @@ from storage.files import Files
 from storage.fingerprints import file_digest
 from storage.parts import FileEntry, PartRecord
 from storage.remote import RemoteFiles
-from storage.tables import REJECTS, SCHEMAS
+from storage.tables import REJECTS
 
 if TYPE_CHECKING:
     import polars as pl
@@ -27,15 +27,19 @@ if TYPE_CHECKING:
 
 __all__ = ["cache_folder", "dataset", "fetch_folder", "open_table", "read_rejects", "read_table", "scan"]
 
+_SMALL = 1 << 20  # bytes: below, one request for all is quicker than several for some
 _REMEDY = "`qrpo verify --repair` computes just this part again."
 
 
-def open_table(files: Files, record: PartRecord) -> pq.ParquetFile:
-    """A part's Parquet file, its size and row count checked. Close it, or use it in a `with`."""
+def open_table(files: Files, record: PartRecord, *, sparse: bool = False) -> pq.ParquetFile:
+    """A part's Parquet file, its size and row count checked. Close it, or use it in a `with`.
+
+    `sparse`: little of it will be read, so from an object store fetch only the ranges that hold what is asked for.
+    """
     entry = record.table
     if entry is None:
         raise StoreError(f"{record.key} is a folder, not a table. Use fetch_folder.")
-    opened = _open(files, entry, record)
+    opened = _open(files, entry, record, sparse)
     if opened.metadata.num_rows != record.rows:
         raise DamagedError(
             f"{record.key}: {entry.key} has {opened.metadata.num_rows} rows, {record.rows} were committed. {_REMEDY}"
@@ -75,13 +79,11 @@ def dataset(files: Files, records: Iterable[PartRecord]) -> "ds.Dataset":
     import pyarrow.dataset as ds
 
     records = [record for record in records if record.table]
-    schema = SCHEMAS.get(records[0].stage) if records else None
     if not records:
         raise StoreError("there are no parts to scan: the list is empty.")
     if isinstance(files, RemoteFiles):
         names = [f"{files.root}/{record.key.table}" for record in records]
         return ds.dataset(names, format="parquet", filesystem=files.filesystem)
-    del schema
     return ds.dataset([str(files.path(record.key.table)) for record in records], format="parquet")
 
 
@@ -137,9 +139,13 @@ def _download(files: Files, entry: FileEntry, path: Path, record: PartRecord) ->
         )
 
 
-def _open(files: Files, entry: FileEntry, record: PartRecord) -> pq.ParquetFile:
+def _open(files: Files, entry: FileEntry, record: PartRecord, sparse: bool = False) -> pq.ParquetFile:
     try:
-        file: Any = files.path(entry.key) or files.open_input(entry.key, entry.bytes)
+        file: Any = files.path(entry.key)
+        if file is None and sparse and entry.bytes > _SMALL and isinstance(files, RemoteFiles):
+            file = files.open_ranges(entry.key, entry.bytes)
+        elif file is None:
+            file = files.open_input(entry.key, entry.bytes)
         size = file.stat().st_size if isinstance(file, Path) else file.seek(0, os.SEEK_END)
     except FileNotFoundError:
         raise DamagedError(f"{record.key}: {entry.key} is missing. {_REMEDY}") from None

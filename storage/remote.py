@@ -124,7 +124,9 @@ class RemoteFiles:
                         fs.pipe_file(name, data, mode="create")
                     return True
                 except FileExistsError:
-                    with suppress(FileNotFoundError):  # deleted since it was in the way: the name is free again
+                    with suppress(
+                        FileNotFoundError
+                    ):  # deleted since it was in the way: the name is free again
                         return self.read(key) == data
 
         crash_point("put-before", key)
@@ -192,6 +194,10 @@ class RemoteFiles:
         if size <= _WHOLE:
             return io.BytesIO(self.read(key))
         return io.BufferedReader(_Ranges(self, key, size), buffer_size=4 << 20)
+
+    def open_ranges(self, key: str, size: int) -> BinaryIO:
+        """The object of `size` bytes, read by ranges as they are asked for however small it is."""
+        return io.BufferedReader(_Ranges(self, key, size), buffer_size=128 << 10)
 
     def _name(self, key: str) -> str:
         return f"{self.root}/{check_key(key)}"
