@@ -173,6 +173,9 @@ def inspect(
     sample: Annotated[
         int | None, typer.Option("--sample", metavar="SEED", help="Rows drawn at random.")
     ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Read every row where an estimate would come sooner.")
+    ] = False,
     prompt_id: Annotated[
         str | None, typer.Option("--prompt-id", help="Follow one prompt through every stage.")
     ] = None,
@@ -208,7 +211,7 @@ def inspect(
 
         _check_stage(stage)
         wanted = columns.split(",") if columns else None
-        asked = Asked(name, stage, where, sort, sample, limit, wanted, prompt_id, diff, export, hub)
+        asked = Asked(name, stage, where, sort, sample, limit, exact, wanted, prompt_id, diff, export, hub)
         found, show = answer(store, asked)
         _print_json(found) if as_json else show(out)
 

@@ -1,6 +1,6 @@
 """`qrpo ls` and `qrpo show`: runs, artifacts and what made them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def describe(store: Store, name: str, stage: str) -> dict[str, Any]:
         "code_version": manifest.code_version,
         "created": manifest.created,
         "seconds": manifest.seconds,
-        "lineage": lineage(store, manifest),
+        "lineage": lineage(store.manifest, manifest),
     }
 
 
@@ -155,15 +155,15 @@ def size_text(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
-def lineage(store: Store, manifest: Manifest) -> list[dict[str, Any]]:
-    """Every artifact that this one was made from, nearest first, down to the source's digest."""
+def lineage(find: Callable[[str, str], Manifest | None], manifest: Manifest) -> list[dict[str, Any]]:
+    """Every artifact that this one was made from, nearest first, down to the source's digest; `find` gives manifests."""
     steps: list[dict[str, Any]] = []
     todo = list(manifest.parents.items())
     while todo:
         stage, fingerprint = todo.pop(0)
         if any(step["fingerprint"] == fingerprint for step in steps):
             continue
-        parent = store.manifest(stage, fingerprint)
+        parent = find(stage, fingerprint)
         steps.append(
             {"stage": stage, "fingerprint": fingerprint, "inputs": dict(parent.inputs) if parent else None}
         )

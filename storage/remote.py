@@ -18,8 +18,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-import fsspec
-
 from storage.crashpoints import crash_point
 from storage.errors import StoreUnavailableError
 from storage.files import FileInfo
@@ -280,6 +278,8 @@ def _connect(protocol: str, options: dict[str, Any]) -> Any:
             # Retries are ours; botocore's own would multiply them.
             config = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 0}}
             settings["config_kwargs"] = {**config, **options.get("config_kwargs", {})}
+        import fsspec  # not needed for a local store, and slow to import
+
         made = fsspec.filesystem(protocol, **settings)
         if hasattr(made, "retries"):
             made.retries = 1

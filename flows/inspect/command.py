@@ -26,6 +26,7 @@ class Asked:
     sort: str | None = None
     sample: int | None = None
     limit: int | None = None
+    exact: bool = False
     columns: list[str] | None = None
     prompt_id: str | None = None
     diff: str | None = None
@@ -59,7 +60,9 @@ def answer(url: str, asked: Asked) -> tuple[dict[str, Any], Callable[[Console], 
 
     manifest = find_manifest(store, run, asked.stage)
     query = Query(where=asked.where, sort=asked.sort, sample=asked.sample)
-    shown = inspect_stage(store, run, manifest, query, columns=asked.columns, limit=asked.limit or 5)
+    shown = inspect_stage(
+        store, run, manifest, query, columns=asked.columns, limit=asked.limit or 5, exact=asked.exact
+    )
     return shown, partial(print_inspection, shown)
 
 

@@ -19,20 +19,29 @@ __all__ = ["RunData"]
 
 
 class RunData:
-    """The artifacts of one run, and the rows in them."""
+    """The artifacts of one run, and the rows in them. `known` are manifests that need not be read again."""
 
-    def __init__(self, store: Store, run: str) -> None:
+    def __init__(self, store: Store, run: str, known: Iterable[Manifest] = ()) -> None:
         noted = store.run(run)
         if noted is None:
-            known = ", ".join(sorted(store.runs())) or "none yet"
-            raise ConfigError(f"no run named {run!r} in {store.url}; its runs: {known}")
+            runs = ", ".join(sorted(store.runs())) or "none yet"
+            raise ConfigError(f"no run named {run!r} in {store.url}; its runs: {runs}")
         self.store, self.run, self.noted = store, run, noted
+        self._read: dict[tuple[str, str], Manifest | None] = {
+            (one.stage, one.fingerprint): one for one in known
+        }
+
+    def manifest(self, stage: str, fingerprint: str) -> Manifest | None:
+        """An artifact's manifest, read once."""
+        if (stage, fingerprint) not in self._read:
+            self._read[stage, fingerprint] = self.store.manifest(stage, fingerprint)
+        return self._read[stage, fingerprint]
 
     @cached_property
     def manifests(self) -> dict[str, Manifest]:
         """Stage -> manifest, in the order of stages; a stage whose artifact was collected is left out."""
         found = {
-            stage: self.store.manifest(stage, entry["fingerprint"])
+            stage: self.manifest(stage, entry["fingerprint"])
             for stage, entry in stages_of(self.noted).items()
         }
         return {stage: manifest for stage, manifest in found.items() if manifest is not None}

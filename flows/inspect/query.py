@@ -77,7 +77,7 @@ def find_rows(
     if query.sort:
         return _sorted(rows, query.sort, condition, slice(offset, stop), seconds)
     if condition is None:
-        return Found(list(range(len(rows)))[offset:stop], len(rows), len(rows))
+        return Found(list(range(len(rows))[offset:stop]), len(rows), len(rows))
     started = time.monotonic()
     positions: list[int] = []
     matches = searched = 0

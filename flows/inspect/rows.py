@@ -58,8 +58,7 @@ class Rows:
     @cached_property
     def schema(self) -> pl.Schema:
         """Columns and types, from the first part."""
-        with self._open(0) as opened:
-            return cast(pl.DataFrame, pl.from_arrow(opened.schema_arrow.empty_table())).schema
+        return pl.Schema(self.arrow_schema)
 
     @cached_property
     def arrow_schema(self) -> pa.Schema:

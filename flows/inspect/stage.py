@@ -16,12 +16,20 @@ __all__ = ["conversations", "inspect_stage", "reject_reasons", "training_metrics
 
 
 def inspect_stage(
-    store: Store, run: str, manifest: Manifest, query: Query, *, columns: Sequence[str] | None, limit: int
+    store: Store,
+    run: str,
+    manifest: Manifest,
+    query: Query,
+    *,
+    columns: Sequence[str] | None,
+    limit: int,
+    exact: bool = False,
 ) -> dict[str, Any]:
     """What `qrpo inspect` prints: the artifact, its numbers (of the rows that match), and `limit` rows.
 
-    `samples` are the rows as stored; `conversations` holds, for each, the prompt's messages and the completion where there are any.
+    `exact` reads every row where else a part of them would be enough for an estimate. `samples` are the rows as stored; `conversations` holds, for each, the prompt's messages and the completion where there are any.
     """
+    data = RunData(store, run, [manifest])
     shown: dict[str, Any] = {
         "run": run,
         "stage": manifest.stage,
@@ -30,7 +38,7 @@ def inspect_stage(
         "bytes": manifest.bytes,
         "rejects": manifest.rejects,
         "reject_reasons": reject_reasons(store, manifest),
-        "lineage": lineage(store, manifest),
+        "lineage": lineage(data.manifest, manifest),
         "columns": {},
         "nulls": {},
         "numbers": {},
@@ -44,13 +52,13 @@ def inspect_stage(
         return shown | _of_frame(metrics, columns, limit)
     names = rows.check_columns(columns) if columns else list(rows.schema)
     shown["columns"] = {name: str(rows.schema[name]) for name in names}
-    shown["nulls"] = {name: count for name, count in column_nulls(rows).items() if name in names}
-    shown["numbers"] = summarise(rows, columns=names, condition=condition_of(rows, query))
+    shown["nulls"] = {name: count for name, count in column_nulls(rows, exact=exact).items() if name in names}
+    shown["numbers"] = summarise(rows, columns=names, condition=condition_of(rows, query), exact=exact)
     found = find_rows(rows, query, limit=limit)
     shown["matches"], shown["searched"] = found.matches, found.searched
     shown["samples"] = rows.take(found.positions, names).to_dicts()
     parts = [rows.place(position)[0] for position in found.positions]
-    shown["conversations"] = conversations(RunData(store, run), rows, found.positions, parts)
+    shown["conversations"] = conversations(data, rows, found.positions, parts)
     return shown
 
 

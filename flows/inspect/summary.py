@@ -21,23 +21,30 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _BINS = 32
 _MOST_ROWS = 100_000  # rows that quantiles are estimated from
 _MOST_LENGTHS = 10_000  # of them with their token lists, which are long
-_MOST_FOOTERS = 2_000  # parts; past it, extremes and nulls are left out
+_MOST_FOOTERS = 1_000  # parts; past it, extremes are estimates too, and nulls are not told
 
 
 def summarise(
-    rows: Rows, *, columns: Sequence[str] | None = None, condition: pl.Expr | None = None
+    rows: Rows,
+    *,
+    columns: Sequence[str] | None = None,
+    condition: pl.Expr | None = None,
+    exact: bool = False,
 ) -> dict[str, Any]:
     """Numeric column -> count, nulls, mean, min, max, quantiles (at QUANTILES), histogram, estimated_from.
 
-    With a condition, of the rows that meet it; footers say nothing of those, so all of it then comes from the rows read.
+    `exact_extremes` says whether min and max are those of all rows. `exact` reads every row and footer. With a condition, of the rows that meet it; footers say nothing of those, so all of it then comes from the rows read.
     """
     wanted = [name for name in rows.schema if columns is None or name in columns]
-    whole = condition is None
-    footers = _footer_statistics(rows, wanted) if whole else {}
+    most = len(rows) if exact else _MOST_ROWS
+    footers = _footer_statistics(rows, wanted, exact) if condition is None else {}
     numbers: dict[str, Any] = {}
     read = [name for name in wanted if _is_numeric(rows.schema[name]) and "token_ids" not in name]
     read += [name for name in wanted if _is_named(rows.schema[name])]
-    for names, budget in ((read, _MOST_ROWS), ([n for n in wanted if "token_ids" in n], _MOST_LENGTHS)):
+    for names, budget in (
+        (read, most),
+        ([n for n in wanted if "token_ids" in n], most if exact else _MOST_LENGTHS),
+    ):
         if not names or not len(rows):
             continue
         frame, looked_at = _sampled(rows, names, condition, budget)
@@ -46,19 +53,20 @@ def summarise(
                 known = numbers_of(values)
                 if known is None:
                     continue
-                exact = footers.get(name) if shown == name else None
-                known |= {"min": exact[0], "max": exact[1]} if exact else {}
+                extremes = footers.get(name) if shown == name else None
+                known |= {"min": extremes[0], "max": extremes[1]} if extremes else {}
+                known["exact_extremes"] = looked_at == len(rows) or extremes is not None
                 known["quantiles"][0], known["quantiles"][-1] = known["min"], known["max"]
                 known["estimated_from"] = looked_at if looked_at < len(rows) else None
                 numbers[shown] = known
     return numbers
 
 
-def column_nulls(rows: Rows) -> dict[str, int | None]:
+def column_nulls(rows: Rows, *, exact: bool = False) -> dict[str, int | None]:
     """Column -> null rows, exact, from the footers, or of few rows by counting; None where neither says."""
-    if len(rows.records) > _MOST_FOOTERS:
-        return dict.fromkeys(rows.schema)
     never = {field.name for field in rows.arrow_schema if not field.nullable}
+    if len(rows.records) > _MOST_FOOTERS and not exact:
+        return {name: 0 if name in never else None for name in rows.schema}
     counts: dict[str, int | None] = dict.fromkeys(rows.schema, 0)
     for _, name, column in _column_chunks(rows, [name for name in rows.schema if name not in never]):
         known = column.statistics is not None and column.statistics.has_null_count
@@ -66,17 +74,17 @@ def column_nulls(rows: Rows) -> dict[str, int | None]:
         held = counts[name]
         counts[name] = held + column.statistics.null_count if known and flat and held is not None else None
     unknown = [name for name, count in counts.items() if count is None]
-    if unknown and len(rows) <= _MOST_ROWS:  # a list's footer counts its elements
+    if unknown and (exact or len(rows) <= _MOST_ROWS):  # a list's footer counts its elements
         counts |= dict.fromkeys(unknown, 0)
         for chunk in rows.scan(unknown):
             counts |= {name: (counts[name] or 0) + chunk.frame[name].null_count() for name in unknown}
     return counts
 
 
-def _footer_statistics(rows: Rows, columns: Sequence[str]) -> dict[str, tuple[float, float]]:
+def _footer_statistics(rows: Rows, columns: Sequence[str], exact: bool) -> dict[str, tuple[float, float]]:
     """Numeric column -> its least and greatest value, where every row group's footer says."""
     numeric = [name for name in columns if _is_numeric(rows.schema[name]) and "token_ids" not in name]
-    if len(rows.records) > _MOST_FOOTERS:
+    if len(rows.records) > _MOST_FOOTERS and not exact:
         return {}
     found: dict[str, tuple[float, float]] = {}
     silent: set[str] = set()

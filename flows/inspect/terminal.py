@@ -104,8 +104,10 @@ def _print_numbers(numbers: Mapping[str, Any], console: Console) -> None:
     estimates = {known.get("estimated_from") for known in numbers.values()} - {None}
     if estimates:
         rows = " and ".join(f"{count:,}" for count in sorted(estimates))
+        exact = all(known["exact_extremes"] for known in numbers.values() if "exact_extremes" in known)
         console.print(
-            f"least, most and nulls are exact; the rest is estimated from {rows} rows spread over the artifact\n"
+            f"{'least and most are exact, the rest is' if exact else 'all numbers are'} estimated from {rows} rows spread "
+            "over the artifact; --exact reads all\n"
         )
 
 
@@ -126,7 +128,7 @@ def _bars(counts: Sequence[int], width: int = 16) -> str:
 def _completions(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table("origin", "sample", "reward", "quantile", "completion", title=title, title_justify="left")
     for row in rows:
-        text = Text(_cut(row["text"]))
+        text = Text(_cut(row["text"]), no_wrap=False, overflow="fold")
         if row["became"]:
             text.append(f"\n{visible(row['became'])}", style="dim")
         if row["error"]:
@@ -144,7 +146,7 @@ def _completions(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def _row_panel(row: Mapping[str, Any], chat: Mapping[str, Any], title: str | None = None) -> Panel:
     """A row: its conversation first, then every other column."""
-    text = Text()
+    text = Text(no_wrap=False, overflow="fold")  # the console itself folds nothing
     messages = row.get("messages") or chat.get("messages") or ()
     completion = row.get("text") if "text" in row else chat.get("completion")
     for message in messages:
@@ -160,7 +162,7 @@ def _row_panel(row: Mapping[str, Any], chat: Mapping[str, Any], title: str | Non
 
 
 def _change_panel(row: Mapping[str, Any]) -> Panel:
-    text = Text()
+    text = Text(no_wrap=False, overflow="fold")  # the console itself folds nothing
     for name, value in row.items():
         if name != "changes":
             text.append(f"{visible(name)}: ", style="bold")

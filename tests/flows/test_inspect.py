@@ -324,7 +324,10 @@ def test_numbers_of_a_big_artifact_are_estimates_that_say_so(tmp_path: Path) -> 
     assert (known["min"], known["max"]) == (everything.min(), everything.max()), "footers are exact"
     assert known["quantiles"][3] == pytest.approx(np.median(everything), abs=0.02)
     assert column_nulls(rows)["error"] == 240_000
-    assert "estimated from 80,000 rows" in inspect(str(tmp_path)).stdout
+    assert "least and most are exact, the rest is estimated from 80,000 rows" in inspect(str(tmp_path)).stdout
+    exact = summarise(rows, exact=True)["reward"]
+    assert exact["estimated_from"] is None
+    assert exact["quantiles"][3] == pytest.approx(np.median(everything))
 
 
 def test_looking_ends_when_time_is_up_and_says_how_far_it_came(tmp_path: Path) -> None:
