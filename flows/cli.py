@@ -217,6 +217,29 @@ def inspect(
 
 
 @app.command()
+def browse(
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; any but loopback asks for a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8421,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            "--token", envvar="QRPO_BROWSE_TOKEN", help="The token to ask for; made up where needed."
+        ),
+    ] = None,
+    store: StoreUrl = "artifacts",
+    debug: Debug = False,
+) -> None:
+    """The store in a web page: runs, rows, distributions, prompts, two runs side by side. Read-only."""
+    with _errors_as_lines(debug):
+        from flows.browse.server import serve
+        from storage import Store
+
+        serve(Store(store), host=host, port=port, token=token, say=out.print)
+
+
+@app.command()
 def verify(
     repair: Annotated[
         bool,

@@ -18,7 +18,9 @@ __all__ = ["diff_stage"]
 _MOST_ROWS = 20_000_000
 
 
-def diff_stage(store: Store, before: Manifest, after: Manifest, *, limit: int = 20) -> dict[str, Any]:
+def diff_stage(
+    store: Store, before: Manifest, after: Manifest, *, limit: int = 20, most_rows: int = _MOST_ROWS
+) -> dict[str, Any]:
     """Counts, the first `limit` changed rows with both values of what changed, and the numbers of both sides.
 
     Raises DataError for a stage whose rows have no key.
@@ -28,9 +30,9 @@ def diff_stage(store: Store, before: Manifest, after: Manifest, *, limit: int = 
         raise DataError(f"rows of {stage} have no key to compare them by; {', '.join(KEYS)} have")
     keys = list(KEYS[stage])
     old, new = (Rows(store, parts) for parts in _differing(before, after))
-    if len(old) + len(new) > _MOST_ROWS:
+    if len(old) + len(new) > most_rows:
         raise DataError(
-            f"{len(old) + len(new):,} rows lie in parts that differ; at most {_MOST_ROWS:,} can be compared"
+            f"{len(old) + len(new):,} rows lie in parts that differ; at most {most_rows:,} can be compared here"
         )
     shared = before.rows - len(old)
     counts: dict[str, int] = {}
