@@ -73,7 +73,8 @@ def cdf(ref_rewards: Sequence[float], marks: Sequence[tuple[float, str]]) -> Mar
 
 def lineage(nodes: Sequence[Mapping[str, Any]], edges: Sequence[tuple[int, int]]) -> Markup:
     """Artifacts from above to below (each with `name`, `note`, `href`), and which was made from which, as arcs where they skip."""
-    row, left, box = 52, 150, 260
+    row, box = 52, 260
+    left = 150 if any(lower > upper + 1 for upper, lower in edges) else 8
     height = row * len(nodes) + 8
     shape = 'id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto"'
     parts = [f'<defs><marker {shape}><path d="M0,0 L8,4 L0,8 z" class="tip"/></marker></defs>']

@@ -23,7 +23,7 @@ from flows.stage_order import STAGE_ORDER
 from qrpo.errors import DataError, QRPOError
 from storage import Manifest, Store
 
-__all__ = ["NotFoundError", "Pages", "View"]
+__all__ = ["NotFoundError", "Pages", "TidierAddressError", "View"]
 
 _PER_PAGE = 50
 _SECONDS, _COUNT_SECONDS = 10.0, 2.0  # looking for rows, counting the others that match
@@ -36,6 +36,14 @@ View = tuple[str, dict[str, Any]]
 
 class NotFoundError(Exception):
     """There is no such run, stage, artifact, row or prompt."""
+
+
+class TidierAddressError(Exception):
+    """The same page has a shorter address, which is worth sharing: `address`."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.address = address
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,9 @@ class Pages:
             return self._model(place, values)
         query, number = _query(asked), _number(asked.get("page"), 1)
         chosen = [name for name in asked.getlist("columns") if name in rows.schema]
-        columns = chosen or [name for name in rows.schema if "token_ids" not in name]
+        usual = [name for name in rows.schema if "token_ids" not in name]
+        _tidy(asked, values["link"](columns=None) if chosen == usual else values["link"](), chosen == usual)
+        columns = chosen or usual
         values |= {
             "columns": list(rows.schema),
             "chosen": columns,
@@ -175,6 +185,7 @@ class Pages:
             "schema": {name: str(kind) for name, kind in rows.schema.items()},
             "nulls": column_nulls(rows),
         }
+        _tidy(asked, values["link"]("/numbers"), False)
         try:
             numbers = summarise(rows, condition=condition_of(rows, _query(asked)))
         except QRPOError as error:
@@ -357,6 +368,12 @@ class Pages:
         )
         columns = [] if metrics is None else metrics.columns
         return "model.html", values | {"columns": columns, "steps": steps, "plots": plots, "numbers": numbers}
+
+
+def _tidy(asked: QueryParams, address: str, usual: bool) -> None:
+    """Raise TidierAddressError where a form sent fields that say nothing."""
+    if usual or not all(value for _, value in asked.multi_items()):
+        raise TidierAddressError(address)
 
 
 def _query(asked: QueryParams) -> Query:

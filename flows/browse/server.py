@@ -22,12 +22,12 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flows.browse.pages import NotFoundError, Pages, View
+from flows.browse.pages import NotFoundError, Pages, TidierAddressError, View
 from flows.inspect.text import INVISIBLE
 from flows.inspect.text import escape as written_out
 from flows.show import size_text
 from qrpo.errors import ConfigError, QRPOError
-from storage import Store, StoreError
+from storage import Store, StoreError, UnsafeNameError
 
 __all__ = ["Guard", "browse_app", "serve"]
 
@@ -78,7 +78,9 @@ def browse_app(store: Store) -> Starlette:
             status = 200
             try:
                 name, values = make(request)
-            except NotFoundError as error:
+            except TidierAddressError as error:
+                return RedirectResponse(error.address, 303)
+            except (NotFoundError, UnsafeNameError) as error:
                 status, name, values = 404, "error.html", {"message": str(error)}
             except (QRPOError, StoreError) as error:
                 status, name, values = 500, "error.html", {"message": str(error)}

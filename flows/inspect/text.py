@@ -28,6 +28,13 @@ def one_line(value: Any, most: int = 400) -> str:
     """Any value of a row in one short harmless text; says how much was left out."""
     if isinstance(value, float):
         return f"{value:.5g}"
+    if (
+        isinstance(value, list)
+        and value
+        and isinstance(value[0], dict)
+        and value[0].keys() == {"name", "value"}
+    ):
+        value = ", ".join(f"{item['name']} {one_line(item['value'])}" for item in value[:most])
     if isinstance(value, list) and value and isinstance(value[0], float):
         value = (
             "["

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,10 @@ def write_artifacts() -> Callable[..., Any]:
             )
             parents = {stage: manifest.fingerprint}
             stages[stage] = {"fingerprint": manifest.fingerprint}
+        policy = store.commit_manifest(
+            manifest_of("policy", "tests", [commit_policy(store)], parents=parents)
+        )
+        stages["policy"] = {"fingerprint": policy.fingerprint}
         store.write_run(run, {"stages": stages, "updated": "2026-11-24T12:00:00Z"})
 
     return write
@@ -280,6 +285,22 @@ def commit_rows(
     return store.commit_part(
         PartKey(stage, "tests", f"{stage}-{name}"), table, rejects=rejects, parents=parents
     )
+
+
+def commit_policy(store: Any) -> Any:
+    """A model folder without weights: what training logged, and a tokenizer whose token 1 is markup."""
+    import polars as pl
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    from storage import PartKey
+
+    words = {"I": 0, "<b>say</b>": 1, "four": 2, "five": 3, "six": 4, "seven": 5, "[UNK]": 6}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        Tokenizer(WordLevel(words, unk_token="[UNK]")).save(str(folder / "tokenizer.json"))
+        pl.DataFrame({"step": [1, 2, 3], "loss": [1.0, 0.5, 0.25]}).write_parquet(folder / "metrics.parquet")
+        return store.commit_folder(PartKey("policy", "tests", "policy"), folder)
 
 
 def make_rows(count: int) -> list[dict[str, str]]:
