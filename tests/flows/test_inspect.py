@@ -363,6 +363,13 @@ def unfolded(shown: str) -> str:
     return re.sub(r"[\s│]+", "", shown)
 
 
+def test_stages_stand_in_the_order_of_the_pipeline() -> None:
+    from flows.stage_order import STAGE_ORDER
+    from tasks.stages import STAGES
+
+    assert tuple(STAGES) == STAGE_ORDER
+
+
 def rewards_table(rewards: Any, first: int = 0) -> pa.Table:
     count = len(rewards)
     return pa.table(
