@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from flows.environment import set_defaults
+from flows.stage_order import STAGE_ORDER as _STAGES
 
 __all__ = ["app", "main"]
 
@@ -29,8 +30,6 @@ app = typer.Typer(
 # no markup: what models wrote is printed as it is
 out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
-
-_STAGES = ("prompts", "reference", "completions", "rewards", "quantiles", "shards", "policy", "evaluation")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML configuration.")]
 StoreUrl = Annotated[
@@ -205,26 +204,87 @@ def show(
 def inspect(
     name: Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or a configuration file.")],
     stage: Annotated[str, typer.Argument(metavar="STAGE")],
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Rows to show.")] = 5,
+    where: Annotated[
+        str | None,
+        typer.Option("--where", metavar="SQL", help='Only rows for which this holds: --where "reward > 0.9"'),
+    ] = None,
+    sort: Annotated[
+        str | None,
+        typer.Option("--sort", metavar="COLUMN", help="Sort by a column; -COLUMN: greatest first."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Rows to show (5), or to export (all).")
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option("--columns", metavar="A,B", help="Only these columns.")
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option("--sample", metavar="SEED", help="Rows drawn at random.")
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Read every row where an estimate would come sooner.")
+    ] = False,
     prompt_id: Annotated[
         str | None, typer.Option("--prompt-id", help="Follow one prompt through every stage.")
+    ] = None,
+    diff: Annotated[
+        str | None, typer.Option("--diff", metavar="OTHER_RUN", help="What changed since that run.")
+    ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option("--export", metavar="FILE", help="Write the rows into FILE.{parquet,jsonl,csv}."),
+    ] = None,
+    hub: Annotated[
+        str | None,
+        typer.Option("--hub", metavar="ORG/NAME", help="Push the rows as a private Hugging Face dataset."),
     ] = None,
     store: StoreUrl = "artifacts",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Look at the data: columns, distributions, rows and rejects of a stage, or one prompt through all of them."""
+    """Look at the data: columns, distributions, rows and rejects of a stage, or one prompt through all of them.
+
+    Examples:
+
+      qrpo inspect demo completions --where "finish_reason = 'length'" --sample 1
+
+      qrpo inspect demo rewards --sort=-reward --limit 20 --columns reward,prompt_id
+
+      qrpo inspect demo rewards --prompt-id 3f2a
+
+      qrpo inspect demo rewards --where "reward > 0.9" --export best.parquet
+    """
     with _errors_as_lines(debug):
-        from flows.inspection import follow_prompt, inspect_stage, print_inspection, print_prompt
-        from storage import Store
+        from flows.inspect.command import Asked, answer
 
         _check_stage(stage)
-        if prompt_id is not None:
-            followed = follow_prompt(Store(store), name, prompt_id)
-            _print_json(followed) if as_json else print_prompt(followed, out)
-        else:
-            inspected = inspect_stage(Store(store), name, stage, limit)
-            _print_json(inspected) if as_json else print_inspection(inspected, out)
+        wanted = columns.split(",") if columns else None
+        asked = Asked(name, stage, where, sort, sample, limit, exact, wanted, prompt_id, diff, export, hub)
+        found, show = answer(store, asked)
+        _print_json(found) if as_json else show(out)
+
+
+@app.command()
+def browse(
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; any but loopback asks for a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8421,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            "--token", envvar="QRPO_BROWSE_TOKEN", help="The token to ask for; made up where needed."
+        ),
+    ] = None,
+    store: StoreUrl = "artifacts",
+    debug: Debug = False,
+) -> None:
+    """The store in a web page: runs, rows, distributions, prompts, two runs side by side. Read-only."""
+    with _errors_as_lines(debug):
+        from flows.browse.server import serve
+        from storage import Store
+
+        serve(Store(store), host=host, port=port, token=token, say=out.print)
 
 
 @app.command()

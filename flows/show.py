@@ -1,16 +1,16 @@
 """`qrpo ls` and `qrpo show`: runs, artifacts and what made them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from flows.stage_order import STAGE_ORDER
 from qrpo.errors import ConfigError, DataError
 from storage import Manifest, Store
-from tasks.stages import STAGES
 
-__all__ = ["artifact_table", "describe", "find_manifest", "list_runs", "runs_table", "stages_of"]
+__all__ = ["artifact_table", "describe", "find_manifest", "lineage", "list_runs", "runs_table", "stages_of"]
 
 
 def list_runs(store: Store) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def list_runs(store: Store) -> dict[str, Any]:
 def stages_of(noted: Mapping[str, Any]) -> dict[str, Any]:
     """What a run noted of its stages, in the order in which a run goes through them."""
     entries = noted.get("stages", {})
-    return {stage: entries[stage] for stage in STAGES if stage in entries}
+    return {stage: entries[stage] for stage in STAGE_ORDER if stage in entries}
 
 
 def runs_table(listing: dict[str, Any]) -> Table | str:
@@ -88,7 +88,7 @@ def describe(store: Store, name: str, stage: str) -> dict[str, Any]:
         "code_version": manifest.code_version,
         "created": manifest.created,
         "seconds": manifest.seconds,
-        "lineage": _lineage(store, manifest),
+        "lineage": lineage(store.manifest, manifest),
     }
 
 
@@ -155,15 +155,15 @@ def size_text(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
-def _lineage(store: Store, manifest: Manifest) -> list[dict[str, Any]]:
-    """Every artifact that this one was made from, nearest first, down to the source's digest."""
+def lineage(find: Callable[[str, str], Manifest | None], manifest: Manifest) -> list[dict[str, Any]]:
+    """Every artifact that this one was made from, nearest first, down to the source's digest; `find` gives manifests."""
     steps: list[dict[str, Any]] = []
     todo = list(manifest.parents.items())
     while todo:
         stage, fingerprint = todo.pop(0)
         if any(step["fingerprint"] == fingerprint for step in steps):
             continue
-        parent = store.manifest(stage, fingerprint)
+        parent = find(stage, fingerprint)
         steps.append(
             {"stage": stage, "fingerprint": fingerprint, "inputs": dict(parent.inputs) if parent else None}
         )

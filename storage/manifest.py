@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
-from importlib import metadata as packages
 from typing import Any
 
 from storage.errors import DamagedError
@@ -111,6 +110,8 @@ def manifest_of(
 @lru_cache(1)
 def code_version() -> str:
     """The installed version of this project, as manifests and records note it."""
+    from importlib import metadata as packages  # slow to import, and only a writer needs it
+
     try:
         return packages.version("qrpo-pipeline")
     except packages.PackageNotFoundError:

@@ -27,18 +27,22 @@ if TYPE_CHECKING:
 
 __all__ = ["cache_folder", "dataset", "fetch_folder", "open_table", "read_rejects", "read_table", "scan"]
 
+_SMALL = 1 << 20  # bytes: below, one request for all is quicker than several for some
 _REMEDY = "`qrpo verify --repair` computes just this part again."
 
 
-def open_table(files: Files, record: PartRecord, encoded: Sequence[str] = ()) -> pq.ParquetFile:
+def open_table(
+    files: Files, record: PartRecord, encoded: Sequence[str] = (), *, sparse: bool = False
+) -> pq.ParquetFile:
     """A part's Parquet file, its size and row count checked. Close it, or use it in a `with`.
 
     The text columns `encoded` come as dictionaries: many equal texts are then not made one by one.
+    `sparse`: little of it will be read, so from an object store fetch only the ranges that hold what is asked for.
     """
     entry = record.table
     if entry is None:
         raise StoreError(f"{record.key} is a folder, not a table. Use fetch_folder.")
-    opened = _open(files, entry, record, encoded)
+    opened = _open(files, entry, record, encoded, sparse)
     if opened.metadata.num_rows != record.rows:
         raise DamagedError(
             f"{record.key}: {entry.key} has {opened.metadata.num_rows} rows, {record.rows} were committed. {_REMEDY}"
@@ -140,9 +144,15 @@ def _download(files: Files, entry: FileEntry, path: Path, record: PartRecord) ->
         )
 
 
-def _open(files: Files, entry: FileEntry, record: PartRecord, encoded: Sequence[str] = ()) -> pq.ParquetFile:
+def _open(
+    files: Files, entry: FileEntry, record: PartRecord, encoded: Sequence[str] = (), sparse: bool = False
+) -> pq.ParquetFile:
     try:
-        file: Any = files.path(entry.key) or files.open_input(entry.key, entry.bytes)
+        file: Any = files.path(entry.key)
+        if file is None and sparse and entry.bytes > _SMALL and isinstance(files, RemoteFiles):
+            file = files.open_ranges(entry.key, entry.bytes)
+        elif file is None:
+            file = files.open_input(entry.key, entry.bytes)
         size = file.stat().st_size if isinstance(file, Path) else file.seek(0, os.SEEK_END)
     except FileNotFoundError:
         raise DamagedError(f"{record.key}: {entry.key} is missing. {_REMEDY}") from None

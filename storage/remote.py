@@ -18,8 +18,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-import fsspec
-
 from storage.crashpoints import crash_point
 from storage.errors import StoreUnavailableError
 from storage.files import FileInfo
@@ -195,6 +193,10 @@ class RemoteFiles:
             return io.BytesIO(self.read(key))
         return io.BufferedReader(_Ranges(self, key, size), buffer_size=4 << 20)
 
+    def open_ranges(self, key: str, size: int) -> BinaryIO:
+        """The object of `size` bytes, read by ranges as they are asked for however small it is."""
+        return io.BufferedReader(_Ranges(self, key, size), buffer_size=128 << 10)
+
     def _name(self, key: str) -> str:
         return f"{self.root}/{check_key(key)}"
 
@@ -278,6 +280,8 @@ def _connect(protocol: str, options: dict[str, Any]) -> Any:
             # Retries are ours; botocore's own would multiply them.
             config = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 0}}
             settings["config_kwargs"] = {**config, **options.get("config_kwargs", {})}
+        import fsspec  # not needed for a local store, and slow to import
+
         made = fsspec.filesystem(protocol, **settings)
         if hasattr(made, "retries"):
             made.retries = 1

@@ -1,0 +1,68 @@
+"""A completion's tokens coloured by log-ratio, where a row stores log-probabilities of every token.
+
+Such a row has `token_ids`, and of the same length `policy_token_logprobs` and `ref_token_logprobs`. The words come from
+the tokenizer in the run's policy; without one the ids are shown.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from storage import Manifest, Store
+
+__all__ = ["coloured_tokens"]
+
+_LOGPROBS = ("policy_token_logprobs", "ref_token_logprobs")
+_STRONGEST = 3.0  # nats: the colour of any larger log-ratio
+_STEPS = 5
+
+
+def coloured_tokens(store: Store, policy: Manifest | None, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Per token `text`, `log_ratio` (nats) and `shade` from -5 to 5; nothing where the row does not store them."""
+    ids, policy_T, ref_T = (row.get(name) or () for name in ("token_ids", *_LOGPROBS))
+    if not len(ids) == len(policy_T) == len(ref_T):
+        return []
+    texts = _texts(ids, _tokenizer(store, policy) if policy is not None else None)
+    tokens = []
+    for text, ours, theirs in zip(texts, policy_T, ref_T, strict=True):
+        ratio = None if ours is None or theirs is None else ours - theirs
+        tokens.append({"text": text, "log_ratio": ratio, "shade": _shade(ratio)})
+    return tokens
+
+
+def _shade(ratio: float | None) -> int:
+    if ratio is None or ratio != ratio:
+        return 0
+    return round(max(-1.0, min(1.0, ratio / _STRONGEST)) * _STEPS)
+
+
+def _texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """What each token adds to the decoded text; characters that span tokens stand with the token that completes them."""
+    if tokenizer is None:
+        return [f"{token} " for token in ids]
+    texts, done, start = [], "", 0
+    for stop in range(1, len(ids) + 1):
+        whole = tokenizer.decode(list(ids[start:stop]), skip_special_tokens=False)
+        if whole.endswith("\ufffd") and stop < len(ids):
+            texts.append("")
+            continue
+        texts.append(whole[len(done) :])
+        done = whole
+        if stop - start > 64:  # decoded from here on, so that long completions take linear time
+            done, start = "", stop
+    return texts
+
+
+def _tokenizer(store: Store, policy: Manifest) -> Any:
+    for record in policy.parts:
+        for file in record.payload:
+            if file.name == "tokenizer.json":
+                return _load(store, file.key)
+    return None
+
+
+@cache
+def _load(store: Store, key: str) -> Any:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(store.read_bytes(key).decode())

@@ -1,0 +1,241 @@
+"""What `qrpo browse` answers to whom, apart from what its pages show."""
+
+import http.client
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+import storage
+from flows.browse.server import Guard, browse_app
+from storage import Store
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., int]]:
+    """Serve a store in this process as `qrpo browse` does; the port."""
+    import threading
+
+    import uvicorn
+
+    running: list[tuple[Any, threading.Thread]] = []
+
+    def start(store: Store, token: str | None = None) -> int:
+        app = Guard(
+            browse_app(store), token=token, hosts=None if token else ("localhost", "127.0.0.1", "[::1]")
+        )
+        listening = socket.create_server(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", ws="none"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        running.append((server, thread))
+        return int(listening.getsockname()[1])
+
+    yield start
+    for server, thread in running:
+        server.should_exit = True
+        thread.join(30)
+
+
+def ask(port: int, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request(method, path, headers=headers)
+    answer = connection.getresponse()
+    body = answer.read().decode()
+    connection.close()
+    return answer.status, {name.lower(): value for name, value in answer.getheaders()}, body
+
+
+@pytest.fixture
+def memory(write_artifacts: Callable[..., None], request: pytest.FixtureRequest) -> Store:
+    store = Store(f"memory://browse-{abs(hash(request.node.nodeid))}/store")
+    write_artifacts(store, "one")
+    return store
+
+
+def test_pages_of_a_store_that_is_no_folder(serve: Callable[..., int], memory: Store) -> None:
+    port = serve(memory)
+
+    for path, expected in (
+        ("/", "one"),
+        ("/runs/one/rewards?where=reward+%3E+11&sort=-reward", "5 rows match"),
+        ("/runs/one/rewards/numbers", "72 values"),
+        ("/prompt/one/5feceb", "6 completions, best reward first"),
+    ):
+        status, _, body = ask(port, path)
+        assert (status, expected in body) == (200, True), path
+
+
+def test_nothing_but_reading_is_answered(serve: Callable[..., int], memory: Store) -> None:
+    port = serve(memory)
+
+    for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS"):
+        assert ask(port, "/", method)[0] == 405
+    assert ask(port, "/", "HEAD")[0] == 200
+
+
+def test_every_answer_forbids_scripts_frames_and_other_hosts(
+    serve: Callable[..., int], memory: Store
+) -> None:
+    port = serve(memory)
+
+    for path in ("/", "/nowhere", "/runs/none", "/static/style.css", "/runs/one/rewards?where=oops"):
+        _, headers, body = ask(port, path)
+        policy = dict(
+            part.strip().partition(" ")[::2] for part in headers["content-security-policy"].split(";")
+        )
+        assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
+        assert not [
+            value for name, value in policy.items() if "script" in name or value not in ("'none'", "'self'")
+        ]
+        assert headers["x-content-type-options"] == "nosniff"
+        assert "access-control-allow-origin" not in headers
+        assert "<script" not in body
+
+
+def test_another_sites_name_does_not_lead_here(serve: Callable[..., int], memory: Store) -> None:
+    port = serve(memory)
+
+    assert ask(port, "/", Host=f"rebound.example:{port}")[0] == 421
+    for name in ("localhost", "127.0.0.1", "[::1]"):
+        assert ask(port, "/", Host=f"{name}:{port}")[0] == 200
+
+
+def test_opened_wider_it_asks_for_the_token(serve: Callable[..., int], memory: Store) -> None:
+    port = serve(memory, token="a-secret-token")
+
+    for path in ("/", "/runs/one", "/static/style.css", "/?token=wrong", "/?token=", "/?token=%C3%A9"):
+        status, _, body = ask(port, path)
+        assert (status, "one" in body.split()) == (401, False), path
+    status, headers, _ = ask(port, "/runs/one?token=a-secret-token&x=1")
+    assert (status, headers["location"]) == (303, "/runs/one?x=1"), "the token leaves the address"
+    assert {"HttpOnly", "SameSite=lax"} <= {part.strip() for part in headers["set-cookie"].split(";")}
+    assert ask(port, "/runs/one", Cookie=headers["set-cookie"].partition(";")[0])[0] == 200
+    assert ask(port, "/runs/one", Cookie="qrpo_browse=wrong")[0] == 401
+    away = ask(port, "//other.example/?token=a-secret-token")[1]["location"]
+    assert away.startswith("/other"), "no redirect to another host"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/runs/..%2F..%2Fetc/passwd",
+        "/artifacts/rewards/..%2F..%2F..%2Fetc%2Fpasswd",
+        "/artifacts/..%2Fparts/x",
+        "/static/../server.py",
+        "/static/%2e%2e/server.py",
+        "/prompt/one/zz",
+        "/prompt/none/5f",
+        "/runs/one/rewards/row/72",
+        "/runs/one/nothing",
+        "/compare?a=none&b=one",
+        "/compare/zz?a=one&b=one",
+        "/runs/%00",
+    ],
+)
+def test_what_is_not_there_is_told_and_nothing_else_is_reached(
+    serve: Callable[..., int], memory: Store, path: str
+) -> None:
+    status, _, body = ask(serve(memory), path)
+
+    assert status == 404
+    assert "root:" not in body
+    assert "Traceback" not in body
+
+
+def test_strange_numbers_and_names_in_an_address_do_no_harm(serve: Callable[..., int], memory: Store) -> None:
+    port = serve(memory)
+
+    for query in (
+        "page=-1",
+        "page=99999999999999999999",
+        "page=x",
+        "sample=-3",
+        "sample=9e9",
+        "columns=nothing",
+        "sort=nothing",
+        "where=%00",
+        "q=%22%3E%3Cscript%3E",
+        "where=%27",
+        "q=" + "x" * 5000,
+    ):
+        status, _, body = ask(port, f"/runs/one/rewards?{query}")
+        assert status == 200, query
+        assert "<script>" not in body
+
+
+def test_damaged_part_is_told_with_its_remedy(
+    serve: Callable[..., int], tmp_path: Path, write_artifacts: Callable[..., None]
+) -> None:
+    store = Store(tmp_path)
+    write_artifacts(store, "one")
+    part = storage.open(store, "one", "rewards").manifest.parts[0]
+    (tmp_path / part.table.key).write_bytes(b"cut short")
+
+    status, _, body = ask(serve(store), "/runs/one/rewards")
+
+    assert status == 500
+    assert "qrpo verify --repair" in body
+
+
+def test_huge_completion_leaves_the_page_small(serve: Callable[..., int], tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    row = {
+        "prompt_id": "p",
+        "sample_index": 0,
+        "origin": "reference",
+        "text": "<b>" * 2_000_000,
+        "token_ids": [1],
+        "finish_reason": None,
+        "sampled_logprob": None,
+    }
+    part = store.commit_part(
+        storage.PartKey("completions", "f", "p"), pa.Table.from_pylist([row], storage.SCHEMAS["completions"])
+    )
+    manifest = store.commit_manifest(storage.manifest_of("completions", "f", [part]))
+    store.write_run("one", {"stages": {"completions": {"fingerprint": manifest.fingerprint}}})
+    port = serve(store)
+
+    assert len(ask(port, "/runs/one/completions")[2]) < 20_000
+    shown = ask(port, "/runs/one/completions/row/0")[2]
+    assert "6,000,000 characters in all" in shown
+    assert len(shown) < 1_000_000
+
+
+@pytest.mark.slow
+def test_command_says_where_it_serves_and_makes_up_a_token(
+    tmp_path: Path, start_qrpo: Callable[..., "subprocess.Popen[bytes]"]
+) -> None:
+    log = tmp_path / "log"
+    process = start_qrpo(log, "browse", "--store", tmp_path / "store", "--host", "0.0.0.0", "--port", "0")
+    try:
+        for _ in range(600):
+            if found := re.search(r"http://0\.0\.0\.0:(\d+)/\?token=(\S+)", log.read_text()):
+                break
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        else:
+            pytest.fail(f"no address: {log.read_text()}")
+        port, token = int(found.group(1)), found.group(2)
+        assert ask(port, "/")[0] == 401
+        assert ask(port, "/", Cookie=f"qrpo_browse={token}")[0] == 200
+        assert "There are no runs here yet" in ask(port, "/", Cookie=f"qrpo_browse={token}")[2]
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.mark.slow
+def test_taken_port_is_told_in_one_line(qrpo_process: Callable[..., Any], tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = qrpo_process("browse", "--store", tmp_path, "--port", str(taken.getsockname()[1]))
+
+    assert result.returncode == 2
+    assert "--port 0 takes a free one" in result.stderr
+    assert "Traceback" not in result.stderr
