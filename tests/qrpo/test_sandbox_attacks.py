@@ -120,7 +120,7 @@ def test_a_program_sees_an_empty_environment_and_few_files(
     monkeypatch.setenv("QRPO_TEST_SECRET", "hunter2")
     code = "import os; print(sorted(os.environ)); print(sorted(set(os.listdir('/')) - {'lib32', 'lib64', 'libx32'}))"
     expected = (
-        "['HOME', 'LANG', 'LD_LIBRARY_PATH', 'PWD', 'PYTHONHASHSEED']\n"
+        "['HOME', 'LANG', 'LD_LIBRARY_PATH', 'MALLOC_ARENA_MAX', 'PWD', 'PYTHONHASHSEED']\n"
         "['dev', 'lib', 'python', 'sandbox', 'tmp', 'usr']"
     )
     with Sandbox(LIMITS, workers=1) as fresh:
