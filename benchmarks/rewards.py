@@ -15,6 +15,7 @@ import argparse
 import json
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ from tasks.plan import PartPlan
 from tasks.work import Work
 
 N = 50  # completions a prompt
-MEDIAN, SIGMA, LONGEST = 100, 0.8, 1500  # of completions, in words, each about one token
+MEDIAN, SIGMA, LONGEST = 60, 0.8, 1500  # of completions, in words, each about one token
 CONTEXT = 2048
 PART = 10  # prompts in a part of the stage
 WORDS = [
@@ -216,6 +217,7 @@ def compare(prompts: int, runs: int, budget: int, hidden: int) -> dict[str, Any]
                     continue  # minutes: once is enough to place it
                 taken, found = timed(way)
                 times[name].append(taken)
+                print(f"run {run + 1}, {name}: {taken}", file=sys.stderr)
                 if name not in ("floor", "start"):
                     assert np.allclose(found, expected, atol=1e-4), name
     grown = [
