@@ -12,6 +12,8 @@ Names are loaded when they are first used, so that `qrpo --help` does not wait f
 from importlib import import_module
 from typing import Any
 
+from flows.environment import set_defaults
+
 __all__ = [
     "completions",
     "evaluation",
@@ -24,9 +26,11 @@ __all__ = [
     "shards",
 ]
 
+set_defaults()
+
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'flows' has no attribute {name!r}")
-    module = import_module("flows.pipeline" if name == "pipeline" else "flows.stages")
+    module = import_module("flows.algorithm" if name == "pipeline" else "flows.stages")
     return getattr(module, name)

@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 failed, 2 bad usage or configuration.
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from flows.environment import set_defaults
 from flows.stage_order import STAGE_ORDER as _STAGES
 
 __all__ = ["app", "main"]
@@ -40,6 +40,20 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: --set policy.beta=0.1"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
+Cron = Annotated[
+    str | None,
+    typer.Option(
+        "--cron", metavar="'M H D M W'", help="When to run the pipeline; by default never by itself."
+    ),
+]
+Timezone = Annotated[str, typer.Option("--timezone", help="The schedule's time zone.")]
+Gpus = Annotated[int, typer.Option("--gpus", min=1, help="Runs that may use a GPU at the same time.")]
+Notify = Annotated[
+    str | None,
+    typer.Option(
+        "--notify", metavar="TYPE/NAME", help="Prefect notification block that is told of failures."
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and every log line.")]
 
 
@@ -103,6 +117,40 @@ def run(
             force=tuple(force or ()),
             as_json=as_json,
         )
+
+
+@app.command()
+def compare(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    write: Annotated[
+        Path | None, typer.Option("--out", help="Also write the report into this JSON file.")
+    ] = None,
+    store: StoreUrl = "artifacts",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train every method of the section `compare` over its grid and seeds, and report each method's best.
+
+    All share their samples, rewards and held-out prompts; what the store already has is not trained again.
+
+    Example: qrpo compare examples/compare/config.yaml --out comparison.json
+    """
+    with _errors_as_lines(debug):
+        from tasks.config import load_config
+
+        loaded = load_config(config, overrides or ())
+        from flows.server import start_server
+
+        server_answers = start_server()
+        from flows.compare import compare as compare_methods
+        from flows.compare import comparison_table
+
+        server_answers()
+        report = compare_methods(loaded, store)
+        if write is not None:
+            write.write_text(json.dumps(report, indent=1) + "\n")
+        _show(report, comparison_table(report), as_json)
 
 
 @app.command()
@@ -336,13 +384,238 @@ def theory(
             err.print(f"drawn: {plot}")
 
 
+@app.command()
+def serve(
+    config: ConfigPath,
+    cron: Cron = None,
+    timezone: Timezone = "UTC",
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen at; 0.0.0.0 opens it to everybody.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 4200,
+    gpus: Gpus = 1,
+    notify: Notify = None,
+    overrides: Overrides = None,
+    store: StoreUrl = "artifacts",
+    debug: Debug = False,
+) -> None:
+    """Server, worker and schedule on this machine, in one command. Runs are started by the schedule, in the browser or by hand.
+
+    Examples:
+
+      qrpo serve config.yaml
+
+      qrpo serve config.yaml --cron "0 3 * * *" --timezone Europe/Zurich
+    """
+    with _errors_as_lines(debug):
+        from flows.serve import serve
+        from tasks.config import load_config
+
+        serve(
+            load_config(config, overrides or ()),
+            store,
+            cron=cron,
+            timezone=timezone,
+            host=host,
+            port=port,
+            gpus=gpus,
+            notify=notify,
+            console=err,
+        )
+
+
+@app.command()
+def deploy(
+    config: ConfigPath,
+    pool: Annotated[
+        str, typer.Option("--pool", help="The work pool's name; it is made where missing.")
+    ] = "qrpo",
+    pool_type: Annotated[
+        str, typer.Option("--type", help="Where runs happen: process, docker or kubernetes.")
+    ] = "process",
+    image: Annotated[
+        str | None, typer.Option("--image", help="The image of docker and kubernetes jobs.")
+    ] = None,
+    cron: Cron = None,
+    timezone: Timezone = "UTC",
+    gpus: Gpus = 1,
+    secrets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--secret",
+            metavar="VARIABLE=BLOCK",
+            help="Environment variable that jobs take from a Secret block.",
+        ),
+    ] = None,
+    notify: Notify = None,
+    overrides: Overrides = None,
+    store: StoreUrl = "artifacts",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Put the pipeline and every stage as deployments on the Prefect server that PREFECT_API_URL names.
+
+    Examples:
+
+      qrpo deploy config.yaml --store s3://bucket/qrpo --cron "0 3 * * *"
+
+      qrpo deploy config.yaml --type kubernetes --image registry/qrpo:1 --store s3://bucket/qrpo
+    """
+    with _errors_as_lines(debug):
+        from flows.deploy import DeployOptions, deploy, deployed_lines, pool_type_of
+        from tasks.config import load_config
+
+        pairs = [secret.partition("=") for secret in secrets or ()]
+        if not all(variable and block for variable, _, block in pairs):
+            raise typer.BadParameter(
+                "--secret takes VARIABLE=BLOCK, such as AWS_SECRET_ACCESS_KEY=qrpo-s3-secret-key"
+            )
+        options = DeployOptions(
+            pool=pool,
+            pool_type=pool_type_of(pool_type),
+            image=image,
+            cron=cron,
+            timezone=timezone,
+            gpus=gpus,
+            secrets={variable: block for variable, _, block in pairs},
+            notify=notify,
+        )
+        deployed = deploy(load_config(config, overrides or ()), store, options)
+        _show(deployed, "\n".join(deployed_lines(deployed)), as_json)
+
+
+@app.command()
+def evaluate(
+    names: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="A run's name, or a configuration file.")
+    ],
+    models: Annotated[
+        list[str] | None,
+        typer.Option("--model", metavar="NAME=PATH", help="Compare this model too: a folder or hub id."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Fresh samples a prompt.")] = None,
+    suite: Annotated[
+        str | None, typer.Option("--suite", help="A public suite instead: alpaca-eval or leetcode.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="The suite's file: the baseline's outputs, or the problems."),
+    ] = None,
+    which: Annotated[
+        str, typer.Option("--which", help="The model for the suite: policy, reference, or one of --model.")
+    ] = "policy",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the suite's first rows.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=1, help="Longest answer; by default the run's.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", min=0.0, help="By default the run's.")
+    ] = None,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--judge",
+            metavar="KEY=VALUE",
+            help="alpaca-eval's judge: url, model, annotator, api_key, concurrency, options.NAME.",
+        ),
+    ] = None,
+    difficulty: Annotated[
+        Path | None,
+        typer.Option("--difficulty", help="df_gamed.csv, for the leaderboard's length-controlled win rate."),
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Where a suite's files go; by default SUITE-RUN-MODEL.")
+    ] = None,
+    store: StoreUrl = "artifacts",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Policy, reference and other models on the held-out prompts, or one of them on a public suite.
+
+    Several runs that differ in their seed are also taken as one. Examples:
+
+      qrpo evaluate my-run
+
+      qrpo evaluate my-run --model step-200=./checkpoint-200
+
+      qrpo evaluate seed-0 seed-1 seed-2
+
+      qrpo evaluate my-run --suite alpaca-eval --data alpaca_eval_gpt4_baseline.json
+      --judge url=http://localhost:8000/v1 --judge model=my-judge
+
+      qrpo evaluate my-run --suite leetcode --data LeetCodeDataset-test.jsonl --samples 4
+    """
+    with _errors_as_lines(debug):
+        from flows.evaluate import across_runs, named_models, print_comparison, run_config
+        from storage import Store
+
+        opened = Store(store)
+        more = named_models(models or ())
+        if suite is None:
+            results = {}
+            for name in names:
+                results[name] = _evaluate_run(run_config(opened, name, more, samples), store)
+                if not as_json:
+                    print_comparison(results[name], out)
+            answer: dict[str, Any] = {"runs": results}
+            if len(names) > 1:
+                answer["together"] = across_runs(opened, names)
+            if as_json:
+                _print_json(answer)
+            elif len(names) > 1:
+                out.print("all runs together, 95% intervals over runs and prompts:")
+                for score in ("reward", "quantile_reward", "win_rate", "kl", "length"):
+                    value = answer["together"][score]
+                    out.print(f"  {score}: {value['mean']:.4g} ({value['low']:.4g} to {value['high']:.4g})")
+            return
+        if len(names) != 1 or data is None:
+            raise typer.BadParameter("--suite takes one run, and the suite's file with --data")
+        from flows.suites import SUITES, judge_of, print_suite, request_of
+
+        if suite not in SUITES:
+            raise typer.BadParameter(f"no suite {suite!r}; there are {', '.join(SUITES)}")
+        config = run_config(opened, names[0], more)
+        request = request_of(
+            opened,
+            config,
+            which,
+            data,
+            folder or Path(f"{suite}-{config.name}-{which}"),
+            num_samples=samples,
+            limit=limit,
+            temperature=temperature,
+            max_tokens=max_tokens,
+        )
+        result = SUITES[suite](request, judge_of(judge or ()), difficulty)
+        _print_json(result) if as_json else print_suite(result, out)
+
+
+@app.command()
+def report(
+    name: Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or a configuration file.")],
+    path: Annotated[
+        Path | None, typer.Option("--out", help="The page's file; by default report-RUN.html.")
+    ] = None,
+    store: StoreUrl = "artifacts",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """A run as one self-contained HTML page: result, plots, completions side by side, lineage."""
+    with _errors_as_lines(debug):
+        from flows.report import write_report
+        from flows.show import run_name
+        from storage import Store
+
+        run = run_name(name)
+        written = write_report(Store(store), run, path or Path(f"report-{run}.html"))
+        _print_json(written) if as_json else out.print(
+            f"{written['report']} ({written['bytes'] / 1024:.0f} KiB)"
+        )
+
+
 def main() -> None:
     """The console script's entry."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    set_defaults(PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL="CRITICAL")
     app()
 
 
@@ -362,6 +635,18 @@ def _run(
         _print_json(summary)
     else:
         print_summary(summary, out)
+
+
+def _evaluate_run(config: Any, url: str) -> dict[str, Any]:
+    """The summary of the run's evaluation, computed where it is not in the store yet."""
+    from flows.launch import launch
+    from qrpo.errors import DataError
+
+    result = launch(config, url, first="evaluation", last="evaluation", console=err)
+    if "evaluation" not in result:
+        raise DataError(f"run {config.name} holds out no prompt, so there is nothing to evaluate it on")
+    summary: dict[str, Any] = result["evaluation"]
+    return summary
 
 
 class _Lines(logging.Handler):

@@ -2,7 +2,7 @@
 
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -11,7 +11,12 @@ from flows.server import start_server
 from storage import Store
 from tasks.config import PipelineConfig
 from tasks.plan import StagePlan
+from tasks.rounds import rounds_until
+from tasks.run_stage import run_stage
 from tasks.stages import STAGES, plan_pipeline, require_parents
+
+if TYPE_CHECKING:
+    from flows.stages import StageName
 
 __all__ = ["launch", "print_summary"]
 
@@ -27,8 +32,19 @@ def launch(
 ) -> dict[str, Any]:
     """Run the stages from `first` to `last`: through Prefect where anything is left to compute, else straight from the store.
 
-    Returns the summary that `--json` prints: `run`, `store`, `stages`, `seconds` and, where it ran, `evaluation`.
+    Returns the summary that `--json` prints: `run`, `store`, `stages`, `seconds` and, where it ran, `evaluation`. Where there are
+    several rounds, it is the last one's, and `rounds` holds those of all.
     """
+    summaries = [
+        _launch(of_round, store_url, first if number == 0 else "prompts", last, force, console)
+        for number, of_round in enumerate(rounds_until(last, config))
+    ]
+    return summaries[-1] if len(summaries) == 1 else {**summaries[-1], "rounds": summaries}
+
+
+def _launch(
+    config: PipelineConfig, store_url: str, first: str, last: str, force: tuple[str, ...], console: Console
+) -> dict[str, Any]:
     started = time.monotonic()
     store = Store(store_url)
     plans = plan_pipeline(config, store, until=last)
@@ -40,10 +56,17 @@ def launch(
                 "starting a Prefect server for this run (set PREFECT_API_URL to use one that runs) ..."
             )
         server_answers = start_server()
-        from flows.pipeline import pipeline
+        from flows.algorithm import pipeline
 
         server_answers()
-        results = pipeline(config, store.url, first, last, force)
+        # the names were checked by whoever asked; Prefect checks them again
+        results = pipeline(
+            config,
+            store.url,
+            cast("StageName", first),
+            cast("StageName", last),
+            cast("tuple[StageName, ...]", force),
+        )
     stages = {
         result.stage: {
             "fingerprint": result.fingerprint,
@@ -66,6 +89,10 @@ def launch(
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
     """The summary as a person reads it."""
+    for earlier in summary.get("rounds", [])[:-1]:
+        if "evaluation" in earlier:
+            console.print(f"run {earlier['run']}")
+            console.print(evaluation_table(earlier["evaluation"]))
     table = Table(
         "stage", "rows", "rejects", "parts", "seconds", title=f"run {summary['run']}", title_justify="left"
     )
@@ -95,18 +122,19 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> Table:
-    """Reference, policy and what the closed-form optimum promises, side by side."""
-    reference, policy, theory = evaluation["reference"], evaluation["policy"], evaluation["theory"]
+    """Reference, policy and, for QRPO, what the closed-form optimum promises, side by side."""
+    reference, policy, theory = evaluation["reference"], evaluation["policy"], evaluation.get("theory")
     wins, kl = evaluation["win_rate"], evaluation["kl"]
     title = f"{evaluation['prompts']} held-out prompts, {policy['samples']} fresh samples of each model"
-    promise = f"optimum for beta {theory['beta']:g}"
+    promise = f"optimum for beta {theory['beta']:g}" if theory else ""
+    promised_win_rate = f"{theory['quantile_reward']:.3f}" if theory else ""
     table = Table("", "reference", "policy", promise, title=title, title_justify="left")
     table.add_row("mean reward", _measured(reference["reward"]), _measured(policy["reward"]), "")
     quantiles = _measured(reference["quantile_reward"]), _measured(policy["quantile_reward"])
-    table.add_row("mean quantile reward", *quantiles, f"{theory['quantile_reward']:.3f}")
+    table.add_row("mean quantile reward", *quantiles, promised_win_rate)
     interval = f"{wins['mean']:.3f} ({wins['low']:.3f} to {wins['high']:.3f})"
-    table.add_row("win rate against reference", "0.5", interval, f"{theory['quantile_reward']:.3f}")
-    table.add_row("KL to reference, nats", "0", _measured(kl), f"{theory['kl']:.3f}")
+    table.add_row("win rate against reference", "0.5", interval, promised_win_rate)
+    table.add_row("KL to reference, nats", "0", _measured(kl), f"{theory['kl']:.3f}" if theory else "")
     table.add_row(
         "completion length, tokens", _measured(reference["length"]), _measured(policy["length"]), ""
     )
@@ -130,6 +158,4 @@ def _from_cache(
     span = names[names.index(first) : names.index(last) + 1]
     if not all(plans[name].complete for name in span):
         return None
-    from tasks.run_stage import run_stage  # imports Prefect, whose settings are read then
-
     return [run_stage(name, config, store.url, plans=plans) for name in span]

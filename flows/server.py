@@ -1,4 +1,4 @@
-"""A Prefect server for one run, where none is running: started beside the work, and gone with it.
+"""A Prefect server of our own, where none is running: started beside the work, and gone with it.
 
 Prefect's own ephemeral server outlives a killed flow and loses records at exit. This one runs in a child process that ends when
 this process does, however that happens. Its database is Prefect's usual one, so past runs stay visible to a later `prefect server start`.
@@ -12,12 +12,13 @@ import time
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.error import URLError
 
 from qrpo.child import Child
 from qrpo.errors import EngineError
 
-__all__ = ["PrefectServer", "start_server"]
+__all__ = ["PrefectServer", "open_server", "start_server"]
 
 _STARTUP_SECONDS = 180.0
 
@@ -30,12 +31,25 @@ def start_server() -> Callable[[], object]:
     """
     if "PREFECT_API_URL" in os.environ:
         return lambda: None
-    port = _free_port()
-    server = Child("flows.server:PrefectServer", port, name="the Prefect server")
+    return open_server("127.0.0.1", _free_port())[1]
+
+
+def open_server(
+    host: str, port: int, *, services: bool = False, log: Path | None = None
+) -> tuple[Child, Callable[[], object]]:
+    """Start a server and point PREFECT_API_URL at it; the child that it runs in, and what waits until it answers.
+
+    `services` are those that make a server of it which others use: the scheduler, automations, the UI.
+    """
+    server = Child("flows.server:PrefectServer", host, port, services, name="the Prefect server", log=log)
     atexit.register(server.close)  # registered before Prefect's own clean-up, hence run after it
-    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+    os.environ["PREFECT_API_URL"] = f"http://{_reachable(host)}:{port}/api"
     starting = ThreadPoolExecutor(1).submit(server.call, "wait")
-    return starting.result
+    return server, starting.result
+
+
+def _reachable(host: str) -> str:
+    return "127.0.0.1" if host in ("0.0.0.0", "::") else host
 
 
 def _free_port() -> int:
@@ -45,17 +59,18 @@ def _free_port() -> int:
 
 
 class PrefectServer:
-    """Lives in the child process: the server in a thread, on a free port of the loopback interface."""
+    """Lives in the child process: the server in a thread."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, host: str, port: int, services: bool) -> None:
         os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+        os.environ.setdefault("PREFECT_SERVER_UI_API_URL", "/api")  # by whatever name a browser reached it
         import uvicorn
         from prefect.server.api.server import create_app
 
-        self._health = f"http://127.0.0.1:{port}/api/health"
-        app = create_app(ephemeral=True)
+        self._health = f"http://{_reachable(host)}:{port}/api/health"
+        app = create_app(ephemeral=not services)
         self._server = uvicorn.Server(
-            uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", lifespan="on")
+            uvicorn.Config(app, host=host, port=port, log_level="error", lifespan="on")
         )
         self._thread = threading.Thread(target=self._server.run, name="prefect-server", daemon=True)
         self._thread.start()

@@ -1,12 +1,18 @@
 """One flow for every stage: the same cache and the same result whether it is run alone, by a schedule, or in the pipeline."""
 
-from prefect import flow
+from collections.abc import Callable
+from typing import Literal, ParamSpec
+
+from prefect import Flow, flow, tags
 
 from tasks.config import PipelineConfig
+from tasks.publish import publish_stage
 from tasks.run_stage import StageResult, run_stage
 
 __all__ = [
+    "DEFAULT_STORE",
     "STAGE_FLOWS",
+    "StageName",
     "completions",
     "evaluation",
     "policy",
@@ -19,53 +25,82 @@ __all__ = [
 
 DEFAULT_STORE = "artifacts"
 
+StageName = Literal[
+    "prompts", "reference", "completions", "rewards", "quantiles", "shards", "policy", "evaluation"
+]
 
-@flow(name="prompts", flow_run_name="prompts of {config.name}")
+# Prefect's UI shows these beside the fields of its form
+_PARAMETERS = """
+    Args:
+        config: Everything that decides what is computed: the YAML file as a form.
+        store: Where artifacts are kept: a folder of the worker's machine, or a URL such as s3://bucket/qrpo.
+        force: Compute every part again, even those that the store has.
+    """
+P = ParamSpec("P")
+
+
+def _stage(function: Callable[P, StageResult]) -> Flow[P, StageResult]:
+    """The flow of a stage, named as the stage."""
+    name, summary = function.__name__, function.__doc__
+    function.__doc__ = f"{summary}\n{_PARAMETERS}"
+    return flow(
+        name=name, description=summary, flow_run_name="{config.name}: " + name + " ({config.subject})"
+    )(function)
+
+
+@_stage
 def prompts(config: PipelineConfig, store: str = DEFAULT_STORE, force: bool = False) -> StageResult:
     """Read the prompts x, hold some out for evaluation, and cut the rest into parts."""
-    return run_stage("prompts", config, store, force=force)
+    return _run("prompts", config, store, force)
 
 
-@flow(name="reference", flow_run_name="reference of {config.name}")
+@_stage
 def reference(config: PipelineConfig, store: str = DEFAULT_STORE, force: bool = False) -> StageResult:
     """Make the reference policy by fine-tuning on the chosen completions, where the configuration asks for it."""
-    return run_stage("reference", config, store, force=force)
+    return _run("reference", config, store, force)
 
 
-@flow(name="completions", flow_run_name="completions of {config.name}")
+@_stage
 def completions(config: PipelineConfig, store: str = DEFAULT_STORE, force: bool = False) -> StageResult:
     """Sample y_1 .. y_n from the reference policy for every prompt."""
-    return run_stage("completions", config, store, force=force)
+    return _run("completions", config, store, force)
 
 
-@flow(name="rewards", flow_run_name="rewards of {config.name}")
+@_stage
 def rewards(config: PipelineConfig, store: str = DEFAULT_STORE, force: bool = False) -> StageResult:
     """Score every completion: r(x, y)."""
-    return run_stage("rewards", config, store, force=force)
+    return _run("rewards", config, store, force)
 
 
-@flow(name="quantiles", flow_run_name="quantiles of {config.name}")
+@_stage
 def quantiles(config: PipelineConfig, store: str = DEFAULT_STORE, force: bool = False) -> StageResult:
     """Turn the rewards of training completions into their quantiles among the reference rewards of the same prompt."""
-    return run_stage("quantiles", config, store, force=force)
+    return _run("quantiles", config, store, force)
 
 
-@flow(name="shards", flow_run_name="shards of {config.name}")
+@_stage
 def shards(config: PipelineConfig, store: str = DEFAULT_STORE, force: bool = False) -> StageResult:
     """Write the training rows: tokens, quantile rewards and reference log-probabilities."""
-    return run_stage("shards", config, store, force=force)
+    return _run("shards", config, store, force)
 
 
-@flow(name="policy", flow_run_name="policy of {config.name}")
+@_stage
 def policy(config: PipelineConfig, store: str = DEFAULT_STORE, force: bool = False) -> StageResult:
     """Fit the policy by regression: (f(q) - beta log Z - beta log(policy / reference))^2."""
-    return run_stage("policy", config, store, force=force)
+    return _run("policy", config, store, force)
 
 
-@flow(name="evaluation", flow_run_name="evaluation of {config.name}")
+@_stage
 def evaluation(config: PipelineConfig, store: str = DEFAULT_STORE, force: bool = False) -> StageResult:
     """Compare fresh samples of policy and reference on the held-out prompts."""
-    return run_stage("evaluation", config, store, force=force)
+    return _run("evaluation", config, store, force)
+
+
+def _run(stage: StageName, config: PipelineConfig, store: str, force: bool) -> StageResult:
+    with tags(f"run:{config.name}", f"stage:{stage}"):
+        result = run_stage(stage, config, store, force=force)
+        publish_stage(result, config, store)
+    return result
 
 
 STAGE_FLOWS = {

@@ -12,7 +12,14 @@ from typing import Any
 from qrpo.errors import DataError, ModelError
 from qrpo.models import ModelConfig, is_local, location, require_model
 
-__all__ = ["Messages", "encode_completion", "encode_conversation", "encode_prompt", "load_tokenizer"]
+__all__ = [
+    "Messages",
+    "encode_completion",
+    "encode_conversation",
+    "encode_conversations",
+    "encode_prompt",
+    "load_tokenizer",
+]
 
 Messages = Sequence[Mapping[str, str]]
 """A conversation: mappings with `role` and `content`."""
@@ -101,6 +108,21 @@ def encode_completion(tokenizer: Any, messages: Messages, text: str) -> list[int
 def encode_conversation(tokenizer: Any, messages: Messages) -> list[int]:
     """Token ids of a finished conversation as the template renders it: what a reward model reads."""
     return _encode(tokenizer, _render(tokenizer, messages, generation=False))
+
+
+def encode_conversations(tokenizer: Any, conversations: Sequence[Messages]) -> list[list[int] | DataError]:
+    """`encode_conversation` of many at once, in one call of the tokenizer; a refused one is its DataError."""
+    rendered: dict[int, str] = {}
+    results: dict[int, list[int] | DataError] = {}
+    for row, messages in enumerate(conversations):
+        try:
+            rendered[row] = _render(tokenizer, messages, generation=False)
+        except DataError as error:
+            results[row] = error
+    if rendered:
+        encoded = tokenizer(list(rendered.values()), add_special_tokens=False)["input_ids"]
+        results |= zip(rendered, encoded, strict=True)
+    return [results[row] for row in range(len(conversations))]
 
 
 def _render(tokenizer: Any, messages: Messages, *, generation: bool) -> str:

@@ -45,13 +45,18 @@ _BOOT = (
 
 
 def stream(
-    target: str, *args: Any, log: Path | None = None, env: Mapping[str, str] | None = None
+    target: str,
+    *args: Any,
+    log: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    patience: float = 0.0,
 ) -> Iterator[Any]:
     """What the generator function `target` ("module:function" or "file.py:function") yields, run in a child.
 
-    Items come as they are made. Closing the iterator kills the child. Arguments and items are pickled.
+    Items come as they are made. Closing the iterator kills the child, after `patience` as in `Child`. Arguments and
+    items are pickled.
     """
-    child = Child("qrpo.serving:GeneratorFunction", target, name=target, log=log, env=env)
+    child = Child("qrpo.serving:GeneratorFunction", target, name=target, log=log, env=env, patience=patience)
     try:
         yield from child.stream("run", *args)
     finally:
@@ -63,6 +68,7 @@ class Child:
 
     Calls from several threads are served one after another. After the child died, or was killed because a call was
     abandoned, the next call starts a new one. `log` is appended to; without it the output is kept only for errors.
+    With `patience`, a child whose call is abandoned is sent a SIGTERM and has so many seconds to save what it has.
     """
 
     def __init__(
@@ -72,8 +78,10 @@ class Child:
         name: str | None = None,
         log: Path | None = None,
         env: Mapping[str, str] | None = None,
+        patience: float = 0.0,
     ):
         self.name = name or target
+        self._patience = patience
         self._boot = (target, args)
         self._log = log
         self._env = dict(env or {})
@@ -95,11 +103,11 @@ class Child:
         """The items of a generator method, as they come. Closing the iterator early kills the child."""
         return self._exchange(method, args, None, streaming=True)
 
-    def close(self) -> None:
-        """End the child: it may tidy up for a few seconds, then its group is killed. Calls may start it again."""
+    def close(self, grace: float = 5.0) -> None:
+        """End the child: it may tidy up for `grace` seconds, then its group is killed. Calls may start it again."""
         running, self._running = self._running, None
         if running is not None:
-            running.stop(grace=5.0)
+            running.stop(grace)
 
     def _exchange(
         self, method: str, args: tuple[Any, ...], timeout: float | None, *, streaming: bool
@@ -131,7 +139,9 @@ class Child:
                 self._owner = None
                 if not finished and self._running is not None:
                     broken, self._running = self._running, None
-                    broken.stop(grace=0.0)
+                    if self._patience and broken.alive():
+                        broken.process.terminate()
+                    broken.stop(grace=self._patience)
 
     def _start(self) -> "_Running":
         if self._running is not None and not self._running.alive():

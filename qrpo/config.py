@@ -17,6 +17,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    def idle_fields(self) -> frozenset[str]:
+        """Fields that change nothing as the others are set; left out of fingerprints like knobs."""
+        return frozenset()
+
 
 def knob(default: Any, **constraints: Any) -> Any:
     """A field with this default that does not change results and is left out of fingerprints."""
@@ -24,11 +28,12 @@ def knob(default: Any, **constraints: Any) -> Any:
 
 
 def keyed(section: BaseModel) -> dict[str, Any]:
-    """The section as plain JSON values without its knobs, nested sections included."""
+    """The section as plain JSON values without its knobs and idle fields, nested sections included."""
+    idle = section.idle_fields() if isinstance(section, Section) else frozenset()
     return {
         name: _plain(getattr(section, name))
         for name in type(section).model_fields
-        if not _is_knob(section, name)
+        if name not in idle and not _is_knob(section, name)
     }
 
 

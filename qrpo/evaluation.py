@@ -1,140 +1,196 @@
-"""Policy against reference on held-out prompts: what a table of fresh, scored samples says, and how surely.
+"""Models against the reference on held-out prompts: what a table of fresh, scored samples says, and how surely.
 
-Prompts are the units of chance: samples of one prompt resemble each other, so every standard error and interval is taken
-over prompts, never over samples. All functions are pure, on NumPy arrays; `summarise` puts them together.
-
-    win rate   P(policy's reward > reference's), ties a half, over all pairs of samples of the same prompt
-    KL         E_policy[log pi - log ref], from the policy's own samples: unbiased; may be negative by chance
-    k3         E_policy[ref/pi - 1 + log pi - log ref]: never negative, same expectation (Schulman 2020)
+`summarise` puts it together from `qrpo.statistics` (means, win rates, KL; prompts are the units of chance),
+`qrpo.length_control`, `qrpo.diversity` and `qrpo.selection`, which take plain arrays and can be used alone.
+`prompt_scores` gives the same per prompt, to compare runs with each other.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from qrpo.diversity import diversity
 from qrpo.errors import DataError
+from qrpo.length_control import compare_at_equal_length
+from qrpo.selection import choose_best
+from qrpo.statistics import (
+    Floats,
+    Ints,
+    bootstrap_interval,
+    kl_estimates,
+    mean_by_prompt,
+    prompt_means,
+    win_rates,
+)
 
 if TYPE_CHECKING:
     from qrpo.optimization import PolicyConfig
 
-__all__ = ["bootstrap_interval", "kl_estimates", "mean_by_prompt", "summarise", "win_rates"]
+__all__ = ["prompt_scores", "summarise"]
 
-Floats = npt.NDArray[np.float64]
-RESAMPLES = 2000
+Score = Literal["reward", "quantile_reward", "length", "win_rate", "kl"]
 
 
 def summarise(
     table: Any, config: "PolicyConfig | None" = None, *, num_ref: int | None = None, seed: int = 0
 ) -> dict[str, Any]:
-    """Compare the models of an evaluation table; plain numbers, for JSON.
+    """Compare the models of an evaluation table with the reference; plain numbers, for JSON (null for what is unknown).
 
-    `table`: a `pyarrow.Table` or a mapping of columns, one row per sample: `prompt_id`, `model` (policy or reference),
-    `reward`, `quantile_reward`, `policy_logprob`, `ref_logprob`, `finish_reason`, and `length` or `token_ids`. Rows whose
-    reward is null are left out. With `config` the answer has `theory`: what the optimum of its transform and beta
-    promises, and with `num_ref` what quantiles of so many references can attain of it.
+    `table`: a `pyarrow.Table` or a mapping of columns, one row per sample: `prompt_id`, `model` (reference, policy, and
+    any others), `sample_index`, `reward`, `quantile_reward`, `model_logprob` (under the model that drew it),
+    `ref_logprob`, `finish_reason`, `token_ids`. Rows whose reward is null are left out.
+
+    The answer describes `policy` and `reference` and compares the two: `win_rate`, `kl`, `length_controlled`. Where the
+    table has other models, `others` has the same of each, and `best` the one of all with the highest reward, chosen on
+    one half of the prompts and reported on the other. With `config` there is `theory`: what the optimum of its
+    transform and beta promises (QRPO's alone), and with `num_ref` what quantiles of so many references can attain of it.
     """
-    columns: Mapping[str, Sequence[Any]] = table.to_pydict() if hasattr(table, "to_pydict") else table
-    scored = [row for row, reward in enumerate(columns["reward"]) if reward is not None]
-    prompt_ids = [columns["prompt_id"][row] for row in scored]
-    model = np.array([columns["model"][row] for row in scored])
-    is_policy, is_reference = model == "policy", model == "reference"
-    if not is_policy.any() or not is_reference.any():
+    samples = _samples(table)
+    if not {"policy", "reference"} <= samples.keys():
+        got = {name: len(samples[name].reward) if name in samples else 0 for name in ("policy", "reference")}
         raise DataError(
-            f"evaluation: {int(is_policy.sum())} scored samples of the policy and {int(is_reference.sum())} of the "
+            f"evaluation: {got['policy']} scored samples of the policy and {got['reference']} of the "
             "reference, expected some of both; look at the stage's rejects"
         )
-    prompt = np.unique(np.array(prompt_ids), return_inverse=True)[1]
-
-    def numbers(name: str) -> Floats:
-        return np.array(
-            [np.nan if columns[name][row] is None else columns[name][row] for row in scored], float
-        )
-
-    reward, quantile_reward = numbers("reward"), numbers("quantile_reward")
-    length = (
-        numbers("length")
-        if "length" in columns
-        else np.array([len(columns["token_ids"][row]) for row in scored], float)
-    )
-    log_ratio = numbers("policy_logprob") - numbers("ref_logprob")
-
-    def of(which: npt.NDArray[np.bool_]) -> dict[str, Any]:
-        reasons = Counter(
-            str(columns["finish_reason"][row]) for row, mine in zip(scored, which, strict=True) if mine
-        )
-        return {
-            "samples": int(which.sum()),
-            "reward": mean_by_prompt(reward[which], prompt[which]),
-            "quantile_reward": mean_by_prompt(quantile_reward[which], prompt[which]),
-            "length": mean_by_prompt(length[which], prompt[which]),
-            "finish_reasons": dict(sorted(reasons.items())),
-        }
-
-    wins = win_rates(reward[is_policy], prompt[is_policy], reward[is_reference], prompt[is_reference])
-    low, high = bootstrap_interval(wins, seed=seed)
+    reference = samples["reference"]
     result: dict[str, Any] = {
-        "prompts": len(set(prompt_ids)),
-        "policy": of(is_policy),
-        "reference": of(is_reference),
-        "win_rate": {"mean": float(wins.mean()), "low": low, "high": high, "confidence": 0.95},
-        "kl": kl_estimates(log_ratio[is_policy], prompt[is_policy]),
+        "prompts": len(np.unique(np.concatenate([own.prompt for own in samples.values()]))),
+        "policy": _describe(samples["policy"]),
+        "reference": _describe(reference),
+        **_compare(samples["policy"], reference, seed),
     }
-    if config is not None:
+    others = [name for name in samples if name not in ("policy", "reference")]
+    if others:
+        compared = {
+            name: _describe(samples[name]) | _compare(samples[name], reference, seed) for name in others
+        }
+        result["others"] = compared
+        prompt_ids, rewards = prompt_scores(table, "reward")
+        candidates = {name: rewards[name] for name in ("policy", *others)}
+        if len(prompt_ids) > 1:
+            result["best"] = asdict(choose_best(candidates, prompt_ids, seed=seed))
+    if config is not None and config.loss == "qrpo":
         result["theory"] = _promised(config, num_ref)
-    return result
+    plain: dict[str, Any] = _json_numbers(result)
+    return plain
 
 
-def mean_by_prompt(values: Floats, prompt: npt.NDArray[np.int64]) -> dict[str, float]:
-    """Mean over prompts of each prompt's mean, and its standard error; NaN values are left out.
+def prompt_scores(table: Any, score: Score) -> tuple[list[str], dict[str, Floats]]:
+    """Prompt ids (P,) and each model's mean score of each (P,), of the prompts that every model has samples of.
 
-    `values` and `prompt` (any integers that tell prompts apart) have one entry per sample.
+    `win_rate` and `kl` are against the reference, which has no entry then. What `qrpo.selection.choose_best` and
+    `qrpo.statistics.seeds_and_prompts` take.
     """
-    means = _prompt_means(values, prompt)
-    error = float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else float("nan")
-    return {"mean": float(means.mean()) if len(means) else float("nan"), "standard_error": error}
+    samples = _samples(table)
+    shared = sorted(set.intersection(*(set(own.prompt_ids) for own in samples.values())))
+    scores = {}
+    for name, own in samples.items():
+        own = own.only(shared)
+        if score == "win_rate" and name != "reference":
+            reference = samples["reference"].only(shared)
+            scores[name] = win_rates(own.reward, own.prompt, reference.reward, reference.prompt)
+        elif score == "kl" and name != "reference":
+            scores[name] = prompt_means(own.log_ratio, own.prompt)
+        elif score not in ("win_rate", "kl"):
+            scores[name] = prompt_means(getattr(own, score), own.prompt)
+    return shared, scores
 
 
-def win_rates(
-    reward: Floats, prompt: npt.NDArray[np.int64], ref_reward: Floats, ref_prompt: npt.NDArray[np.int64]
-) -> Floats:
-    """One win rate for each prompt that both have samples of: the share of pairs won, ties counting a half."""
-    order = np.argsort(ref_prompt, kind="stable")
-    ref_reward, ref_prompt = ref_reward[order], ref_prompt[order]
-    rates = []
-    for one in np.intersect1d(prompt, ref_prompt):
-        begin, end = np.searchsorted(ref_prompt, [one, one + 1])
-        mine, theirs = reward[prompt == one][:, None], ref_reward[None, begin:end]
-        rates.append(float(np.mean((mine > theirs) + 0.5 * (mine == theirs))))
-    return np.array(rates)
+@dataclass(frozen=True)
+class _Samples:
+    """One model's S scored samples; `prompt` (S,) numbers the table's prompts in the order of their ids."""
+
+    prompt_ids: list[str]
+    prompt: Ints
+    draw: Ints
+    reward: Floats
+    quantile_reward: Floats
+    length: Floats
+    log_ratio: Floats
+    finish_reasons: list[str]
+    tokens: list[Sequence[int]]
+
+    def only(self, prompt_ids: Sequence[str]) -> "_Samples":
+        wanted = set(prompt_ids)
+        rows = np.array([row for row, one in enumerate(self.prompt_ids) if one in wanted], dtype=np.int64)
+        fields: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        kept: dict[str, Any] = {
+            name: value[rows] if isinstance(value, np.ndarray) else [value[row] for row in rows]
+            for name, value in fields.items()
+        }
+        return _Samples(**kept)
 
 
-def kl_estimates(log_ratio: Floats, prompt: npt.NDArray[np.int64]) -> dict[str, float]:
-    """KL(policy || reference) in nats per completion, from log pi - log ref (S,) of S samples of the policy."""
-    plain = mean_by_prompt(log_ratio, prompt)
-    return {**plain, "k3": mean_by_prompt(np.expm1(-log_ratio) + log_ratio, prompt)["mean"]}
+def _samples(table: Any) -> dict[str, _Samples]:
+    """The scored rows of each model, in the order in which the models first appear."""
+    columns: Mapping[str, Sequence[Any]] = table.to_pydict() if hasattr(table, "to_pydict") else table
+    number = {name: index for index, name in enumerate(sorted(set(columns["prompt_id"])))}
+    rows_of: dict[str, list[int]] = {}
+    for row, (model, reward) in enumerate(zip(columns["model"], columns["reward"], strict=True)):
+        if reward is not None:
+            rows_of.setdefault(model, []).append(row)
+
+    def numbers(name: str, rows: Sequence[int]) -> Floats:
+        column = columns[name]
+        return np.array([np.nan if column[row] is None else column[row] for row in rows], dtype=float)
+
+    samples = {}
+    for model, rows in rows_of.items():
+        prompt_ids = [columns["prompt_id"][row] for row in rows]
+        tokens = [columns["token_ids"][row] for row in rows]
+        samples[model] = _Samples(
+            prompt_ids=prompt_ids,
+            prompt=np.array([number[name] for name in prompt_ids], dtype=np.int64),
+            draw=np.array([columns["sample_index"][row] for row in rows], dtype=np.int64),
+            reward=numbers("reward", rows),
+            quantile_reward=numbers("quantile_reward", rows),
+            length=np.array([len(some) for some in tokens], dtype=float),
+            log_ratio=numbers("model_logprob", rows) - numbers("ref_logprob", rows),
+            finish_reasons=[str(columns["finish_reason"][row]) for row in rows],
+            tokens=tokens,
+        )
+    return samples
 
 
-def bootstrap_interval(values: Floats, *, confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """The percentile interval of the mean of `values`, one per prompt, by drawing prompts with replacement."""
-    rng = np.random.default_rng(seed)
-    means = np.concatenate(
-        [
-            values[rng.integers(0, len(values), (rows, len(values)))].mean(axis=1)
-            for rows in np.full(RESAMPLES // 100, 100)  # a hundred at a time: many prompts fit into memory
-        ]
-    )
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+def _describe(own: _Samples) -> dict[str, Any]:
+    """One model by itself. `reward_by_draw`: mean reward of every prompt's first sample, second, ...: as many seeds."""
+    return {
+        "samples": len(own.reward),
+        "reward": mean_by_prompt(own.reward, own.prompt),
+        "quantile_reward": mean_by_prompt(own.quantile_reward, own.prompt),
+        "length": mean_by_prompt(own.length, own.prompt),
+        "reward_by_draw": prompt_means(own.reward, own.draw).tolist(),
+        "diversity": diversity(own.tokens, own.prompt),
+        "finish_reasons": dict(sorted(Counter(own.finish_reasons).items())),
+    }
 
 
-def _prompt_means(values: Floats, prompt: npt.NDArray[np.int64]) -> Floats:
-    known = ~np.isnan(values)
-    _, place = np.unique(prompt[known], return_inverse=True)
-    counts = np.bincount(place)
-    return np.bincount(place, weights=values[known]) / counts
+def _compare(own: _Samples, reference: _Samples, seed: int) -> dict[str, Any]:
+    """One model against the reference."""
+    wins = win_rates(own.reward, own.prompt, reference.reward, reference.prompt)
+    if not len(wins):
+        raise DataError(
+            "evaluation: no prompt has scored samples of both a model and the reference; look at the rejects"
+        )
+    low, high = bootstrap_interval(wins, seed=seed)
+    return {
+        "win_rate": {"mean": float(wins.mean()), "low": low, "high": high, "confidence": 0.95},
+        "kl": kl_estimates(own.log_ratio, own.prompt),
+        "length_controlled": compare_at_equal_length(
+            own.reward, own.length, own.prompt, reference.reward, reference.length, reference.prompt
+        ),
+    }
+
+
+def _json_numbers(value: Any) -> Any:
+    """The same with None for what JSON cannot say: a standard error from a single prompt."""
+    if isinstance(value, dict):
+        return {key: _json_numbers(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _promised(config: "PolicyConfig", num_ref: int | None) -> dict[str, Any]:

@@ -150,6 +150,12 @@ def load_reward_model(model: ModelConfig, device: str | None = None) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     config = load_model_config(model)
+    own_code = getattr(config, "auto_map", None) or {}
+    if "AutoModelForSequenceClassification" in own_code and not model.trust_remote_code:
+        # transformers would take its own class of that name, with a head of new random numbers
+        raise ModelError(
+            f"{model.path} comes with code of its own: read it, and set trust_remote_code to true if you trust it"
+        )
     architectures = config.architectures or []
     if architectures and not any(
         "SequenceClassification" in name or "Reward" in name for name in architectures

@@ -38,6 +38,10 @@ class OptimizationConfig(Section):
     """AdamW's decoupled decay."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients of a larger norm are scaled down to it."""
+    bad_step: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not finite, or whose loss has exploded: stop and name its prompts, or leave it out."""
+    max_loss_growth: float | None = Field(default=1000.0, gt=1)
+    """A loss this many times the largest of the first 10 logged has exploded; null for never."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the matrix products. Weights, gradients and the optimizer stay in float32 (mixed precision)."""
     token_budget: int = knob(8192, ge=1)
@@ -46,7 +50,7 @@ class OptimizationConfig(Section):
     """Recompute activations in the backward pass: less memory, a third more time."""
     save_steps: int = knob(50, ge=1)
     """Steps between checkpoints."""
-    keep_checkpoints: int = knob(2, ge=2)
+    keep_checkpoints: int = knob(2, ge=1)
     """Newest checkpoints kept."""
     logging_steps: int = knob(1, ge=1)
     """Steps between rows of metrics."""
@@ -81,6 +85,8 @@ class OptimizationConfig(Section):
             "gradient_accumulation_steps": 1,
             "weight_decay": self.weight_decay,
             "max_grad_norm": self.max_grad_norm,
+            "bad_step": self.bad_step,
+            "max_loss_growth": float("inf") if self.max_loss_growth is None else self.max_loss_growth,
             "bf16": self.dtype == "bfloat16",
             "use_cpu": not accelerator.is_available(),
             "seed": self._seed,
@@ -103,7 +109,7 @@ class SftConfig(OptimizationConfig):
     """Peak learning rate of AdamW."""
 
     def to_training_arguments(self, output_dir: str | Path) -> "CompletionTrainingArguments":
-        """The same settings for `qrpo.sft.SftTrainer`."""
+        """The same settings for `qrpo.trainer.CompletionTrainer`."""
         from qrpo.trainer import CompletionTrainingArguments
 
         return CompletionTrainingArguments(**self.arguments(Path(output_dir)))
@@ -112,16 +118,30 @@ class SftConfig(OptimizationConfig):
 class PolicyConfig(OptimizationConfig):
     """How the policy is trained."""
 
-    loss: Literal["qrpo"] = "qrpo"
-    """The objective."""
+    loss: Literal["qrpo", "dpo", "rebel", "simpo", "sft"] = "qrpo"
+    """The objective: QRPO, one of the pairwise losses it is compared with, or maximum likelihood of chosen completions."""
     beta: float = Field(default=0.1, gt=0)
-    """Strength of the KL penalty to the reference. `qrpo theory` says what each value promises."""
+    """Strength of the KL penalty to the reference; `qrpo theory` says what each value promises for QRPO. For SimPO, which has
+    no reference, the scale of its rewards, usually 2 to 10. Idle for `sft`."""
     transform: str = "identity"
     """f, applied to the quantile reward before the objective; a name that `qrpo theory` lists."""
     partition: Literal["continuous", "finite"] = "continuous"
     """Z for a quantile reward uniform on [0, 1], or on the num_ref + 1 values that an estimate can take."""
+    pairs: Literal["best-worst", "random", "dataset"] = "best-worst"
+    """Idle for `qrpo`. Of a prompt's completions, which are the chosen and the rejected one: the best and the worst reward, two at
+    random in each epoch, or the dataset's own preference (`quantiles.train_on: offline` or `both`). `sft` learns the chosen one."""
+    rebel_reward: Literal["reward", "quantile_reward"] = "reward"
+    """What `rebel` regresses differences of: the reward itself, or the transformed quantile reward."""
+    gamma_beta_ratio: float = Field(default=0.5, ge=0)
+    """SimPO's target margin, as a share of beta."""
     learning_rate: float = Field(default=1e-6, gt=0)
     """Peak learning rate of AdamW."""
+    seed: int | None = None
+    """Seed of the training run alone; null for the run's own. With another one the same shards are trained on again."""
+    processes: int = knob(1, ge=1)
+    """Processes of this machine to train with, one for each GPU; `prompts_per_step` is over all of them."""
+    fsdp: bool = knob(False)
+    """Shard weights, gradients and optimizer over the processes (FSDP) instead of each having all (DDP)."""
     max_initial_log_ratio: float | None = knob(None, gt=0)
     """Largest mean |log pi - log ref| per square root of a token before the first step; by default, what rounding
     explains in the dtype."""
@@ -135,14 +155,39 @@ class PolicyConfig(OptimizationConfig):
             raise ValueError(str(error)) from None
         return name
 
+    def idle_fields(self) -> frozenset[str]:
+        """Settings that this loss does not look at."""
+        regresses_quantiles = self.loss == "rebel" and self.rebel_reward == "quantile_reward"
+        used = {
+            "beta": self.loss != "sft",
+            "transform": self.loss == "qrpo" or regresses_quantiles,
+            "partition": self.loss == "qrpo",
+            "pairs": self.loss != "qrpo",
+            "rebel_reward": self.loss == "rebel",
+            "gamma_beta_ratio": self.loss == "simpo",
+        }
+        return frozenset(name for name, is_used in used.items() if not is_used)
+
+    def columns(self) -> tuple[str, ...]:
+        """The columns of a training shard that this loss reads."""
+        common = ("prompt_id", "prompt_token_ids", "completion_token_ids", "ref_logprob")
+        quantiles = ("quantile_reward", "num_ref", "ref_std") if "transform" not in self.idle_fields() else ()
+        pairs = () if self.loss == "qrpo" else ("reward", "origin", "sample_index")
+        return (*common, *quantiles, *pairs)
+
     def to_training_arguments(self, output_dir: str | Path) -> "QRPOConfig":
         """The same settings for `qrpo.trainer.QRPOTrainer`."""
         from qrpo.trainer import QRPOConfig
 
         return QRPOConfig(
             **self.arguments(Path(output_dir)),
+            loss=self.loss,
+            pairs=self.pairs,
+            rebel_reward=self.rebel_reward,
+            gamma_beta_ratio=self.gamma_beta_ratio,
             beta=self.beta,
             transform=self.transform,
             partition=self.partition,
             max_initial_log_ratio=self.max_initial_log_ratio,
+            fsdp=self.fsdp or None,
         )

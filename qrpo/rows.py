@@ -4,17 +4,18 @@
 |---|---|---|
 | `prompt_token_ids` | list of int | up to where the assistant begins to speak |
 | `completion_token_ids` | K lists of int | end token included |
+| `ref_logprob` | (K,) | log-probability under the reference; for losses that have one |
 | `quantile_reward` | (K,) | in [0, 1]; QRPO |
-| `ref_logprob` | (K,) | log-probability under the reference; QRPO |
+| `reward` | (K,) | where it decides which completions make a pair |
+| `origin`, `sample_index` | (K,), optional | tell the dataset's own chosen (`offline`, 0) and rejected (`offline`, 1) completions |
 | `prompt_id`, `num_ref`, `ref_std` | optional | named in errors; size and spread of the reference sample |
 
 They come from shards on disk through a reader, or from a dataset in one of TRL's formats held in memory.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,51 +25,19 @@ from qrpo.errors import DataError
 from qrpo.prompts import PromptsConfig, parse_row
 from qrpo.quantiles import quantile_rewards
 
-__all__ = ["RowReader", "StreamedRows", "collate_rows", "flatten_rows", "take", "training_rows"]
+__all__ = [
+    "PER_COMPLETION",
+    "Row",
+    "collate_rows",
+    "flatten_rows",
+    "take",
+    "tensor_of",
+    "training_rows",
+]
 
 Row = Mapping[str, Any]
 PER_COMPLETION = ("completion_token_ids", "quantile_reward", "ref_logprob", "reward")
 PER_PROMPT = ("prompt_token_ids", "prompt_id", "num_ref", "ref_std")
-
-
-class RowReader(Protocol):
-    """Streams rows in an order that is a function of the epoch alone, from any position on at once."""
-
-    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        """Rows `start`, `start + 1`, ... of this epoch."""
-
-    def __len__(self) -> int:
-        """Rows in an epoch."""
-
-
-class StreamedRows(torch.utils.data.Dataset):  # type: ignore[misc]
-    """A reader seen as a map-style dataset of positions, to be read in their order.
-
-    So a Trainer's own bookkeeping (length, ranks, skipping on resume) works on it, and skipping costs one seek.
-    """
-
-    def __init__(self, reader: RowReader) -> None:
-        self.reader = reader
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Read this epoch's order from now on."""
-        self._epoch, self._position = epoch, -1
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getitems__(self, positions: list[int]) -> list[Any]:
-        rows: list[Any] = []
-        for position in positions:
-            if position != self._position:
-                self._rows = iter(self.reader.iterate(self._epoch, start=position))
-            rows.extend(islice(self._rows, 1))
-            self._position = position + 1
-        return rows
-
-    def __getitem__(self, position: int) -> Any:
-        return self.__getitems__([position])[0]
 
 
 def collate_rows(rows: Sequence[Row]) -> dict[str, Any]:
@@ -111,13 +80,19 @@ def take(columns: Mapping[str, list[Any]], indices: Sequence[int]) -> dict[str, 
     return {name: [column[i] for i in indices] for name, column in columns.items()}
 
 
-def training_rows(dataset: Any, tokenizer: Any) -> Any:
+def tensor_of(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    """A column as a tensor (B,) of `like`'s dtype, where that is."""
+    return torch.as_tensor(np.asarray(values, dtype=np.float64), dtype=like.dtype, device=like.device)
+
+
+def training_rows(dataset: Any, tokenizer: Any, needs: Sequence[str] = ("quantile_reward",)) -> Any:
     """`dataset` itself where it has training rows already; rows in a list where it is in one of TRL's formats.
 
     TRL's formats are `prompt` + `completion`, `prompt` + `chosen` + `rejected`, `chosen` + `rejected`, or `messages`,
-    each as strings (encoded as they are) or messages (encoded by the chat template). Beside them a row has
-    `ref_rewards`, the rewards of the reference's completions, and `reward`: a number, or one for chosen and one for
-    rejected (also read from `chosen_reward` and `rejected_reward`). Such rows come without `ref_logprob`.
+    each as strings (encoded as they are) or messages (encoded by the chat template). Where the loss `needs` a
+    `reward`, a row has one: a number, or one for chosen and one for rejected (also read from `chosen_reward` and
+    `rejected_reward`); where it needs a `quantile_reward`, also `ref_rewards`, the rewards of the reference's
+    completions. Such rows come without `ref_logprob`.
     """
     if hasattr(dataset, "iterate") or isinstance(dataset, torch.utils.data.IterableDataset):
         return dataset
@@ -127,18 +102,15 @@ def training_rows(dataset: Any, tokenizer: Any) -> Any:
         return dataset
     if tokenizer is None:
         raise DataError("a dataset of text needs a tokenizer: pass it as processing_class")
-    return [_encode_row(dataset[place], place, tokenizer) for place in range(len(dataset))]
+    return [_encode_row(dataset[place], place, tokenizer, needs) for place in range(len(dataset))]
 
 
-def _encode_row(row: Row, place: int, tokenizer: Any) -> dict[str, Any]:
+def _encode_row(row: Row, place: int, tokenizer: Any, needs: Sequence[str]) -> dict[str, Any]:
     try:
         prompt = parse_row(row, PromptsConfig.model_validate({"source": "memory"}))
-        rest = json.loads(prompt.metadata)
-        rewards, ref_rewards = _rewards(rest), rest.get("ref_rewards")
-        if not ref_rewards:
-            raise DataError("no `ref_rewards`: expected the rewards of completions drawn from the reference")
-        if len(rewards) != len(prompt.offline_completions):
-            raise DataError(f"{len(rewards)} rewards for {len(prompt.offline_completions)} completions")
+        if not prompt.offline_completions:
+            raise DataError("no completion to train on")
+        rewarded = _reward_columns(json.loads(prompt.metadata), len(prompt.offline_completions), needs)
         if prompt.conversational:
             prompt_ids = encode_prompt(tokenizer, prompt.messages)
             completion_ids = [
@@ -152,16 +124,31 @@ def _encode_row(row: Row, place: int, tokenizer: Any) -> dict[str, Any]:
             ]
     except DataError as error:
         raise DataError(f"row {place} of the training dataset: {error}") from error
-    quantiles = quantile_rewards(np.asarray([rewards]), np.asarray([ref_rewards]))
     return {
         "prompt_id": prompt.prompt_id,
         "prompt_token_ids": prompt_ids,
         "completion_token_ids": completion_ids,
-        "reward": np.asarray(rewards, dtype=np.float32),
-        "quantile_reward": np.asarray(quantiles[0], dtype=np.float32),
-        "num_ref": len(ref_rewards),
-        "ref_std": float(np.std(ref_rewards, ddof=1)) if len(ref_rewards) > 1 else 0.0,
+        **rewarded,
     }
+
+
+def _reward_columns(columns: Mapping[str, Any], completions: int, needs: Sequence[str]) -> dict[str, Any]:
+    """The columns that come from rewards, as far as the loss needs them."""
+    if not {"reward", "quantile_reward"} & set(needs):
+        return {}
+    rewards = _rewards(columns)
+    if len(rewards) != completions:
+        raise DataError(f"{len(rewards)} rewards for {completions} completions")
+    found: dict[str, Any] = {"reward": np.asarray(rewards, dtype=np.float32)}
+    if "quantile_reward" in needs:
+        ref_rewards = columns.get("ref_rewards")
+        if not ref_rewards:
+            raise DataError("no `ref_rewards`: expected the rewards of completions drawn from the reference")
+        quantiles = quantile_rewards(np.asarray([rewards]), np.asarray([ref_rewards]))
+        found["quantile_reward"] = np.asarray(quantiles[0], dtype=np.float32)
+        found["num_ref"] = len(ref_rewards)
+        found["ref_std"] = float(np.std(ref_rewards, ddof=1)) if len(ref_rewards) > 1 else 0.0
+    return found
 
 
 def _rewards(columns: Mapping[str, Any]) -> list[float]:

@@ -10,31 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qrpo.chat import load_tokenizer
 from qrpo.models import ModelConfig
+from qrpo.objectives import SftObjective
 from qrpo.optimization import SftConfig
 from qrpo.trainer import CompletionTrainer
 from qrpo.training import load_policy, require_rows, run_training, stored_dtype
 
-__all__ = ["SftTrainer", "train_sft"]
-
-
-class SftTrainer(CompletionTrainer):
-    """Maximises the mean log-probability of completion tokens; rows have `prompt_token_ids`, `completion_token_ids`."""
-
-    def completion_losses(self, logprob_B: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
-        """Negative log-likelihood (B,) in nats."""
-        return -logprob_B
-
-    def step_metrics(self, logprob_B: torch.Tensor, columns: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Mean negative log-likelihood of a whole completion, in nats."""
-        return {"completion_nll": -logprob_B.mean()}
-
-    def count_items(self, rows: Sequence[Any]) -> int:
-        """The number of completion tokens."""
-        return sum(len(ids) for row in rows for ids in row["completion_token_ids"])
+__all__ = ["train_sft"]
 
 
 def train_sft(
@@ -51,10 +34,11 @@ def train_sft(
     Returns the folder `output_dir/final`; resumes and reports as `qrpo.policy.train_policy` does.
     """
     require_rows(rows)
-    trainer = SftTrainer(
+    trainer = CompletionTrainer(
         load_policy(model),
         config.to_training_arguments(output_dir),
         rows,
+        SftObjective(),
         load_tokenizer(model if isinstance(model, ModelConfig) else str(model), chat_template=False),
     )
     return run_training(

@@ -4,10 +4,10 @@
     trainer.train()
 
 `CompletionTrainer` is what every loss on whole completions shares. One item of the data loader is a prompt with its K
-completions. A step takes its prompts, sorts all their completions by length, and goes through them in micro-batches
-under a token budget, so memory is bounded and little is padded; `per_device_train_batch_size` and
-`gradient_accumulation_steps` only say how many prompts make a step. The loss of each completion is divided by the number
-of completions in the whole step, on all ranks, so how a step is cut changes nothing.
+completions. A step takes its prompts, keeps the completions that its loss is about (`qrpo.objectives`), sorts them by length, and
+goes through them in micro-batches under a token budget, so memory is bounded and little is padded;
+`per_device_train_batch_size` and `gradient_accumulation_steps` only say how many prompts make a step. Each term of the
+loss is divided by the number of terms in the whole step, on all ranks, so how a step is cut changes nothing.
 
 What is left out: no reference model (its log-probabilities come with the data, or are computed from the initial
 model once, before the first step), no evaluation loop (a policy is judged by fresh samples, another stage's work).
@@ -15,24 +15,28 @@ model once, before the first step), no evaluation loop (a policy is judged by fr
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import DistributedType, PartialState
+from safetensors import SafetensorError
 from transformers import Trainer, TrainingArguments
 
-from qrpo.checkpoints import mark_whole
+from qrpo.checkpoints import UNFINISHED, commit_checkpoint, unwritten
 from qrpo.errors import ConfigError, DataError, TrainingError
+from qrpo.guard import BadStep, StepGuard
+from qrpo.loader import ShuffledRows, is_idle, step_loader
 from qrpo.logprobs import completion_logprobs, length_sorted_batches, score_logprobs
-from qrpo.losses import LossType, qrpo_loss
+from qrpo.losses import LossType, PairChoice
+from qrpo.objectives import Objective, make_objective, narrowed
 from qrpo.partition import Partition
-from qrpo.rows import StreamedRows, collate_rows, flatten_rows, take, training_rows
-from qrpo.transforms import get_transform, reference_scale
+from qrpo.rows import collate_rows, flatten_rows, take, tensor_of, training_rows
+from qrpo.transforms import get_transform
 
 __all__ = ["CompletionTrainer", "CompletionTrainingArguments", "QRPOConfig", "QRPOTrainer"]
 
@@ -50,19 +54,28 @@ class CompletionTrainingArguments(TrainingArguments):  # type: ignore[misc]
             "help": "Most tokens of one forward pass, padding included. Changes memory and speed, not results."
         },
     )
+    bad_step: BadStep = field(
+        default="stop",
+        metadata={
+            "help": "What to do about a step whose loss or gradient is not finite, or whose loss has exploded: `stop`, naming "
+            "the prompts, or `skip` it, leaving the weights as they were."
+        },
+    )
+    max_loss_growth: float = field(
+        default=1000.0,
+        metadata={
+            "help": "A loss this many times the largest of the first 10 logged has exploded. `inf`: never."
+        },
+    )
     remove_unused_columns: bool = False
     dataloader_pin_memory: bool = False
     logging_nan_inf_filter: bool = False
     save_total_limit: int | None = 2
+    ddp_find_unused_parameters: bool | None = False
     accelerator_config: Any = None
     data_seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.save_total_limit is not None and self.save_total_limit < 2:
-            raise ValueError(
-                f"save_total_limit={self.save_total_limit}: expected at least 2, for the older checkpoint is deleted "
-                "before the newer one is known to be whole"
-            )
         # Each rank reads its own rows, and their order is a function of the seed and the epoch.
         if self.accelerator_config is None:
             self.accelerator_config = {"dispatch_batches": False}
@@ -75,7 +88,15 @@ class CompletionTrainingArguments(TrainingArguments):  # type: ignore[misc]
 class QRPOConfig(CompletionTrainingArguments):
     """Arguments of `QRPOTrainer`: those of `transformers.TrainingArguments`, and the method's own."""
 
-    beta: float = field(default=0.1, metadata={"help": "Strength of the KL penalty to the reference; > 0."})
+    loss: Literal["qrpo", "dpo", "rebel", "simpo", "sft"] = field(
+        default="qrpo", metadata={"help": "The objective; see qrpo.objectives."}
+    )
+    beta: float = field(
+        default=0.1,
+        metadata={
+            "help": "Strength of the KL penalty to the reference, > 0; for simpo the scale of its rewards."
+        },
+    )
     transform: str = field(
         default="identity",
         metadata={"help": "f, applied to the quantile reward; a name known to qrpo.transforms."},
@@ -96,6 +117,21 @@ class QRPOConfig(CompletionTrainingArguments):
     loss_type: LossType = field(
         default="mse", metadata={"help": "`mse`, or another that qrpo.losses.qrpo_loss knows."}
     )
+    pairs: PairChoice = field(
+        default="best-worst",
+        metadata={
+            "help": "Which completions are chosen and rejected, for losses on pairs; sft learns the chosen one."
+        },
+    )
+    rebel_reward: Literal["reward", "quantile_reward"] = field(
+        default="reward",
+        metadata={
+            "help": "What rebel regresses differences of: the reward, or the transformed quantile reward."
+        },
+    )
+    gamma_beta_ratio: float = field(
+        default=0.5, metadata={"help": "The target margin of simpo, as a share of beta."}
+    )
     max_initial_log_ratio: float | None = field(
         default=None,
         metadata={
@@ -107,11 +143,7 @@ class QRPOConfig(CompletionTrainingArguments):
 
 
 class CompletionTrainer(Trainer):  # type: ignore[misc]
-    """A `transformers.Trainer` whose loss is a sum over completions, computed from their log-probabilities.
-
-    A subclass says what a completion's loss is (`completion_losses`) and how much of the step's total it counts
-    (`count_items`).
-    """
+    """A `transformers.Trainer` that minimises an objective on completions, computed from their log-probabilities."""
 
     loss_is_scaled_for_ga = True
 
@@ -120,12 +152,11 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         model: torch.nn.Module,
         args: CompletionTrainingArguments,
         train_dataset: Any,
+        objective: Objective,
         processing_class: Any = None,
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        if hasattr(train_dataset, "iterate"):
-            train_dataset = StreamedRows(train_dataset)
         super().__init__(
             model=model,
             args=args,
@@ -135,21 +166,13 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.objective = objective
+        self.guard = StepGuard(self, args.bad_step, args.max_loss_growth)
+        self.add_callback(self.guard)
+        self._saving = False
         self._metrics: dict[str, tuple[float, int]] = {}  # sum over completions, and their number
         self._tokens = 0
         self._clock: float | None = None
-
-    def completion_losses(self, logprob_B: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
-        """Loss (B,) of each completion; `batch` is flattened rows."""
-        raise NotImplementedError
-
-    def step_metrics(self, logprob_B: torch.Tensor, columns: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Scalars about all of a step's completions on this rank; NaN where one says nothing."""
-        raise NotImplementedError
-
-    def count_items(self, rows: Sequence[Any]) -> int:
-        """By how much the summed losses of these rows are divided."""
-        raise NotImplementedError
 
     def training_step(
         self,
@@ -158,29 +181,33 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Forward and backward through the rows in micro-batches; returns this rank's share of the step's loss."""
-        rows = inputs["rows"]
+        objective, rows = self.objective, inputs["rows"]
         self._clock = self._clock or time.perf_counter()
         if self.state.global_step == 0:
-            self.before_first_step(rows)
+            self.before_first_step(rows or inputs["spare"])
         model.train()
-        scale = self.accelerator.num_processes / float(num_items_in_batch or self.count_items(rows))
-        columns = flatten_rows(rows)
-        batches = length_sorted_batches(columns["length"], self.args.token_budget)
+        scale = self.accelerator.num_processes / float(num_items_in_batch or objective.count(rows) or 1)
+        # A rank without any term takes part all the same, with a weight of 0: the others wait for its gradients.
+        idle = not rows
+        columns = flatten_rows(inputs["spare"] if idle else rows)
+        batches = self._as_many_on_all_ranks(self._micro_batches(columns, 1 if idle else objective.group))
         total = torch.zeros((), device=self.args.device)
         seen_B = torch.zeros(len(columns["length"]), device=self.args.device)
-        for number, indices in enumerate(batches):
+        for number, (indices, repeated) in enumerate(batches):
             batch = take(columns, indices)
             last = number == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(model):
                 logprob_B = self.logprobs(model, batch)
-                losses_B = self.completion_losses(logprob_B, batch)
-                self._require_finite(losses_B, batch)
-                loss = losses_B.sum() * scale
+                losses_U = 0 * logprob_B if idle or repeated else objective.loss(logprob_B, batch)
+                loss = losses_U.sum() * scale
                 self.accelerator.backward(loss)
+            self.guard.note_terms(losses_U, batch["prompt_id"])
             total += loss.detach()
             seen_B[indices] = logprob_B.detach().to(seen_B.dtype)
-        with torch.no_grad():
-            self._add_metrics(self.step_metrics(seen_B, columns), columns)
+        self.guard.note_loss(total)
+        if not idle:
+            with torch.no_grad():
+                self._add_metrics(objective.metrics(seen_B, columns), columns)
         return total
 
     def logprobs(self, model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
@@ -201,9 +228,19 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[Any, Any]:
-        """The batches of one optimizer step, and the number of items in them on all ranks."""
+        """The batches of one optimizer step with the completions to train on, and the number of terms on all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.tensor(sum(self.count_items(batch["rows"]) for batch in batches), device=device)
+        step = self.state.global_step
+        batches = [
+            {
+                "rows": []
+                if is_idle(batch["rows"])
+                else self.objective.select(self._usable(batch["rows"]), step),
+                "spare": [narrowed(row, [0]) for row in batch["rows"][:1]],
+            }
+            for batch in batches
+        ]
+        count = torch.tensor(sum(self.objective.count(batch["rows"]) for batch in batches), device=device)
         return batches, self.accelerator.reduce(count, "sum").clamp(min=1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -217,20 +254,86 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 operations per parameter and token: forward and backward, attention's own part left out."""
-        tokens = sum(flatten_rows(inputs["rows"])["length"])
+        rows = inputs["rows"]
+        tokens = sum(flatten_rows(rows)["length"]) if rows else 0
         return int(6 * tokens * self.model.num_parameters(exclude_embeddings=True))
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if isinstance(dataset, StreamedRows):
-            return torch.utils.data.SequentialSampler(dataset)
-        return super()._get_train_sampler(train_dataset)
+    def _micro_batches(self, columns: dict[str, Any], group: int) -> list[list[int]]:
+        """Places in the columns, cut into forward passes within the token budget; a group of completions stays together."""
+        length_B = columns["length"]
+        longest = [max(length_B[start : start + group]) for start in range(0, len(length_B), group)]
+        units = length_sorted_batches(longest, max(1, self.args.token_budget // group))
+        return [[unit * group + place for unit in batch for place in range(group)] for batch in units]
+
+    def _usable(self, rows: Sequence[Any]) -> Sequence[Any]:
+        """The rows; DataError where a column that the loss needs is missing."""
+        for row in rows:
+            if missing := [name for name in self.objective.needs if row.get(name) is None]:
+                raise DataError(
+                    f"prompt {row.get('prompt_id')}: its row has no {', '.join(f'`{name}`' for name in missing)}, which the "
+                    f"loss needs beside the token ids; it has {', '.join(row)}"
+                )
+        return rows
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer does, and FSDP on CPUs: torch shards there, but accelerate only asks it to on accelerators."""
+        if self.args.fsdp and self.args.use_cpu and self.args.world_size > 1:
+            PartialState().distributed_type = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
+
+    def get_train_dataloader(self) -> Any:
+        """This process's rows in an order that the seed and the epoch decide; an iterable dataset in its own order."""
+        args, reader = self.args, self.train_dataset
+        if isinstance(reader, torch.utils.data.IterableDataset):
+            return super().get_train_dataloader()
+        if not hasattr(reader, "iterate"):
+            reader = ShuffledRows(reader, args.data_seed)
+        return step_loader(
+            reader,
+            self._train_batch_size,
+            args.process_index,
+            args.world_size,
+            drop_last=args.dataloader_drop_last,
+        )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder: str = super()._get_output_dir(trial)
+        return str(Path(folder, UNFINISHED)) if self._saving else folder
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            mark_whole(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+        """Write a checkpoint aside, then name it; raises TrainingError where it cannot be written."""
+        state, folder = self.state, Path(self._get_output_dir(trial))
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+            best = None
+            if state.best_global_step:  # the Trainer noted where it is written now, not where it will be
+                best = folder / f"checkpoint-{state.best_global_step}"
+                state.best_model_checkpoint = str(best)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                written = folder / UNFINISHED / f"checkpoint-{state.global_step}"
+                if best is not None:
+                    state.save_to_json(str(written / "trainer_state.json"))
+                commit_checkpoint(folder, state.global_step, keep=self.args.save_total_limit, also=best)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise unwritten(f"the checkpoint of step {state.global_step}", folder, error) from error
+        finally:
+            self._saving = False
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        self.guard.grad_norm = norm
+        return norm
+
+    def _as_many_on_all_ranks(self, batches: list[list[int]]) -> list[tuple[list[int], bool]]:
+        """The micro-batches, and whether each only repeats the last and counts for nothing. A sharded model gathers its weights in
+        each forward, so all ranks need the same number of them."""
+        most = len(batches)
+        if self.accelerator.num_processes > 1:
+            number = torch.tensor([most], device=self.args.device)
+            most = int(self.accelerator.gather(number).max())
+        return [(batch, False) for batch in batches] + [(batches[-1], True)] * (most - len(batches))
 
     def _add_metrics(self, metrics: dict[str, torch.Tensor], columns: dict[str, Any]) -> None:
         count = len(columns["length"])
@@ -240,25 +343,16 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
                 self._metrics[name] = total + scalar * count, weight + count
         self._tokens += sum(columns["length"])
 
-    def _require_finite(self, losses_B: torch.Tensor, batch: dict[str, Any]) -> None:
-        finite_B = torch.isfinite(losses_B.detach())
-        if not finite_B.all():
-            bad = sorted({str(batch["prompt_id"][i]) for i in (~finite_B).nonzero().flatten().tolist()})
-            raise TrainingError(
-                f"step {self.state.global_step + 1}: the loss is not finite for {len(bad)} prompts: "
-                f"{', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}. Look at their rewards and log-probabilities; "
-                "if those are finite, the policy has diverged: lower the learning rate, or raise beta."
-            )
-
 
 class QRPOTrainer(CompletionTrainer):
-    """Trains a policy towards pi*(y|x) = ref(y|x) exp(f(q)/beta) / Z (arXiv 2507.08068).
+    """Trains a policy towards pi*(y|x) = ref(y|x) exp(f(q)/beta) / Z (arXiv 2507.08068), or by `args.loss` another way.
 
     `train_dataset` is one of
-    - rows with `prompt_token_ids`, `completion_token_ids` (K token lists), `quantile_reward` (K,) and `ref_logprob` (K,):
-      any map-style or iterable dataset of them, or a reader with `iterate(epoch, start)` and a length;
-    - a list or `datasets.Dataset` in one of TRL's formats (see `qrpo.rows.training_rows`) with rewards: their
-      quantiles are computed, and their reference log-probabilities come from `model` as it is given.
+    - rows with `prompt_token_ids`, `completion_token_ids` (K token lists) and what the loss needs: for QRPO
+      `quantile_reward` (K,) and `ref_logprob` (K,). Any map-style or iterable dataset of them, or a reader with
+      `iterate(epoch, start)` and a length;
+    - a list or `datasets.Dataset` in one of TRL's formats (see `qrpo.rows.training_rows`): quantiles are computed from the
+      rewards, and reference log-probabilities come from `model` as it is given.
     """
 
     def __init__(
@@ -270,38 +364,22 @@ class QRPOTrainer(CompletionTrainer):
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        rows = training_rows(train_dataset, processing_class)
-        if get_transform(args.transform).needs_scale and args.mean_ref_std is None:
+        objective = make_objective(args)
+        rows = training_rows(train_dataset, processing_class, objective.needs)
+        scaled = "quantile_reward" in objective.needs and get_transform(args.transform).needs_scale
+        if scaled and args.mean_ref_std is None:
             args.mean_ref_std = _mean_ref_std(rows)
-        super().__init__(model, args, rows, processing_class, callbacks, optimizers)
-        if rows is not train_dataset:
+        super().__init__(model, args, rows, objective, processing_class, callbacks, optimizers)
+        if rows is not train_dataset and "ref_logprob" in objective.needs:
             dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
             scores = score_logprobs(self.model, rows, args.token_budget, dtype=dtype)
             for row, ref_logprob_K in zip(rows, scores, strict=True):
                 row["ref_logprob"] = ref_logprob_K
 
-    def completion_losses(self, logprob_B: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
-        """The paper's squared error of each completion (its equation 11)."""
-        loss_B, _ = self._loss(logprob_B, batch)
-        return loss_B
-
-    def step_metrics(self, logprob_B: torch.Tensor, columns: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """What `qrpo_loss` reports of (P, K) completions, with a mask where prompts have fewer than K."""
-        counts = list(Counter(columns["prompt_index"]).values())
-        place_PK = torch.zeros(len(counts), max(counts), dtype=torch.long, device=logprob_B.device)
-        mask_PK = torch.zeros_like(place_PK, dtype=torch.bool)
-        for prompt, count in enumerate(counts):
-            mask_PK[prompt, :count] = True
-        place_PK[mask_PK] = torch.arange(sum(counts), device=logprob_B.device)
-        _, metrics = self._loss(logprob_B, columns, place_PK, mask_PK)
-        return metrics | {"quantile_reward": metrics["quantile_rewards/mean"]}
-
-    def count_items(self, rows: Sequence[Any]) -> int:
-        """The number of completions."""
-        return sum(len(row["completion_token_ids"]) for row in rows)
-
     def before_first_step(self, rows: Sequence[Any]) -> None:
         """Compare the policy with the data's reference: before the first step they are the same model."""
+        if not rows or "ref_logprob" not in rows[0]:
+            return
         columns = flatten_rows(rows)
         # The last batch holds the shortest: a quick look, within the memory that the step needs anyway.
         shown = length_sorted_batches(columns["length"], self.args.token_budget)[-1][:64]
@@ -309,8 +387,8 @@ class QRPOTrainer(CompletionTrainer):
         self.model.eval()
         with torch.no_grad():
             logprob_B = self.logprobs(self.model, batch)
-        ratio_B = (logprob_B - self._tensor(batch["ref_logprob"], logprob_B)).abs()
-        tokens_B = self._tensor([len(ids) for ids in batch["completion_token_ids"]], logprob_B)
+        ratio_B = (logprob_B - tensor_of(batch["ref_logprob"], logprob_B)).abs()
+        tokens_B = tensor_of([len(ids) for ids in batch["completion_token_ids"]], logprob_B)
         drift = (ratio_B / tokens_B.clamp(min=1).sqrt()).mean().item()
         limit = self.args.max_initial_log_ratio
         if limit is None:
@@ -332,45 +410,6 @@ class QRPOTrainer(CompletionTrainer):
         dtype: torch.dtype = self.model.dtype
         return dtype if dtype in ROUNDING else torch.float32
 
-    def _loss(
-        self,
-        logprob_B: torch.Tensor,
-        batch: dict[str, Any],
-        place: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`qrpo_loss` of completions (B,), or of the completions at these places, in their shape."""
-
-        def column(name: str) -> torch.Tensor | None:
-            if name not in batch:
-                return None
-            values_B = self._tensor(batch[name], logprob_B)
-            return values_B if place is None else values_B[place]
-
-        ref_logprob, quantile_reward = column("ref_logprob"), column("quantile_reward")
-        if ref_logprob is None or quantile_reward is None:
-            raise DataError(
-                "training rows have no `ref_logprob` or no `quantile_reward`, expected both beside the token ids"
-            )
-        args: QRPOConfig = self.args
-        ref_std = column("ref_std") if get_transform(args.transform).needs_scale else None
-        return qrpo_loss(
-            logprob_B if place is None else logprob_B[place],
-            ref_logprob,
-            quantile_reward,
-            args.beta,
-            transform=args.transform,
-            partition=args.partition,
-            num_ref=column("num_ref"),
-            scale=None if ref_std is None else reference_scale(ref_std, args.mean_ref_std or 0.0),
-            mask=mask,
-            loss_type=args.loss_type,
-        )
-
-    @staticmethod
-    def _tensor(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(np.asarray(values, dtype=np.float64), dtype=like.dtype, device=like.device)
-
 
 def _mean_ref_std(rows: Any) -> float:
     if not isinstance(rows, Sequence):
@@ -384,9 +423,7 @@ def _mean_ref_std(rows: Any) -> float:
 def _through_wrapper(
     model: torch.nn.Module, inner: torch.nn.Module, compute: Callable[..., torch.Tensor], *arguments: Any
 ) -> torch.Tensor:
-    """Call `compute` inside the forward of what wraps `inner` (DDP, FSDP), whose hooks gather and reduce there."""
-    if inner is model:
-        return compute(*arguments)
+    """Call `compute` inside the forward of `model`: DDP, which wraps `inner`, and FSDP, which hooks into it, work there."""
 
     def forward(*forwarded: Any) -> torch.Tensor:
         restore()

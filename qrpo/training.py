@@ -3,6 +3,7 @@
 A run owns a folder:
 
     checkpoint-<step>/    to go on from after a kill; the newest whole one is used, broken ones are removed
+    unfinished/           where the next checkpoint, or the final model, is being written
     metrics.parquet       one row per logged step
     final/                the trained model and its tokenizer, written last and named at once: when it is there, it is whole
 """
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from qrpo.checkpoints import latest_checkpoint, remove_broken_checkpoints
-from qrpo.errors import DataError
+from qrpo.checkpoints import UNFINISHED, latest_checkpoint, remove_broken_checkpoints, unwritten
+from qrpo.errors import DataError, TrainingError
 from qrpo.models import ModelConfig, load_causal_lm, load_model_config
+from qrpo.preemption import noting_sigterm, sigterm_came
 
 if TYPE_CHECKING:
     from qrpo.trainer import CompletionTrainer
@@ -46,20 +49,34 @@ def run_training(
     """Train to the end, from the newest whole checkpoint where `resume`; returns `output_dir/final`.
 
     `on_progress` is called after each logged step with `step`, `total_steps`, `epoch`, `loss` and the other metrics.
-    The final weights are saved in `stored_dtype` (float32 where None).
+    The final weights are saved in `stored_dtype` (float32 where None). A SIGTERM saves a checkpoint after the step at
+    hand, then raises TrainingError, as does anything that keeps a checkpoint from being written. In a process that
+    `torchrun` or `accelerate launch` started, this is one rank's part, and all ranks must call it.
     """
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(_Watcher(on_progress))
-    remove_broken_checkpoints(output_dir)
-    checkpoint = latest_checkpoint(output_dir) if resume else None
-    if not resume:
-        for path in output_dir.glob("checkpoint-*"):
-            shutil.rmtree(path)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.add_callback(_Watcher(trainer, on_progress))
     if trainer.args.should_save:
-        _write_metrics(trainer.state.log_history, output_dir / "metrics.parquet")
-        _save_final(trainer, output_dir / "final", stored_dtype)
+        remove_broken_checkpoints(output_dir)
+        if not resume:
+            for path in output_dir.glob("checkpoint-*"):
+                shutil.rmtree(path)
+    trainer.accelerator.wait_for_everyone()
+    checkpoint = latest_checkpoint(output_dir)
+    with noting_sigterm():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    if _stopped(trainer) and step < steps:
+        raise TrainingError(
+            f"stopped by SIGTERM after step {step} of {steps}; its checkpoint is saved, and the same command goes on from it"
+        )
+    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    if trainer.args.should_save:
+        try:
+            _write_metrics(trainer.state.log_history, output_dir / "metrics.parquet")
+            _save_final(trainer, output_dir, stored_dtype, weights)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise unwritten("the trained model", output_dir, error) from error
     trainer.accelerator.wait_for_everyone()
     return output_dir / "final"
 
@@ -77,13 +94,25 @@ def require_rows(dataset: Any) -> None:
         raise DataError("there are no rows to train on: look at the rejects of the stages before")
 
 
-class _Watcher(TrainerCallback):  # type: ignore[misc]
-    """Passes progress on, and logs with every checkpoint, so that a resumed run logs what an uninterrupted one does."""
+def _stopped(trainer: "CompletionTrainer") -> bool:
+    """Whether any process was sent a SIGTERM: all must stop after the same step."""
+    came = torch.tensor(float(sigterm_came()), device=trainer.args.device)
+    return bool(trainer.accelerator.reduce(came, "sum") > 0)
 
-    def __init__(self, on_progress: Callable[[dict[str, Any]], None] | None) -> None:
+
+class _Watcher(TrainerCallback):  # type: ignore[misc]
+    """Passes progress on, stops after a SIGTERM, and logs with every checkpoint, so that a resumed run logs what an uninterrupted
+    one does."""
+
+    def __init__(
+        self, trainer: "CompletionTrainer", on_progress: Callable[[dict[str, Any]], None] | None
+    ) -> None:
+        self.trainer = trainer
         self.on_progress = on_progress
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        if _stopped(self.trainer):
+            control.should_save = control.should_training_stop = True
         if control.should_save:
             control.should_log = True
         return control
@@ -111,14 +140,24 @@ def _write_metrics(history: list[dict[str, float]], path: Path) -> None:
     temporary.rename(path)
 
 
-def _save_final(trainer: "CompletionTrainer", folder: Path, dtype: torch.dtype | None) -> None:
-    temporary = folder.with_name("final.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+def _save_final(
+    trainer: "CompletionTrainer",
+    output_dir: Path,
+    dtype: torch.dtype | None,
+    weights: dict[str, torch.Tensor] | None,
+) -> None:
+    """Write `final` aside, then name it. `weights` are those of a model that is sharded, gathered."""
+    written, final = output_dir / UNFINISHED / "final", output_dir / "final"
+    shutil.rmtree(written, ignore_errors=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if dtype is not None:
+    if weights is not None and dtype is not None:
+        weights = {name: weight.to(dtype) for name, weight in weights.items()}
+        model.config.dtype = dtype
+    elif dtype is not None:
         model = model.to(dtype)
-    model.save_pretrained(temporary)
+    model.save_pretrained(written, state_dict=weights)
     if trainer.processing_class is not None:
-        trainer.processing_class.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+        trainer.processing_class.save_pretrained(written)
+    shutil.rmtree(final, ignore_errors=True)
+    written.rename(final)
+    shutil.rmtree(written.parent)

@@ -253,7 +253,13 @@ def _write_table(scratch: Path, key: PartKey, tables: Iterable[pa.Table]) -> int
             keys.add(group)
             with disk():
                 if writer is None:
-                    writer = pq.ParquetWriter(file, group.schema, compression="zstd", write_page_index=True)
+                    writer = pq.ParquetWriter(
+                        file,
+                        group.schema,
+                        compression="zstd",
+                        use_dictionary=[leaf for field in group.schema for leaf in _repeating(field)],
+                        write_page_index=True,
+                    )
                 if group.num_rows:
                     writer.write_table(group, row_group_size=group.num_rows)
                 file.flush()
@@ -271,6 +277,18 @@ def _write_table(scratch: Path, key: PartKey, tables: Iterable[pa.Table]) -> int
     crash_point("scratch-written", key.table)
     keys.finish(scratch)
     return written
+
+
+def _repeating(field: pa.Field, at: str = "") -> Iterator[str]:
+    """The Parquet paths of a field's leaves but for floats: a dictionary of those costs much and seldom helps."""
+    kind, path = field.type, f"{at}{field.name}"
+    if pa.types.is_struct(kind):
+        for inner in kind:
+            yield from _repeating(inner, f"{path}.")
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        yield from _repeating(kind.value_field.with_name("element"), f"{path}.list.")
+    elif not pa.types.is_floating(kind):
+        yield path
 
 
 def _row_groups(tables: Iterable[pa.Table], schema: pa.Schema, key: PartKey) -> Iterator[pa.Table]:

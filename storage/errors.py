@@ -35,7 +35,9 @@ class UnsafeNameError(StoreError):
 
 
 class StoreUnavailableError(StoreError):
-    """The backend refuses or does not answer."""
+    """The backend refuses or does not answer. `may_pass` says which: what did not answer may do so later."""
+
+    may_pass = False
 
 
 class SchemaError(StoreError):

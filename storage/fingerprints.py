@@ -16,7 +16,7 @@ from typing import Any
 
 from storage.errors import StoreError
 
-__all__ = ["canonical_json", "file_digest", "fingerprint", "folder_digest"]
+__all__ = ["canonical_json", "file_digest", "fingerprint", "folder_digest", "plain_json"]
 
 _CHUNK = 1 << 20
 
@@ -33,6 +33,11 @@ def fingerprint(obj: Any) -> str:
 def canonical_json(obj: Any) -> bytes:
     """The one JSON text of a value: sorted keys, no spaces, ASCII."""
     _check(obj, "$")
+    return plain_json(obj)
+
+
+def plain_json(obj: Any) -> bytes:
+    """The same for a value that came out of a JSON text, which need not be looked through; ValueError for a NaN."""
     return json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode(
         "ascii"
     )

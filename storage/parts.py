@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from storage.errors import DamagedError
-from storage.fingerprints import canonical_json
+from storage.fingerprints import canonical_json, plain_json
 from storage.names import check_key, check_name, environment_secrets, redact
 
 __all__ = ["FileEntry", "PartKey", "PartRecord", "sealed", "unsealed", "without_secrets"]
@@ -156,7 +156,7 @@ def sealed(value: dict[str, Any]) -> bytes:
     Credentials of this process, and those in URLs, do not go in, wherever in the value they were.
     """
     value = json.loads(without_secrets(canonical_json(value)))
-    seal = hashlib.sha256(canonical_json(value)).hexdigest()
+    seal = hashlib.sha256(plain_json(value)).hexdigest()
     return json.dumps({**value, "sha256": seal}, sort_keys=True, separators=(",", ":")).encode() + b"\n"
 
 
@@ -170,7 +170,7 @@ def unsealed(data: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(data)
         seal = value.pop("sha256")
-        intact = hashlib.sha256(canonical_json(value)).hexdigest() == seal
+        intact = hashlib.sha256(plain_json(value)).hexdigest() == seal
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DamagedError(
             f"{where} is not readable ({type(error).__name__}). `qrpo verify --repair` computes again what it described."

@@ -31,15 +31,18 @@ _SMALL = 1 << 20  # bytes: below, one request for all is quicker than several fo
 _REMEDY = "`qrpo verify --repair` computes just this part again."
 
 
-def open_table(files: Files, record: PartRecord, *, sparse: bool = False) -> pq.ParquetFile:
+def open_table(
+    files: Files, record: PartRecord, encoded: Sequence[str] = (), *, sparse: bool = False
+) -> pq.ParquetFile:
     """A part's Parquet file, its size and row count checked. Close it, or use it in a `with`.
 
+    The text columns `encoded` come as dictionaries: many equal texts are then not made one by one.
     `sparse`: little of it will be read, so from an object store fetch only the ranges that hold what is asked for.
     """
     entry = record.table
     if entry is None:
         raise StoreError(f"{record.key} is a folder, not a table. Use fetch_folder.")
-    opened = _open(files, entry, record, sparse)
+    opened = _open(files, entry, record, encoded, sparse)
     if opened.metadata.num_rows != record.rows:
         raise DamagedError(
             f"{record.key}: {entry.key} has {opened.metadata.num_rows} rows, {record.rows} were committed. {_REMEDY}"
@@ -47,9 +50,11 @@ def open_table(files: Files, record: PartRecord, *, sparse: bool = False) -> pq.
     return opened
 
 
-def read_table(files: Files, record: PartRecord, columns: Sequence[str] | None = None) -> pa.Table:
-    """A part's rows, all columns or some."""
-    with open_table(files, record) as opened:
+def read_table(
+    files: Files, record: PartRecord, columns: Sequence[str] | None = None, encoded: Sequence[str] = ()
+) -> pa.Table:
+    """A part's rows, all columns or some; the text columns `encoded` as dictionaries."""
+    with open_table(files, record, encoded) as opened:
         return _read(opened, record, columns)
 
 
@@ -139,7 +144,9 @@ def _download(files: Files, entry: FileEntry, path: Path, record: PartRecord) ->
         )
 
 
-def _open(files: Files, entry: FileEntry, record: PartRecord, sparse: bool = False) -> pq.ParquetFile:
+def _open(
+    files: Files, entry: FileEntry, record: PartRecord, encoded: Sequence[str] = (), sparse: bool = False
+) -> pq.ParquetFile:
     try:
         file: Any = files.path(entry.key)
         if file is None and sparse and entry.bytes > _SMALL and isinstance(files, RemoteFiles):
@@ -154,7 +161,7 @@ def _open(files: Files, entry: FileEntry, record: PartRecord, sparse: bool = Fal
             f"{record.key}: {entry.key} has {size} bytes, {entry.bytes} were committed. {_REMEDY}"
         )
     try:
-        return pq.ParquetFile(file, pre_buffer=True)
+        return pq.ParquetFile(file, pre_buffer=True, read_dictionary=list(encoded))
     except (pa.ArrowInvalid, OSError) as error:
         raise DamagedError(
             f"{record.key}: {entry.key} is not readable as Parquet ({error}). {_REMEDY}"

@@ -224,11 +224,13 @@ class RemoteFiles:
                 if final or attempt == ATTEMPTS:
                     why = redact(f"{type(error).__name__}: {error}", self._secrets)
                     tries = "" if final else f" after {ATTEMPTS} attempts"
-                    # The original is not chained: its text may hold signed URLs or keys.
-                    raise StoreUnavailableError(
+                    unavailable = StoreUnavailableError(
                         f"cannot {verb} {self._shown(key)}{tries}: {why}. Check the store's URL, the network and the "
                         "credentials in the environment; what is committed is safe, so start the same command again."
-                    ) from None
+                    )
+                    unavailable.may_pass = not final
+                    # The original is not chained: its text may hold signed URLs or keys.
+                    raise unavailable from None
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, _LONGEST_PAUSE)
         raise AssertionError("unreachable")

@@ -164,9 +164,14 @@ class Store:
         ]
         return builtins.list(self.find_parts(PartKey(stage, family, name) for name in names).values())
 
-    def read_part(self, record: PartRecord, columns: Sequence[str] | None = None) -> pa.Table:
-        """A part's rows; raises DamagedError where the file is not what was committed."""
-        return read.read_table(self.files, record, columns)
+    def read_part(
+        self, record: PartRecord, columns: Sequence[str] | None = None, encoded: Sequence[str] = ()
+    ) -> pa.Table:
+        """A part's rows; raises DamagedError where the file is not what was committed.
+
+        The text columns `encoded` come as dictionaries, which is quick where their values repeat.
+        """
+        return read.read_table(self.files, record, columns, encoded)
 
     def read_rejects(self, record: PartRecord) -> pa.Table:
         """The rows that a part left out, with reasons."""

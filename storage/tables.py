@@ -95,7 +95,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             _column("finish_reason", _TEXT, null=True),
             _column("reward", _REAL, null=True),
             _column("quantile_reward", _REAL, null=True),
-            _column("policy_logprob", _REAL, null=True),
+            _column("model_logprob", _REAL, null=True),
             _column("ref_logprob", _REAL, null=True),
         ]
     ),

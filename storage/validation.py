@@ -128,10 +128,10 @@ def _shards(table: pa.Table, where: str) -> None:
 
 
 def _evaluation(table: pa.Table, where: str) -> None:
-    _one_of(table, "model", ("policy", "reference"), where)
+    _fail_where(pc.equal(table["model"], ""), where, "must name its model")
     _at_least(table["sample_index"], "sample_index", 0, where)
     _tokens(table, "token_ids", where)
-    for name in ("reward", "policy_logprob", "ref_logprob"):
+    for name in ("reward", "model_logprob", "ref_logprob"):
         _finite(table[name], name, where)
     _within_unit(table["quantile_reward"], "quantile_reward", where)
 

@@ -24,6 +24,7 @@ from tasks.engines import engine_for
 from tasks.plan import PartPlan, StagePlan, make_family
 from tasks.prompts import prompt_parts, prompt_rows
 from tasks.reference import model_for, reference_identity, reference_inputs, reference_parent
+from tasks.rounds import previous_policy
 from tasks.salvage import reusable_rows
 from tasks.work import Work
 
@@ -49,28 +50,39 @@ class CompletionsConfig(Section):
 
 
 def plan(config: "PipelineConfig", plans: Mapping[str, StagePlan], store: Store) -> StagePlan:
-    """Blocks of samples for every prompts part, and one offline part where the dataset's completions are trained on."""
+    """Blocks of samples for every prompts part, and one offline part where the dataset's completions are trained on.
+
+    In a later round, also blocks of the policy's own samples for the prompts that are trained on.
+    """
     section = config.completions
     settings = {"engine": keyed(section.engine), "sampling": keyed(section.sampling), "seed": config.seed}
     outside = {"model": reference_identity(config, plans)}
     family = make_family("completions", VERSION, settings, outside)
     offline_family = make_family("completions", VERSION, {"origin": "offline"}, outside)
+    before = previous_policy(config, store)
+    from_policy = {"model": {"artifact": before.fingerprint}} if before else {}
+    policy_family = make_family("completions", VERSION, settings, from_policy)
     from_model = reference_inputs(plans)
     parts: list[PartPlan] = []
     for prompts in prompt_parts(plans):
         common = {"prompts": prompts.key.fingerprint, "split": prompts.slice["split"]}
         inputs = (prompts.key, *from_model)
-        if config.quantiles.train_on != "reference" and prompts.slice["split"] == "train":
+        if config.quantiles.train_on in ("offline", "both") and prompts.slice["split"] == "train":
             key = PartKey(
                 "completions", offline_family, fingerprint([offline_family, prompts.slice["offline"]])
             )
             parts.append(PartPlan(key, inputs, {**common, "origin": "offline"}))
-        for start in range(0, section.num_ref, section.samples_per_part):
-            stop = min(start + section.samples_per_part, section.num_ref)
-            key = PartKey("completions", family, fingerprint([family, prompts.slice["ids"], start, stop]))
-            parts.append(
-                PartPlan(key, inputs, {**common, "origin": "reference", "start": start, "stop": stop})
-            )
+        blocks = [("reference", family, inputs, section.num_ref)]
+        if before is not None and prompts.slice["split"] == "train":
+            sampled = config.rounds.num_completions
+            blocks.append(("policy", policy_family, (prompts.key, before.key), sampled))
+        for origin, of, sources, samples in blocks:
+            for start in range(0, samples, section.samples_per_part):
+                stop = min(start + section.samples_per_part, samples)
+                key = PartKey("completions", of, fingerprint([of, prompts.slice["ids"], start, stop]))
+                parts.append(
+                    PartPlan(key, sources, {**common, "origin": origin, "start": start, "stop": stop})
+                )
     parents = {"prompts": plans["prompts"].fingerprint, **reference_parent(plans)}
     return StagePlan("completions", family, settings, outside, tuple(parts), parents)
 
@@ -88,9 +100,10 @@ def compute(work: Work) -> Iterator[PartRecord]:
     offline = [part for part in work.parts if part.slice["origin"] == "offline"]
     for part in offline:
         yield _encode_offline(work, part)
-    sampled = [part for part in work.parts if part.slice["origin"] == "reference"]
-    if sampled:
-        yield from _sample(work.only(sampled))
+    for origin in ("reference", "policy"):
+        sampled = [part for part in work.parts if part.slice["origin"] == origin]
+        if sampled:
+            yield from _sample(work.only(sampled), origin)
 
 
 def _encode_offline(work: Work, part: PartPlan) -> PartRecord:
@@ -125,10 +138,13 @@ class _Filling:
         self.waiting = {prompt_id: indices for prompt_id, indices in lacking.items() if indices}
 
 
-def _sample(work: Work) -> Iterator[PartRecord]:
-    """Sample all parts of the group in one stream, prompt by prompt, and commit each part when its last prompt is done."""
+def _sample(work: Work, origin: str) -> Iterator[PartRecord]:
+    """Sample all parts of the group in one stream, prompt by prompt, and commit each part when its last prompt is done.
+
+    `origin` is the stage whose model is asked: `reference`, or `policy` for that of the round before.
+    """
     started = time.monotonic()
-    model = model_for(work, work.parts[0])
+    model = model_for(work, work.parts[0], stage=origin)
     engine = engine_for(work.config.completions.engine, model, work.log)
     waiting: dict[str, list[_Filling]] = {}
     for filling in [_Filling(work, part) for part in work.parts]:
@@ -140,7 +156,7 @@ def _sample(work: Work) -> Iterator[PartRecord]:
     wanted = {
         p: [index for filling in fillings for index in filling.waiting[p]] for p, fillings in waiting.items()
     }
-    requests, refused = sample_requests(engine, model, prompts, wanted, work.config, namespace="reference")
+    requests, refused = sample_requests(engine, model, prompts, wanted, work.config, namespace=origin)
     for prompt_id, reason in refused.items():
         for filling in waiting[prompt_id]:
             filling.rejects.append({"key": prompt_id, "reason": reason, "prompt_id": prompt_id})
@@ -148,7 +164,7 @@ def _sample(work: Work) -> Iterator[PartRecord]:
     for prompt_id, samples in engine.sample(requests, work.config.completions.sampling):
         for filling in waiting[prompt_id]:
             filling.rows += [
-                sample_row(prompt_id, sample) for sample in samples if sample.index in filling.span
+                sample_row(prompt_id, sample, origin) for sample in samples if sample.index in filling.span
             ]
         yield from _done_with(work, prompt_id, waiting, started)
     assert not waiting, f"the engine returned nothing for {len(waiting)} prompts"
@@ -198,12 +214,10 @@ def sample_requests(
     return requests, refused
 
 
-def sample_row(prompt_id: str, sample: Sample) -> dict[str, Any]:
+def sample_row(prompt_id: str, sample: Sample, origin: str) -> dict[str, Any]:
     """One row of the completions table."""
     logprob = sample.sampled_logprob
-    return _row(
-        prompt_id, sample.index, "reference", sample.text, sample.token_ids, sample.finish_reason, logprob
-    )
+    return _row(prompt_id, sample.index, origin, sample.text, sample.token_ids, sample.finish_reason, logprob)
 
 
 def _table(rows: list[dict[str, Any]]) -> pa.Table:

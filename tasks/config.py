@@ -7,7 +7,7 @@ file are taken from the current folder, as in a shell.
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -17,10 +17,12 @@ from qrpo.errors import ConfigError
 from qrpo.optimization import PolicyConfig
 from qrpo.prompts import PromptsConfig
 from qrpo.rewards import RewardConfig
+from tasks.comparison import CompareConfig
 from tasks.completions import CompletionsConfig
 from tasks.evaluation import EvaluationConfig
 from tasks.quantiles import QuantilesConfig
 from tasks.reference import ReferenceConfig
+from tasks.rounds import RoundsConfig
 from tasks.shards import ShardsConfig
 
 __all__ = ["PipelineConfig", "RunConfig", "apply_overrides", "dump_config", "load_config", "parse_config"]
@@ -33,14 +35,31 @@ class RunConfig(Section):
     """Prompts in one part, the unit of caching and commit."""
     parts_per_task: int = knob(32, ge=1)
     """Parts that one Prefect task covers."""
+    runner: Literal["local", "process", "dask", "ray"] = knob("local")
+    """Where tasks run: one after another in this process, or spread over the workers of a process pool, Dask or Ray."""
+    workers: int | None = knob(None, ge=1)
+    """Workers, each with an engine of its own; by default as many as the GPUs allow, without GPUs one for each core."""
+    gpus_per_worker: int | None = knob(None, ge=0)
+    """GPUs of one worker; by default what the engine's tensor and pipeline parallelism take, where there are GPUs."""
+    cluster: str | None = knob(None)
+    """Address of a Dask or Ray cluster that runs already (tcp://HOST:8786, ray://HOST:10001); by default each stage starts
+    one on this machine and ends it."""
     cpu_threads: int | None = knob(None, ge=1)
     """Threads of training and scoring on a CPU; by default all cores, though a very small model is faster on one."""
+    task_timeout: float | None = knob(None, gt=0.0)
+    """Seconds after which one task is taken to hang: its engine is killed and started again, the parts that it committed stay."""
     lease_ttl: float = knob(60.0, gt=0.0)
     """Seconds of silence after which another run on the same store takes over what this one was working on."""
     lease_patience: float = knob(86_400.0, gt=0.0)
     """Longest wait, in seconds, for a part that another run works on."""
     max_reject_fraction: float = knob(0.1, ge=0.0, le=1.0)
     """A stage that loses more than this share of its rows stops the run."""
+
+    @model_validator(mode="after")
+    def _cluster_of_a_kind(self) -> "RunConfig":
+        if self.cluster is not None and self.runner not in ("dask", "ray"):
+            raise ValueError(f"cluster is {self.cluster!r}: set runner to dask or ray, got {self.runner!r}")
+        return self
 
 
 class PipelineConfig(Section):
@@ -68,8 +87,17 @@ class PipelineConfig(Section):
     """The training run."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Policy against reference on held-out prompts."""
+    rounds: RoundsConfig = RoundsConfig()
+    """Going on from a trained policy, on its own samples."""
+    compare: CompareConfig = CompareConfig()
+    """What `qrpo compare` trains."""
     run: RunConfig = RunConfig()
     """How the work is cut and when a run gives up."""
+
+    @property
+    def subject(self) -> str:
+        """Which prompts and which model, in a few words: run names say it."""
+        return f"{self.prompts.name}, {self.reference.model.path.rstrip('/').rsplit('/', 1)[-1]}"
 
     @model_validator(mode="after")
     def _consistent(self) -> "PipelineConfig":
@@ -77,14 +105,46 @@ class PipelineConfig(Section):
         if len(set(names)) < len(names):
             raise ValueError(f"rewards: the names must differ, got {names}; give each reward a `name`")
         train_on = self.quantiles.num_completions
-        if (
-            self.quantiles.train_on != "offline"
-            and train_on is not None
-            and train_on > self.completions.num_ref
-        ):
+        samples_itself = self.quantiles.train_on in ("reference", "both")
+        if samples_itself and train_on is not None and train_on > self.completions.num_ref:
             raise ValueError(
                 f"quantiles.num_completions is {train_on} but completions.num_ref is {self.completions.num_ref}: "
                 "training completions are taken from the reference samples, so it cannot be larger"
+            )
+        if (self.quantiles.train_on == "policy") != (self.rounds.from_run is not None):
+            raise ValueError(
+                f"quantiles.train_on is {self.quantiles.train_on} and rounds.from_run is {self.rounds.from_run}: to train on "
+                "a policy's samples, set the first to policy and the second to the run that made it; rounds.count does both"
+            )
+        if self.quantiles.num_ref is not None:
+            if samples_itself and train_on is None:
+                raise ValueError(
+                    "quantiles.num_ref is set but quantiles.num_completions is null: every sample is trained on, "
+                    "and none is left to take quantiles among; set num_completions"
+                )
+            needed = self.quantiles.num_ref + ((train_on or 0) if samples_itself else 0)
+            if needed > self.completions.num_ref:
+                raise ValueError(
+                    f"quantiles.num_ref needs {needed} samples of each prompt, those trained on included, but "
+                    f"completions.num_ref is {self.completions.num_ref}: raise that"
+                )
+        if (
+            self.policy.loss != "qrpo"
+            and self.policy.pairs == "dataset"
+            and self.quantiles.train_on in ("reference", "policy")
+        ):
+            raise ValueError(
+                f"policy.pairs is `dataset` but quantiles.train_on is `{self.quantiles.train_on}`: the dataset's own "
+                "completions are not trained on; set quantiles.train_on to offline or both, or policy.pairs to best-worst or random"
+            )
+        if (
+            self.policy.loss in ("dpo", "rebel", "simpo")
+            and self.quantiles.train_on == "reference"
+            and (train_on or self.completions.num_ref) < 2
+        ):
+            raise ValueError(
+                f"policy.loss {self.policy.loss} needs two completions of each prompt, and there is one: raise "
+                "quantiles.num_completions and completions.num_ref"
             )
         return self
 
@@ -139,8 +199,9 @@ def dump_config(config: PipelineConfig) -> str:
 
 
 def _explain(item: dict[str, Any]) -> str:
+    steps = item["loc"]  # behind a list's index pydantic names the `kind` that it took the item for
     location = [
-        str(step) for step in item["loc"] if not (isinstance(step, str) and step in {"function", "model"})
+        str(step) for place, step in enumerate(steps) if not (place and isinstance(steps[place - 1], int))
     ]
     path = ".".join(location)
     if item["type"] == "extra_forbidden":
@@ -159,25 +220,25 @@ def _explain(item: dict[str, Any]) -> str:
     message = str(item["msg"]).removeprefix("Value error, ")
     if not path:
         return message
+    if location[-1] == "api_key_env":  # somebody may have put the key itself there
+        return f"{path}: {message}"
     return f"{path}: {message}, got {item['input']!r}"
 
 
 def _known_keys(path: list[Any]) -> list[str]:
     models: list[Any] = [PipelineConfig]
-    for step in path:
+    for place, step in enumerate(path):
         if isinstance(step, int):
             continue
-        of_kind = [
-            model
-            for model in models
-            if "kind" in model.model_fields and model.model_fields["kind"].default == step
-        ]
-        models = of_kind or [
-            inner
-            for model in models
-            if step in model.model_fields
-            for inner in _models_in(model.model_fields[step].annotation)
-        ]
+        if place and isinstance(path[place - 1], int):
+            models = [model for model in models if model.model_fields["kind"].default == step]
+        else:
+            models = [
+                inner
+                for model in models
+                if step in model.model_fields
+                for inner in _models_in(model.model_fields[step].annotation)
+            ]
     return sorted({name for model in models for name in model.model_fields})
 
 

@@ -1,38 +1,55 @@
-"""One generation engine per process, kept between tasks.
+"""The one thing that is dear to start, kept between the tasks of a stage: an engine, a reward model, a child with a loaded model.
 
-Starting an engine costs up to a minute, so the tasks of a stage share one: on this machine through this module's single slot, on a
-cluster once per worker. Asking for another model, or the end of the stage (`close_engine`), shuts the old one down and gives
-its memory back before the reward model or the trainer needs it.
+Starting an engine costs up to a minute, so the tasks of a stage share one: on this machine through this module's single slot, on
+workers once in each. Asking for another one, or the end of the stage (`close_engine`), shuts the old one down and gives its
+memory back before the reward model or the trainer needs it.
 """
 
 import atexit
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol, TypeVar, cast
 
 from qrpo.engines import EngineConfig, open_engine
 from qrpo.models import ModelConfig
 from qrpo.sampling import Engine
 
-__all__ = ["close_engine", "engine_for"]
+__all__ = ["close_engine", "engine_for", "keep"]
+
+
+class Closable(Protocol):
+    """Something that holds memory until it is closed."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+Kept = TypeVar("Kept", bound=Closable)
 
 _lock = threading.Lock()
-_open: tuple[tuple[EngineConfig, ModelConfig], Engine] | None = None
+_open: tuple[object, Closable] | None = None
+
+
+def keep(key: object, start: Callable[[], Kept]) -> Kept:
+    """What `start` made for an equal key, if that is still open, else what it makes now, after closing what was open."""
+    global _open
+    with _lock:
+        if _open is not None and _open[0] == key:
+            return cast(Kept, _open[1])
+        _close()
+        made = start()
+        _open = key, made
+        return made
 
 
 def engine_for(config: EngineConfig, model: ModelConfig, log: Path) -> Engine:
     """The running engine for this model, started if need be; it writes to `log`."""
-    global _open
-    with _lock:
-        if _open is not None and _open[0] == (config, model):
-            return _open[1]
-        _close()
-        engine = open_engine(config, model, log=log)
-        _open = (config, model), engine
-        return engine
+    return keep((config, model), lambda: open_engine(config, model, log=log))
 
 
 def close_engine() -> None:
-    """Shut the engine down, if one runs."""
+    """Shut down what is open, if anything is."""
     with _lock:
         _close()
 
@@ -40,8 +57,8 @@ def close_engine() -> None:
 def _close() -> None:
     global _open
     if _open is not None:
-        _open[1].close()
-        _open = None
+        closing, _open = _open[1], None
+        closing.close()
 
 
 atexit.register(close_engine)

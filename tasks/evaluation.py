@@ -1,22 +1,25 @@
-"""The `evaluation` stage: fresh samples of policy and reference on held-out prompts, scored and compared.
+"""The `evaluation` stage: fresh samples of every model on held-out prompts, scored and compared.
 
-Both models answer the same prompts, `num_samples` times each, with seeds that no training sample has. Rewards become quantiles under the
-reference rewards of the `quantiles` stage, which neither model's fresh samples are part of; ties count half, so that the reference's own mean
-is 0.5 whatever the rewards look like.
+The policy, the reference and any others answer the same prompts, `num_samples` times each, with seeds that no training sample has. A part is
+one model on one prompts part, so the reference's answers are drawn once for all policies that are compared with it. Rewards become
+quantiles under the reference rewards of the `quantiles` stage, which no fresh sample is part of; ties count half, so that the reference's own
+mean is 0.5 whatever the rewards look like.
 """
 
-import math
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from qrpo.chat import load_tokenizer
 from qrpo.config import Section, keyed
+from qrpo.models import ModelConfig, model_identity
 from qrpo.quantiles import quantile_rewards
 from storage import PartKey, PartRecord, Store, fingerprint
 from storage.tables import SCHEMAS
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EvaluationConfig", "Samples", "compute", "plan", "sample", "summary"]
 
-VERSION = 1
+VERSION = 2
 
 
 class EvaluationConfig(Section):
@@ -42,10 +45,22 @@ class EvaluationConfig(Section):
 
     num_samples: int = Field(4, ge=1)
     """Fresh samples of each model per prompt."""
+    models: dict[str, ModelConfig] = Field(default_factory=dict, json_schema_extra={"fingerprint": False})
+    """More models to compare with the reference, by name: checkpoints, other runs' policies. Naming one computes only its own."""
+
+    @field_validator("models")
+    @classmethod
+    def _usable_names(cls, models: dict[str, ModelConfig]) -> dict[str, ModelConfig]:
+        for name in models:
+            if name in ("policy", "reference") or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+                raise ValueError(
+                    f"{name!r} cannot name a model: use letters, digits, dots, dashes, and neither `policy` nor `reference`"
+                )
+        return models
 
 
 def plan(config: "PipelineConfig", plans: Mapping[str, StagePlan], store: Store) -> StagePlan:
-    """One part for every eval prompts part; none where no prompt is held out or nothing is trained."""
+    """One part for every model and eval prompts part; none where no prompt is held out or nothing is trained."""
     completions = config.completions
     rewards, reward_identity = reward_settings(config)
     settings = {
@@ -54,75 +69,123 @@ def plan(config: "PipelineConfig", plans: Mapping[str, StagePlan], store: Store)
         "engine": keyed(completions.engine),
         "sampling": keyed(completions.sampling),
         "rewards": rewards,
+        "dtype": config.policy.dtype,
     }
     outside = {"model": reference_identity(config, plans), "rewards": reward_identity}
     family = make_family("evaluation", VERSION, settings, outside)
     policy = plans["policy"]
+    others = {name: model_identity(model) for name, model in config.evaluation.models.items()}
+    models = {"policy": policy.fingerprint, "reference": None, **others}
     by_prompts = {part.slice["prompts"]: part for part in plans["quantiles"].parts}
     parts = []
-    for prompts in prompt_parts(plans, "eval") if policy.parts else ():
-        quantiles = by_prompts[prompts.key.fingerprint]
-        key = PartKey(
-            "evaluation", family, fingerprint([family, policy.fingerprint, quantiles.key.fingerprint])
-        )
-        inputs = (prompts.key, quantiles.key, *(part.key for part in policy.parts), *reference_inputs(plans))
-        parts.append(PartPlan(key, inputs, {"prompts": prompts.key.fingerprint, "split": "eval"}))
+    for name, identity in models.items() if policy.parts else ():
+        for prompts in prompt_parts(plans, "eval"):
+            quantiles = by_prompts[prompts.key.fingerprint]
+            key = PartKey(
+                "evaluation", family, fingerprint([family, name, identity, quantiles.key.fingerprint])
+            )
+            trained = [part.key for part in policy.parts] if name == "policy" else []
+            inputs = (prompts.key, quantiles.key, *trained, *reference_inputs(plans))
+            slice_ = {"prompts": prompts.key.fingerprint, "split": "eval", "model": name}
+            parts.append(PartPlan(key, inputs, slice_))
     parents = {
         "policy": policy.fingerprint,
         "quantiles": plans["quantiles"].fingerprint,
         **reference_parent(plans),
     }
+    outside |= {"models": others} if others else {}
     return StagePlan("evaluation", family, settings, outside, tuple(parts), parents)
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Fresh samples of both models: rows to score, and the prompts that could not be asked with the reason."""
+    """Fresh samples: rows to score, and the reasons why a prompt could not be asked, by (model, prompt)."""
 
     rows: list[dict[str, Any]]
-    refused: dict[str, str]
+    refused: dict[tuple[str, str], str]
 
 
 def sample(work: Work) -> Samples:
-    """Fresh samples of both models for the group's prompts, one model's engine after the other's."""
-    prompts = [row for part in work.parts for row in prompt_rows(work, part, "messages").values()]
-    wanted = {prompt["prompt_id"]: range(work.config.evaluation.num_samples) for prompt in prompts}
+    """Fresh samples for the group's parts, one model's engine after the other's."""
     rows: list[dict[str, Any]] = []
-    refused: dict[str, str] = {}
-    for name in ("policy", "reference"):
-        model = model_for(work, work.parts[0], stage=name)
+    refused: dict[tuple[str, str], str] = {}
+    for name, parts in _by_model(work).items():
+        prompts = [row for part in parts for row in prompt_rows(work, part, "messages").values()]
+        wanted = {prompt["prompt_id"]: range(work.config.evaluation.num_samples) for prompt in prompts}
+        model = _model(work, parts[0])
         engine = engine_for(work.config.completions.engine, model, work.log)
         requests, reasons = sample_requests(engine, model, prompts, wanted, work.config, f"evaluation/{name}")
-        refused |= reasons
+        refused |= {(name, prompt_id): reason for prompt_id, reason in reasons.items()}
         tokens = {request.key: list(request.prompt_token_ids) for request in requests}
         for prompt_id, samples in engine.sample(requests, work.config.completions.sampling):
             asked = {"prompt_token_ids": tokens[prompt_id], "model": name}
-            rows += [{**sample_row(prompt_id, drawn), **asked} for drawn in samples]
+            rows += [{**sample_row(prompt_id, drawn, name), **asked} for drawn in samples]
         close_engine()
     return Samples(rows, refused)
 
 
 def compute(work: Work, samples: Samples) -> Iterator[PartRecord]:
-    """Score the samples of `sample` with the rewards and both models, and commit. Runs in a child process."""
+    """Score the samples of `sample` with the rewards and their models, and commit. Runs in a child process."""
     started = time.monotonic()
     rows = [{**row, "completion_token_ids": [row["token_ids"]]} for row in samples.rows]
-    for stage, column in (("policy", "policy_logprob"), ("reference", "ref_logprob")):
-        LogprobScorer(model_for(work, work.parts[0], stage=stage), work.config).score(rows, column)
-    for row in rows:
-        row["policy_logprob"], row["ref_logprob"] = row["policy_logprob"][0], row["ref_logprob"][0]
-    with Scorer(work.config, work.log) as scorer:
+    _score_logprobs(work, rows)
+    with Scorer(work.config, work.log, work.store) as scorer:
         for part in work.parts:
             yield _score_part(work, part, Samples(rows, samples.refused), scorer, started)
+
+
+def _by_model(work: Work) -> dict[str, list[PartPlan]]:
+    parts: dict[str, list[PartPlan]] = {}
+    for part in work.parts:
+        parts.setdefault(part.slice["model"], []).append(part)
+    return parts
+
+
+def _model(work: Work, part: PartPlan) -> ModelConfig:
+    name = part.slice["model"]
+    return work.config.evaluation.models.get(name) or model_for(work, part, stage=name)
+
+
+def _score_logprobs(work: Work, rows: Sequence[dict[str, Any]]) -> None:
+    """Log-probabilities of every sample under the model that drew it and under the reference.
+
+    Both stay unknown for a model whose tokens are not the reference's.
+    """
+    reference = model_for(work, work.parts[0])
+    vocabulary = load_tokenizer(reference).get_vocab()
+    comparable: list[dict[str, Any]] = []
+    for name, parts in _by_model(work).items():
+        own, model = [row for row in rows if row["model"] == name], _model(work, parts[0])
+        if own and name in work.config.evaluation.models and load_tokenizer(model).get_vocab() != vocabulary:
+            for row in own:
+                row["model_logprob"] = row["ref_logprob"] = [None]
+            continue
+        comparable += own
+        if own and name != "reference":
+            LogprobScorer(model, work.config).score(own, "model_logprob")
+    if comparable:
+        LogprobScorer(reference, work.config).score(comparable, "ref_logprob")
+    for row in rows:
+        (row["ref_logprob"],) = row["ref_logprob"]
+        (row["model_logprob"],) = row.get("model_logprob") or [row["ref_logprob"]]
 
 
 def _score_part(work: Work, part: PartPlan, samples: Samples, scorer: Scorer, started: float) -> PartRecord:
     prompts = prompt_rows(work, part, "messages", "conversational", "metadata")
     quantiles = work.store.read_part(work.input(part, "quantiles"), columns=["prompt_id", "ref_rewards"])
     references = {row["prompt_id"]: row["ref_rewards"] for row in quantiles.to_pylist()}
-    own = [{**prompts[row["prompt_id"]], **row} for row in samples.rows if row["prompt_id"] in prompts]
-    own.sort(key=lambda row: (row["prompt_id"], row["model"], row["sample_index"]))
-    refused = {prompt_id: reason for prompt_id, reason in samples.refused.items() if prompt_id in prompts}
-    rejects = [{"key": key, "reason": reason, "prompt_id": key} for key, reason in refused.items()]
+    name = part.slice["model"]
+    own = [
+        {**prompts[row["prompt_id"]], **row}
+        for row in samples.rows
+        if row["model"] == name and row["prompt_id"] in prompts
+    ]
+    own.sort(key=lambda row: (row["prompt_id"], row["sample_index"]))
+    rejects = [
+        {"key": f"{prompt_id}/{name}", "reason": reason, "prompt_id": prompt_id}
+        for (model, prompt_id), reason in samples.refused.items()
+        if model == name and prompt_id in prompts
+    ]
     kept = []
     for row, score in zip(own, scorer.score(own), strict=True):
         reason = score.error
@@ -155,18 +218,9 @@ def _quantiles(rows: Sequence[Mapping[str, Any]], references: Mapping[str, Seque
 
 
 def summary(config: "PipelineConfig", store: Store, stage_plan: StagePlan) -> dict[str, Any]:
-    """The comparison over all parts, with what the closed-form optimum promises for this transform and beta."""
+    """The comparison over all parts, with what QRPO's closed-form optimum promises for this transform and beta."""
     from qrpo.evaluation import summarise
 
     table = store.scan([stage_plan.records[part.key.fingerprint] for part in stage_plan.parts]).collect()
-    compared = summarise(
-        table.to_arrow(), config.policy, num_ref=config.completions.num_ref, seed=config.seed
-    )
-    return cast("dict[str, Any]", _json_numbers(compared))
-
-
-def _json_numbers(value: Any) -> Any:
-    """The same with null for what JSON cannot say: a standard error from a single prompt."""
-    if isinstance(value, dict):
-        return {key: _json_numbers(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    promising = config.policy if config.policy.loss == "qrpo" else None
+    return summarise(table.to_arrow(), promising, num_ref=config.completions.num_ref, seed=config.seed)

@@ -5,6 +5,8 @@ Arrays end in `P` prompts, `N` reference rewards (all prompts' in one row, cut b
 
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -36,10 +38,13 @@ Floats = npt.NDArray[np.float32]
 class QuantilesConfig(Section):
     """Which completions are trained on, and how their rewards become quantiles."""
 
-    train_on: Literal["reference", "offline", "both"] = "reference"
-    """Train on the reference's own samples, on the dataset's completions, or on both."""
+    train_on: Literal["reference", "offline", "both", "policy"] = "reference"
+    """Train on the reference's own samples, on the dataset's completions, or on both; in a later round, on the policy's samples."""
     num_completions: int | None = Field(None, ge=1)
     """How many reference samples of each prompt are trained on; null for all of them."""
+    num_ref: int | None = Field(None, ge=1)
+    """Take the quantiles of training completions among so many reference samples that are not trained on, the first after
+    `num_completions`; null for all samples of the prompt but the completion itself. Shows what more samples are worth."""
     ties: Literal["weak", "strict", "mid", "randomized"] = "weak"
     """How equal rewards count: `weak` is the paper's P(s <= r)."""
     self_exclusion: bool = True
@@ -49,17 +54,19 @@ class QuantilesConfig(Section):
 
 
 def plan(config: "PipelineConfig", plans: Mapping[str, StagePlan], store: Store) -> StagePlan:
-    """One part for every prompts part, over all its rewards."""
+    """One part for every prompts part, over all its rewards. Held-out prompts have no training completions, so no setting matters."""
     settings: dict[str, Any] = keyed(config.quantiles)
     if config.quantiles.ties == "randomized":
         settings["seed"] = config.seed
     family = make_family("quantiles", VERSION, settings, {})
+    held_out = make_family("quantiles", VERSION, {}, {})
     rewards_of = parts_by_prompts(plans["rewards"])
     parts = []
     for prompts in prompt_parts(plans):
         rewards = rewards_of[prompts.key.fingerprint]
         inputs = [part.key for part in rewards]
-        key = PartKey("quantiles", family, fingerprint([family, [key.fingerprint for key in inputs]]))
+        of = family if prompts.slice["split"] == "train" else held_out
+        key = PartKey("quantiles", of, fingerprint([of, [key.fingerprint for key in inputs]]))
         common = {"prompts": prompts.key.fingerprint, "split": prompts.slice["split"]}
         parts.append(PartPlan(key, (prompts.key, *inputs), common))
     return StagePlan(
@@ -68,21 +75,33 @@ def plan(config: "PipelineConfig", plans: Mapping[str, StagePlan], store: Store)
 
 
 def compute(work: Work) -> Iterator[PartRecord]:
-    """Compute the group part by part; light enough to run where it is called."""
-    for part in work.parts:
-        started = time.monotonic()
-        prompts = work.store.read_part(work.input(part, "prompts"), columns=["prompt_id"])["prompt_id"]
-        rewards = pa.concat_tables(
-            work.store.read_part(r, columns=_COLUMNS) for r in work.inputs(part, "rewards")
-        )
-        table, rejects = quantile_table(
-            prompts.combine_chunks(), rewards, work.config.quantiles, part.slice["split"], work.config.seed
-        )
-        yield work.commit(part, table, started=started, rejects=rejects)
+    """Compute the group, two parts at a time; light enough to run where it is called."""
+    with ThreadPoolExecutor(_THREADS) as threads:  # Parquet and NumPy leave the interpreter to the other part
+        yield from threads.map(lambda part: _compute_part(work, part), work.parts)
 
 
-_COLUMNS = ["prompt_id", "origin", "sample_index", "reward"]
-_ORIGINS = pa.array(["offline", "reference"])
+def _compute_part(work: Work, part: PartPlan) -> PartRecord:
+    started = time.monotonic()
+    prompts = work.store.read_part(work.input(part, "prompts"), columns=["prompt_id"])["prompt_id"]
+    rewards = pa.concat_tables(
+        work.store.read_part(record, columns=_COLUMNS, encoded=_TEXTS)
+        for record in work.inputs(part, "rewards")
+    )
+    table, rejects = quantile_table(
+        prompts.combine_chunks(), rewards, work.config.quantiles, part.slice["split"], work.config.seed
+    )
+    return work.commit(part, table, started=started, rejects=rejects)
+
+
+_THREADS = 2
+_TEXTS = ["prompt_id", "origin"]
+_COLUMNS = [*_TEXTS, "sample_index", "reward"]
+_ORIGINS = ["offline", "reference", "policy"]
+
+
+@cache
+def _origins() -> pa.Array:
+    return pa.array(_ORIGINS)  # not at import: pyarrow loads pandas for it
 
 
 def quantile_table(
@@ -93,13 +112,18 @@ def quantile_table(
     `rewards` has `prompt_id`, `origin`, `sample_index` and `reward`, in any order; null rewards and other prompts are passed over.
     """
     prompt_B = _positions(rewards["prompt_id"], prompt_ids)
-    origin_B = _positions(rewards["origin"], _ORIGINS)
+    origin_B = _positions(rewards["origin"], _origins())
     reward_B = rewards["reward"].to_numpy()
     scored_B = (prompt_B >= 0) & ~np.isnan(reward_B)
     sampled_B = scored_B & (origin_B == 1)
 
-    leave_one_out = config.self_exclusion and config.train_on != "offline" and split == "train"
-    needed = 2 if leave_one_out else 1
+    index_B = rewards["sample_index"].to_numpy()
+    sampled_only = config.train_on in ("reference", "both") and split == "train"
+    if config.num_ref is not None and split == "train":
+        first = (config.num_completions or 0) if sampled_only else 0
+        sampled_B &= (index_B >= first) & (index_B < first + config.num_ref)
+        sampled_only = False
+    needed = 2 if config.self_exclusion and sampled_only else 1
     num_ref_P = np.bincount(prompt_B[sampled_B], minlength=len(prompt_ids))
     usable_P = num_ref_P >= needed
     rejects = [
@@ -111,9 +135,9 @@ def quantile_table(
         for p in np.flatnonzero(~usable_P)
     ]
     scored_B &= usable_P[prompt_B]
-    ref_prompt, ref_rewards = _sorted_within(prompt_B[scored_B & sampled_B], reward_B[scored_B & sampled_B])
-    rows = np.flatnonzero(scored_B & _trained_on(origin_B, rewards["sample_index"].to_numpy(), config, split))
-    index_B = rewards["sample_index"].to_numpy()
+    references_B = scored_B & sampled_B
+    ref_prompt, ref_rewards = _sorted_within(prompt_B[references_B], reward_B[references_B], len(prompt_ids))
+    rows = np.flatnonzero(scored_B & _trained_on(origin_B, index_B, config, split))
     rows = rows[np.lexsort((index_B[rows], origin_B[rows], prompt_B[rows]))]
     training = {
         "prompt": prompt_B[rows],
@@ -127,13 +151,14 @@ def quantile_table(
 def _trained_on(origin_B: Ints, index_B: Ints, config: QuantilesConfig, split: str) -> npt.NDArray[np.bool_]:
     if split != "train":
         return np.zeros(len(origin_B), dtype=bool)
-    sampled: npt.NDArray[np.bool_] = origin_B == 1
-    offline: npt.NDArray[np.bool_] = origin_B == 0
-    if config.num_completions is not None:
-        sampled &= index_B < config.num_completions
-    if config.train_on == "both":
-        return sampled | offline
-    return sampled if config.train_on == "reference" else offline
+    few = np.iinfo(np.int64).max if config.num_completions is None else config.num_completions
+    of: dict[str, npt.NDArray[np.bool_]] = {
+        "offline": origin_B == 0,
+        "reference": (origin_B == 1) & (index_B < few),
+        "policy": origin_B == 2,
+    }
+    of["both"] = of["reference"] | of["offline"]
+    return of[config.train_on]
 
 
 def _table(
@@ -150,7 +175,7 @@ def _table(
         _offsets(training["prompt"], len(prompt_ids)),
     )
     num_ref_P = np.diff(ref_offsets)
-    sampled = training["origin"] == 1
+    sampled = (training["origin"] == 1) & (config.num_ref is None)  # itself among its references
     quantiles = quantile_rewards(
         training["reward"],
         ref_rewards,
@@ -176,7 +201,7 @@ def _table(
         "ref_mean": mean,
         "ref_std": pa.array(np.sqrt(variance), mask=num_ref < 2),  # of a sample, as the published code has it
         "sample_index": _lists(offsets[kept], training["sample_index"]),
-        "origin": _lists(offsets[kept], _ORIGINS.take(pa.array(training["origin"]))),
+        "origin": _lists(offsets[kept], _origins().take(pa.array(training["origin"]))),
         "reward": _lists(offsets[kept], training["reward"]),
         "quantile_reward": _lists(offsets[kept], quantiles),
         "quantile_low": _lists(offsets[kept], low),
@@ -194,16 +219,16 @@ def _positions(column: pa.ChunkedArray, values: pa.Array) -> Ints:
     return np.concatenate(places).astype(np.int64) if places else np.empty(0, dtype=np.int64)
 
 
-def _sorted_within(prompt: Ints, reward: Floats) -> tuple[Ints, Floats]:
-    """Rewards ascending within their prompts, prompts ascending: one sort of integers that order as (prompt, reward) does."""
-    bits = (reward + np.float32(0.0)).view(np.uint32)  # -0.0 becomes 0.0
-    negative = bits >> 31 == 1
-    ordered = np.where(negative, ~bits, bits | np.uint32(1 << 31))
-    keys = prompt.astype(np.uint64) << np.uint64(32) | ordered
-    keys.sort()
-    ordered = keys.astype(np.uint32)
-    bits = np.where(ordered >> 31 == 1, ordered & np.uint32(0x7FFFFFFF), ~ordered)
-    return (keys >> np.uint64(32)).astype(np.int64), bits.view(np.float32)
+def _sorted_within(prompt: Ints, reward: Floats, prompts: int) -> tuple[Ints, Floats]:
+    """Rewards ascending within their prompts, prompts ascending: prompts of one count are sorted as rows of a matrix."""
+    order = np.argsort(prompt.astype(np.min_scalar_type(prompts)), kind="stable")
+    prompt, reward = prompt[order], reward[order] + np.float32(0.0)  # -0.0 becomes 0.0
+    count_P = np.bincount(prompt, minlength=prompts)
+    start_P = np.cumsum(count_P) - count_P
+    for count in np.unique(count_P):
+        places = start_P[count_P == count, None] + np.arange(count)
+        reward[places] = np.sort(reward[places], axis=1)
+    return prompt, reward
 
 
 def _offsets(prompt: Ints, prompts: int) -> Ints:

@@ -1,19 +1,26 @@
-"""The `rewards` stage: score every completion with the configured rewards and combine them by weight."""
+"""The `rewards` stage: score every completion with the configured rewards and combine them by weight.
+
+Several small parts are scored together, as a reward model's batches are fuller the more it may choose from; each is
+committed on its own all the same.
+"""
 
 import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import polars as pl
 import pyarrow as pa
 
 from qrpo.config import keyed
-from qrpo.rewards import Score, combine, identity, open_reward
+from qrpo.rewards import Reward, Score, combine, identity, open_reward
 from storage import PartKey, PartRecord, Store, fingerprint
 from storage.tables import SCHEMAS
+from tasks.answers import StoredAnswers
+from tasks.engines import keep
 from tasks.plan import PartPlan, StagePlan, make_family
 from tasks.prompts import prompt_rows
 from tasks.salvage import reusable_rows
@@ -50,10 +57,14 @@ def reward_settings(config: "PipelineConfig") -> tuple[dict[str, Any], dict[str,
 
 
 class Scorer:
-    """All configured rewards, opened once (each in a child process), applied to completions with their prompts."""
+    """All configured rewards, opened once, applied to completions with their prompts.
 
-    def __init__(self, config: "PipelineConfig", log: Path) -> None:
-        self._rewards = [open_reward(reward, log=log) for reward in config.rewards]
+    Answers that cost money are kept in `store`, where there is one.
+    """
+
+    def __init__(self, config: "PipelineConfig", log: Path, store: Store | None = None) -> None:
+        answers = StoredAnswers(store) if store is not None else None
+        self._rewards = [open_reward(reward, log=log, answers=answers) for reward in config.rewards]
         self._names = [reward.name for reward in config.rewards]
         self._weights = [reward.weight for reward in config.rewards]
 
@@ -61,55 +72,104 @@ class Scorer:
         return self
 
     def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the child processes."""
         for reward in self._rewards:
             reward.close()
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> list[Score]:
-        """One score a row; a row has `messages`, `conversational`, `metadata` (JSON) and `text`."""
+        """One score a row; a row has `messages`, `conversational`, `metadata` (JSON), `text` and maybe `token_ids`."""
         if not rows:
             return []
         columns = _columns([json.loads(row["metadata"]) for row in rows])
+        if "token_ids" in rows[0]:
+            columns["completion_ids"] = [row["token_ids"] for row in rows]  # TRL's name
         prompts = [row["messages"] for row in rows]
         texts = [row["text"] for row in rows]
         forms = [row["conversational"] for row in rows]
-        scores = [reward.score(prompts, texts, columns, conversational=forms) for reward in self._rewards]
+
+        def ask(reward: Reward) -> list[Score]:
+            return reward.score(prompts, texts, columns, conversational=forms)
+
+        if len(self._rewards) == 1:
+            scores = [ask(self._rewards[0])]
+        else:  # side by side: a judge only waits, while a model computes
+            with ThreadPoolExecutor(len(self._rewards), thread_name_prefix="rewards") as threads:
+                scores = list(threads.map(ask, self._rewards))
         return combine(list(zip(self._names, self._weights, scores, strict=True)))
 
 
+_TOGETHER = 4096  # completions to score in one call, so many at least while there are parts left
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part with its rows, and those of its rewards that were computed before, by the row's digest."""
+
+    plan: PartPlan
+    started: float
+    rows: list[dict[str, Any]]
+    kept: dict[str, dict[str, Any]]
+
+    @property
+    def fresh(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["input_digest"] not in self.kept]
+
+
 def compute(work: Work) -> Iterator[PartRecord]:
-    """Score the group part by part. The rewards themselves run in child processes."""
-    with Scorer(work.config, work.log) as scorer:
-        for part in work.parts:
-            yield _score_part(work, part, scorer)
+    """Score the group, some parts together, and commit each part. The rewards are kept for the next group."""
+    scorer = keep(
+        (work.config.rewards, work.store.url, work.log), lambda: Scorer(work.config, work.log, work.store)
+    )
+    waiting: list[_Part] = []
+    for plan in work.parts:
+        waiting.append(_read_part(work, plan))
+        if sum(len(part.fresh) for part in waiting) >= _TOGETHER:
+            yield from _score_parts(work, waiting, scorer)
+            waiting = []
+    yield from _score_parts(work, waiting, scorer)
 
 
-def _score_part(work: Work, part: PartPlan, scorer: Scorer) -> PartRecord:
+def _read_part(work: Work, part: PartPlan) -> _Part:
     started = time.monotonic()
-    rows = _inputs(work, part)
     kept: dict[str, dict[str, Any]] = {}
     reusable = reusable_rows(work, part, on=["input_digest"])
     if not reusable.is_empty():
-        kept = {row["input_digest"]: row for row in reusable.filter(pl.col("error").is_null()).to_dicts()}
-    fresh = [row for row in rows if row["input_digest"] not in kept]
+        kept = {row["input_digest"]: row for row in reusable.to_dicts() if row["error"] is None}
+    return _Part(part, started, _inputs(work, part), kept)
+
+
+def _score_parts(work: Work, parts: Sequence[_Part], scorer: Scorer) -> Iterator[PartRecord]:
+    fresh = [row for part in parts for row in part.fresh]
     scores = dict(zip((row["input_digest"] for row in fresh), scorer.score(fresh), strict=True))
+    for part in parts:
+        yield _commit(work, part, scores)
+
+
+def _commit(work: Work, part: _Part, scores: Mapping[str, Score]) -> PartRecord:
     table, rejects = [], []
-    for row in rows:
-        old = kept.get(row["input_digest"])
+    for row in part.rows:
+        old = part.kept.get(row["input_digest"])
         score = _score_of(old) if old is not None else scores[row["input_digest"]]
         table.append(_row(row, score))
         if score.error is not None:
             key = f"{row['prompt_id']}/{row['origin']}/{row['sample_index']}"
             rejects.append({"key": key, "reason": score.error, "prompt_id": row["prompt_id"]})
-    return work.commit(part, pa.Table.from_pylist(table, schema=_SCHEMA), started=started, rejects=rejects)
+    return work.commit(
+        part.plan, pa.Table.from_pylist(table, schema=_SCHEMA), started=part.started, rejects=rejects
+    )
 
 
 _SCHEMA = SCHEMAS["rewards"].append(pa.field("input_digest", pa.string(), nullable=False))
 
 
 def _inputs(work: Work, part: PartPlan) -> list[dict[str, Any]]:
-    completions = work.store.read_part(
-        work.input(part, "completions"), columns=["prompt_id", "sample_index", "origin", "text"]
-    ).to_pylist()
+    columns = ["prompt_id", "sample_index", "origin", "text"]
+    if any(reward.kind == "function" for reward in work.config.rewards):  # TRL passes them to functions
+        columns.append("token_ids")
+    completions = work.store.read_part(work.input(part, "completions"), columns=columns).to_pylist()
     prompts = prompt_rows(work, part, "messages", "conversational", "metadata")
     rows = [{**prompts[row["prompt_id"]], **row} for row in completions]
     for row in rows:
@@ -127,6 +187,8 @@ def _digest(row: Mapping[str, Any]) -> str:
         row["origin"],
         row["sample_index"],
     ]
+    if "token_ids" in row:
+        seen.append(row["token_ids"])
     return hashlib.sha256(json.dumps(seen, ensure_ascii=False).encode()).hexdigest()[:32]
 
 

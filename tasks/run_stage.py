@@ -1,33 +1,23 @@
-"""One stage from plan to manifest: what is missing is computed group by group, each group a Prefect task.
+"""One stage from plan to manifest: its parts, what they came to together, and the run's note of it.
 
-The task is the unit that Prefect shows and retries; the part is the unit of commit. So a task that is retried, or a run that is
-started again after a kill, computes only the parts of its group that are not there yet.
+Prefect is loaded only where something is to be computed (`tasks.groups`): a run that finds everything in the store needs none.
 """
 
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-from prefect.utilities.annotations import quote
-
-from qrpo.child import stream
-from qrpo.errors import DataError, EngineError
-from storage import Manifest, PartKey, PartRecord, Store, manifest_of
-from storage.leases import Leases
+from qrpo.errors import DataError
+from storage import Manifest, PartRecord, Store, manifest_of
 from storage.manifest import now
 from tasks import evaluation, prompts
-from tasks.engines import close_engine
-from tasks.plan import PartPlan, StagePlan
-from tasks.progress import Reporter, reporting
-from tasks.salvage import with_candidates
+from tasks.plan import StagePlan
+from tasks.progress import reporting
 from tasks.stages import STAGES, plan_pipeline, require_parents
-from tasks.work import Progress, Work
+from tasks.work import Work
 
 if TYPE_CHECKING:
     from tasks.config import PipelineConfig
@@ -35,9 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["StageResult", "run_stage"]
 
 log = logging.getLogger("qrpo")
-
-_IN_CHILD = {"reference", "shards", "policy"}  # each loads a model, whose memory must come back
-_RETRY_DELAYS = [5.0]  # seconds; each entry is one more attempt
 
 
 @dataclass(frozen=True)
@@ -75,7 +62,11 @@ def run_stage(
     if stage == "prompts":
         plan, computed = _read_prompts(plan, config, store, force)
     else:
-        computed = _compute_missing(plan, config, store, force)
+        computed = 0
+        if force or plan.missing:
+            from tasks.groups import compute_missing
+
+            computed = compute_missing(plan, config, store, force)
         plan = plan_pipeline(config, store, until=stage)[stage] if computed else plan
         assert plan.complete, f"{stage}: {len(plan.missing)} parts are missing after they were computed"
     manifest = _commit_manifest(plan, config, store, time.monotonic() - started)
@@ -99,104 +90,6 @@ def _line(result: StageResult) -> str:
     counts += [f"{result.parts_cached} cached"] if result.parts_cached else []
     parts = ", ".join(counts) or "nothing to do"
     return f"{result.stage:<12} {parts}; {result.rows:,} rows, {result.seconds:.1f} s"
-
-
-def _compute_missing(plan: StagePlan, config: "PipelineConfig", store: Store, force: bool) -> int:
-    """Compute what is missing, but for what another run on this store is working on: that is waited for. How many were computed."""
-    missing = plan.parts if force else plan.missing
-    if not missing:
-        return 0
-    present = store.find_parts([part.key for part in missing])
-    parts = tuple(replace(part, replace=part.key.fingerprint in present) for part in missing)
-    if not force:
-        parts = with_candidates(store, plan, parts)
-    size = config.run.parts_per_task
-    groups = [parts[start : start + size] for start in range(0, len(parts), size)]
-    computed = 0
-    with reporting(plan.stage, len(parts)) as reporter, Leases(store, config.run.lease_ttl) as leases:
-        for family in {part.key.family for part in parts}:
-            leases.protect(family)
-
-        def compute(group: Sequence[PartPlan], label: str) -> int:
-            # quoted, so that Prefect does not walk through them
-            work: Any = quote(Work(plan.stage, config, store.url, tuple(group)))
-            shown: Any = quote(reporter)
-            compute_parts(f"{plan.stage} {label}", work, shown)
-            for part in group:
-                leases.release(part.key)
-            return len(group)
-
-        try:
-            theirs: dict[PartKey, PartPlan] = {}
-            for number, group in enumerate(groups, start=1):
-                mine, others = _share(leases, group)
-                theirs |= {part.key: part for part in others}
-                computed += compute(mine, f"{number}/{len(groups)}") if mine else 0
-            for key, record in leases.wait(theirs, patience=config.run.lease_patience):
-                if record is None:
-                    computed += compute([theirs[key]], f"taken over {key.fingerprint[:8]}")
-        finally:
-            close_engine()
-    return computed
-
-
-def _share(leases: Leases, group: Sequence[PartPlan]) -> tuple[list[PartPlan], list[PartPlan]]:
-    """Which parts of the group are ours to compute now, and which another run is working on."""
-    _, mine, others = leases.share(part.key for part in group if not part.replace)
-    return (
-        [part for part in group if part.replace or part.key in mine],
-        [part for part in group if part.key in others],
-    )
-
-
-def _worth_another_try(task: Any, run: Any, state: Any) -> bool:
-    """A dead engine or child process is started anew; a mistake in the configuration or the data would only come again."""
-    return isinstance(state.result(raise_on_failure=False), EngineError)
-
-
-@task(
-    name="compute parts",
-    task_run_name="{label}",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    retries=len(_RETRY_DELAYS),
-    retry_delay_seconds=_RETRY_DELAYS,
-    retry_condition_fn=_worth_another_try,
-)
-def compute_parts(label: str, work: Work, reporter: Reporter) -> list[str]:
-    """Compute and commit one group of parts; the fingerprints of those that were computed in this attempt."""
-    todo = [
-        part for part in work.parts if part.replace or work.store.part(part.key) is None
-    ]  # a retry comes here again
-    before = reporter.done + len(work.parts) - len(todo)
-    committed: list[str] = []
-    for item in _items(work.only(todo)) if todo else ():
-        if isinstance(item, Progress):
-            reporter.update(item.done, item.message, total=item.total)
-        else:
-            committed.append(item.fingerprint)
-            log.debug("%s: committed %s (%d rows)", label, item.fingerprint, item.rows)
-            reporter.update(before + len(committed))
-    return committed
-
-
-def _items(work: Work) -> Iterator[PartRecord | Progress]:
-    module = f"tasks.{work.stage}"
-    if work.stage == "evaluation":
-        yield from _in_child(f"{module}:compute", work, evaluation.sample(work))
-    elif work.stage in _IN_CHILD:
-        yield from _in_child(f"{module}:compute", work)
-    else:
-        yield from import_module(module).compute(work)
-
-
-def _in_child(target: str, work: Work, *more: Any) -> Iterator[PartRecord | Progress]:
-    if work.store.url.startswith("memory://"):  # that store is this process's alone
-        module, _, function = target.partition(":")
-        return getattr(import_module(module), function)(work, *more)  # type: ignore[no-any-return]
-    threads = work.config.run.cpu_threads
-    environment = {"OMP_NUM_THREADS": str(threads)} if threads else None
-    return stream(target, work, *more, log=work.log, env=environment)
 
 
 def _read_prompts(

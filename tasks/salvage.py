@@ -8,12 +8,14 @@ rows whose keys match and computes only the rest.
 
 from collections.abc import Sequence
 from dataclasses import replace
-
-import polars as pl
+from typing import TYPE_CHECKING
 
 from storage import PartKey, PartRecord, Store
 from tasks.plan import PartPlan, StagePlan
 from tasks.work import Work
+
+if TYPE_CHECKING:
+    import polars as pl
 
 __all__ = ["reusable_rows", "with_candidates"]
 
@@ -50,8 +52,10 @@ def with_candidates(store: Store, plan: StagePlan, missing: Sequence[PartPlan]) 
     )
 
 
-def reusable_rows(work: Work, part: PartPlan, on: Sequence[str]) -> pl.DataFrame:
+def reusable_rows(work: Work, part: PartPlan, on: Sequence[str]) -> "pl.DataFrame":
     """Rows of the candidate parts for this part's slice, unique by the columns `on`; an empty frame where there are none."""
+    import polars as pl
+
     records = [record for record in (work.store.part(key) for key in part.reuse) if record is not None]
     if not records:
         return pl.DataFrame()

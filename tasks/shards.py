@@ -20,6 +20,7 @@ from qrpo.models import ModelConfig
 from storage import PartKey, PartRecord, Store, fingerprint
 from storage.tables import SCHEMAS
 from tasks.completions import parts_by_prompts
+from tasks.engines import keep
 from tasks.plan import PartPlan, StagePlan, make_family
 from tasks.prompts import prompt_parts, prompt_rows
 from tasks.reference import model_for, reference_identity, reference_inputs, reference_parent
@@ -62,10 +63,9 @@ def plan(config: "PipelineConfig", plans: Mapping[str, StagePlan], store: Store)
 
 
 def compute(work: Work) -> Iterator[PartRecord]:
-    """Compute the group part by part. Runs in a child process, since it loads the reference model."""
+    """Compute the group part by part. Runs in a child process, since it loads the reference model, and keeps it."""
     model_config = model_for(work, work.parts[0])
     tokenizer = load_tokenizer(model_config)
-    scorer: LogprobScorer | None = None
     for part in work.parts:
         started = time.monotonic()
         rows, rejects = _rows(work, part, tokenizer)
@@ -74,7 +74,9 @@ def compute(work: Work) -> Iterator[PartRecord]:
             row["ref_logprob"] = known.get(_tokens_key(row))
         unknown = [row for row in rows if row["ref_logprob"] is None]
         if unknown:
-            scorer = scorer or LogprobScorer(model_config, work.config)
+            scorer = keep(
+                (model_config, "log-probabilities"), lambda: LogprobScorer(model_config, work.config)
+            )
             scorer.score(unknown, "ref_logprob")
         rows.sort(key=lambda row: _shuffle_key(work.config.seed, row["prompt_id"]))
         table = pa.Table.from_pylist(rows, schema=SCHEMAS["shards"])
@@ -107,12 +109,18 @@ class LogprobScorer:
         for row, scores_K in zip(rows, scores, strict=True):
             row[column] = scores_K.tolist()
 
+    def close(self) -> None:
+        """Let the model go."""
+        del self._model
+
 
 def _trained_on(part: PartPlan, config: "PipelineConfig") -> bool:
     section = config.quantiles
     if part.slice["origin"] == "offline":
-        return section.train_on != "reference"
-    return section.train_on != "offline" and (
+        return section.train_on in ("offline", "both")
+    if part.slice["origin"] == "policy":
+        return True
+    return section.train_on in ("reference", "both") and (
         section.num_completions is None or part.slice["start"] < section.num_completions
     )
 
@@ -137,7 +145,7 @@ def _rows(work: Work, part: PartPlan, tokenizer: Any) -> tuple[list[dict[str, An
 def _completion_tokens(work: Work, part: PartPlan) -> dict[tuple[str, str, int], list[int]]:
     """Token ids of the completions that are trained on, by prompt, origin and sample index."""
     keep = work.config.quantiles.num_completions
-    trained = pc.field("origin") == "offline"
+    trained = pc.field("origin") != "reference"
     trained |= pc.scalar(True) if keep is None else pc.field("sample_index") < keep
     columns = ["prompt_id", "origin", "sample_index", "token_ids"]
     return {
@@ -173,7 +181,8 @@ def _row(
             {"key": prompt_id, "reason": "no scored training completion is left", "prompt_id": prompt_id}
         )
         return None, rejects
-    left_out = config.quantiles.self_exclusion and config.quantiles.train_on == "reference"
+    section = config.quantiles
+    left_out = section.self_exclusion and section.train_on == "reference" and section.num_ref is None
     row = {
         "prompt_id": prompt_id,
         "prompt_token_ids": prompt_token_ids,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from qrpo.preemption import noting_sigterm
 from storage import PartKey, PartRecord, Store
 from storage.read import cache_folder
 from storage.tables import rejects_table
@@ -117,7 +118,8 @@ class Work:
 def progress_of(run: Callable[[Callable[[Mapping[str, Any]], None]], object]) -> Iterator[Progress]:
     """What a training run reports, as it comes; `run` gets the function to report with and is called in a thread of its own.
 
-    A report has `step`, `total_steps` and metrics. What the run raises is raised here.
+    A report has `step`, `total_steps` and metrics. What the run raises is raised here. Called in the main thread, a SIGTERM is
+    noted for the run, which saves a checkpoint and stops.
     """
     reports: queue.Queue[Progress | BaseException | None] = queue.Queue()
 
@@ -128,11 +130,12 @@ def progress_of(run: Callable[[Callable[[Mapping[str, Any]], None]], object]) ->
         except BaseException as error:
             reports.put(error)
 
-    threading.Thread(target=target, name="training", daemon=True).start()
-    while (report := reports.get()) is not None:
-        if isinstance(report, BaseException):
-            raise report
-        yield report
+    with noting_sigterm():
+        threading.Thread(target=target, name="training", daemon=True).start()
+        while (report := reports.get()) is not None:
+            if isinstance(report, BaseException):
+                raise report
+            yield report
 
 
 def _progress(report: Mapping[str, Any]) -> Progress:

@@ -9,10 +9,11 @@ def reward(prompts: list[str], completions: list[str], answer: list[str], **colu
     A missing letter, one too many, and anything that is not a small letter count as the whole alphabet away. `answer`
     is the column of that name in prompts.jsonl.
     """
-    return [_closeness(said.strip(), right) for said, right in zip(completions, answer, strict=True)]
+    return [closeness(said.strip(), right) for said, right in zip(completions, answer, strict=True)]
 
 
-def _closeness(said: str, right: str) -> float:
+def closeness(said: str, right: str) -> float:
+    """The reward of one answer."""
     distances = [_distance(letter, belongs) for letter, belongs in zip(said, right, strict=False)]
     distances += [ALPHABET] * abs(len(said) - len(right))
     return 1.0 - sum(distances) / (ALPHABET * len(right))

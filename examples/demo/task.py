@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qrpo.tiny import build_tiny_model
 
-__all__ = ["write_demo"]
+__all__ = ["ALPHABET", "LETTERS", "careless", "write_demo"]
 
 ALPHABET = string.ascii_lowercase[:14]
 LETTERS = 7
@@ -38,7 +38,7 @@ def write_demo(folder: str | Path, *, prompts: int = 1500, seed: int = 0) -> Pat
         if answer not in rows:
             rows[answer] = {
                 "prompt": "sort " + "".join(letters),
-                "completion": "".join(_careless(answer, rng)),
+                "completion": "".join(careless(answer, rng)),
                 "answer": answer,
             }
     with (folder / "prompts.jsonl").open("w", encoding="utf-8") as file:
@@ -51,8 +51,8 @@ def write_demo(folder: str | Path, *, prompts: int = 1500, seed: int = 0) -> Pat
     return folder
 
 
-def _careless(answer: str, rng: random.Random) -> list[str]:
-    """Take the first letter that is left, but pass it over, again and again, with probability CARELESSNESS."""
+def careless(answer: str, rng: random.Random) -> list[str]:
+    """The letters of an answer by a careless teacher: take the first letter that is left, but pass it over, again and again, with probability CARELESSNESS."""
     left, said = list(answer), []
     while left:
         place = 0

@@ -18,7 +18,7 @@ from qrpo.errors import DataError, EngineError, ModelError
 from qrpo.models import ModelConfig, is_local, load_model_config, location
 from qrpo.sampling import Sample, SampleRequest, SamplingConfig
 
-__all__ = ["VLLMEngine"]
+__all__ = ["VLLMEngine", "cpu_kv_cache_bytes", "require_cpu_heads", "saved_dtype"]
 
 
 class VLLMEngine:
@@ -45,7 +45,7 @@ class VLLMEngine:
             "model": location(model),
             "revision": None if is_local(model) else model.revision,
             "trust_remote_code": model.trust_remote_code,
-            "dtype": _saved_dtype(hf_config) if model.dtype == "auto" else model.dtype,
+            "dtype": saved_dtype(hf_config) if model.dtype == "auto" else model.dtype,
             "max_model_len": max_model_len,
             "max_num_seqs": config.max_num_seqs,
             "gpu_memory_utilization": config.gpu_memory_utilization,
@@ -57,9 +57,9 @@ class VLLMEngine:
             "generation_config": "auto",  # for its end tokens; sampling settings are all given per request
         }
         if on_cpu:
-            _require_cpu_heads(hf_config, model)
+            require_cpu_heads(hf_config, model)
             arguments["enable_chunked_prefill"] = False
-            arguments["kv_cache_memory_bytes"] = _cpu_kv_cache_bytes(
+            arguments["kv_cache_memory_bytes"] = cpu_kv_cache_bytes(
                 hf_config, max_model_len, config.max_num_seqs
             )
         if config.kv_cache_gib is not None:
@@ -121,13 +121,13 @@ class VLLMEngine:
             shutdown()
 
 
-def _saved_dtype(hf_config: Any) -> str:
+def saved_dtype(hf_config: Any) -> str:
     """What `auto` means everywhere else. vLLM's own `auto` would turn float32 into bfloat16 without asking."""
     dtype = getattr(hf_config, "dtype", None) or getattr(hf_config.get_text_config(), "dtype", None)
     return "auto" if dtype is None else str(dtype).removeprefix("torch.")
 
 
-def _cpu_kv_cache_bytes(hf_config: Any, max_model_len: int, max_num_seqs: int) -> int:
+def cpu_kv_cache_bytes(hf_config: Any, max_model_len: int, max_num_seqs: int) -> int:
     """Room for `max_num_seqs` full sequences, but at most 4 GiB and at least one sequence.
 
     vLLM would take half of the machine's memory, and fill it with zeros first (3.5 s per GiB seen).
@@ -143,7 +143,7 @@ def _cpu_kv_cache_bytes(hf_config: Any, max_model_len: int, max_num_seqs: int) -
     return int(max(min(sequence * (max_num_seqs + 1), 4 << 30), 2 * sequence))
 
 
-def _require_cpu_heads(hf_config: Any, model: ModelConfig) -> None:
+def require_cpu_heads(hf_config: Any, model: ModelConfig) -> None:
     """Say before the start what vLLM would only say at the first step."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 

@@ -3,11 +3,10 @@
     def reward(prompts, completions, answer, **columns) -> list[float | None]
 
 The function gets a batch: prompts and completions as strings, or as lists of messages where the dataset's prompts are
-messages, and the dataset's other columns by name. It may be `async`. None means "does not apply". It may leave out
-what it does not need, `**columns` too.
+messages, the sampled `completion_ids`, and the dataset's other columns by name. It may be `async`. None means "does
+not apply". It may leave out what it does not need, `**columns` too.
 
-It runs in a child process, in the folder's own `sys.path`, so that a call which hangs can be ended. When a call on a
-batch raises, hangs or returns the wrong count, its rows are tried one by one: one bad row does not cost the others.
+It runs in child processes (`qrpo.rewards.workers`), with the folder of its file on `sys.path`.
 """
 
 import asyncio
@@ -15,40 +14,35 @@ import inspect
 import math
 import numbers
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
-from qrpo.callables import load_callable, split_target
+from qrpo.callables import load_callable, source_digests, split_target
 from qrpo.chat import Messages
-from qrpo.child import Child
-from qrpo.config import Section, knob
-from qrpo.errors import ConfigError, EngineError, QRPOError, RewardError
-from qrpo.rewards.protocol import Columns, Score
+from qrpo.config import knob
+from qrpo.errors import ConfigError, QRPOError, RewardError
+from qrpo.rewards.protocol import Answers, Columns, Reward, RewardSection, Score
+from qrpo.rewards.workers import Workers
 
-__all__ = ["ChildFunctionReward", "FunctionReward", "FunctionRewardConfig"]
-
-# calls in a row that hang: before anything was ever scored, and after
-_TIMEOUTS_AT_FIRST, _TIMEOUTS_LATER = 3, 10
+__all__ = ["FunctionReward", "FunctionRewardConfig"]
 
 
-class FunctionRewardConfig(Section):
+class FunctionRewardConfig(RewardSection):
     """A reward that is a Python function."""
 
     kind: Literal["function"] = "function"
     """Says that this reward is a Python function."""
-    name: str = Field("reward", min_length=1)
-    """What its values are called among the components of a sum."""
-    weight: float = Field(1.0, allow_inf_nan=False)
-    """Its factor in a sum of several rewards."""
     function: str = knob(...)
     """`path/to/file.py:function` or `package.module:function`. Its source is in fingerprints, its path is not."""
     version: str = ""
     """Change it when the function's answers change for a reason outside its source: a data file, a package."""
     batch_size: int = knob(256, ge=1)
-    """Completions per call."""
+    """Most completions per call."""
+    workers: int = knob(1, ge=1)
+    """Processes that work side by side, each with the function imported for itself."""
     timeout: float = knob(60.0, gt=0.0)
     """Longest time for one call, in seconds; longer, and its rows are tried one by one."""
 
@@ -60,6 +54,22 @@ class FunctionRewardConfig(Section):
         except ConfigError as error:
             raise ValueError(str(error)) from error
         return value
+
+    def identity(self) -> dict[str, Any]:
+        """The function's name, its source and that of the local files that it imports."""
+        return {"function": split_target(self.function)[1], "sources": source_digests(self.function)}
+
+    def open(self, log: Path | None, answers: Answers | None) -> Reward:
+        """The function in `workers` child processes."""
+        return Workers(
+            "qrpo.rewards.function:FunctionReward",
+            self.function,
+            name=self.function,
+            count=self.workers,
+            batch_size=self.batch_size,
+            timeout=self.timeout,
+            log=log,
+        )
 
 
 class FunctionReward:
@@ -73,10 +83,15 @@ class FunctionReward:
             raise
         except Exception as error:
             raise RewardError(f"cannot import {target}: {_last_line(error)}") from error
-        self._accepts = _accepted_names(self._function)
+        parameters = inspect.signature(self._function).parameters.values()
+        self._names = {
+            parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY
+        }
+        self._takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
-    def ready(self) -> None:
-        """Answers once the function is loaded."""
+    def ready(self) -> set[str] | None:
+        """The names of the columns that the function takes; None for all. Answers once it is loaded."""
+        return None if self._takes_all else self._names
 
     def call(
         self, prompts: Sequence[Messages], completions: Sequence[str], columns: Columns, conversational: bool
@@ -94,7 +109,9 @@ class FunctionReward:
             },
         }
         try:
-            values = self._run({name: arguments[name] for name in arguments if self._accepts(name)})
+            values = self._run(
+                {name: arguments[name] for name in arguments if self._takes_all or name in self._names}
+            )
         except (Exception, SystemExit) as error:
             traceback.print_exception(error)  # into the log
             raise RewardError(f"{self._target} raised {_last_line(error)}") from error
@@ -125,100 +142,8 @@ class FunctionReward:
         return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
 
 
-class ChildFunctionReward:
-    """A function reward in a child process, as the `Reward` protocol wants it."""
-
-    def __init__(self, config: FunctionRewardConfig, log: Path | None = None):
-        self._config = config
-        self._child = Child(
-            "qrpo.rewards.function:FunctionReward", config.function, name=f"reward {config.function}", log=log
-        )
-        self._scored_any = False
-        self._timeouts = 0  # in a row
-
-    def score(
-        self,
-        prompts: Sequence[Messages],
-        completions: Sequence[str],
-        columns: Columns,
-        *,
-        conversational: Sequence[bool] | None = None,
-    ) -> list[Score]:
-        """One score per completion, in order. RewardError if the function has failed on every row it ever got."""
-        count = len(completions)
-        if not count:
-            return []
-        self._child.call("ready")  # so that a function which cannot be loaded is told as that
-        forms = [True] * count if conversational is None else list(conversational)
-        scores: dict[int, Score] = {}
-        for form in (True, False):
-            rows = [row for row in range(count) if forms[row] is form]
-            for start in range(0, len(rows), self._config.batch_size):
-                batch = rows[start : start + self._config.batch_size]
-                scores |= zip(
-                    batch, self._score_rows(batch, prompts, completions, columns, form), strict=True
-                )
-        errors = [score.error for score in scores.values() if score.error is not None]
-        self._scored_any = self._scored_any or len(errors) < count
-        if not self._scored_any and count > 1:
-            raise RewardError(
-                f"the reward failed on each of the first {count} completions: {errors[0]}. Mend it"
-            )
-        return [scores[row] for row in range(count)]
-
-    def close(self) -> None:
-        """End the child process."""
-        self._child.close()
-
-    def _score_rows(
-        self,
-        rows: list[int],
-        prompts: Sequence[Messages],
-        completions: Sequence[str],
-        columns: Columns,
-        conversational: bool,
-    ) -> list[Score]:
-        try:
-            scores: list[Score] = self._child.call(
-                "call",
-                [prompts[row] for row in rows],
-                [completions[row] for row in rows],
-                {name: [values[row] for row in rows] for name, values in columns.items()},
-                conversational,
-                timeout=self._config.timeout,
-            )
-        except (RewardError, EngineError, TimeoutError) as error:  # it raised, died, or hung
-            hung = isinstance(error, TimeoutError)
-            if len(rows) > 1:
-                return [
-                    score
-                    for row in rows
-                    for score in self._score_rows([row], prompts, completions, columns, conversational)
-                ]
-            self._timeouts = self._timeouts + 1 if hung else 0
-            if self._timeouts >= (_TIMEOUTS_LATER if self._scored_any else _TIMEOUTS_AT_FIRST):
-                raise RewardError(
-                    f"{self._config.function} took more than {self._config.timeout:g} s on each of "
-                    f"{self._timeouts} completions in a row: raise the reward's timeout, or mend the function"
-                ) from None
-            return [
-                Score(None, f"no answer within {self._config.timeout:g} s (timeout)" if hung else str(error))
-            ]
-        self._scored_any = self._scored_any or any(score.error is None for score in scores)
-        self._timeouts = 0
-        return scores
-
-
 async def _awaited(result: Any) -> Any:
     return await result
-
-
-def _accepted_names(function: Callable[..., Any]) -> Callable[[str], bool]:
-    parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return lambda name: True
-    names = {parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY}
-    return names.__contains__
 
 
 def _as_given(prompt: Messages, conversational: bool) -> Any:

@@ -3,103 +3,102 @@
 The model reads the whole conversation through its own chat template. Completions are sorted by length and batched up
 to a number of tokens, padding included, so little of a batch is padding; results come back in the order given and do
 not depend on the batch beyond floating-point rounding. Scores are float32 whatever the model's precision.
+
+A model with several objectives that combines them itself (ArmoRM's shape) gives its `score`. Where memory runs out the
+batch is halved, and stays so. vLLM runs the same models: `qrpo.rewards.pooling`.
 """
 
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from qrpo.chat import Messages, encode_conversation, load_tokenizer
+from qrpo.chat import Messages, encode_conversations, load_tokenizer
 from qrpo.child import Child
-from qrpo.config import Section, knob
+from qrpo.config import knob
 from qrpo.errors import DataError, ModelError
-from qrpo.models import ModelConfig, context_length, load_reward_model
-from qrpo.rewards.protocol import Columns, Score
+from qrpo.models import ModelConfig, context_length, load_reward_model, model_identity
+from qrpo.rewards.protocol import Answers, Columns, Reward, RewardSection, Score
 
-__all__ = ["ChildModelReward", "ModelReward", "ModelRewardConfig"]
+__all__ = ["ModelReward", "ModelRewardConfig", "as_score", "encode_rows", "not_one_score"]
 
 logger = logging.getLogger(__name__)
 
 
-class ModelRewardConfig(Section):
+class ModelRewardConfig(RewardSection):
     """A reward that is a sequence-classification model."""
 
     kind: Literal["model"] = "model"
     """Says that this reward is a Hugging Face model."""
-    name: str = Field("reward", min_length=1)
-    """What its values are called among the components of a sum."""
-    weight: float = Field(1.0, allow_inf_nan=False)
-    """Its factor in a sum of several rewards."""
     model: ModelConfig
     """The model; float32 where memory allows, since bfloat16 turns some pairs round."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What runs it. Scores differ by rounding, so it counts in fingerprints."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """More arguments for `vllm.LLM` (`quantization`, `hf_overrides`, ...); for that engine alone."""
     max_length: int | None = Field(None, ge=1)
     """Longest conversation in tokens, by default the model's context; longer ones fail rather than lose their end."""
     batch_tokens: int = knob(16384, ge=1)
-    """Tokens per batch, padding included; halved when memory runs out."""
+    """Tokens per batch, padding included; halved when memory runs out. For vLLM, tokens in one step."""
     device: str | None = knob(None)
-    """Where it runs: `cpu`, `cuda`, `cuda:1`; by default the first GPU where there is one."""
+    """Where transformers runs it: `cpu`, `cuda`, `cuda:1`; by default the first GPU where there is one."""
+    gpu_memory_utilization: float = knob(0.9, gt=0.0, le=1.0)
+    """Share of the GPU's memory that vLLM takes."""
+    tensor_parallel_size: int = knob(1, ge=1)
+    """GPUs that share the model under vLLM."""
+
+    @model_validator(mode="after")
+    def _options_have_an_engine(self) -> "ModelRewardConfig":
+        if self.options and self.engine != "vllm":
+            raise ValueError("options are arguments for vLLM: set `engine: vllm`, or leave them out")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What the model's files are, or its hub id and revision."""
+        return {"model": model_identity(self.model)}
+
+    def open(self, log: Path | None, answers: Answers | None) -> Reward:
+        """The model in a child process."""
+        return _ChildModel(self, log)
 
 
 class ModelReward:
-    """A loaded reward model and its tokenizer."""
+    """A reward model and its tokenizer, loaded in this process by transformers."""
 
     def __init__(self, config: ModelRewardConfig):
         self._tokenizer = load_tokenizer(config.model)
         self._max_length = config.max_length or context_length(config.model)
-        self._model = load_reward_model(config.model, config.device)
+        self.model = load_reward_model(config.model, config.device)
         self._path = config.model.path
         # a model with code of its own may have several and still give one score: seen when it is run
-        if (labels := self._model.config.num_labels) != 1 and not config.model.trust_remote_code:
-            raise ModelError(_not_one_score(self._path, labels))
+        if (labels := self.model.config.num_labels) != 1 and not config.model.trust_remote_code:
+            raise ModelError(not_one_score(self._path, labels))
         self._batch_tokens = config.batch_tokens
 
-    def score(
-        self,
-        prompts: Sequence[Messages],
-        completions: Sequence[str],
-        columns: Columns,
-        *,
-        conversational: Sequence[bool] | None = None,
-    ) -> list[Score]:
+    @property
+    def batch_tokens(self) -> int:
+        """The budget as it stands: what was configured, or less after memory ran out."""
+        return self._batch_tokens
+
+    def score(self, prompts: Sequence[Messages], completions: Sequence[str]) -> list[Score]:
         """One score per completion, in order; rows that are too long or that the template refuses have an error."""
-        scores: dict[int, Score] = {}
-        encoded: dict[int, list[int]] = {}
-        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            try:
-                ids = encode_conversation(
-                    self._tokenizer, [*prompt, {"role": "assistant", "content": completion}]
-                )
-            except DataError as error:
-                scores[row] = Score(None, str(error))
-                continue
-            if len(ids) > self._max_length:
-                scores[row] = Score(
-                    None,
-                    f"the conversation has {len(ids)} tokens, but the reward model reads {self._max_length}",
-                )
-            else:
-                encoded[row] = ids
-        waiting = sorted(
-            encoded, key=lambda row: len(encoded[row]), reverse=True
-        )  # what needs most memory first
+        encoded, scores = encode_rows(self._tokenizer, prompts, completions, self._max_length)
+        # what needs most memory first: if it fits, all does
+        waiting = sorted(encoded, key=lambda row: len(encoded[row]), reverse=True)
         while waiting:
-            batch = self._next_batch(waiting, encoded)
+            batch = waiting[: _batch_rows([len(encoded[row]) for row in waiting], self._batch_tokens)]
             rewards = self._forward([encoded[row] for row in batch])
             if rewards is None:
-                continue  # with half the budget
-            scores |= zip(batch, map(_as_score, rewards), strict=True)
+                self._halve(len(batch), len(encoded[batch[0]]))
+                continue
+            scores |= zip(batch, map(as_score, rewards), strict=True)
             del waiting[: len(batch)]
         return [scores[row] for row in range(len(completions))]
 
-    def _next_batch(self, waiting: list[int], encoded: dict[int, list[int]]) -> list[int]:
-        longest = len(encoded[waiting[0]])
-        return waiting[: max(1, self._batch_tokens // longest)]
-
     def _forward(self, ids: list[list[int]]) -> list[float] | None:
-        """The model's scores for one padded batch; None if memory ran out and a smaller batch should be tried."""
+        """The model's scores for one padded batch; None where memory ran out."""
         import torch
 
         longest = max(map(len, ids))
@@ -109,26 +108,33 @@ class ModelReward:
         for row, sequence in enumerate(ids):
             input_ids_BT[row, : len(sequence)] = torch.as_tensor(sequence)
             mask_BT[row, : len(sequence)] = 1
-        device = self._model.device
+        device = self.model.device
         try:
             with torch.inference_mode():
-                output = self._model(input_ids=input_ids_BT.to(device), attention_mask=mask_BT.to(device))
+                output = self.model(input_ids=input_ids_BT.to(device), attention_mask=mask_BT.to(device))
                 # multi-objective models (ArmoRM) combine their objectives in `score`
                 found = output.score if getattr(output, "score", None) is not None else output.logits
                 found = found.float().reshape(len(ids), -1).cpu()
-        except torch.OutOfMemoryError:
-            if len(ids) == 1:
-                raise ModelError(
-                    f"the reward model runs out of memory on one conversation of {longest} tokens: lower max_length, or "
-                    "load it in bfloat16"
-                ) from None
-            self._batch_tokens = longest * max(1, len(ids) // 2)
-            logger.warning("reward model out of memory: batch_tokens is now %d", self._batch_tokens)
-            torch.cuda.empty_cache()
+        except (RuntimeError, MemoryError) as error:  # OutOfMemoryError is a RuntimeError
+            if not _is_out_of_memory(error):
+                raise
             return None
         if found.shape[1] != 1:
-            raise ModelError(_not_one_score(self._path, found.shape[1]))
+            raise ModelError(not_one_score(self._path, found.shape[1]))
         return found[:, 0].tolist()  # type: ignore[no-any-return]
+
+    def _halve(self, rows: int, longest: int) -> None:
+        """Half the budget of a batch that did not fit. Called once its tensors are gone with the exception."""
+        import torch
+
+        torch.cuda.empty_cache()
+        if rows == 1:
+            raise ModelError(
+                f"the reward model runs out of memory on one conversation of {longest} tokens: lower max_length, or "
+                "load it in bfloat16"
+            )
+        self._batch_tokens = longest * max(1, rows // 2)
+        logger.warning("reward model out of memory: batch_tokens is now %d", self._batch_tokens)
 
     def _padding(self, ids: list[list[int]]) -> int:
         """The id to pad with, which the model reads its own way: it scores the last token that is another.
@@ -136,7 +142,7 @@ class ModelReward:
         A model without one is used on single sequences by its users and scores the last token whatever it is. The
         same comes of padding with an id that is in none of the sequences.
         """
-        text_config = self._model.config.get_text_config()
+        text_config = self.model.config.get_text_config()
         if text_config.pad_token_id is not None and not getattr(self, "_pads_freely", False):
             return int(text_config.pad_token_id)
         self._pads_freely = True
@@ -147,13 +153,16 @@ class ModelReward:
         return int(text_config.pad_token_id)
 
 
-class ChildModelReward:
+class _ChildModel:
     """A reward model in a child process, as the `Reward` protocol wants it."""
 
-    def __init__(self, config: ModelRewardConfig, log: Path | None = None):
-        self._child = Child(
-            "qrpo.rewards.model:ModelReward", config, name=f"reward model {config.model.path}", log=log
-        )
+    def __init__(self, config: ModelRewardConfig, log: Path | None):
+        target = {
+            "transformers": "qrpo.rewards.model:ModelReward",
+            "vllm": "qrpo.rewards.pooling:PoolingReward",
+        }[config.engine]
+        quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        self._child = Child(target, config, name=f"reward model {config.model.path}", log=log, env=quiet)
 
     def score(
         self,
@@ -164,7 +173,9 @@ class ChildModelReward:
         conversational: Sequence[bool] | None = None,
     ) -> list[Score]:
         """One score per completion, in order."""
-        scores: list[Score] = self._child.call("score", prompts, completions, {})
+        if not completions:
+            return []
+        scores: list[Score] = self._child.call("score", list(prompts), list(completions))
         return scores
 
     def close(self) -> None:
@@ -172,11 +183,54 @@ class ChildModelReward:
         self._child.close()
 
 
-def _not_one_score(path: str, got: int) -> str:
+def encode_rows(
+    tokenizer: Any, prompts: Sequence[Messages], completions: Sequence[str], max_length: int
+) -> tuple[dict[int, list[int]], dict[int, Score]]:
+    """Token ids of the rows that can be scored, by place, and the errors of the others."""
+    encoded: dict[int, list[int]] = {}
+    refused: dict[int, Score] = {}
+    conversations = [
+        [*prompt, {"role": "assistant", "content": completion}]
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    for row, ids in enumerate(encode_conversations(tokenizer, conversations)):
+        if isinstance(ids, DataError):
+            refused[row] = Score(None, str(ids))
+        elif len(ids) > max_length:
+            refused[row] = Score(
+                None, f"the conversation has {len(ids)} tokens, but the reward model reads {max_length}"
+            )
+        else:
+            encoded[row] = ids
+    return encoded, refused
+
+
+def _batch_rows(lengths: Sequence[int], budget: int) -> int:
+    """How many of these rows, longest first, make the next batch: within the budget, and hardly any padding.
+
+    A batch ends early before a row that would be padding by more than a fifth, as among the few longest: a smaller
+    batch costs less than to compute what nobody reads.
+    """
+    most = max(1, budget // lengths[0])
+    return next(
+        (rows for rows in range(1, min(most, len(lengths))) if lengths[rows] < 0.8 * lengths[0]), most
+    )
+
+
+def not_one_score(path: str, got: int) -> str:
+    """The message for a classifier."""
     return f"{path} gives {got} scores, expected a reward model with one: a classifier's labels are no reward"
 
 
-def _as_score(reward: float) -> Score:
+def as_score(reward: float) -> Score:
+    """The model's number as a score, an error where it is not finite."""
     if reward != reward or reward in (float("inf"), float("-inf")):
         return Score(None, f"the reward model's score is {reward}, expected a finite number")
     return Score(reward)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """CUDA and its kin raise torch.OutOfMemoryError, the CPU's allocator a RuntimeError of this wording."""
+    import torch
+
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

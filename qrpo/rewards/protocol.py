@@ -1,13 +1,21 @@
-"""What every reward takes and gives back, and how several become one."""
+"""What every kind of reward takes, gives back and says about itself, and how several become one.
+
+A kind is one module: a `RewardSection` that says what the user sets, what of it could change a score, and how to open
+it, and a `Reward` that scores. `qrpo.rewards` lists the sections; nothing else knows the kinds.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from qrpo.chat import Messages
+from pydantic import Field
 
-__all__ = ["Columns", "Reward", "Score", "combine"]
+from qrpo.chat import Messages
+from qrpo.config import Section
+
+__all__ = ["Answers", "Columns", "Reward", "RewardSection", "Score", "combine"]
 
 Columns = Mapping[str, Sequence[Any]]
 """The dataset's other columns by name, one value per completion."""
@@ -47,6 +55,43 @@ class Reward(Protocol):
     def close(self) -> None:
         """Give all memory back. A later call starts the reward again."""
         ...
+
+
+class Answers(Protocol):
+    """Where a reward keeps answers that cost money, so that asking again costs nothing. The caller has the place.
+
+    Answers that were asked for with the same settings form a group; a key says which row was asked about, an answer
+    is any text.
+    """
+
+    def load(self, group: str) -> dict[str, str]:
+        """All answers that were kept for the group, by key."""
+        ...
+
+    def keep(self, group: str, answers: Mapping[str, str]) -> None:
+        """Keep some answers. When this returns they survive whatever comes."""
+        ...
+
+
+class RewardSection(Section):
+    """What every reward has in the configuration. A kind adds its settings, `kind`, `identity` and `open`."""
+
+    name: str = Field("reward", min_length=1)
+    """What its values are called among the components of a sum."""
+    weight: float = Field(1.0, allow_inf_nan=False)
+    """Its factor in a sum of several rewards; 0 only keeps its value as a component."""
+
+    def identity(self) -> dict[str, Any]:
+        """What could change a score and is not a setting: the source of a function, the files of a model.
+
+        Goes into fingerprints beside `qrpo.config.keyed(self)`. Plain JSON values without paths; quick, offline and
+        without a GPU, since `qrpo plan` asks. Raises ConfigError or ModelError where something is missing.
+        """
+        raise NotImplementedError
+
+    def open(self, log: Path | None, answers: Answers | None) -> Reward:
+        """The reward, which starts whatever it needs at its first call; children append their output to `log`."""
+        raise NotImplementedError
 
 
 def combine(scores: Sequence[tuple[str, float, Sequence[Score]]]) -> list[Score]:

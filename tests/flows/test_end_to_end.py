@@ -322,15 +322,19 @@ def test_evaluation_rows_are_fresh_held_out_samples_with_recomputed_rewards_and_
         assert row["quantile_reward"] == pytest.approx((below + equal / 2) / len(others))
 
 
-def test_evaluation_logprobs_are_plain_forwards_of_both_models(finished: Finished, reference: Any) -> None:
+def test_evaluation_logprobs_are_plain_forwards_of_the_model_that_drew_and_of_the_reference(
+    finished: Finished, reference: Any
+) -> None:
     policy, tokenizer = load(finished.model("policy"))
     messages = {row["prompt_id"]: row["messages"] for row in finished.rows("prompts")}
 
-    for row in finished.rows("evaluation")[:24]:
+    rows = finished.rows("evaluation")
+    for row in rows[:12] + rows[-12:]:
         prompt = tokenizer.apply_chat_template(messages[row["prompt_id"]], add_generation_prompt=True)[
             "input_ids"
         ]
-        assert row["policy_logprob"] == pytest.approx(logprob(policy, prompt, row["token_ids"]), abs=1e-4)
+        drawn_by = {"policy": policy, "reference": reference[0]}[row["model"]]
+        assert row["model_logprob"] == pytest.approx(logprob(drawn_by, prompt, row["token_ids"]), abs=1e-4)
         assert row["ref_logprob"] == pytest.approx(logprob(reference[0], prompt, row["token_ids"]), abs=1e-4)
 
 
@@ -363,7 +367,7 @@ def test_summary_is_what_a_person_would_count(finished: Finished) -> None:
     ]
     assert summary["win_rate"]["mean"] == pytest.approx(np.mean(wins))
     assert summary["win_rate"]["low"] <= np.mean(wins) <= summary["win_rate"]["high"]
-    log_ratios = by_prompt("policy", lambda row: row["policy_logprob"] - row["ref_logprob"])
+    log_ratios = by_prompt("policy", lambda row: row["model_logprob"] - row["ref_logprob"])
     assert summary["kl"]["mean"] == pytest.approx(np.mean(log_ratios))
     assert summary["kl"]["k3"] == pytest.approx(
         np.mean(np.exp(-np.array(log_ratios)) - 1 + np.array(log_ratios))

@@ -86,3 +86,12 @@ def with_helper(completions, **columns):
 
 def with_id(completions, completion_ids, **columns):
     return [len(ids) for ids in completion_ids]
+
+
+def slow_process_id(completions, **columns):
+    """So slow on a batch that no process gets two where there are as many processes as batches."""
+    if "bad" in completions:
+        raise ValueError("cannot judge this")
+    if len(completions) > 1:
+        time.sleep(1.0)
+    return [os.getpid()] * len(completions)

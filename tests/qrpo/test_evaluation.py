@@ -6,8 +6,14 @@ import pyarrow as pa
 import pytest
 
 from qrpo.errors import DataError
-from qrpo.evaluation import bootstrap_interval, kl_estimates, mean_by_prompt, summarise, win_rates
+from qrpo.evaluation import prompt_scores, summarise
 from qrpo.optimization import PolicyConfig
+from qrpo.statistics import (
+    bootstrap_interval,
+    kl_estimates,
+    mean_by_prompt,
+    win_rates,
+)
 
 
 def evaluation_table(prompts=200, samples=4, shift=0.0, seed=0):
@@ -24,7 +30,7 @@ def evaluation_table(prompts=200, samples=4, shift=0.0, seed=0):
                     "reward": reward,
                     "quantile_reward": float(np.clip(reward / 6 + 0.5, 0, 1)),
                     "token_ids": [1] * (3 if model == "policy" else 5),
-                    "policy_logprob": -((reward - shift) ** 2) / 2,
+                    "model_logprob": -((reward - mean) ** 2) / 2,
                     "ref_logprob": -(reward**2) / 2,
                     "finish_reason": "stop" if index else "length",
                 }
@@ -108,3 +114,45 @@ def test_unscored_rows_are_left_out_and_a_table_of_one_model_is_refused():
         summarise(
             pa.Table.from_pylist([row for row in evaluation_table(5).to_pylist() if row["model"] == "policy"])
         )
+
+
+def test_other_models_are_compared_too_and_the_best_is_chosen_on_one_half():
+    rows = evaluation_table(60, shift=0.2).to_pylist()
+    rows += [
+        row | {"model": "step-100"}
+        for row in evaluation_table(60, shift=1.0, seed=1).to_pylist()
+        if row["model"] == "policy"
+    ]
+    summary = summarise(pa.Table.from_pylist(rows))
+
+    better = summary["others"]["step-100"]
+    assert better["win_rate"]["low"] > summary["win_rate"]["high"]
+    assert better["kl"]["mean"] == pytest.approx(0.5, abs=4 * better["kl"]["standard_error"])
+    assert summary["best"]["best"] == "step-100"
+    assert summary["best"]["selection_prompts"] == summary["best"]["report_prompts"] == 30
+    assert summary["best"]["reported"]["low"] < 1.0 < summary["best"]["reported"]["high"]
+    assert set(summary["best"]["selected_by"]) == {"policy", "step-100"}
+
+
+def test_scores_by_prompt_are_those_that_the_summary_averages():
+    table = evaluation_table(30, shift=0.5)
+    summary = summarise(table)
+
+    for score, expected in (("win_rate", summary["win_rate"]), ("kl", summary["kl"])):
+        prompt_ids, scores = prompt_scores(table, score)
+        assert len(prompt_ids) == 30
+        assert list(scores) == ["policy"]
+        assert scores["policy"].mean() == pytest.approx(expected["mean"])
+    for score in ("reward", "quantile_reward", "length"):
+        scores = prompt_scores(table, score)[1]
+        assert {name: values.mean() for name, values in scores.items()} == pytest.approx(
+            {name: summary[name][score]["mean"] for name in ("policy", "reference")}
+        )
+
+
+def test_every_draw_is_a_mean_over_prompts_of_its_own():
+    summary = summarise(evaluation_table(50, samples=3))
+
+    draws = summary["reference"]["reward_by_draw"]
+    assert len(set(draws)) == 3
+    assert np.mean(draws) == pytest.approx(summary["reference"]["reward"]["mean"])

@@ -1,6 +1,9 @@
 """Rewards: functions of every temper in real child processes, and real reward models against a plain forward."""
 
+import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,11 +12,13 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from qrpo.callables import load_callable
 from qrpo.chat import load_tokenizer
 from qrpo.config import keyed
 from qrpo.errors import ConfigError, ModelError, RewardError
-from qrpo.models import ModelConfig, load_reward_model
+from qrpo.models import ModelConfig, load_model_config, load_reward_model
 from qrpo.rewards import (
+    AnswerRewardConfig,
     FunctionRewardConfig,
     ModelRewardConfig,
     Reward,
@@ -155,6 +160,22 @@ def test_no_rows_need_no_function(opened: Any) -> None:
     assert score(opened("always_raises"), []) == []
 
 
+def test_workers_share_the_rows_and_one_bad_row_still_costs_no_other(opened: Any) -> None:
+    reward = opened("slow_process_id", workers=2, batch_size=8, timeout=120.0)
+    scores = score(reward, [f"{n}" if n != 5 else "bad" for n in range(16)])
+    assert [n for n, s in enumerate(scores) if s.error is not None] == [5]
+    processes = {s.reward for s in scores if s.error is None}
+    assert len(processes) == 2  # it gives its process's id
+
+
+def test_the_columns_that_a_function_takes_are_all_that_it_is_sent(opened: Any) -> None:
+    unpicklable = [lambda: None] * 2  # would fail if it were sent
+    assert values(score(opened("matches_answer"), ["4", "5"], answer=["4", "4"], other=unpicklable)) == [
+        1.0,
+        0.0,
+    ]
+
+
 def test_siblings_can_be_imported(opened: Any) -> None:
     assert values(score(opened("with_helper"), ["a"])) == [7.0]
 
@@ -232,6 +253,49 @@ def test_the_kind_in_the_configuration_chooses_the_reward() -> None:
         adapter.validate_python({"kind": "oracle"})
 
 
+# ------------------------------------------------------------------------------------------- right answers
+
+
+def answers(settings: dict[str, Any], completions: Sequence[str], right: Sequence[Any]) -> list[Score]:
+    reward = open_reward(AnswerRewardConfig(**settings))
+    try:
+        return score(reward, completions, answer=list(right))
+    finally:
+        reward.close()
+
+
+def test_answers_are_compared_as_mathematics() -> None:
+    pairs = {
+        r"So it is \boxed{\frac{1}{2}}.": ("0.5", 1.0),
+        "First 3, then 4. The answer is 1,200 dollars.": ("1200", 1.0),
+        r"$x^2 + 2x + 1$": ("$(x+1)^2$", 1.0),
+        "The answer is 12.": ("13", 0.0),
+        "I do not know.": ("13", 0.0),
+        "0.3333333": ("1/3", 1.0),
+        "nothing to compare with": ("", None),
+    }
+    scores = answers({}, list(pairs), [right for right, _ in pairs.values()])
+    for (said, (right, expected)), found in zip(pairs.items(), scores, strict=True):
+        if right == "":
+            assert found.error == "the right answer '' is empty"
+        else:
+            assert found == Score(expected), said
+    (found,) = answers({"answer_after": "####"}, ["72"], ["24 and 48\n#### 72"])
+    assert found == Score(1.0)
+
+
+def test_answers_are_compared_as_text_where_asked() -> None:
+    settings = {"match": "exact", "completion_after": "Answer:", "right": 2.0, "wrong": -1.0}
+    said = ["B or C? Answer: C", "Answer:  new  YORK ", "C", "Answer: D"]
+    scores = answers(settings, said, ["c", "New York", "c", None])
+    assert scores == [Score(2.0), Score(2.0), Score(-1.0), Score(None)]
+
+
+def test_a_dataset_without_the_answers_column_is_told_so() -> None:
+    with pytest.raises(RewardError, match="the data has no column 'solution' with the right answer"):
+        answers({"column": "solution"}, ["1", "2"], ["1", "2"])
+
+
 # ------------------------------------------------------------------------------------------- several rewards
 
 
@@ -275,7 +339,7 @@ def model_scores(folder: Path, **settings: Any) -> list[Score]:
 
     reward = ModelReward(ModelRewardConfig(model=ModelConfig(path=str(folder)), device="cpu", **settings))
     prompts, completions = zip(*CONVERSATIONS, strict=True)
-    return reward.score(prompts, completions, {})
+    return reward.score(prompts, completions)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 400, 100_000])
@@ -335,3 +399,184 @@ def test_a_reward_model_runs_in_a_child_and_gives_its_memory_back(
     assert log.exists()
     with pytest.raises(ModelError, match="no model folder"):
         open_reward(ModelRewardConfig(model=ModelConfig(path=str(tmp_path / "nowhere"))))
+
+
+def test_bfloat16_scores_do_not_depend_on_the_batch_beyond_its_rounding(
+    tiny_reward_model: Path, tmp_path: Path
+) -> None:
+    folder = saved_in_bfloat16(tiny_reward_model, tmp_path)
+    expected = plain_forward(folder)
+    spread = max(expected) - min(expected)
+    for batch_tokens in (1, 400, 100_000):
+        found = values(model_scores(folder, batch_tokens=batch_tokens))
+        assert found == pytest.approx(expected, abs=2**-8 * 4 * max(map(abs, expected)))
+    assert spread > 0.1
+
+
+def test_scores_follow_their_rows_in_any_order(tiny_reward_model: Path) -> None:
+    from qrpo.rewards.model import ModelReward
+
+    reward = ModelReward(ModelRewardConfig(model=ModelConfig(path=str(tiny_reward_model)), device="cpu"))
+    order = sorted(range(len(CONVERSATIONS)), key=lambda row: (row * 7) % 23)
+    prompts, completions = zip(*(CONVERSATIONS[row] for row in order), strict=True)
+    expected = plain_forward(tiny_reward_model)
+    assert values(reward.score(prompts, completions)) == pytest.approx(
+        [expected[row] for row in order], abs=1e-4
+    )
+
+
+def saved_in_bfloat16(source: Path, folder: Path) -> Path:
+    import torch
+
+    target = folder / "bfloat16"
+    shutil.copytree(source, target)
+    load_reward_model(ModelConfig(path=str(source)), "cpu").to(torch.bfloat16).save_pretrained(target)
+    return target
+
+
+MULTI_OBJECTIVE = '''
+from dataclasses import dataclass
+
+import torch
+from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class Output(ModelOutput):
+    rewards: torch.Tensor | None = None
+    gating: torch.Tensor | None = None
+    score: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+
+class GatedRewardModel(LlamaPreTrainedModel):
+    """Several objectives read at the last token, weighed by a gate that reads the first: one score."""
+
+    config_class = LlamaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.objectives = torch.nn.Linear(config.hidden_size, config.num_objectives, bias=False)
+        self.gate = torch.nn.Linear(config.hidden_size, config.num_objectives, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, **_):
+        hidden_BTD = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        last_B = attention_mask.sum(-1) - 1
+        rewards = self.objectives(hidden_BTD[torch.arange(len(input_ids)), last_B])
+        gating = torch.softmax(self.gate(hidden_BTD[:, 0]), dim=-1)
+        return Output(rewards=rewards, gating=gating, score=(rewards * gating).sum(-1), logits=rewards)
+'''
+
+
+@pytest.fixture
+def multi_objective_model(tiny_reward_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """ArmoRM's shape: code of its own, 19 objectives, a gate, and the combined `score` in the output."""
+    import torch
+
+    folder = tmp_path / "gated"
+    folder.mkdir()
+    (folder / "modeling_gated.py").write_text(MULTI_OBJECTIVE)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    tokenizer = load_tokenizer(str(tiny_reward_model))
+    config = load_model_config(ModelConfig(path=str(tiny_reward_model)))
+    config.num_objectives, config.num_labels = 19, 2
+    config.auto_map = {"AutoModelForSequenceClassification": "modeling_gated.GatedRewardModel"}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = load_callable(f"{folder}/modeling_gated.py:GatedRewardModel")(config)
+        torch.nn.init.normal_(model.objectives.weight)
+        torch.nn.init.normal_(model.gate.weight)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_multi_objective_model_gives_its_score_but_only_where_its_code_is_trusted(
+    multi_objective_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))  # read by the child when it starts
+    prompts, completions = zip(*CONVERSATIONS, strict=True)
+    trusted = ModelConfig(path=str(multi_objective_model), trust_remote_code=True)
+    reward = open_reward(ModelRewardConfig(model=trusted, batch_tokens=400), log=tmp_path / "log")
+    found = values(reward.score(prompts, completions, {}))
+    reward.close()
+    assert found == pytest.approx(gated_scores(multi_objective_model), abs=1e-4)
+    assert len({round(value or 0.0, 3) for value in found}) > 15
+    with pytest.raises(ModelError, match=r"comes with code of its own: .* trust_remote_code"):
+        load_reward_model(ModelConfig(path=str(multi_objective_model)))
+
+
+def gated_scores(folder: Path) -> list[float]:
+    """The score from the weights themselves: objectives at the last token, gate at the first."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer, LlamaConfig, LlamaModel
+
+    weights = load_file(folder / "model.safetensors")
+    body = LlamaModel(LlamaConfig.from_pretrained(folder)).eval()
+    body.load_state_dict(
+        {name.removeprefix("model."): w for name, w in weights.items() if name.startswith("model.")}
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    scores = []
+    for prompt, completion in CONVERSATIONS:
+        messages = [*prompt, {"role": "assistant", "content": completion}]
+        ids = torch.tensor([tokenizer.apply_chat_template(messages, return_dict=False)])
+        with torch.inference_mode():
+            hidden_TD = body(ids).last_hidden_state[0]
+            gate = (weights["gate.weight"] @ hidden_TD[0]).softmax(-1)
+            scores.append(float(gate @ (weights["objectives.weight"] @ hidden_TD[-1])))
+    return scores
+
+
+OUT_OF_MEMORY = """
+import json, resource, sys
+from qrpo.models import ModelConfig
+from qrpo.rewards import ModelRewardConfig
+from qrpo.rewards.model import ModelReward
+
+folder, rows = sys.argv[1], json.load(sys.stdin)
+reward = ModelReward(ModelRewardConfig(model=ModelConfig(path=folder), device="cpu", batch_tokens=1_000_000))
+prompts, completions = zip(*rows)
+reward.score(prompts[:2], completions[:2])  # what is loaded lazily is loaded now
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), -1))
+scores = reward.score(prompts, completions)
+print(json.dumps({"budget": reward.batch_tokens, "rewards": [s.reward for s in scores]}))
+"""
+
+
+@pytest.mark.slow
+def test_when_memory_runs_out_the_budget_is_halved_and_scoring_goes_on(tiny_reward_model: Path) -> None:
+    rows = [(prompt, completion) for prompt, completion in CONVERSATIONS for _ in range(60)]
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY, str(tiny_reward_model)],
+        input=json.dumps(rows),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["budget"] < 100_000
+    assert "reward model out of memory: batch_tokens is now" in done.stderr
+    expected = [reward for reward in plain_forward(tiny_reward_model) for _ in range(60)]
+    assert result["rewards"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_vllm_gives_the_scores_that_transformers_gives(tiny_reward_model: Path, tmp_path: Path) -> None:
+    config = ModelRewardConfig(model=ModelConfig(path=str(tiny_reward_model)), engine="vllm")
+    reward = open_reward(config, log=tmp_path / "vllm.log")
+    prompts, completions = zip(*CONVERSATIONS, strict=True)
+    too_long = ([{"role": "user", "content": "long " * 300}], "yes")
+    scores = reward.score([*prompts, too_long[0]], [*completions, too_long[1]], {})
+    again = reward.score(prompts[::-1], completions[::-1], {})
+    reward.close()
+    assert "tokens, but the reward model reads 256" in str(scores.pop().error)
+    assert values(scores) == pytest.approx(plain_forward(tiny_reward_model), abs=1e-3)
+    assert values(again[::-1]) == pytest.approx(values(scores), abs=1e-3)

@@ -257,7 +257,7 @@ def test_a_loss_that_is_not_finite_names_its_prompts(folder, rows, tmp_path):
     bad = [dict(row) for row in rows]
     bad[7]["quantile_reward"] = np.array([0.1, np.nan, 0.3], dtype=np.float32)
 
-    with pytest.raises(TrainingError, match="not finite for 1 prompts: prompt-7"):
+    with pytest.raises(TrainingError, match=r"not finite for these prompts: prompt-7\."):
         train(folder, bad, tmp_path)
 
 

@@ -126,7 +126,7 @@ def test_a_silent_holder_elsewhere_is_taken_over_after_its_time_to_live(store: S
         started = time.monotonic()
         assert not mine.acquire(key)
         assert list(mine.wait([key])) == [(key, None)]
-        assert 0.4 <= time.monotonic() - started < 5
+        assert 0.4 <= time.monotonic() - started < 60
     with pytest.raises(storage.LeaseLostError, match=f"{key.fingerprint} was taken over"):
         dead.check(key)
 

@@ -72,7 +72,7 @@ GOOD: dict[str, dict[str, Any]] = {
         "finish_reason": "stop",
         "reward": None,
         "quantile_reward": 1.0,
-        "policy_logprob": None,
+        "model_logprob": None,
         "ref_logprob": None,
     },
 }
@@ -119,7 +119,7 @@ def test_a_right_row_is_accepted(stage: str) -> None:
         ("shards", {"completion_token_ids": [[3], [-4]]}, "completion_token_ids holds -4"),
         ("shards", {"ref_logprob": [-1.0, float("-inf")]}, "ref_logprob holds a NaN or an infinity"),
         ("shards", {"num_ref": 0, "ref_mean": None}, "num_ref of 1 or more"),
-        ("evaluation", {"model": "both"}, "model holds 'both'"),
+        ("evaluation", {"model": ""}, "must name its model"),
         ("evaluation", {"quantile_reward": -0.5}, "quantile_reward ranges over"),
     ],
 )

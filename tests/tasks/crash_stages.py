@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -32,7 +33,7 @@ import torch
 from qrpo.engines.transformers import TransformersEngine
 from qrpo.tiny import build_tiny_model
 from storage.crashpoints import on_crash_point
-from tasks import completions, evaluation, run_stage
+from tasks import completions, evaluation, groups, run_stage
 from tasks.config import PipelineConfig, parse_config
 from tasks.stages import STAGES
 
@@ -88,9 +89,13 @@ def run_here() -> None:
         module, _, function = target.partition(":")
         return getattr(import_module(module), function)(work, *more)
 
-    run_stage._in_child = in_this_process
-    compute = run_stage.compute_parts.fn
-    run_stage.compute_parts = lambda label, work, reporter: compute(label, work.unquote(), reporter.unquote())
+    groups._in_child = in_this_process
+    compute = groups.compute_parts.fn
+
+    def here(label: str, work: Any, reporter: Any) -> Any:
+        return compute(label, work.unquote(), reporter.unquote())
+
+    groups.compute_parts = SimpleNamespace(with_options=lambda **_: here)
     for module in (completions, evaluation):
         module.engine_for = lambda config, model, log: EngineHere(config, model)
 

@@ -1,0 +1,275 @@
+"""Scoring with a reward model: our batches and our whole stage beside the ways that people write it.
+
+    OMP_NUM_THREADS=1 python benchmarks/rewards.py [--prompts 40] [--runs 3] [--out benchmarks/results/rewards.json]
+
+2,000 completions (50 a prompt) of log-normal lengths, a small Llama with one logit, float32. `floor` scores as many conversations
+of as many tokens, in batches where all are equally long: no padding, token ids at hand. `sorted` is ours, from
+messages to scores: template, tokenizer, length-sorted batches of a token budget. `one by one` and `a prompt a batch` (all completions
+of a prompt in one padded batch, the research code's way) get token ids at hand, too. `stage` is the pipeline's: it reads completion
+parts from a store, starts a child process, loads the model there, scores, and commits validated, checksummed reward parts; `start`
+is the same stage on a single completion, so that `stage` less `start` is what grows with the work. All rewards are compared. Medians of
+interleaved runs (one of the slowest way), processor seconds beside wall seconds (a shared machine disturbs those less).
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from qrpo.chat import encode_conversation, load_tokenizer
+from qrpo.models import ModelConfig
+from qrpo.rewards.model import ModelReward, ModelRewardConfig
+from qrpo.tiny import build_tiny_reward_model
+from storage import PartKey, Store
+from storage.tables import SCHEMAS
+from tasks import rewards
+from tasks.config import PipelineConfig, parse_config
+from tasks.plan import PartPlan
+from tasks.work import Work
+
+N = 50  # completions a prompt
+MEDIAN, SIGMA, LONGEST = 100, 0.8, 1500  # of completions, in words, each about one token
+CONTEXT = 2048
+PART = 10  # prompts in a part of the stage
+WORDS = [
+    "the",
+    "answer",
+    "is",
+    "that",
+    "we",
+    "can",
+    "see",
+    "how",
+    "many",
+    "of",
+    "them",
+    "there",
+    "are",
+    "when",
+    "it",
+    "does",
+    "not",
+    "say",
+    "what",
+    "to",
+    "do",
+    "next",
+]
+
+Rows = list[tuple[list[dict[str, str]], str]]
+
+
+def conversations(prompts: int) -> Rows:
+    """(prompt, completion) rows, a prompt's completions together."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(prompts):
+        prompt = [
+            {"role": "user", "content": f"what is the answer to {number} " + "and why " * (number % 20)}
+        ]
+        lengths = np.clip(rng.lognormal(np.log(MEDIAN), SIGMA, N), 4, LONGEST).astype(int)
+        rows += [(prompt, " ".join(rng.choice(WORDS, length))) for length in lengths]
+    return rows
+
+
+def forward(model: Any, batch: Sequence[Sequence[int]], pad: int) -> list[float]:
+    """One padded batch."""
+    longest = max(map(len, batch))
+    input_ids = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in batch])
+    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in batch])
+    with torch.inference_mode():
+        logits = model(input_ids=input_ids, attention_mask=mask).logits
+    return [float(logit) for logit in logits[:, 0]]
+
+
+def floor_batches(ids: Sequence[Sequence[int]], budget: int) -> list[list[list[int]]]:
+    """The length-sorted batches with every conversation of a batch cut or stretched to the batch's mean length.
+
+    So as many conversations and tokens, of lengths spread as they are, but no padding.
+    """
+    ordered = sorted(ids, key=len, reverse=True)
+    batches = []
+    while ordered:
+        rows = max(1, budget // len(ordered[0]))
+        batch, ordered = ordered[:rows], ordered[rows:]
+        mean = round(sum(map(len, batch)) / len(batch))
+        batches.append([(list(sequence) * 2)[:mean] for sequence in batch])
+    return batches
+
+
+def write_parts(store: Store, rows: Rows, name: str) -> tuple[PartPlan, ...]:
+    """Prompts and completions parts as the stages before would leave them; the reward parts to make of them."""
+    plans = []
+    for number, start in enumerate(range(0, len(rows), PART * N)):
+        keys = {
+            stage: PartKey(stage, name, f"{number:08d}") for stage in ("prompts", "completions", "rewards")
+        }
+        prompts: dict[str, Any] = {}
+        completions = []
+        for place, (messages, text) in enumerate(rows[start : start + PART * N]):
+            prompt_id = f"{(start + place) // N:032x}"
+            prompts[prompt_id] = {
+                "prompt_id": prompt_id,
+                "messages": messages,
+                "split": "train",
+                "source": "bench",
+                "offline_completions": [],
+                "metadata": "{}",
+                "conversational": True,
+            }
+            completions.append(
+                {
+                    "prompt_id": prompt_id,
+                    "sample_index": place % N,
+                    "origin": "reference",
+                    "text": text,
+                    "token_ids": list(range(len(text.split()))),
+                    "finish_reason": "stop",
+                    "sampled_logprob": -1.0,
+                }
+            )
+        store.commit_part(keys["prompts"], pa.Table.from_pylist(list(prompts.values())))
+        table = pa.Table.from_pylist(completions, schema=SCHEMAS["completions"])
+        store.commit_part(keys["completions"], table)
+        parents = (keys["completions"], keys["prompts"])
+        plans.append(PartPlan(keys["rewards"], parents, {"prompts": keys["prompts"].fingerprint}))
+    return tuple(plans)
+
+
+def stage(store: Store, plans: Sequence[PartPlan], config: PipelineConfig) -> list[float]:
+    """The pipeline's stage over these parts; all rewards in order."""
+    for plan in plans:
+        store.discard_part(plan.key)
+    records = list(rewards.compute(Work("rewards", config, store.url, tuple(plans))))
+    return [reward for record in records for reward in store.read_part(record)["reward"].to_pylist()]
+
+
+def timed(way: Callable[[], Any]) -> tuple[dict[str, float], Any]:
+    """Wall and processor seconds of a call, its child processes included, and what it returned."""
+    before, begin = _cpu(), time.perf_counter()
+    result = way()
+    return {"wall": time.perf_counter() - begin, "cpu": _cpu() - before}, result
+
+
+def _cpu() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def compare(prompts: int, runs: int, budget: int, hidden: int) -> dict[str, Any]:
+    """All ways on the same rows, interleaved."""
+    rows = conversations(prompts)
+    with tempfile.TemporaryDirectory() as folder:
+        path = build_tiny_reward_model(
+            Path(folder) / "model", [" ".join(WORDS)] * 20, hidden_size=hidden, max_length=CONTEXT
+        )
+        settings = {"model": {"path": str(path)}, "batch_tokens": budget, "device": "cpu"}
+        config = parse_config(
+            {
+                "prompts": {"source": "none"},
+                "reference": {"model": {"path": str(path)}},
+                "completions": {"num_ref": N},
+                "rewards": [{"kind": "model", **settings}],
+                "run": {"part_size": PART},
+            }
+        )
+        reward = ModelReward(ModelRewardConfig.model_validate(settings))
+        tokenizer = load_tokenizer(ModelConfig(path=str(path)))
+        model, pad = reward.model, tokenizer.pad_token_id
+        messages, texts = [row[0] for row in rows], [row[1] for row in rows]
+        ids = [encode_conversation(tokenizer, [*m, {"role": "assistant", "content": t}]) for m, t in rows]
+        even = floor_batches(ids, budget)
+        store = Store(Path(folder) / "store")
+        plans, single = write_parts(store, rows, "bench"), write_parts(store, rows[:1], "one")
+
+        def scored() -> list[float]:
+            return [score.reward or 0.0 for score in reward.score(messages, texts)]
+
+        def one_by_one() -> list[float]:
+            return [forward(model, [sequence], pad)[0] for sequence in ids]
+
+        def prompt_a_batch() -> list[float]:
+            return [r for start in range(0, len(ids), N) for r in forward(model, ids[start : start + N], pad)]
+
+        ways: dict[str, Callable[[], Any]] = {
+            "floor": lambda: [forward(model, batch, pad) for batch in even],
+            "sorted": scored,
+            "stage": lambda: stage(store, plans, config),
+            "start": lambda: stage(store, single, config),
+            "one by one": one_by_one,
+            "a prompt a batch": prompt_a_batch,
+        }
+        expected = ways["sorted"]()
+        times: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+        for run in range(runs):
+            for name, way in ways.items():
+                if run and name == "a prompt a batch":
+                    continue  # minutes: once is enough to place it
+                taken, found = timed(way)
+                times[name].append(taken)
+                if name not in ("floor", "start"):
+                    assert np.allclose(found, expected, atol=1e-4), name
+    grown = [
+        {kind: whole[kind] - start[kind] for kind in whole}
+        for whole, start in zip(times["stage"], times["start"], strict=True)
+    ]
+    lengths = np.array(list(map(len, ids)))
+    return {
+        "completions": len(ids),
+        "tokens": int(lengths.sum()),
+        "lengths": {str(q): int(np.quantile(lengths, q)) for q in (0.05, 0.5, 0.95, 1.0)},
+        "batch_tokens": budget,
+        "hidden_size": hidden,
+        "runs": runs,
+        "ways": {
+            name: _summary(found, times["floor"])
+            for name, found in {**times, "stage less start": grown}.items()
+        },
+    }
+
+
+def _summary(found: Sequence[dict[str, float]], base: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Medians, spreads, and the median over runs of the ratio to that run's floor."""
+    return {
+        kind: {
+            "median": statistics.median(run[kind] for run in found),
+            "min": min(run[kind] for run in found),
+            "max": max(run[kind] for run in found),
+            "times_floor": statistics.median(
+                run[kind] / floor_run[kind] for run, floor_run in zip(found, base, strict=False)
+            ),
+        }
+        for kind in ("wall", "cpu")
+    }
+
+
+def main() -> None:
+    """Print, and with --out write, the JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--prompts", type=int, default=40)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    result = compare(arguments.prompts, arguments.runs, arguments.batch_tokens, arguments.hidden_size)
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

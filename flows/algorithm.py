@@ -1,0 +1,57 @@
+"""All stages as one flow."""
+
+from typing import Any, get_args
+
+from prefect import flow, tags
+
+from flows.stages import DEFAULT_STORE, STAGE_FLOWS, StageName
+from tasks.config import PipelineConfig
+from tasks.rounds import rounds_until
+from tasks.run_stage import StageResult
+from tasks.stages import STAGES
+
+__all__ = ["pipeline", "stage_span"]
+
+
+@flow(name="pipeline", flow_run_name="{config.name}: {first} to {last} ({config.subject})")
+def pipeline(
+    config: PipelineConfig,
+    store: str = DEFAULT_STORE,
+    first: StageName = "prompts",
+    last: StageName = "evaluation",
+    force: tuple[StageName, ...] = (),
+) -> list[StageResult]:
+    """Quantile Reward Policy Optimization, stage by stage; what the store already has is not computed again.
+
+    for every prompt x                                                        prompts
+        y_1 .. y_n ~ reference(. | x)                                         completions
+        r_i = reward(x, y_i)                                                  rewards
+        q(y) = share of r_1 .. r_n that are at most r(x, y)                   quantiles
+        log reference(y | x)                                                  shards
+    minimise (f(q) - beta log Z - beta log(policy / reference))^2             policy
+    compare policy and reference on held-out prompts                          evaluation
+
+    With `rounds.count`, again from y ~ policy(. | x), against the same r_1 .. r_n. Returns the results of the last round.
+
+    Args:
+        config: Everything that decides what is computed: the YAML file as a form.
+        store: Where artifacts are kept: a folder of the worker's machine, or a URL such as s3://bucket/qrpo.
+        first: Start with this stage; those before must be complete.
+        last: Stop after this stage.
+        force: Stages to compute again even where the store has them.
+    """
+    results: dict[str, StageResult] = {}
+    for number, of_round in enumerate(rounds_until(last, config)):
+        results = {}
+        with tags(f"run:{of_round.name}"):
+            for stage in stage_span(first if number == 0 else "prompts", last):
+                stage_flow: Any = STAGE_FLOWS[stage]  # the annotation of its call does not know `wait_for`
+                parents = [results[parent] for parent in STAGES[stage].parents if parent in results]
+                results[stage] = stage_flow(of_round, store, force=stage in force, wait_for=parents)
+    return list(results.values())
+
+
+def stage_span(first: StageName = "prompts", last: StageName = "evaluation") -> tuple[StageName, ...]:
+    """The stages from `first` to `last`, both included."""
+    names = get_args(StageName)
+    return names[names.index(first) : names.index(last) + 1]

@@ -1,0 +1,220 @@
+"""`qrpo evaluate --suite`: a run's model on a public suite, its completions and results in a folder of files."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from flows.evaluate import interval
+from flows.show import find_manifest
+from qrpo.config import keyed
+from qrpo.errors import ConfigError
+from qrpo.models import ModelConfig, model_identity
+from qrpo.sampling import SamplingConfig
+from qrpo.suites.alpaca_eval import (
+    AlpacaEvalJudge,
+    judge_outputs,
+    model_outputs,
+    read_baseline,
+    write_outputs,
+)
+from storage import Store, fingerprint
+from tasks.config import PipelineConfig, apply_overrides
+
+__all__ = ["SUITES", "SuiteRequest", "alpaca_eval", "judge_of", "leetcode", "print_suite", "request_of"]
+
+
+@dataclass(frozen=True)
+class SuiteRequest:
+    """A model of a run on a suite's file."""
+
+    config: PipelineConfig
+    model_name: str
+    model: ModelConfig
+    data: Path
+    folder: Path
+    sampling: SamplingConfig
+    num_samples: int = 1
+    limit: int | None = None
+
+
+def request_of(
+    store: Store,
+    config: PipelineConfig,
+    model_name: str,
+    data: Path,
+    folder: Path,
+    *,
+    num_samples: int | None = None,
+    limit: int | None = None,
+    temperature: float | None = None,
+    max_tokens: int | None = None,
+) -> SuiteRequest:
+    """The request for `policy`, `reference` or a model of evaluation.models of a run; sampling as the run's unless said."""
+    changes = {"temperature": temperature, "max_tokens": max_tokens}
+    sampling = config.completions.sampling.model_copy(
+        update={name: value for name, value in changes.items() if value is not None}
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    model = _model(store, config, model_name)
+    return SuiteRequest(config, model_name, model, data, folder, sampling, num_samples or 1, limit)
+
+
+def alpaca_eval(
+    request: SuiteRequest, judge: AlpacaEvalJudge, difficulty: Path | None = None
+) -> dict[str, Any]:
+    """Answer the baseline's instructions, let the judge compare, and write both and the result into the folder."""
+    baseline = read_baseline(request.data, request.limit)
+    prompts = {
+        str(number): [{"role": "user", "content": row["instruction"]}] for number, row in enumerate(baseline)
+    }
+    drawn, refused = _draw(request, "alpaca-eval", prompts, num_samples=1)
+    outputs = model_outputs(
+        baseline, {int(key): texts[0] for key, texts in drawn.items()}, request.model_name
+    )
+    answered = [row for number, row in enumerate(baseline) if str(number) in drawn]
+    write_outputs(request.folder / "outputs.json", outputs)
+    write_outputs(request.folder / "baseline.json", [{"generator": "baseline", **row} for row in answered])
+    judged = judge_outputs(
+        request.folder / "outputs.json",
+        request.folder / "baseline.json",
+        request.folder,
+        judge,
+        difficulty=difficulty,
+        log=request.folder / "log.txt",
+    )
+    return _finish(request, "alpaca-eval", {"judge": judge.model_dump(mode="json"), **judged}, refused)
+
+
+def leetcode(request: SuiteRequest) -> dict[str, Any]:
+    """Let the model solve the problems, run the tests, and write solutions and the result into the folder."""
+    from qrpo.suites.leetcode import read_problems, score_solutions
+
+    problems = read_problems(request.data, request.limit)
+    prompts = {row["task_id"]: [{"role": "user", "content": row["query"]}] for row in problems}
+    drawn, refused = _draw(request, "leetcode", prompts, num_samples=request.num_samples)
+    scored, rows = score_solutions(problems, drawn, seed=request.config.seed)
+    with (request.folder / "solutions.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return _finish(request, "leetcode", scored, refused)
+
+
+SUITES: dict[str, Callable[[SuiteRequest, AlpacaEvalJudge, Path | None], dict[str, Any]]] = {
+    "alpaca-eval": alpaca_eval,
+    "leetcode": lambda request, judge, difficulty: leetcode(request),
+}
+"""What --suite names; the judge and the difficulty are AlpacaEval's."""
+
+
+def judge_of(settings: Sequence[str]) -> AlpacaEvalJudge:
+    """The judge of KEY=VALUE settings; ConfigError for an unknown key or an impossible value."""
+    try:
+        return AlpacaEvalJudge.model_validate(apply_overrides({}, settings))
+    except ValidationError as error:
+        (first, *_) = error.errors()
+        key = ".".join(map(str, first["loc"]))
+        raise ConfigError(
+            f"--judge {key}: {first['msg']}; its settings are {', '.join(AlpacaEvalJudge.model_fields)}"
+        ) from None
+
+
+def print_suite(result: Mapping[str, Any], console: Console) -> None:
+    """A suite's result as a person reads it."""
+    table = Table(
+        "",
+        "value",
+        title=f"{result['suite']}: {result['model']} of run {result['run']}",
+        title_justify="left",
+    )
+    if result["suite"] == "alpaca-eval":
+        table.add_row("win rate", f"{result['win_rate']:.2f}% ± {result['standard_error']:.2f}")
+        controlled = result["length_controlled_win_rate"]
+        shown = (
+            f"{controlled:.2f}% ± {result['length_controlled_standard_error']:.2f}"
+            if controlled is not None
+            else "unknown"
+        )
+        table.add_row("length-controlled win rate", f"{shown} ({result['length_control']})")
+        table.add_row("judged", f"{result['judged']}, and {result['unreadable']} unreadable")
+        table.add_row(
+            "characters an answer",
+            f"{result['mean_length']:.0f}, the baseline {result['baseline_length']:.0f}",
+        )
+    else:
+        table.add_row("tests passed", str(interval(result["tests_passed"])))
+        table.add_row("pass@1", str(interval(result["pass_at_1"])))
+        table.add_row("problems", f"{result['problems']}, {result['samples']} solutions")
+        if result["unusable"]:
+            table.add_row("unusable problems", str(len(result["unusable"])))
+    if result["refused"]:
+        table.add_row("prompts that could not be asked", str(len(result["refused"])))
+    table.add_row("files", result["folder"])
+    console.print(table)
+
+
+def _model(store: Store, config: PipelineConfig, name: str) -> ModelConfig:
+    base = config.reference.model
+    if name in config.evaluation.models:
+        return config.evaluation.models[name]
+    if name == "reference" and config.reference.sft is None:
+        return base
+    if name not in ("policy", "reference"):
+        known = ", ".join(("policy", "reference", *config.evaluation.models))
+        raise ConfigError(f"the run has no model {name!r}; it has {known}")
+    (part,) = find_manifest(store, config.name, name).parts
+    return base.model_copy(update={"path": str(store.fetch_folder(part)), "revision": None})
+
+
+def _draw(
+    request: SuiteRequest, suite: str, prompts: Mapping[str, list[dict[str, str]]], num_samples: int
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Each prompt's texts, and the refused prompts; taken from the folder where the same was drawn there before."""
+    from qrpo.suites.completions import draw_completions
+
+    section = request.config.completions
+    asked = {
+        "model": model_identity(request.model),
+        "prompts": dict(prompts),
+        "engine": keyed(section.engine),
+        "sampling": keyed(request.sampling),
+        "num_samples": num_samples,
+        "seed": request.config.seed,
+    }
+    path, key = request.folder / "completions.json", fingerprint(asked)
+    if path.is_file() and (kept := json.loads(path.read_text(encoding="utf-8")))["fingerprint"] == key:
+        return kept["texts"], kept["refused"]
+    drawn = draw_completions(
+        request.model,
+        prompts,
+        engine=section.engine,
+        sampling=request.sampling,
+        num_samples=num_samples,
+        seed=request.config.seed,
+        namespace=suite,
+        log=request.folder / "log.txt",
+    )
+    texts = {name: [sample.text for sample in samples] for name, samples in drawn.samples.items()}
+    kept = {"fingerprint": key, "texts": texts, "refused": drawn.refused}
+    path.write_text(json.dumps(kept, ensure_ascii=False), encoding="utf-8")
+    return texts, drawn.refused
+
+
+def _finish(
+    request: SuiteRequest, suite: str, scored: Mapping[str, Any], refused: Mapping[str, str]
+) -> dict[str, Any]:
+    result = {
+        "suite": suite,
+        "run": request.config.name,
+        "model": request.model_name,
+        "folder": str(request.folder),
+        "sampling": request.sampling.model_dump(mode="json"),
+        "refused": dict(refused),
+        **scored,
+    }
+    (request.folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return result

@@ -1,0 +1,176 @@
+"""Python values as inert data: what a solution returns reaches its judge as numbers, strings and containers, or not at all.
+
+A value becomes a flat table of nodes, so that linked lists of any length, shared parts and cycles survive, and JSON,
+whose reader is safe on hostile input. Containers are named by their place in the table, as `[place]`. Subclasses of
+builtin types become the builtin type: an `int` whose `__eq__` always agrees arrives as a plain int. Instances of a class
+written in Python travel as their class's name and attributes, and are made again without calling any of its methods,
+where the reader knows a class of that name. Functions, iterators, files and the like do not travel.
+"""
+
+import json
+from collections import deque
+from collections.abc import Mapping
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+__all__ = ["CodecError", "decode", "encode"]
+
+_ATOMS = frozenset({type(None), bool, int, float, str})
+_JSON_INT = 1 << 63  # larger ones travel in hexadecimal, which Python reads and writes without limit
+_NO_DATA = (type, ModuleType, FunctionType, MethodType, BuiltinFunctionType)
+
+
+class CodecError(Exception):
+    """The value is none that can travel, or the data describes none."""
+
+
+def encode(value: Any) -> bytes:
+    """The value as JSON; CodecError where it holds what is no data."""
+    return _Encoder().encode(value)
+
+
+class _Encoder:
+    def __init__(self) -> None:
+        self._nodes: list[Any] = []
+        self._places: dict[int, int] = {}
+        self._alive: list[Any] = []  # an id must not be used again by another object
+        self._waiting: deque[tuple[int, str, Any]] = deque()
+
+    def encode(self, value: Any) -> bytes:
+        try:
+            root = self._reference(value)
+            while self._waiting:
+                place, kind, item = self._waiting.popleft()
+                self._nodes[place] = [kind, *self._contents(kind, item)]
+            return json.dumps([root, self._nodes], separators=(",", ":")).encode()
+        except (RecursionError, ValueError) as error:
+            raise CodecError(str(error)) from None
+
+    def _reference(self, value: Any) -> Any:
+        kind = type(value)
+        if kind in _ATOMS:
+            if kind is int and not -_JSON_INT < value < _JSON_INT:
+                return self._add(["int", hex(value)])
+            return value
+        place = self._places.get(id(value))
+        if place is not None:
+            return [place]
+        if isinstance(value, (int, float, str)):
+            return self._reference(_plain(value))
+        if isinstance(value, (bytes, bytearray)):
+            return self._add(["bytes", bytes(value).hex()])
+        if isinstance(value, complex):
+            return self._add(["complex", value.real, value.imag])
+        self._alive.append(value)
+        if isinstance(value, (tuple, frozenset)):  # after its contents: the reader makes it whole at once
+            name = "tuple" if isinstance(value, tuple) else "frozenset"
+            reference = self._add([name, self._references(value)])
+            self._places[id(value)] = reference[0]
+            return reference
+        reference = self._add(None)
+        self._places[id(value)] = reference[0]
+        self._waiting.append((reference[0], _kind_of(value), value))
+        return reference
+
+    def _references(self, values: Any) -> list[Any]:
+        values = list(values)
+        if _ATOMS.issuperset(map(type, values)) and not any(
+            type(value) is int and not -_JSON_INT < value < _JSON_INT for value in values
+        ):
+            return values  # type: ignore[no-any-return]
+        return [self._reference(value) for value in values]
+
+    def _contents(self, kind: str, value: Any) -> list[Any]:
+        if kind == "dict":
+            return [self._references(dict.keys(value)), self._references(dict.values(value))]
+        if kind == "object":
+            attributes = vars(value)
+            return [type(value).__name__, list(map(str, attributes)), self._references(attributes.values())]
+        return [self._references(value)]
+
+    def _add(self, node: Any) -> list[int]:
+        self._nodes.append(node)
+        return [len(self._nodes) - 1]
+
+
+def _plain(value: Any) -> int | float | str:
+    """The number or text that an instance of a subclass is, asked of the builtin type and not of the subclass."""
+    if isinstance(value, int):
+        return int.__index__(value)
+    return float.__mul__(value, 1.0) if isinstance(value, float) else str.__str__(value)
+
+
+def _kind_of(value: Any) -> str:
+    for kind in (list, dict, set, deque):
+        if isinstance(value, kind):
+            return kind.__name__
+    if hasattr(value, "__dict__") and not isinstance(value, _NO_DATA):
+        return "object"
+    raise CodecError(f"a value of type {type(value).__name__} is no plain data")
+
+
+def decode(data: bytes, classes: Mapping[str, Any]) -> Any:
+    """The value that `data` describes, objects made of the `classes`; CodecError where it describes none."""
+    try:
+        root, nodes = json.loads(data)
+        return _decode(root, nodes, classes)
+    except CodecError:
+        raise
+    except Exception as error:
+        raise CodecError(f"no value: {type(error).__name__}") from None
+
+
+_SHELLS = {"list": list, "dict": dict, "set": set, "deque": deque}
+_WHOLE = {
+    "int": lambda text: int(text, 16),
+    "bytes": bytes.fromhex,
+    "complex": complex,
+}
+_PENDING = object()
+
+
+def _decode(root: Any, nodes: list[Any], classes: Mapping[str, Any]) -> Any:
+    values = [_shell(node, classes) for node in nodes]
+
+    def value(reference: Any) -> Any:
+        if type(reference) is not list:
+            if type(reference) not in _ATOMS:
+                raise CodecError("a container outside the table")
+            return reference
+        (place,) = reference
+        found = values[place]
+        if found is _PENDING:
+            raise CodecError("a tuple before its contents")
+        return found
+
+    for place, node in enumerate(nodes):
+        if node[0] in ("tuple", "frozenset"):
+            made = [value(item) for item in node[1]]
+            values[place] = tuple(made) if node[0] == "tuple" else frozenset(made)
+    for node, shell in zip(nodes, values, strict=True):
+        if node[0] in ("list", "deque"):
+            shell.extend([value(item) for item in node[1]])
+        elif node[0] == "object":
+            vars(shell).update(zip(map(str, node[2]), map(value, node[3]), strict=True))
+    for node, shell in zip(nodes, values, strict=True):  # last, since keys are hashed by what they hold
+        if node[0] == "set":
+            shell.update(map(value, node[1]))
+        elif node[0] == "dict":
+            shell.update(zip(map(value, node[1]), map(value, node[2]), strict=True))
+    return value(root)
+
+
+def _shell(node: list[Any], classes: Mapping[str, Any]) -> Any:
+    kind = node[0]
+    if kind in _SHELLS:
+        return _SHELLS[kind]()
+    if kind in _WHOLE:
+        return _WHOLE[kind](*node[1:])
+    if kind == "object":
+        found = classes.get(node[1])
+        if not isinstance(found, type):
+            raise CodecError(f"an object of a class {node[1]!r} that is not known here")
+        return object.__new__(found)
+    if kind in ("tuple", "frozenset"):
+        return _PENDING
+    raise CodecError(f"a node of kind {kind!r}")

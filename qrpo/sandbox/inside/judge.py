@@ -1,0 +1,249 @@
+"""The judge: runs a problem's tests in a cell where no solution ever runs, and asks for the solution's results.
+
+`check(candidate)` is cut into its statements. Every statement that asserts something is one test; the others prepare it.
+The candidate that the tests call is a stand-in: the real one is called in the solution's own cell, and what it returned
+comes back as inert data. Where the calls' arguments depend on nothing but the tests' own text (the usual
+`assert candidate(...) == ...`), all calls are known beforehand: the solution answers them in one go, and the tests are judged
+afterwards. Otherwise they are made one by one, while the tests run.
+"""
+
+import ast
+import builtins
+import json
+import marshal
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .codec import decode, encode
+from .framing import Reader, write_frame
+
+__all__ = ["Suite", "serve"]
+
+_REPLAY, _CAPTURE, _CANDIDATE = "__replayed_call__", "__captured_call__", "__candidate__"
+_NESTED = (ast.Lambda, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)  # fmt: skip
+
+
+def serve(jobs: Reader, answer: int, seal: Callable[[], None]) -> int:
+    """Prepare problems' tests and judge solutions' replies, one request after another, until the pipe ends.
+
+    "prepare", preamble, test, entry point: answered by JSON (`tests`, their number; `calls`, theirs, or -1 where they are
+    made one by one; or `error`), the suite compiled, and the calls. "judge", the compiled suite, the number of
+    replies, the replies: answered by b"1" or b"0" for each test as it is judged, and between them b"c" with a call that is
+    to be made, whose reply comes next on the jobs' pipe. b"." ends each answer.
+    """
+    seal()
+    sys.setrecursionlimit(10_000)
+
+    def ask(data: bytes) -> bytes:
+        write_frame(answer, b"c" + data)
+        return jobs.frame()
+
+    while True:
+        try:
+            action = jobs.text()
+        except EOFError:
+            return 0
+        if action == "prepare":
+            for payload in _prepared(jobs.text(), jobs.text(), jobs.text()):
+                write_frame(answer, payload)
+        else:
+            suite = Suite.loaded(jobs.frame())
+            replies = [jobs.frame() for _ in range(int(jobs.text()))]
+            for passed in suite.verdicts(replies, ask):
+                write_frame(answer, b"1" if passed else b"0")
+        write_frame(answer, b".")
+
+
+def _prepared(preamble: str, test: str, entry_point: str) -> list[bytes]:
+    try:
+        suite = Suite.compiled(preamble, test, entry_point)
+        if not suite.tests:
+            raise ValueError("they assert nothing")
+        calls = suite.captured_calls()
+    except BaseException as error:
+        return [json.dumps({"error": f"{type(error).__name__}: {error}"}).encode()]
+    count = len(calls) if suite.calls is not None else -1
+    facts = {"tests": suite.tests, "calls": count, "error": None}
+    return [json.dumps(facts).encode(), suite.dumped(), *calls]
+
+
+class Suite:
+    """The tests of one problem: what defines their names, and one step for each statement."""
+
+    def __init__(
+        self,
+        definitions: list[types.CodeType],
+        steps: list[tuple[bool, types.CodeType]],
+        candidates: list[str],
+        calls: types.CodeType | None,
+    ):
+        self._parts = (definitions, steps, candidates, calls)
+        self._steps = steps
+        self._candidates = candidates
+        self.calls = calls
+        """Code that makes the list of the calls' arguments; None where they are not known beforehand."""
+        self.tests = sum(is_test for is_test, _ in steps)
+        module = types.ModuleType("tests")
+        sys.modules["tests"] = module
+        self._names = module.__dict__
+        for code in definitions:
+            exec(code, self._names)  # noqa: S102
+
+    @classmethod
+    def compiled(cls, preamble: str, test: str, entry_point: str) -> "Suite":
+        """From source; raises what the source raises, or ValueError where it is no test."""
+        tree = ast.parse(test)
+        check = next((n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "check"), None)
+        if check is None:
+            around: list[ast.stmt] = []
+            body, candidate = tree.body, entry_point
+        else:
+            if len(check.args.args) != 1:
+                raise ValueError("check takes one argument, the candidate")
+            around = [node for node in tree.body if node is not check and not _calls_check(node)]
+            body, candidate = check.body, check.args.args[0].arg
+        definitions = [compile(preamble, "<preamble>", "exec"), _compiled(around)]
+        known = _known_beforehand(body, candidate)
+        replayed = _Replayed(candidate)
+        try:
+            if known:
+                steps = [(_asserts(node), _compiled([replayed.visit(node)])) for node in body]
+                return cls(definitions, steps, [candidate], _captures(replayed.calls))
+            return cls(definitions, [(_asserts(node), _compiled([node])) for node in body], [candidate], None)
+        except SyntaxError:  # a `return` among the statements: the function is one test
+            assert check is not None
+            whole = [node for node in ast.parse(test).body if not _calls_check(node)]
+            call = ast.parse(f"check({_CANDIDATE})").body
+            return cls([definitions[0], _compiled(whole)], [(True, _compiled(call))], [_CANDIDATE], None)
+
+    @classmethod
+    def loaded(cls, data: bytes) -> "Suite":
+        """From what `dumped` gave."""
+        return cls(*marshal.loads(data))  # noqa: S302 - written by a judge
+
+    def dumped(self) -> bytes:
+        """The compiled suite, for another judge."""
+        return marshal.dumps(self._parts)
+
+    def captured_calls(self) -> list[bytes]:
+        """The calls that are known beforehand, encoded, in order."""
+        if self.calls is None:
+            return []
+        self._names[_CAPTURE] = lambda *args, **kwargs: [list(args), kwargs]
+        return [encode(call) for call in eval(self.calls, self._names)]  # noqa: S307
+
+    def verdicts(self, replies: list[bytes], ask: Callable[[bytes], bytes]) -> Iterator[bool]:
+        """Whether each test passes, one after another."""
+
+        def replayed(place: int) -> Any:
+            if place >= len(replies):
+                raise RuntimeError("the solution ended before this call")
+            return self._result(replies[place])
+
+        def candidate(*args: Any, **kwargs: Any) -> Any:
+            result, args_after, kwargs_after = self._result(ask(encode([list(args), kwargs])))
+            for ours, theirs in zip(args, args_after, strict=True):
+                _copy_back(ours, theirs)
+            for name, ours in kwargs.items():
+                _copy_back(ours, kwargs_after[name])
+            return result
+
+        self._names |= {_REPLAY: replayed} | dict.fromkeys(self._candidates, candidate)
+        for is_test, step in self._steps:
+            try:
+                exec(step, self._names)  # noqa: S102
+                passed = True
+            except BaseException:
+                passed = False
+            if is_test:
+                yield passed
+
+    def _result(self, reply: bytes) -> Any:
+        if reply[:1] == b"=":
+            return decode(reply[1:], self._own_classes())
+        name, message = decode(reply[1:], {})
+        kind = getattr(builtins, name, None)
+        if not (isinstance(kind, type) and issubclass(kind, Exception)):
+            kind = RuntimeError
+        raise kind(message)
+
+    def _own_classes(self) -> dict[str, Any]:
+        """Classes that the preamble or the tests define: the only ones that data may fill."""
+        return {
+            name: value
+            for name, value in self._names.items()
+            if isinstance(value, type) and value.__module__ == "tests"
+        }
+
+
+def _known_beforehand(body: list[ast.stmt], candidate: str) -> bool:
+    """Whether each use of the candidate is a plain call in an assertion, with arguments of the text's own."""
+    bound = {n.id for step in body for n in ast.walk(step) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}  # fmt: skip
+    for step in body:
+        uses = sum(isinstance(node, ast.Name) and node.id == candidate for node in ast.walk(step))
+        calls = [node for node in _outside_scopes(step) if _is_call_of(node, candidate)]
+        if uses and (not isinstance(step, ast.Assert) or len(calls) != uses):
+            return False
+        for call in calls:
+            inside = {n.id for part in (*call.args, *call.keywords) for n in ast.walk(part) if isinstance(n, ast.Name)}  # fmt: skip
+            if inside & (bound | {candidate}):
+                return False
+    return True
+
+
+def _captures(calls: list[ast.Call]) -> types.CodeType:
+    captured: list[ast.expr] = [ast.Call(ast.Name(_CAPTURE, ast.Load()), c.args, c.keywords) for c in calls]
+    expression = ast.Expression(ast.List(captured, ast.Load()))
+    return compile(ast.fix_missing_locations(expression), "<test>", "eval")
+
+
+class _Replayed(ast.NodeTransformer):
+    """Puts the replay of call number i in the place of the call, and keeps the calls."""
+
+    def __init__(self, candidate: str):
+        self._candidate = candidate
+        self.calls: list[ast.Call] = []
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        if not _is_call_of(node, self._candidate):
+            return self.generic_visit(node)
+        self.calls.append(node)
+        place = ast.Constant(len(self.calls) - 1)
+        return ast.copy_location(ast.Call(ast.Name(_REPLAY, ast.Load()), [place], []), node)
+
+
+def _is_call_of(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
+
+
+def _calls_check(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and _is_call_of(node.value, "check")
+
+
+def _asserts(node: ast.stmt) -> bool:
+    return any(isinstance(inner, ast.Assert) for inner in ast.walk(node))
+
+
+def _outside_scopes(node: ast.AST) -> Iterator[Any]:
+    """The nodes that are evaluated once, when the statement is: none in a function or a comprehension."""
+    yield node
+    for inner in ast.iter_child_nodes(node):
+        if not isinstance(inner, _NESTED):
+            yield from _outside_scopes(inner)
+
+
+def _compiled(body: list[ast.stmt]) -> types.CodeType:
+    return compile(ast.fix_missing_locations(ast.Module(body, [])), "<test>", "exec")
+
+
+def _copy_back(ours: Any, theirs: Any) -> None:
+    """Make of an argument what the solution made of its copy."""
+    if isinstance(ours, list):
+        ours[:] = theirs
+    elif isinstance(ours, (dict, set)):
+        ours.clear()
+        ours.update(theirs)
+    elif hasattr(ours, "__dict__") and type(ours) is type(theirs):
+        ours.__dict__ = theirs.__dict__

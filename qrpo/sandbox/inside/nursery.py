@@ -1,0 +1,148 @@
+"""The warm interpreter that is forked once for every solution, and for every judge.
+
+It has imported what solutions use, and reads nothing that concerns one: a request is one byte and two file descriptors,
+which only the fork uses. So no fork finds in its memory what another one was given. Over its socket to the host:
+
+    from the host   b"R" and (job to read, place to answer)    fork; the fork reads its job and does it
+                    b"K"                                       kill it
+    to the host     b"S"                                       ready
+                    b"E" and an `Ended`                        it has ended, and so have all its threads
+
+It serves one request after another, and ends when the host's end of the socket closes.
+"""
+
+import gc
+import importlib
+import json
+import os
+import random
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+from typing import Any
+
+from . import judge, solution
+from .cell import Cells
+from .framing import Reader
+
+__all__ = ["ENDED", "main"]
+
+ENDED = struct.Struct("<icd")
+"""Exit status as `os.waitpid` gives it; b"w" if its wall time had run out, else b"-"; CPU seconds."""
+
+_PREIMPORTED = """
+    abc array bisect builtins cmath collections collections.abc contextlib copy dataclasses datetime decimal enum fractions
+    functools heapq io itertools json math numbers operator queue random re statistics string sys textwrap threading time
+    traceback types typing
+"""
+
+# Where a wall limit passes on a machine so busy that the solution hardly ran, it may go on: by the CPU time it has had.
+_BUSY_SHARE, _LONGEST = 0.05, 10.0
+
+
+def main(control: int, settings: str) -> None:
+    """Serve requests over the socket `control` until it closes.
+
+    `settings` is JSON: the limits; `packages`, their names, and the `path` to find them on; `bare`, for no isolation.
+    """
+    limits: dict[str, Any] = json.loads(settings)
+    sys.path += limits["path"]
+    for name in [*_PREIMPORTED.split(), *limits["packages"]]:
+        importlib.import_module(name)
+    cells = Cells(limits, bare=limits["bare"])
+    host = socket.socket(fileno=control)
+    gc.collect()
+    gc.freeze()  # so that a collection in the fork touches none of what it shares
+    host.sendall(b"S")
+    while True:
+        request, fds, _, _ = socket.recv_fds(host, 1, 2)
+        if not request:
+            return
+        if request != b"R":  # a kill that came after the end
+            continue
+        child = cells.fork()
+        if child == 0:
+            _become_cell(cells, host, *fds)
+        for fd in fds:
+            os.close(fd)
+        host.sendall(b"E" + _wait(child, host, limits))
+
+
+def _become_cell(cells: Cells, host: socket.socket, job: int, answer: int) -> None:
+    """Do one job and exit; never returns."""
+    status = 1
+    try:
+        host.close()
+        _arrange(job, answer)
+        cells.enter()
+        random.seed(0)
+        jobs = Reader(_JOB)
+        role = {"solution": solution.call, "program": solution.run_program, "judge": judge.serve}[jobs.text()]
+        status = role(jobs, _ANSWER, cells.seal)
+    except BaseException:  # foreign code has handlers of its own before this; nothing is printed anywhere
+        status = 1
+    finally:
+        os._exit(status)
+
+
+_ANSWER, _JOB = 3, 4
+
+
+def _arrange(job: int, answer: int) -> None:
+    """Put the answer at descriptor 3, the job at 4, nothing at 0 to 2, and close everything else."""
+    job, answer = os.dup2(job, 101), os.dup2(answer, 100)
+    nothing = os.open("/dev/null", os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(nothing, fd)
+    os.dup2(answer, _ANSWER)
+    os.dup2(job, _JOB)
+    os.closerange(5, 102)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def _wait(child: int, host: socket.socket, limits: dict[str, Any]) -> bytes:
+    """Wait for the child, kill it where it is time to, and say how it ended."""
+    started = time.monotonic()
+    wall, reason = float(limits["wall_seconds"]), b"-"
+    deadline = started + wall
+    handle = os.pidfd_open(child)
+    poller = select.poll()
+    poller.register(handle, select.POLLIN)
+    poller.register(host, select.POLLIN)
+    while True:
+        ready = {fd for fd, _ in poller.poll(max(0.0, deadline - time.monotonic()) * 1000)}
+        if handle in ready:
+            break
+        if host.fileno() in ready:
+            order = host.recv(1)
+            _kill(child, limits["bare"])
+            if not order:
+                os._exit(0)
+        elif (now := time.monotonic()) >= deadline:
+            used = time.clock_gettime((~child << 3) | 2)  # the child's CPU clock, see clock_getcpuclockid(3)
+            if used > _BUSY_SHARE * (now - started) and now - started < _LONGEST * wall:
+                deadline = now + wall
+            else:
+                reason = b"w"
+                deadline = now + 3600
+                _kill(child, limits["bare"])
+    if limits["bare"]:
+        _kill(child, True)  # what it may have forked
+    _, status, usage = os.wait4(child, 0)
+    os.close(handle)
+    return ENDED.pack(status, reason, usage.ru_utime + usage.ru_stime)
+
+
+def _kill(child: int, group: bool) -> None:
+    try:
+        if group:
+            os.killpg(child, signal.SIGKILL)
+        else:
+            os.kill(child, signal.SIGKILL)
+    except ProcessLookupError:
+        pass

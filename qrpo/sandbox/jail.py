@@ -1,0 +1,251 @@
+"""One jail, seen from outside: a nursery process that does one job after another, each in a cell of its own.
+
+The host only carries bytes. It writes a job into a pipe, reads what comes back up to a limit, and learns from the
+nursery, which foreign code cannot reach, how the cell ended.
+"""
+
+import contextlib
+import json
+import os
+import select
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qrpo.errors import EngineError
+from qrpo.sandbox.inside.framing import complete_frames, frame
+from qrpo.sandbox.inside.nursery import ENDED
+from qrpo.sandbox.isolator import PACKAGES, bare_command, find_packages, jail_command
+from qrpo.sandbox.limits import Limits
+
+__all__ = ["Ended", "Jail", "Job"]
+
+_START_SECONDS = 120.0
+_PATIENCE_SECONDS = 0.005
+# past the longest time that the nursery gives a starved solution (ten times its wall limit), it is the nursery that hangs
+_LONGEST_WALLS, _GRACE_SECONDS = 11.0, 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a cell ended."""
+
+    status: int
+    """Exit code, or minus the signal."""
+    reason: str
+    """"" or why it was ended from outside: "wall time", "output"."""
+    cpu_seconds: float
+
+
+class Jail:
+    """A running nursery. One job at a time; not for several threads at once. Close it, or use it as a context."""
+
+    def __init__(self, limits: Limits, *, packages: Sequence[str] = (), bare: bool = False):
+        self.limits = limits
+        self._packages = find_packages(packages)
+        self._bare = bare
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> "Jail":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def start(self, *parts: bytes | str) -> "Job":
+        """Give a job, of so many messages, to a fresh cell. EngineError where the jail cannot be made."""
+        control = self._running()
+        job_read, job_write = os.pipe()
+        answer_read, answer_write = os.pipe()
+        try:
+            socket.send_fds(control, [b"R"], [job_read, answer_write])
+        except OSError as error:
+            os.close(job_write)
+            os.close(answer_read)
+            self.close()
+            raise EngineError(f"the sandbox's process ended between two solutions: {error}") from error
+        finally:
+            os.close(job_read)
+            os.close(answer_write)
+        os.set_blocking(job_write, False)
+        os.set_blocking(answer_read, False)
+        job = Job(self, control, job_write, answer_read)
+        job.send(*parts)
+        return job
+
+    def close(self) -> None:
+        """End the nursery and whatever runs in its cells."""
+        process, self._process = self._process, None
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if process is not None:
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def _running(self) -> socket.socket:
+        if self._control is not None and self._process is not None and self._process.poll() is None:
+            return self._control
+        self.close()
+        control, theirs = socket.socketpair()
+        self._folder = tempfile.TemporaryDirectory(prefix="qrpo-sandbox-")
+        path = [str(place.parent) for place in self._packages.values()] if self._bare else [PACKAGES]
+        importable = {"packages": list(self._packages), "path": path}
+        settings = json.dumps({**self.limits.plain(), **importable, "bare": self._bare})
+        command = (
+            bare_command(theirs.fileno(), settings)
+            if self._bare
+            else jail_command(theirs.fileno(), settings, self._packages)
+        )
+        with theirs, tempfile.TemporaryFile() as output:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=(theirs.fileno(),),
+                cwd=self._folder.name,
+                env={"PYTHONHASHSEED": "0", "LANG": "C.UTF-8"},
+            )
+            self._control = control
+            theirs.close()
+            control.settimeout(_START_SECONDS)
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                if control.recv(1) == b"S":
+                    control.settimeout(None)
+                    return control
+            self.close()
+            output.seek(0)
+            said = output.read().decode(errors="replace").strip() or "it said nothing"
+            raise EngineError(
+                f"bubblewrap could not make a jail: {said}. It needs user namespaces: where a container or the system "
+                "forbids them (kernel.apparmor_restrict_unprivileged_userns, user.max_user_namespaces, docker without "
+                "`--security-opt seccomp=unconfined`), allow them"
+            )
+
+
+class Job:
+    """A job in a cell: what it has answered, and how it ended."""
+
+    def __init__(self, jail: Jail, control: socket.socket, job: int, answer: int):
+        self._jail = jail
+        self._control = control
+        self._job: int | None = job
+        self._answer = answer
+        self._pending = bytearray()
+        self._limit = int(jail.limits.output_mb * (1 << 20))
+        self._reading = True
+        self._deadline = time.monotonic() + _LONGEST_WALLS * jail.limits.wall_seconds + _GRACE_SECONDS
+        self.output = bytearray()
+        self.ended: Ended | None = None
+
+    def send(self, *parts: bytes | str) -> None:
+        """Add messages to what the cell will read."""
+        for part in parts:
+            self._pending += frame(part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part)
+
+    def finish(self) -> Ended:
+        """Let the cell read to the end, wait for it, and keep all that it answered in `output`."""
+        try:
+            while self.ended is None:
+                self._exchange(closing=True)
+            return self.ended
+        finally:
+            self._close()
+
+    def next_frame(self, count: int) -> bytes | None:
+        """The answer's message number `count` as soon as it is there; None where the cell has ended before it."""
+        while True:
+            frames = complete_frames(self.output, count + 1)
+            if len(frames) > count:
+                return frames[count]
+            if self.ended is not None:
+                return None
+            self._exchange(closing=False)
+
+    def abandon(self) -> None:
+        """End the cell now."""
+        if self.ended is None:
+            with contextlib.suppress(OSError):
+                self._control.sendall(b"K")
+            self.finish()
+        self._close()
+
+    def _exchange(self, *, closing: bool) -> None:
+        """Wait for something to happen, and take it in."""
+        if closing and not self._pending:
+            self._close_job()
+            # most cells end soon, and their whole answer fits the pipe: it is then read once, and not piece by piece
+            if select.select([self._control], [], [], _PATIENCE_SECONDS)[0]:
+                self._learn_the_end()
+                return
+        poller = select.poll()
+        poller.register(self._control, select.POLLIN)
+        if self._reading:
+            poller.register(self._answer, select.POLLIN)
+        if self._pending and self._job is not None:
+            poller.register(self._job, select.POLLOUT)
+        ready = {fd for fd, _ in poller.poll(max(0.0, self._deadline - time.monotonic()) * 1000)}
+        if self._answer in ready:
+            self._read()
+        if self._job in ready and self._job is not None:
+            try:
+                del self._pending[: os.write(self._job, self._pending)]
+            except BrokenPipeError:
+                self._pending.clear()
+        if self._control.fileno() in ready:
+            self._learn_the_end()
+        elif not ready:
+            self._fail("did not answer in time")
+
+    def _read(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            piece = os.read(self._answer, 1 << 16)
+            self._reading = bool(piece)
+            self.output += piece
+        if len(self.output) > self._limit and self._reading:
+            self._reading = False
+            self._control.sendall(b"K")
+
+    def _learn_the_end(self) -> None:
+        message = b""
+        while len(message) < 1 + ENDED.size:
+            piece = self._control.recv(1 + ENDED.size - len(message))
+            if not piece:
+                self._fail("died")
+            message += piece
+        status, reason, cpu = ENDED.unpack(message[1:])
+        while self._reading:  # all writers are gone: what is left is all there is
+            before = len(self.output)
+            self._read()
+            if len(self.output) == before:
+                break
+        why = "output" if len(self.output) > self._limit else "wall time" if reason == b"w" else ""
+        self.ended = Ended(os.waitstatus_to_exitcode(status), why, cpu)
+        del self.output[self._limit :]
+
+    def _fail(self, how: str) -> None:
+        self._jail.close()
+        raise EngineError(f"the sandbox's nursery {how}; the next call starts another")
+
+    def _close_job(self) -> None:
+        if self._job is not None:
+            os.close(self._job)
+            self._job = None
+
+    def _close(self) -> None:
+        self._close_job()
+        if self._answer >= 0:
+            os.close(self._answer)
+            self._answer = -1

@@ -1,0 +1,111 @@
+"""Rounds: the policy's own samples, scored against the reference rewards of the first round."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+import storage
+from storage import Store
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def finished(
+    write_task: Callable[..., Path], prefect_server: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Store, dict[str, Any], Path]:
+    from typer.testing import CliRunner
+
+    from flows.cli import app
+
+    folder = tmp_path_factory.mktemp("rounds")
+    config = write_task(
+        folder, prompts__eval_fraction=0.25, rounds__count=2, rounds__num_completions=3, run__cpu_threads=1
+    )
+    arguments = ["run", str(config), "--store", str(folder / "store"), "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.stderr
+    return Store(folder / "store"), json.loads(result.stdout.splitlines()[-1]), config
+
+
+def rows(store: Store, run: str, stage: str) -> pl.DataFrame:
+    return storage.open(store, run, stage).lazy.collect()
+
+
+def test_each_round_is_a_run_of_its_own_with_an_evaluation(
+    finished: tuple[Store, dict[str, Any], Path],
+) -> None:
+    store, summary, _ = finished
+    assert [one["run"] for one in summary["rounds"]] == ["tiny", "tiny.round-2"]
+    assert all("win_rate" in one["evaluation"] for one in summary["rounds"])
+    assert sorted(store.runs()) == ["tiny", "tiny.round-2"]
+
+
+def test_the_second_round_keeps_the_first_ones_reference_samples_and_their_rewards(
+    finished: tuple[Store, dict[str, Any], Path],
+) -> None:
+    store, summary, _ = finished
+    second = summary["rounds"][1]["stages"]
+    first_parts = {part.fingerprint for part in storage.open(store, "tiny", "rewards").manifest.parts}
+    second_parts = {
+        part.fingerprint for part in storage.open(store, "tiny.round-2", "rewards").manifest.parts
+    }
+    assert first_parts < second_parts
+    assert second["rewards"]["parts_cached"] == len(first_parts)
+    key = ["prompt_id", "ref_rewards"]
+    before, after = rows(store, "tiny", "quantiles"), rows(store, "tiny.round-2", "quantiles")
+    assert before.select(key).sort("prompt_id").equals(after.select(key).sort("prompt_id"))
+
+
+def test_the_second_round_trains_on_the_first_policys_samples_alone(
+    finished: tuple[Store, dict[str, Any], Path],
+) -> None:
+    store, _, _ = finished
+    completions = rows(store, "tiny.round-2", "completions")
+    by_policy = completions.filter(pl.col("origin") == "policy")
+    shards = rows(store, "tiny.round-2", "shards")
+    assert set(shards["origin"].explode()) == {"policy"}
+    assert shards["origin"].list.len().to_list() == [3] * len(shards)
+    assert len(by_policy) == 3 * len(shards)
+    # quantiles are shares of all the reference's rewards: no sample of the policy is one of them
+    assert set(shards["num_ref"]) == {4}
+    quantiles = rows(store, "tiny.round-2", "quantiles").filter(pl.col("origin").list.len() > 0)
+    for row in quantiles.to_dicts():
+        for reward, quantile in zip(row["reward"], row["quantile_reward"], strict=True):
+            expected = sum(one <= reward for one in row["ref_rewards"]) / len(row["ref_rewards"])
+            assert quantile == pytest.approx(expected)
+
+
+def test_the_second_round_goes_on_from_the_first_policy_and_is_judged_by_the_reference(
+    finished: tuple[Store, dict[str, Any], Path],
+) -> None:
+    store, _, _ = finished
+    manifest = storage.open(store, "tiny.round-2", "policy").manifest
+    before = storage.open(store, "tiny", "policy").manifest.parts[0]
+    assert before.fingerprint in manifest.parts[0].parents
+    metrics = pl.read_parquet(storage.open(store, "tiny.round-2", "policy").folder / "metrics.parquet")
+    away = metrics["initial_log_ratio/mean_abs"].drop_nulls()
+    assert away[0] > 1e-3  # the reference's log-probabilities, not those of the policy it starts from
+
+
+def test_the_second_time_all_rounds_are_cached(
+    finished: tuple[Store, dict[str, Any], Path], qrpo: Callable[..., Any]
+) -> None:
+    store, summary, config = finished
+    again = json.loads(qrpo("run", config, "--store", store.url, "--json").stdout.splitlines()[-1])
+    computed = [stage["parts_computed"] for one in again["rounds"] for stage in one["stages"].values()]
+    assert set(computed) == {0}
+    assert again["evaluation"] == summary["evaluation"]
+
+
+def test_a_round_without_the_run_before_it_says_so(
+    write_task: Callable[..., Path], tmp_path: Path, qrpo: Callable[..., Any]
+) -> None:
+    config = write_task(tmp_path, rounds__from_run="nobody", quantiles__train_on="policy")
+    result = qrpo("run", config, "--store", tmp_path / "store")
+    assert result.exit_code == 2
+    assert "no policy of a run named 'nobody'" in result.stderr

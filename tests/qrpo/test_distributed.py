@@ -1,0 +1,226 @@
+"""Training on two processes (gloo, CPU): the losses and weights of one process on the same global batches."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qrpo.child import stream
+from qrpo.errors import EngineError, TrainingError
+from qrpo.launch import stream_ranks
+from qrpo.logprobs import score_logprobs
+from qrpo.optimization import PolicyConfig
+from qrpo.policy import train_policy
+from qrpo.tiny import build_tiny_model
+from qrpo.training import load_policy
+
+pytestmark = pytest.mark.slow
+
+TARGETS = Path(__file__).with_name("training_targets.py").resolve()
+SETTINGS = {
+    "beta": 0.5,
+    "learning_rate": 1e-3,
+    "prompts_per_step": 4,
+    "epochs": 2,
+    "warmup": 0.2,
+    "token_budget": 64,
+    "save_steps": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("model"), ["some words"], hidden_size=16, layers=2)
+
+
+@pytest.fixture(scope="module")
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """13 prompts: the last step of an epoch has one, so one of two processes has none."""
+    rng = np.random.default_rng(0)
+
+    def ids(low: int, high: int) -> list[int]:
+        return rng.integers(6, 250, size=rng.integers(low, high)).tolist()
+
+    rows = [
+        {
+            "prompt_id": f"prompt-{i}",
+            "prompt_token_ids": ids(2, 9),
+            "completion_token_ids": [ids(1, 20) for _ in range(3)],
+            "quantile_reward": rng.random(3).astype(np.float32),
+            "num_ref": 20,
+        }
+        for i in range(13)
+    ]
+    for row, scores in zip(rows, score_logprobs(load_policy(folder), rows, 1000), strict=True):
+        row["ref_logprob"] = scores
+    return rows
+
+
+@pytest.fixture(scope="module")
+def rows_file(rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows"
+    path.write_bytes(pickle.dumps(rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of one process."""
+    output = tmp_path_factory.mktemp("alone")
+    train_policy(folder, rows, PolicyConfig(**SETTINGS), output)
+    return output
+
+
+def assert_same(output: Path, alone: Path) -> None:
+    """Up to the rounding of sums in another order."""
+    ours, theirs = (
+        polars.read_parquet(path / "metrics.parquet").drop_nulls("loss") for path in (output, alone)
+    )
+    assert ours["step"].to_list() == theirs["step"].to_list() == list(range(1, 9))
+    for name in ("loss", "learning_rate", "grad_norm"):
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    weights = load_file(output / "final" / "model.safetensors")
+    for name, weight in load_file(alone / "final" / "model.safetensors").items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=2e-5)
+
+
+def test_torchrun_with_two_processes_is_one_process_on_the_same_batches(
+    folder: Path, rows_file: Path, alone: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        textwrap.dedent("""
+        import json, pickle, sys
+        from pathlib import Path
+        from qrpo.optimization import PolicyConfig
+        from qrpo.policy import train_policy
+        folder, rows, settings, output = sys.argv[1:]
+        config = PolicyConfig(**json.loads(settings))
+        train_policy(folder, pickle.loads(Path(rows).read_bytes()), config, output)
+        """)
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(script), str(folder), str(rows_file), json.dumps(SETTINGS), str(tmp_path / "run")],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(tmp_path / "run", alone)
+
+
+def test_two_processes_told_to_end_go_on_as_one(
+    folder: Path, rows: list[dict[str, Any]], rows_file: Path, alone: Path, tmp_path: Path
+) -> None:
+    """A SIGTERM to one process stops both after the same step; another number of processes goes on with the same rows."""
+    output, log = tmp_path / "run", tmp_path / "log"
+    ranks = stream_ranks(f"{TARGETS}:train", folder, rows_file, output, SETTINGS, 5, processes=2, log=log)
+    with pytest.raises(TrainingError, match="stopped by SIGTERM after step 6 of 8"):
+        list(ranks)
+    train_policy(folder, rows, PolicyConfig(**SETTINGS), output)
+
+    assert_same(output, alone)
+
+
+def test_fsdp_on_two_processes_is_one_process_and_resumes(
+    folder: Path, rows_file: Path, alone: Path, tmp_path: Path
+) -> None:
+    output, log = tmp_path / "run", tmp_path / "log"
+    settings = {**SETTINGS, "fsdp": True}
+    target, arguments = f"{TARGETS}:train", (folder, rows_file, output, settings)
+    with pytest.raises(TrainingError, match="stopped by SIGTERM after step 3 of 8"):
+        list(stream_ranks(target, *arguments, 2, processes=2, log=log))
+    assert (output / "checkpoint-3" / "pytorch_model_fsdp.bin").exists(), "the model was sharded"
+    reports = list(stream_ranks(target, *arguments, processes=2, log=log))
+
+    assert [report["step"] for report in reports] == [4, 5, 6, 7, 8]
+    assert_same(output, alone)
+
+
+def test_a_rank_s_failure_is_raised_as_what_it_is(
+    folder: Path, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    bad = [dict(row) for row in rows]
+    bad[7]["quantile_reward"] = np.array([0.1, np.nan, 0.3], dtype=np.float32)
+    (tmp_path / "rows").write_bytes(pickle.dumps(bad))
+
+    ranks = stream_ranks(
+        f"{TARGETS}:train",
+        folder,
+        tmp_path / "rows",
+        tmp_path / "run",
+        SETTINGS,
+        processes=2,
+        log=tmp_path / "log",
+    )
+    with pytest.raises(TrainingError, match=r"not finite for these prompts: prompt-7\."):
+        list(ranks)
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def wait_until_gone(pids: list[int]) -> bool:
+    deadline = time.monotonic() + 30
+    while not all(map(is_gone, pids)):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_a_killed_rank_ends_all(tmp_path: Path) -> None:
+    ranks = stream_ranks(f"{TARGETS}:leave_pid_and_wait", tmp_path, processes=2)
+    next(ranks)
+    while not (tmp_path / "1").exists() or not (tmp_path / "1").read_text():
+        time.sleep(0.02)
+    pids = [int((tmp_path / rank).read_text()) for rank in "01"]
+    os.kill(pids[1], 9)
+
+    with pytest.raises(EngineError, match="rank 1 of 2, was killed by SIGKILL"):
+        list(ranks)
+    assert wait_until_gone(pids)
+
+
+def test_kill_9_of_the_parent_leaves_no_rank(tmp_path: Path) -> None:
+    """As in the pipeline: a process that has a child for the stage, which has one for each rank."""
+    script = (
+        "import time\nfrom pathlib import Path\nfrom qrpo.child import stream\n"
+        f"items = stream({f'{TARGETS}:start_ranks'!r}, 2, Path({str(tmp_path)!r}))\n"
+        "print(next(items), flush=True)\ntime.sleep(1000)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        stage = int(parent.stdout.readline())
+        while not (tmp_path / "1").exists() or not (tmp_path / "1").read_text():
+            time.sleep(0.02)
+        pids = [stage, *(int((tmp_path / rank).read_text()) for rank in "01")]
+        assert not any(map(is_gone, pids))
+        parent.kill()
+        parent.wait()
+        assert wait_until_gone(pids)
+
+
+def test_closing_early_leaves_no_rank(tmp_path: Path) -> None:
+    items = stream(f"{TARGETS}:start_ranks", 2, tmp_path)
+    next(items)
+    items.close()  # type: ignore[attr-defined]
+    assert wait_until_gone([int(path.read_text()) for path in tmp_path.iterdir() if path.read_text()])

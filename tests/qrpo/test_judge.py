@@ -1,0 +1,487 @@
+"""The judge: grades from a real vLLM server against a plain forward, and a server that misbehaves on purpose."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import ValidationError
+
+from qrpo.errors import ConfigError, RewardError
+from qrpo.rewards import JudgeRewardConfig, Score, open_reward
+from qrpo.rewards.judge import JudgeReward
+
+HI = [{"role": "user", "content": "Hi there"}]
+
+
+class Kept:
+    """Answers in memory, as a store would keep them."""
+
+    def __init__(self) -> None:
+        self.groups: dict[str, dict[str, str]] = {}
+
+    def load(self, group: str) -> dict[str, str]:
+        return dict(self.groups.get(group, {}))
+
+    def keep(self, group: str, answers: Mapping[str, str]) -> None:
+        self.groups.setdefault(group, {}).update(answers)
+
+
+# ------------------------------------------------------------------------- a server that can be told what to do
+
+Reply = tuple[int, dict[str, str], Any]
+
+
+class LocalServer:
+    """A real HTTP server whose answer to each request is what `answer(number, body)` says."""
+
+    def __init__(self) -> None:
+        self.answer: Callable[[int, dict[str, Any]], Reply] = lambda number, body: graded("3")
+        self.requests: list[tuple[float, dict[str, str], dict[str, Any]]] = []
+        self.busy = self.most_busy = 0
+        lock = threading.Lock()
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with lock:
+                    owner.requests.append((time.monotonic(), dict(self.headers), body))
+                    number = len(owner.requests)
+                    owner.busy += 1
+                    owner.most_busy = max(owner.most_busy, owner.busy)
+                try:
+                    status, headers, payload = owner.answer(number, body)
+                finally:
+                    with lock:
+                        owner.busy -= 1
+                data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+                try:
+                    self.send_response(status)
+                    for name, value in {**headers, "content-length": str(len(data))}.items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                    self.wfile.write(data)
+                except OSError:
+                    self.close_connection = True  # the client did not wait
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+@pytest.fixture
+def server() -> Iterator[LocalServer]:
+    local = LocalServer()
+    yield local
+    local.close()
+
+
+def graded(token: str = "3", tokens: int = 10, **probabilities: float) -> Reply:
+    """A chat completion whose one token has these probabilities: `graded("4", _4=0.7, _5=0.3)`."""
+    shares = {name.strip("_"): share for name, share in probabilities.items()} or {token: 1.0}
+    top = [{"token": name, "logprob": math.log(share), "bytes": None} for name, share in shares.items()]
+    content = [{"token": token, "logprob": 0.0, "bytes": None, "top_logprobs": top}]
+    choice = {"message": {"role": "assistant", "content": token}, "logprobs": {"content": content}}
+    return 200, {}, {"choices": [choice], "usage": {"total_tokens": tokens}}
+
+
+def said(text: str) -> Reply:
+    return 200, {}, {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": {}}
+
+
+def failing(status: int, headers: dict[str, str] | None = None) -> Reply:
+    return status, headers or {}, {"error": {"message": f"this is a {status}"}}
+
+
+def judge(server: LocalServer, kept: Kept | None = None, **settings: Any) -> JudgeReward:
+    settings = {"base_url": server.url, "model": "m", "rubric": "Is it kind?", "backoff": 0.01, **settings}
+    reward = open_reward(JudgeRewardConfig(**settings), answers=kept)
+    assert isinstance(reward, JudgeReward)
+    return reward
+
+
+def grades(reward: JudgeReward, *completions: str, **columns: list[Any]) -> list[Score]:
+    return reward.score([HI] * len(completions), completions, columns)
+
+
+# ------------------------------------------------------------------------- what is asked and how it is read
+
+
+def test_the_grade_is_the_mean_over_the_grades_probabilities(server: LocalServer) -> None:
+    server.answer = lambda number, body: graded("4", _3=0.2, _4=0.5, _5=0.2, _hm=0.1)
+    (score,) = grades(judge(server), "Hello")
+    assert score.reward == pytest.approx((3 * 0.2 + 4 * 0.5 + 5 * 0.2) / 0.9)
+    _, headers, body = server.requests[0]
+    assert {name.lower() for name in headers}.isdisjoint({"authorization"})
+    assert {
+        name: body[name] for name in ("model", "max_tokens", "temperature", "logprobs", "top_logprobs")
+    } == {
+        "model": "m",
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "logprobs": True,
+        "top_logprobs": 20,
+    }
+    text = body["messages"][0]["content"]
+    assert "Is it kind?" in text
+    assert "user: Hi there" in text
+    assert "<reply>\nHello\n</reply>" in text
+    assert "from 1 (worst) to 5 (best)" in text
+
+
+def test_templates_see_the_datasets_columns_and_what_they_lack_is_the_rows_error(server: LocalServer) -> None:
+    reward = judge(server, template="{{ prompt }}|{{ answer }}|{{ completion }}", system="Be strict")
+    assert [s.reward for s in grades(reward, "a", "b", answer=["x", "{{ y }}"])] == [3.0, 3.0]
+    sent = sorted(body["messages"][1]["content"] for _, _, body in server.requests)
+    assert sent == ["Hi there|x|a", "Hi there|{{ y }}|b"]  # what the data says is no template
+    assert server.requests[0][2]["messages"][0] == {"role": "system", "content": "Be strict"}
+    (score,) = grades(reward, "a")
+    assert score.error == "the judge's template cannot be filled: 'answer' is undefined"
+
+
+def test_an_answer_that_is_hardly_a_grade_is_the_rows_error(server: LocalServer) -> None:
+    server.answer = lambda number, body: graded("well", _well=0.9, _4=0.1)
+    (score,) = grades(judge(server), "Hello")
+    assert score.error is not None
+    assert "gives the grades only 10.0% together, expected 50%" in score.error
+    assert "'well', '4'" in score.error
+    server.answer = lambda number, body: said("no probabilities here")
+    (score,) = grades(judge(server), "Hello")
+    assert "gave no probabilities for a grade; it said 'no probabilities here'" in str(score.error)
+
+
+def test_a_grade_behind_reasoning_is_found_by_its_pattern_with_its_probabilities(server: LocalServer) -> None:
+    def answer(number: int, body: dict[str, Any]) -> Reply:
+        status, headers, payload = graded("4", _4=0.75, _5=0.25)
+        steps = payload["choices"][0]["logprobs"]["content"]
+        flat = [{"token": token, "top_logprobs": []} for token in ("It is 2", " lines. ", "Grade", ":", " ")]
+        payload["choices"][0]["logprobs"]["content"] = flat + steps
+        return status, headers, payload
+
+    server.answer = answer
+    (score,) = grades(judge(server, pattern=r"Grade: (\d)", max_tokens=300), "Hello")
+    assert score.reward == pytest.approx(4.25)
+    assert server.requests[0][2]["max_tokens"] == 300
+
+
+def test_grades_are_parsed_from_text(server: LocalServer) -> None:
+    texts = {"a": "Between 2 and 4, so: 10", "b": "Good", "c": "bad, no: very good!", "d": "[[good]] not bad"}
+    server.answer = lambda number, body: said(texts[body["messages"][0]["content"]])
+    settings: dict[str, Any] = {"read": "text", "template": "{{ completion }}"}
+    numbers = {str(n): float(n) for n in range(1, 11)}
+    assert grades(judge(server, grades=numbers, **settings), "a")[0].reward == 10.0
+    assert "logprobs" not in server.requests[0][2]
+    words = {"bad": 0.0, "good": 1.0}
+    scores = grades(judge(server, grades=words, **settings), "b", "c")
+    assert [s.reward for s in scores] == [None, 1.0]
+    assert scores[0].error == "the judge named no grade; it said 'Good'"
+    assert grades(judge(server, grades=words, pattern=r"\[\[(\w+)\]\]", **settings), "d")[0].reward == 1.0
+
+
+def test_settings_that_cannot_work_are_refused_with_the_reason() -> None:
+    good: dict[str, Any] = {"base_url": "http://localhost:8000/v1", "model": "m", "rubric": "r"}
+    assert JudgeRewardConfig(**good, grades={1: 0, 2: 1}).grades == {"1": 0.0, "2": 1.0}
+    for change, message in [
+        ({"base_url": "localhost:8000"}, "expected a URL such as"),
+        ({"base_url": "https://me:secret@host/v1"}, "may hold no credentials"),
+        ({"api_key_env": "sk-123"}, "the name of an environment variable, not a key"),
+        ({"grades": {"1": 1, "10": 10}}, "'10' begins with '1'"),
+        ({"grades": {"1": 1}}, "at least 2 items"),
+        ({"pattern": "("}, "not a regular expression"),
+        ({"pattern": "x"}, "expected one group"),
+        ({"template": "{{ prompt"}, "template:"),
+    ]:
+        with pytest.raises(ValidationError, match=message):
+            JudgeRewardConfig(**{**good, **change})
+
+
+# ------------------------------------------------------------------------- servers that are busy, slow, broken
+
+
+def test_requests_run_side_by_side_but_no_more_than_allowed(server: LocalServer) -> None:
+    gate = threading.Barrier(4)
+
+    def answer(number: int, body: dict[str, Any]) -> Reply:
+        gate.wait(timeout=60)  # opens only when four are here at the same time
+        return graded()
+
+    server.answer = answer
+    scores = grades(judge(server, concurrency=4), *map(str, range(12)))
+    assert [s.reward for s in scores] == [3.0] * 12
+    assert server.most_busy == 4
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_what_may_pass_is_tried_again(server: LocalServer, status: int) -> None:
+    server.answer = lambda number, body: graded() if number > 2 else failing(status)
+    assert grades(judge(server), "Hello")[0].reward == 3.0
+    assert len(server.requests) == 3
+
+
+def test_a_request_that_hangs_is_tried_again(server: LocalServer) -> None:
+    release = threading.Event()
+
+    def answer(number: int, body: dict[str, Any]) -> Reply:
+        if number == 1:
+            release.wait(60)
+        return graded()
+
+    server.answer = answer
+    assert grades(judge(server, timeout=1.0), "Hello")[0].reward == 3.0
+    release.set()
+    assert len(server.requests) == 2
+
+
+def test_retry_after_holds_every_request_back(server: LocalServer) -> None:
+    def answer(number: int, body: dict[str, Any]) -> Reply:
+        return failing(429, {"Retry-After": "2"}) if number == 1 else graded()
+
+    server.answer = answer
+    scores = grades(judge(server, concurrency=1), "a", "b", "c")
+    assert [s.reward for s in scores] == [3.0] * 3
+    times = [when for when, _, _ in server.requests]
+    assert times[1] - times[0] >= 2.0
+    assert len(times) == 4
+
+
+def test_a_server_that_wants_hours_stops_the_run_with_what_it_answered_kept(server: LocalServer) -> None:
+    kept = Kept()
+    server.answer = lambda number, body: failing(429, {"Retry-After": "7200"}) if number > 2 else graded()
+    with pytest.raises(RewardError, match=r"asks to come back in 7200 s .*kept: run again then"):
+        grades(judge(server, kept, concurrency=1), "a", "b", "c", "d")
+    assert [len(answers) for answers in kept.groups.values()] == [2]
+
+
+def test_a_request_that_the_server_refuses_is_that_rows_error_alone(server: LocalServer) -> None:
+    def answer(number: int, body: dict[str, Any]) -> Reply:
+        return failing(400) if body["messages"][0]["content"] == "long" else graded()
+
+    server.answer = answer
+    scores = grades(judge(server, template="{{ completion }}"), "a", "long", "c")
+    assert [s.reward for s in scores] == [3.0, None, 3.0]
+    assert scores[1].error is not None
+    assert "the judge refused the request: HTTP 400" in scores[1].error
+    assert len(server.requests) == 3
+
+
+def test_a_server_that_never_answers_is_given_up_and_named(server: LocalServer) -> None:
+    server.answer = lambda number, body: failing(500)
+    with pytest.raises(
+        RewardError, match=r"127\.0\.0\.1.* left 5 requests in a row without an answer.*HTTP 500"
+    ):
+        grades(judge(server, attempts=2, concurrency=2), *map(str, range(100)))
+    assert len(server.requests) <= 2 * 7
+    with socket.socket() as free:  # nobody listens here
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+        (score,) = grades(judge(server, base_url=url, attempts=2), "a")
+    assert "the judge did not answer in 2 attempts; the last: ConnectError" in str(score.error)
+
+
+def test_a_wrong_key_or_model_stops_at_once_and_the_key_is_shown_nowhere(
+    server: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "secret-123456")
+    status = 401
+
+    def answer(number: int, body: dict[str, Any]) -> Reply:
+        return status, {}, {"error": {"message": "bad key secret-123456"}}
+
+    server.answer = answer
+    reward = judge(server, api_key_env="JUDGE_KEY")
+    with pytest.raises(RewardError, match=r"the API key is missing or wrong .*bad key \*\*\*") as caught:
+        grades(reward, "a", "b")
+    assert "secret" not in str(caught.value)
+    assert server.requests[0][1]["Authorization"] == "Bearer secret-123456"
+    status = 404
+    with pytest.raises(RewardError, match="no such model or URL"):
+        grades(reward, "a")
+    monkeypatch.delenv("JUDGE_KEY")
+    with pytest.raises(ConfigError, match="the environment variable JUDGE_KEY is not set"):
+        judge(server, api_key_env="JUDGE_KEY")
+
+
+# ------------------------------------------------------------------------- paid once, and no more than allowed
+
+
+def test_nothing_is_asked_twice_whatever_is_made_of_the_answers(server: LocalServer) -> None:
+    kept = Kept()
+    server.answer = lambda number, body: graded("4", _4=0.5, _5=0.5)
+    assert [s.reward for s in grades(judge(server, kept), "a", "a", "b")] == [4.5] * 3
+    assert len(server.requests) == 2
+    again = judge(server, kept, name="other", weight=2.0, grades={"1": 0, "2": 0, "3": 0, "4": 0, "5": 1})
+    assert [s.reward for s in grades(again, "b", "a")] == [0.5, 0.5]
+    assert len(server.requests) == 2
+    for change in ({"rubric": "Is it short?"}, {"version": "2"}, {"extra": {"seed": 1}}, {"model": "n"}):
+        before = len(server.requests)
+        grades(judge(server, kept, **change), "a")
+        assert len(server.requests) == before + 1, change
+
+
+def test_a_budget_of_calls_stops_the_run_and_a_larger_one_goes_on(server: LocalServer) -> None:
+    kept = Kept()
+    texts = [str(n) for n in range(30)]
+    with pytest.raises(
+        RewardError, match=r"budget is used up \(10 calls, 100 tokens\) with 20 completions to go"
+    ):
+        grades(judge(server, kept, max_calls=10, concurrency=4), *texts)
+    assert len(server.requests) == 10
+    with pytest.raises(RewardError, match="10 calls"):  # those that were paid for count
+        grades(judge(server, kept, max_calls=10), *texts)
+    assert len(server.requests) == 10
+    assert [s.reward for s in grades(judge(server, kept, max_calls=30), *texts)] == [3.0] * 30
+    assert len(server.requests) == 30
+
+
+def test_a_budget_of_tokens_is_passed_by_no_more_than_the_calls_under_way(server: LocalServer) -> None:
+    with pytest.raises(RewardError, match=r"budget is used up .*max_total_tokens"):
+        grades(judge(server, max_total_tokens=100, concurrency=3), *map(str, range(50)))
+    assert 10 <= len(server.requests) <= 12
+
+
+# ------------------------------------------------------------------------- a real vLLM server
+
+PROMPTS = [[{"role": "user", "content": f"What is {n} plus {n}?"}] for n in range(12)]
+COMPLETIONS = [
+    f"The answer is {word}." * (1 + n % 3)
+    for n, word in enumerate(["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l"])
+]
+
+
+@pytest.fixture(scope="module")
+def judge_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with a head that makes it grade: it says one of 1 to 5, and which depends on what it read."""
+    import torch
+
+    from qrpo.chat import encode_prompt, load_tokenizer
+    from qrpo.models import ModelConfig, load_causal_lm
+
+    model, tokenizer = (
+        load_causal_lm(ModelConfig(path=str(tiny_model)), "cpu"),
+        load_tokenizer(str(tiny_model)),
+    )
+    ids = torch.tensor([encode_prompt(tokenizer, PROMPTS[0])])
+    with torch.no_grad():
+        seen_D = model.model(ids).last_hidden_state[0, -1]
+        common_D = seen_D / seen_D.norm()
+        generator = torch.Generator().manual_seed(0)
+        for grade in range(1, 6):
+            noise_D = torch.randn(seen_D.shape, generator=generator)
+            model.lm_head.weight[tokenizer.convert_tokens_to_ids(str(grade))] = 2.0 * common_D + 0.5 * noise_D
+    folder = tmp_path_factory.mktemp("judge") / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vllm_url(judge_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real vLLM server of that model, in a process group of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("vllm") / "server.log"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(judge_model)]
+    command += ["--served-model-name", "tiny-judge", "--host", "127.0.0.1", "--port", str(port)]
+    command += [
+        "--enforce-eager",
+        "--no-enable-chunked-prefill",
+        "--max-num-seqs",
+        "16",
+        "--dtype",
+        "float32",
+    ]
+    command += ["--max-model-len", "256", "--kv-cache-memory-bytes", str(64 << 20)]
+    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            time.sleep(0.25)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def vllm_judge(url: str, kept: Kept | None = None, **settings: Any) -> JudgeReward:
+    base: dict[str, Any] = {"base_url": url, "model": "tiny-judge", "rubric": "Is it right?"}
+    base["template"] = "{{ rubric }} {{ prompt }} {{ completion }}"
+    reward = open_reward(JudgeRewardConfig(**{**base, **settings}), answers=kept)
+    assert isinstance(reward, JudgeReward)
+    return reward
+
+
+@pytest.mark.slow
+def test_a_vllm_judges_grade_is_the_mean_grade_under_its_own_probabilities(
+    vllm_url: str, judge_model: Path
+) -> None:
+    import torch
+
+    from qrpo.chat import encode_prompt, load_tokenizer
+    from qrpo.models import ModelConfig, load_causal_lm
+
+    scores = vllm_judge(vllm_url).score(PROMPTS, COMPLETIONS, {})
+    model, tokenizer = (
+        load_causal_lm(ModelConfig(path=str(judge_model)), "cpu"),
+        load_tokenizer(str(judge_model)),
+    )
+    labels = tokenizer.convert_tokens_to_ids(list("12345"))
+    expected = []
+    for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
+        text = f"Is it right? {prompt[0]['content']} {completion}"
+        ids = torch.tensor([encode_prompt(tokenizer, [{"role": "user", "content": text}])])
+        with torch.inference_mode():
+            shares = model(ids).logits[0, -1].softmax(-1)[labels]
+        assert shares.sum() > 0.9
+        expected.append(float((shares * torch.arange(1.0, 6.0)).sum() / shares.sum()))
+    assert [s.error for s in scores] == [None] * len(scores)
+    assert [s.reward for s in scores] == pytest.approx(expected, abs=1e-3)
+    assert max(expected) - min(expected) > 0.1  # the grades do differ
+
+
+@pytest.mark.slow
+def test_a_vllm_judges_text_is_parsed_and_its_usage_is_counted(vllm_url: str) -> None:
+    kept = Kept()
+    scores = vllm_judge(vllm_url, kept, read="text", max_tokens=1).score(PROMPTS, COMPLETIONS, {})
+    assert all(score.reward in (1.0, 2.0, 3.0, 4.0, 5.0) for score in scores)
+    (answers,) = kept.groups.values()
+    assert all(10 < json.loads(answer)["tokens"] < 256 for answer in answers.values())
+    with pytest.raises(RewardError, match="no such model or URL"):
+        vllm_judge(vllm_url, model="another").score(PROMPTS[:1], COMPLETIONS[:1], {})
+    (score,) = vllm_judge(vllm_url).score(PROMPTS[:1], ["too long " * 300], {})
+    assert "the judge refused the request: HTTP 400" in str(score.error)

@@ -1,0 +1,274 @@
+"""Training that is killed, told to end or left without disk: what goes on from it is the run that nobody disturbed, bit for bit."""
+
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars
+import pyarrow as pa
+import pytest
+
+from qrpo.checkpoints import UNFINISHED, commit_checkpoint, latest_checkpoint, remove_broken_checkpoints
+from qrpo.logprobs import score_logprobs
+from qrpo.tiny import build_tiny_model
+from qrpo.training import load_policy
+from storage import SCHEMAS, PartKey, Store
+
+pytestmark = pytest.mark.slow
+
+KILLS = 20
+STEPS = 64
+SETTINGS = {
+    "beta": 0.5,
+    "learning_rate": 1e-2,
+    "prompts_per_step": 4,
+    "epochs": 8,
+    "warmup": 0.2,
+    "token_budget": 128,
+    "save_steps": 2,
+}
+
+
+class Server:
+    """The process that forks training runs, see `training_targets`."""
+
+    def __init__(self, data: Path, folder: Path) -> None:
+        self.data = data
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("training_targets.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        )
+
+    def _ask(self, request: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return answer
+
+    def start(self, output: Path, full_from: int | None = None) -> int:
+        """The process id of a new run into `output`, from where that stands."""
+        request = {
+            "folder": str(self.folder),
+            "shards": str(self.data),
+            "output": str(output),
+            "reports": f"{output}.jsonl",
+            "settings": SETTINGS,
+            "full_from": full_from,
+        }
+        pid: int = self._ask(request)["pid"]
+        return pid
+
+    def wait(self) -> int:
+        """The exit status of the last run: minus the signal where one ended it."""
+        status: int = self._ask("wait")["status"]
+        return status
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """30 prompts with 2 completions each in two shards, a reference that scored them, and the server."""
+    folder = build_tiny_model(tmp_path_factory.mktemp("model"), ["some words"], hidden_size=16, layers=1)
+    rng = np.random.default_rng(0)
+
+    def ids(low: int, high: int) -> list[int]:
+        return rng.integers(6, 250, size=rng.integers(low, high)).tolist()
+
+    rows = [
+        {
+            "prompt_id": f"prompt-{i}",
+            "prompt_token_ids": ids(2, 9),
+            "completion_token_ids": [ids(1, 20) for _ in range(2)],
+            "quantile_reward": rng.random(2).astype(np.float32),
+        }
+        for i in range(30)
+    ]
+    for row, scores in zip(rows, score_logprobs(load_policy(folder), rows, 1000), strict=True):
+        row |= {
+            "sample_index": [0, 1],
+            "origin": ["offline"] * 2,
+            "reward": [0.0, 1.0],
+            "quantile_low": row["quantile_reward"],
+            "quantile_high": row["quantile_reward"],
+            "ref_logprob": scores,
+            "num_ref": 20,
+        }
+    data = tmp_path_factory.mktemp("data")
+    store = Store(data)
+    records = [
+        store.commit_part(
+            PartKey("shards", "family", f"{first}"),
+            pa.Table.from_pylist(rows[first : first + 15], schema=SCHEMAS["shards"]),
+        )
+        for first in (0, 15)
+    ]
+    (data / "records").write_bytes(pickle.dumps(records))
+    server = Server(data, folder)
+    yield server
+    server.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nobody disturbed."""
+    output = tmp_path_factory.mktemp("uninterrupted") / "run"
+    server.start(output)
+    assert server.wait() == 0, Path(f"{output}.error").read_text()
+    return output
+
+
+def reports_of(output: Path) -> list[dict[str, Any]]:
+    """Every whole line that any attempt reported."""
+    text = Path(f"{output}.jsonl")
+    lines = text.read_text().split("\n")[:-1] if text.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def wait_for(happened: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 60
+    while not happened():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.0005)
+    return True
+
+
+def assert_same(output: Path, expected: Path) -> None:
+    """The same weights, and the same losses and learning rates in every step, to the bit."""
+    weights = [path / "final" / "model.safetensors" for path in (output, expected)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    columns = ("step", "loss", "learning_rate", "grad_norm", "epoch", "log_ratio/mean")
+    tables = [
+        polars.read_parquet(path / "metrics.parquet").select(columns).drop_nulls("loss")
+        for path in (output, expected)
+    ]
+    assert tables[0]["step"].to_list() == list(range(1, STEPS + 1))
+    assert tables[0].equals(tables[1])
+    reference = {report["step"]: report for report in reports_of(expected)}
+    for report in reports_of(output):  # also of attempts whose steps were lost and done again
+        for name in ("loss", "learning_rate", "grad_norm"):
+            assert report[name] == reference[report["step"]][name]
+
+
+def test_20_kills_at_random_instants_change_nothing(
+    server: Server, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = random.Random(time.time_ns())
+    output = tmp_path / "run"
+    unfinished, killed_at, while_saving = output / UNFINISHED, [], 0
+    for number in range(KILLS):
+        newest = latest_checkpoint(output)
+        reached = 0 if newest is None else int(newest.name.removeprefix("checkpoint-"))
+        before = len(reports_of(output))
+        pid = server.start(output)
+        if number % 2:  # in the middle of writing a checkpoint, or just behind it
+            target = reached + rng.choice((2, 4))
+            wait_for(lambda target=target: any(unfinished.glob(f"checkpoint-{target}/*")))  # type: ignore[misc]
+            time.sleep(rng.uniform(0, 0.02))
+        elif number % 4:  # at some step
+            steps = rng.randint(1, 5)
+            wait_for(lambda seen=before + steps: len(reports_of(output)) >= seen)  # type: ignore[misc]
+            time.sleep(rng.uniform(0, 0.05))
+        else:  # at any time, start-up included
+            time.sleep(rng.uniform(0, 1.0))
+        os.kill(pid, signal.SIGKILL)
+        assert server.wait() == -signal.SIGKILL, "it ended before it could be killed"
+        while_saving += unfinished.exists()
+        killed_at.append(reports_of(output)[-1]["step"] if len(reports_of(output)) > before else reached)
+    server.start(output)
+
+    assert server.wait() == 0, Path(f"{output}.error").read_text()
+    assert_same(output, uninterrupted)
+    assert while_saving
+    assert not unfinished.exists()
+    assert len(list(output.glob("checkpoint-*"))) == 2
+    with capsys.disabled():
+        sys.stdout.write(
+            f"\n{KILLS} kills (-9), {while_saving} in the middle of a checkpoint, after steps "
+            f"{', '.join(map(str, killed_at))} of {STEPS}: {len(reports_of(output))} steps computed in all; weights, losses "
+            "and learning rates as without them, to the bit\n"
+        )
+
+
+def test_sigterm_saves_at_once_and_the_rest_is_the_same(
+    server: Server, uninterrupted: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    pid = server.start(output)
+    assert wait_for(lambda: len(reports_of(output)) >= 3)
+    os.kill(pid, signal.SIGTERM)
+
+    assert server.wait() == 1
+    error = Path(f"{output}.error").read_text()
+    step = reports_of(output)[-1]["step"]
+    assert f"stopped by SIGTERM after step {step} of {STEPS}" in error
+    checkpoint = latest_checkpoint(output)
+    assert checkpoint is not None
+    assert checkpoint.name == f"checkpoint-{step}"
+    assert not (output / "final").exists()
+
+    server.start(output)
+    assert server.wait() == 0
+    assert reports_of(output)[-1]["step"] == STEPS
+    assert [report["step"] for report in reports_of(output)] == list(range(1, STEPS + 1)), "nothing was lost"
+    assert_same(output, uninterrupted)
+
+
+def test_a_full_disk_stops_cleanly_with_the_older_checkpoint(
+    server: Server, uninterrupted: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    server.start(output, full_from=5)  # from then on no file may grow past 20 kB
+
+    assert server.wait() == 1
+    error = Path(f"{output}.error").read_text()
+    assert error.startswith("TrainingError: the checkpoint of step 6 cannot be written")
+    assert "checkpoint-4 is whole. Make room there" in error
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+
+    server.start(output)
+    assert server.wait() == 0
+    assert_same(output, uninterrupted)
+
+
+def write_checkpoint(folder: Path, step: int) -> None:
+    path = folder / UNFINISHED / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "weights").write_bytes(b"x" * 100)
+
+
+def test_the_newest_checkpoints_are_kept_and_the_best(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8, 10):
+        write_checkpoint(tmp_path, step)
+        commit_checkpoint(tmp_path, step, keep=2, also=tmp_path / "checkpoint-4")
+
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {
+        "checkpoint-4",
+        "checkpoint-8",
+        "checkpoint-10",
+    }
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_what_was_not_named_is_never_used(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 2)
+    commit_checkpoint(tmp_path, 2, keep=1)
+    write_checkpoint(tmp_path, 4)
+
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    remove_broken_checkpoints(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]

@@ -1,0 +1,223 @@
+"""The trainer on each of its losses: the value that it starts from, and that how a step is cut changes nothing."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from qrpo.config import keyed
+from qrpo.errors import DataError
+from qrpo.logprobs import score_logprobs
+from qrpo.optimization import PolicyConfig
+from qrpo.policy import train_policy
+from qrpo.tiny import build_tiny_model
+from qrpo.trainer import QRPOConfig, QRPOTrainer
+from qrpo.training import load_policy
+
+LOSSES = ["qrpo", "dpo", "rebel", "simpo", "sft"]
+SETTINGS = {
+    "beta": 0.5,
+    "learning_rate": 1e-2,
+    "prompts_per_step": 12,
+    "warmup": 0.0,
+    "lr_scheduler": "constant",
+    "token_budget": 128,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return build_tiny_model(
+        tmp_path_factory.mktemp("model"), ["some words", "and more"], hidden_size=16, layers=1
+    )
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    """12 prompts with 3 completions each, scored by the reference. All rewards of the third prompt are equal."""
+    rng = np.random.default_rng(0)
+
+    def ids(low, high):
+        return rng.integers(6, 250, size=rng.integers(low, high)).tolist()
+
+    rows = [
+        {
+            "prompt_id": f"prompt-{i}",
+            "prompt_token_ids": ids(2, 9),
+            "completion_token_ids": [ids(1, 20) for _ in range(3)],
+            "reward": rng.normal(size=3).astype(np.float32) if i != 2 else np.ones(3, np.float32),
+            "quantile_reward": rng.random(3).astype(np.float32),
+            "num_ref": 20,
+        }
+        for i in range(12)
+    ]
+    for row, scores in zip(rows, score_logprobs(load_policy(folder), rows, 1000), strict=True):
+        row["ref_logprob"] = scores
+    return rows
+
+
+def losses_of(folder, rows, output_dir, **settings):
+    progress = []
+    config = PolicyConfig(**{**SETTINGS, **settings})
+    train_policy(folder, rows, config, output_dir, on_progress=progress.append)
+    return [entry["loss"] for entry in progress]
+
+
+def chosen_and_rejected(rows, values):
+    """Of each prompt whose rewards differ, the value of its best and of its worst completion."""
+    pairs = [(values[i], row["reward"]) for i, row in enumerate(rows) if len(set(row["reward"].tolist())) > 1]
+    return tuple(
+        np.array([value[pick(reward)] for value, reward in pairs], float) for pick in (np.argmax, np.argmin)
+    )
+
+
+def test_dpo_starts_from_log_2_and_learns_the_preferences(folder, rows, tmp_path):
+    losses = losses_of(folder, rows, tmp_path, loss="dpo", epochs=20)
+
+    assert losses[0] == pytest.approx(np.log(2), rel=1e-5)
+    assert losses[-1] < 0.1
+
+
+@pytest.mark.parametrize("regressed", ["reward", "quantile_reward"])
+def test_rebel_starts_from_the_squared_difference_of_rewards_over_beta(folder, rows, tmp_path, regressed):
+    losses = losses_of(folder, rows, tmp_path, loss="rebel", rebel_reward=regressed, epochs=20)
+
+    chosen, rejected = chosen_and_rejected(rows, [row[regressed] for row in rows])
+    assert losses[0] == pytest.approx(np.mean(((chosen - rejected) / 0.5) ** 2), rel=1e-4)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_simpo_needs_no_reference_and_starts_from_mean_log_probabilities(folder, rows, tmp_path):
+    unscored = [{name: value for name, value in row.items() if name != "ref_logprob"} for row in rows]
+
+    losses = losses_of(folder, unscored, tmp_path, loss="simpo", gamma_beta_ratio=0.25, epochs=20)
+
+    means = [row["ref_logprob"] / [len(ids) for ids in row["completion_token_ids"]] for row in rows]
+    chosen, rejected = chosen_and_rejected(rows, means)
+    assert losses[0] == pytest.approx(np.mean(np.logaddexp(0, 0.5 * (0.25 - (chosen - rejected)))), rel=1e-4)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_sft_learns_the_best_completion_token_by_token(folder, rows, tmp_path):
+    losses = losses_of(folder, rows, tmp_path, loss="sft", epochs=20)
+
+    best = [int(np.argmax(row["reward"])) for row in rows]
+    total = sum(row["ref_logprob"][k] for row, k in zip(rows, best, strict=True))
+    tokens = sum(len(row["completion_token_ids"][k]) for row, k in zip(rows, best, strict=True))
+    assert losses[0] == pytest.approx(-total / tokens, rel=1e-4)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_dataset_s_own_preference_is_known_by_its_origin(folder, rows, tmp_path):
+    """Where the rejected completion is gone, the next one does not take its place."""
+    named = [{**row, "origin": ["offline"] * 2 + ["reference"], "sample_index": [0, 1, 0]} for row in rows]
+    named[0] |= {"origin": ["offline"] + ["reference"] * 2, "sample_index": [0, 0, 1]}
+
+    losses = losses_of(folder, named, tmp_path / "a", loss="rebel", pairs="dataset")
+
+    differences = np.array([row["reward"][0] - row["reward"][1] for row in rows[1:]], float)
+    assert losses[0] == pytest.approx(np.mean((differences / 0.5) ** 2), rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("pairs", ["best-worst", "random"])
+def test_how_a_step_is_cut_changes_nothing(folder, rows, tmp_path, loss, pairs):
+    def weights_after(name, **arguments):
+        settings = PolicyConfig(**{**SETTINGS, "learning_rate": 1e-3}).arguments(tmp_path / name)
+        changed = {"loss": loss, "pairs": pairs, "beta": 0.5, "save_strategy": "no", **arguments}
+        trainer = QRPOTrainer(load_policy(folder).double(), QRPOConfig(**{**settings, **changed}), rows[:10])
+        trainer.train()
+        return trainer.model.state_dict()
+
+    whole = weights_after("whole", per_device_train_batch_size=4, token_budget=10_000)
+    variants = [
+        weights_after("micro", per_device_train_batch_size=4, token_budget=30),
+        # one prompt at a time: prompt-2, without a pair, is a micro-batch without any loss
+        weights_after("accumulated", per_device_train_batch_size=1, gradient_accumulation_steps=4),
+    ]
+
+    for variant in variants:
+        for name, weight in whole.items():
+            torch.testing.assert_close(variant[name], weight, rtol=1e-9, atol=1e-11)
+
+
+def test_a_column_that_the_loss_needs_is_named_when_it_is_missing(folder, rows, tmp_path):
+    unrewarded = [{name: value for name, value in row.items() if name != "reward"} for row in rows]
+
+    losses_of(folder, unrewarded, tmp_path / "qrpo")
+    losses_of(folder, unrewarded, tmp_path / "dataset", loss="dpo", pairs="dataset")
+    with pytest.raises(DataError, match="row has no `reward`, which the loss needs"):
+        losses_of(folder, unrewarded, tmp_path / "dpo", loss="dpo")
+
+
+def test_preference_data_in_trl_s_format_trains_dpo_without_any_reward(folder, tmp_path):
+    dataset = Dataset.from_list(
+        [{"prompt": f"prompt {i}", "chosen": "some words", "rejected": "more"} for i in range(4)]
+    )
+    args = QRPOConfig(
+        output_dir=str(tmp_path),
+        loss="dpo",
+        pairs="dataset",
+        learning_rate=1e-2,
+        per_device_train_batch_size=4,
+        num_train_epochs=10,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+    trainer = QRPOTrainer(load_policy(folder), args, dataset, AutoTokenizer.from_pretrained(folder))
+    trainer.train()
+
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logged[0]["loss"] == pytest.approx(np.log(2), rel=1e-5)
+    assert logged[-1]["rewards/accuracies"] == 1.0
+
+
+def test_completions_in_trl_s_format_train_sft(folder, tmp_path):
+    args = QRPOConfig(
+        output_dir=str(tmp_path),
+        loss="sft",
+        pairs="dataset",
+        report_to="none",
+        disable_tqdm=True,
+        max_steps=2,
+    )
+    dataset = [{"prompt": "some", "completion": " words"}, {"prompt": "and", "completion": " more"}]
+
+    trainer = QRPOTrainer(load_policy(folder), args, dataset, AutoTokenizer.from_pretrained(folder))
+
+    assert trainer.train().global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("loss", "idle"),
+    [
+        ("qrpo", {"pairs", "rebel_reward", "gamma_beta_ratio"}),
+        ("dpo", {"transform", "partition", "rebel_reward", "gamma_beta_ratio"}),
+        ("rebel", {"transform", "partition", "gamma_beta_ratio"}),
+        ("simpo", {"transform", "partition", "rebel_reward"}),
+        ("sft", {"beta", "transform", "partition", "rebel_reward", "gamma_beta_ratio"}),
+    ],
+)
+def test_only_settings_that_a_loss_looks_at_enter_its_fingerprint(loss, idle):
+    plain, changes = (
+        {"loss": loss},
+        {
+            "beta": 0.7,
+            "transform": "log",
+            "partition": "finite",
+            "pairs": "random",
+            "rebel_reward": "quantile_reward",
+            "gamma_beta_ratio": 0.9,
+        },
+    )
+
+    same = {
+        name
+        for name, value in changes.items()
+        if keyed(PolicyConfig(**plain, **{name: value})) == keyed(PolicyConfig(**plain))
+    }
+
+    assert same == idle

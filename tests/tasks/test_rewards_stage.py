@@ -1,0 +1,231 @@
+"""The rewards stage on stores of several kinds: what a reward sees, what is committed, and that answers are paid for once."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from qrpo.errors import RewardError
+from storage import PartKey, Store
+from storage.tables import SCHEMAS
+from tasks.answers import StoredAnswers
+from tasks.config import PipelineConfig, parse_config
+from tasks.plan import PartPlan
+from tasks.rewards import compute, reward_settings
+from tasks.work import Work
+
+FUNCTIONS = """\
+calls = 0
+
+def number_of_tokens(completions, completion_ids, **columns):
+    global calls
+    calls += 1
+    return [len(ids) + 1000 * calls for ids in completion_ids]
+
+def even(completions, level):
+    return [None if n is None else float(n % 2 == 0) for n in level]
+"""
+
+
+class GradingServer:
+    """A server that grades a completion by its number of words, 1 to 5, and counts what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                text = body["messages"][0]["content"]
+                owner.asked.append(text)
+                grade = str(min(5, len(text.split())))
+                top = [{"token": grade, "logprob": 0.0}]
+                choice = {
+                    "message": {"content": grade},
+                    "logprobs": {"content": [{"token": grade, "top_logprobs": top}]},
+                }
+                data = json.dumps({"choices": [choice], "usage": {"total_tokens": 7}}).encode()
+                self.send_response(200)
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+
+@pytest.fixture
+def server() -> Iterator[GradingServer]:
+    grading = GradingServer()
+    thread = threading.Thread(target=grading.http.serve_forever, args=(0.02,))
+    thread.start()
+    yield grading
+    grading.http.shutdown()
+    thread.join()
+    grading.http.server_close()
+
+
+@pytest.fixture(params=["folder", "memory", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    if request.param == "folder":
+        yield Store(tmp_path / "store")
+    elif request.param == "memory":
+        yield Store(f"memory://{tmp_path.name}")
+    else:
+        import s3fs
+
+        endpoint = request.getfixturevalue("s3_endpoint")
+        for name, value in {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "ENDPOINT_URL": endpoint}.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        bucket = f"answers-{os.getpid()}-{time.monotonic_ns()}"
+        s3fs.S3FileSystem().mkdir(bucket)
+        yield Store(f"s3://{bucket}/store")
+
+
+def config_of(rewards: Sequence[Mapping[str, Any]]) -> PipelineConfig:
+    return parse_config(
+        {
+            "prompts": {"source": "none"},
+            "reference": {"model": {"path": "org/none"}},
+            "completions": {"num_ref": 3},
+            "rewards": list(rewards),
+        }
+    )
+
+
+def judge(url: str, **settings: Any) -> dict[str, Any]:
+    base = {"kind": "judge", "name": "judge", "base_url": url, "model": "m", "rubric": "r"}
+    return {**base, "template": "{{ completion }}", "backoff": 0.01, **settings}
+
+
+def scored(store: Store, rewards: Sequence[Mapping[str, Any]], attempt: str = "1") -> list[dict[str, Any]]:
+    """Three parts of two prompts with three completions each, through the stage; all rows in order."""
+    parts = []
+    for number in range(3):
+        keys = {stage: PartKey(stage, "test", f"{number:08d}") for stage in ("prompts", "completions")}
+        ids = [f"{2 * number + n:032x}" for n in range(2)]
+        prompt = {"messages": [{"role": "user", "content": "hi"}], "split": "train", "source": "test"}
+        prompts = [
+            {
+                "prompt_id": prompt_id,
+                **prompt,
+                "offline_completions": [],
+                "metadata": json.dumps({"level": None if number == 2 else n}),
+                "conversational": False,
+            }
+            for n, prompt_id in enumerate(ids)
+        ]
+        completions = [
+            {
+                "prompt_id": prompt_id,
+                "sample_index": sample,
+                "origin": "reference",
+                "text": f"{prompt_id} " + "word " * sample,
+                "token_ids": list(range(sample + 1)),
+                "finish_reason": "stop",
+                "sampled_logprob": -1.0,
+            }
+            for prompt_id in ids
+            for sample in range(3)
+        ]
+        store.commit_part(keys["prompts"], pa.Table.from_pylist(prompts))
+        store.commit_part(
+            keys["completions"], pa.Table.from_pylist(completions, schema=SCHEMAS["completions"])
+        )
+        key = PartKey("rewards", f"test{attempt}", f"{number:08d}")
+        slice_ = {"prompts": keys["prompts"].fingerprint}
+        parts.append(PartPlan(key, (keys["completions"], keys["prompts"]), slice_))
+    records = list(compute(Work("rewards", config_of(rewards), store.url, tuple(parts))))
+    assert [record.key for record in records] == [part.key for part in parts]
+    return [row for record in records for row in store.read_part(record).to_pylist()]
+
+
+def test_small_parts_are_scored_in_one_call_and_every_component_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "f.py").write_text(FUNCTIONS)
+    length = {"kind": "function", "name": "length", "function": f"{tmp_path}/f.py:number_of_tokens"}
+    even = {"kind": "function", "name": "even", "weight": 0.5, "function": f"{tmp_path}/f.py:even"}
+    rows = scored(Store(tmp_path / "store"), [length, even])
+    first = [1001.0, 1002.0, 1003.0]  # one call: the function counts them
+    assert [row["components"][0] for row in rows] == [{"name": "length", "value": v} for v in first * 6]
+    assert [row["reward"] for row in rows[:6]] == [1001.5, 1002.5, 1003.5, 1001.0, 1002.0, 1003.0]
+    assert [row["reward"] for row in rows[12:]] == first * 2  # `even` does not apply where level is null
+    assert [len(row["components"]) for row in rows] == [2] * 12 + [1] * 6
+    assert [row["error"] for row in rows] == [None] * 18
+
+
+def test_answers_are_paid_for_once_on_any_store(
+    store: Store, server: GradingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "secret-123456")
+    rows = scored(store, [judge(server.url, api_key_env="JUDGE_KEY")])
+    assert [row["reward"] for row in rows] == [1.0, 2.0, 3.0] * 6
+    assert len(server.asked) == 18
+    nowhere = "http://127.0.0.1:9/v1"  # answers from here would be an error
+    again = scored(store, [judge(nowhere, weight=2.0, attempts=1)], attempt="2")
+    assert [row["reward"] for row in again] == [2.0, 4.0, 6.0] * 6
+    written = b"".join(store.read_bytes(key) for key in store.list())
+    assert b"secret-123456" not in written
+
+
+def test_a_budget_stops_the_stage_and_the_next_run_pays_only_for_the_rest(
+    tmp_path: Path, server: GradingServer
+) -> None:
+    store = Store(tmp_path / "store")
+    with pytest.raises(RewardError, match=r"budget is used up .* raise max_calls"):
+        scored(store, [judge(server.url, max_calls=5)])
+    assert len(server.asked) == 5
+    assert store.family_parts("rewards", "test1") == []
+    assert len(scored(store, [judge(server.url, max_calls=18)])) == 18
+    assert len(server.asked) == len(set(server.asked)) == 18
+
+
+def test_a_damaged_file_of_answers_costs_its_answers_and_nothing_else(store: Store) -> None:
+    answers = StoredAnswers(store)
+    answers.keep("group", {"a": "1", "b": "2"})
+    answers.keep("group", {"c": "3"})
+    assert answers.load("group") == {"a": "1", "b": "2", "c": "3"}
+    assert answers.load("other") == {}
+    store.write_bytes("answers/group/broken.parquet", b"PAR1 not really")
+    assert answers.load("group") == {"a": "1", "b": "2", "c": "3"}
+
+
+@pytest.mark.parametrize(
+    ("change", "counts"),
+    [
+        ({"rubric": "another"}, True),
+        ({"template": "another {{ completion }}"}, True),
+        ({"model": "another"}, True),
+        ({"version": "2"}, True),
+        ({"grades": {"1": 0, "2": 1}}, True),
+        ({"temperature": 1.0}, True),
+        ({"extra": {"seed": 1}}, True),
+        ({"min_probability": 0.9}, True),
+        ({"weight": 2.0}, True),
+        ({"base_url": "http://elsewhere/v1"}, False),
+        ({"api_key_env": "KEY"}, False),
+        ({"concurrency": 1}, False),
+        ({"attempts": 1}, False),
+        ({"backoff": 9.0}, False),
+        ({"timeout": 1.0}, False),
+        ({"max_calls": 1}, False),
+        ({"max_total_tokens": 1}, False),
+    ],
+)
+def test_what_could_change_a_grade_changes_fingerprints_and_nothing_else_does(
+    change: dict[str, Any], counts: bool
+) -> None:
+    before = reward_settings(config_of([judge("http://here/v1")]))
+    after = reward_settings(config_of([judge("http://here/v1", **change)]))
+    assert (before != after) is counts
