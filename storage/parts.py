@@ -85,7 +85,7 @@ class PartRecord:
     created: str = ""
     seconds: float = 0.0
 
-    @property
+    @cached_property
     def key(self) -> PartKey:
         """The part's key."""
         return PartKey(self.stage, self.family, self.fingerprint)

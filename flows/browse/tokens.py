@@ -1,6 +1,6 @@
 """A completion's tokens coloured by log-ratio, where a row stores log-probabilities of every token.
 
-Such a row has `token_ids`, and of the same length `policy_token_logprobs` and `ref_token_logprobs`. The words come from
+Such a row has `token_ids`, and of the same length `model_token_logprobs` and `ref_token_logprobs`. The words come from
 the tokenizer in the run's policy; without one the ids are shown.
 """
 
@@ -12,19 +12,19 @@ from storage import Manifest, Store
 
 __all__ = ["coloured_tokens"]
 
-_LOGPROBS = ("policy_token_logprobs", "ref_token_logprobs")
+_LOGPROBS = ("model_token_logprobs", "ref_token_logprobs")
 _STRONGEST = 3.0  # nats: the colour of any larger log-ratio
 _STEPS = 5
 
 
 def coloured_tokens(store: Store, policy: Manifest | None, row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Per token `text`, `log_ratio` (nats) and `shade` from -5 to 5; nothing where the row does not store them."""
-    ids, policy_T, ref_T = (row.get(name) or () for name in ("token_ids", *_LOGPROBS))
-    if not len(ids) == len(policy_T) == len(ref_T):
+    ids, model_T, ref_T = (row.get(name) or () for name in ("token_ids", *_LOGPROBS))
+    if not len(ids) == len(model_T) == len(ref_T):
         return []
     texts = _texts(ids, _tokenizer(store, policy) if policy is not None else None)
     tokens = []
-    for text, ours, theirs in zip(texts, policy_T, ref_T, strict=True):
+    for text, ours, theirs in zip(texts, model_T, ref_T, strict=True):
         ratio = None if ours is None or theirs is None else ours - theirs
         tokens.append({"text": text, "log_ratio": ratio, "shade": _shade(ratio)})
     return tokens

@@ -98,7 +98,7 @@ class RunData:
 
     def note_home(self, prompt_id: str, part: PartRecord) -> None:
         """Remember that this part has the prompt, so that it need not be searched for among all prompts."""
-        homes = self._made_from.get(part.fingerprint, frozenset())
+        homes = self._made_from(part.fingerprint)
         if len(homes) == 1:
             self._homes[prompt_id] = next(iter(homes))
 
@@ -107,16 +107,28 @@ class RunData:
         """Prompt id -> fingerprint of its part of `prompts`, as far as it is known by now."""
         return {}
 
+    def _made_from(self, part: str) -> frozenset[str]:
+        """The parts of `prompts` that a part goes back to row by row (a model goes back to all of them, and does not count)."""
+        if part not in self._homes_of_parts:
+            record = self._tables.get(part)
+            above = [self._made_from(parent) for parent in record.parents] if record else []
+            own = {part} if record and record.stage == "prompts" else ()
+            self._homes_of_parts[part] = frozenset(own).union(*above)
+        return self._homes_of_parts[part]
+
     @cached_property
-    def _made_from(self) -> dict[str, frozenset[str]]:
-        """Part -> the parts of `prompts` that it goes back to row by row (a model goes back to all of them, and does not count)."""
-        homes: dict[str, frozenset[str]] = {}
-        for stage, manifest in self.manifests.items():
-            for part in manifest.parts:
-                above = [homes.get(parent, frozenset()) for parent in part.parents] if part.table else []
-                own = {part.fingerprint} if stage == "prompts" else ()
-                homes[part.fingerprint] = frozenset(own).union(*above)
-        return homes
+    def _homes_of_parts(self) -> dict[str, frozenset[str]]:
+        return {}
+
+    @cached_property
+    def _tables(self) -> dict[str, PartRecord]:
+        """Every part of the run that holds rows, by fingerprint."""
+        return {
+            part.fingerprint: part
+            for manifest in self.manifests.values()
+            if manifest.parts and manifest.parts[0].table is not None
+            for part in manifest.parts
+        }
 
     def _parts_about(self, manifest: Manifest, prompt_ids: Collection[str]) -> Sequence[PartRecord]:
         lacking = {prompt_id for prompt_id in prompt_ids if prompt_id not in self._homes}
@@ -127,7 +139,7 @@ class RunData:
             if not lacking:
                 break
         homes = {self._homes[prompt_id] for prompt_id in prompt_ids if prompt_id in self._homes}
-        made_from = [self._made_from[part.fingerprint] for part in manifest.parts]
+        made_from = [self._made_from(part.fingerprint) for part in manifest.parts]
         if lacking or not all(made_from):
             return manifest.parts
         return [part for part, above in zip(manifest.parts, made_from, strict=True) if homes & above]

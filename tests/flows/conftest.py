@@ -252,9 +252,9 @@ def artifact_rows(numbers: range, num_ref: int, shift: float) -> dict[str, list[
                     "finish_reason": "stop",
                     "reward": p + bonus,
                     "quantile_reward": 0.5 + bonus / 2,
-                    "policy_logprob": -2.0,
+                    "model_logprob": -2.0,
                     "ref_logprob": -3.0,
-                    "policy_token_logprobs": [-0.1, -1.5, -0.4],
+                    "model_token_logprobs": [-0.1, -1.5, -0.4],
                     "ref_token_logprobs": [-0.3, -0.2, -2.5],
                 }
             )

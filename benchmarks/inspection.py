@@ -1,6 +1,6 @@
 """`qrpo inspect` over an artifact of ten million rows, the start of the process included, beside DuckDB and Polars on the same files.
 
-    python benchmarks/inspect.py [--rows 10000000] [--runs 5] [--store FOLDER] [--out inspect.json]
+    python benchmarks/inspection.py [--rows 10000000] [--runs 5] [--store FOLDER] [--out inspection.json]
 
 The store is laid out as the pipeline leaves it with its defaults: 256 prompts a part, 50 completions a prompt in blocks of 16, so that
 ten million completions lie in 3,128 files; everything is committed through the store. `--store` keeps it for the next time.
@@ -110,9 +110,9 @@ def ways(store: str, prompt_id: str) -> dict[str, list[str]]:
     duckdb = f"import duckdb; print(duckdb.sql(\"SELECT {{}} FROM read_parquet('{files}') {{}}\").fetchall())"
     polars = f"import polars as pl; r = pl.scan_parquet('{files}'); print({{}})"
     quartiles = "count(*), avg(reward), min(reward), max(reward), quantile_cont(reward, [0.25, 0.5, 0.75])"
-    numbers = (
-        "[pl.len(), c.mean(), c.min(), c.max(), *(c.quantile(q).alias(str(q)) for q in (0.25, 0.5, 0.75))]"
-    )
+    c = "pl.col('reward')"
+    numbers = "pl.len(), " + ", ".join(f"{c}.{name}().alias('{name}')" for name in ("mean", "min", "max"))
+    numbers += ", " + ", ".join(f"{c}.quantile({q}).alias('{q}')" for q in (0.25, 0.5, 0.75))
     python = [sys.executable, "-c"]
     return {
         "imports": [*look, "rewards", "--help"],
@@ -125,10 +125,7 @@ def ways(store: str, prompt_id: str) -> dict[str, list[str]]:
         "DuckDB, numbers of one column": [*python, duckdb.format(quartiles, "")],
         "DuckDB, a condition": [*python, duckdb.format("reward", "WHERE reward > 4.5 LIMIT 5")],
         "DuckDB, an order": [*python, duckdb.format("reward", "ORDER BY reward DESC LIMIT 5")],
-        "Polars, numbers of one column": [
-            *python,
-            f"{polars.format(f'r.select({numbers}).collect()')}".replace("c.", "pl.col('reward')."),
-        ],
+        "Polars, numbers of one column": [*python, polars.format(f"r.select({numbers}).collect()")],
         "Polars, a condition": [
             *python,
             polars.format("r.filter(pl.col('reward') > 4.5).select('reward').head(5).collect()"),
