@@ -21,7 +21,8 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="qrpo",
-    help="Align language models to absolute rewards, stage by stage. Start with `qrpo demo`.",
+    help="Align language models to absolute rewards, stage by stage. Start with `qrpo demo`. "
+    "`qrpo --install-completion` teaches the shell commands, options and stages.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -31,6 +32,12 @@ out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 _STAGES = ("prompts", "reference", "completions", "rewards", "quantiles", "shards", "policy", "evaluation")
+
+
+def _stages(incomplete: str) -> list[str]:
+    """For the shell's completion."""
+    return [stage for stage in _STAGES if stage.startswith(incomplete)]
+
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML configuration.")]
 StoreUrl = Annotated[
@@ -60,7 +67,10 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and every 
 
 @app.command()
 def demo(store: StoreUrl = "artifacts", as_json: AsJson = False, debug: Debug = False) -> None:
-    """The whole pipeline on this machine in minutes: builds a small model and a task, nothing to download."""
+    """The whole pipeline on this machine in minutes: builds a small model and a task, nothing to download.
+
+    Example: qrpo demo, then qrpo inspect demo rewards
+    """
     with _errors_as_lines(debug):
         from flows.demo import demo_config
 
@@ -71,14 +81,26 @@ def demo(store: StoreUrl = "artifacts", as_json: AsJson = False, debug: Debug = 
 def run(
     config: ConfigPath,
     first: Annotated[
-        str | None, typer.Option("--from", help="Start with this stage; those before must be complete.")
+        str | None,
+        typer.Option(
+            "--from", autocompletion=_stages, help="Start with this stage; those before must be complete."
+        ),
     ] = None,
-    last: Annotated[str | None, typer.Option("--until", help="Stop after this stage.")] = None,
-    only: Annotated[str | None, typer.Option("--only", help="Run this stage alone.")] = None,
+    last: Annotated[
+        str | None, typer.Option("--until", autocompletion=_stages, help="Stop after this stage.")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option("--only", autocompletion=_stages, help="Run this stage alone.")
+    ] = None,
     overrides: Overrides = None,
     force: Annotated[
         list[str] | None,
-        typer.Option("--force", metavar="STAGE", help="Compute this stage again even where it is cached."),
+        typer.Option(
+            "--force",
+            metavar="STAGE",
+            autocompletion=_stages,
+            help="Compute this stage again even where it is cached.",
+        ),
     ] = None,
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print the whole configuration and stop.")
@@ -162,7 +184,14 @@ def plan(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """What `qrpo run` would compute, what is cached, and why. Runs nothing, writes nothing."""
+    """What `qrpo run` would compute, what is cached, and why. Runs nothing, writes nothing.
+
+    Examples:
+
+      qrpo plan config.yaml
+
+      qrpo plan config.yaml --set completions.num_ref=50 --json
+    """
     with _errors_as_lines(debug):
         from flows.preview import preview, preview_table
         from storage import Store
@@ -174,7 +203,10 @@ def plan(
 
 @app.command(name="ls")
 def list_store(store: StoreUrl = "artifacts", as_json: AsJson = False, debug: Debug = False) -> None:
-    """The runs in the store, with the artifacts that each produced."""
+    """The runs in the store, with the artifacts that each produced.
+
+    Example: qrpo ls --store s3://bucket/qrpo
+    """
     with _errors_as_lines(debug):
         from flows.show import list_runs, runs_table
         from storage import Store
@@ -186,12 +218,19 @@ def list_store(store: StoreUrl = "artifacts", as_json: AsJson = False, debug: De
 @app.command()
 def show(
     name: Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or a configuration file.")],
-    stage: Annotated[str, typer.Argument(metavar="STAGE")],
+    stage: Annotated[str, typer.Argument(metavar="STAGE", autocompletion=_stages)],
     store: StoreUrl = "artifacts",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """One artifact: what it is, what made it, and where its Parquet files lie."""
+    """One artifact: what it is, what made it, and where its Parquet files lie.
+
+    Examples:
+
+      qrpo show demo rewards
+
+      qrpo show config.yaml policy --json
+    """
     with _errors_as_lines(debug):
         from flows.show import artifact_table, describe
         from storage import Store
@@ -204,7 +243,7 @@ def show(
 @app.command()
 def inspect(
     name: Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or a configuration file.")],
-    stage: Annotated[str, typer.Argument(metavar="STAGE")],
+    stage: Annotated[str, typer.Argument(metavar="STAGE", autocompletion=_stages)],
     limit: Annotated[int, typer.Option("--limit", min=1, help="Rows to show.")] = 5,
     prompt_id: Annotated[
         str | None, typer.Option("--prompt-id", help="Follow one prompt through every stage.")
@@ -237,7 +276,14 @@ def verify(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Check every file of the store: sha256, row counts, schemas, records, manifests. Exit code 1 where anything is wrong."""
+    """Check every file of the store: sha256, row counts, schemas, records, manifests. Exit code 1 where anything is wrong.
+
+    Examples:
+
+      qrpo verify
+
+      qrpo verify --repair --store s3://bucket/qrpo
+    """
     with _errors_as_lines(debug):
         from flows.housekeeping import check_store
         from storage import Store
@@ -276,7 +322,14 @@ def gc(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Remove what no run needs. Without a rule every named run is kept, and nothing goes without --yes."""
+    """Remove what no run needs. Without a rule every named run is kept, and nothing goes without --yes.
+
+    Examples:
+
+      qrpo gc --newest 5
+
+      qrpo gc --days 30 --keep baseline --yes
+    """
     with _errors_as_lines(debug):
         from flows.housekeeping import describe_gc, print_gc
         from storage import Store
