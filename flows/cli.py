@@ -608,7 +608,9 @@ def report(
 
 def main() -> None:
     """The console script's entry."""
-    set_defaults(PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL="CRITICAL")
+    set_defaults(
+        PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL="CRITICAL", PREFECT_LOGGING_HANDLERS_DEBUG_LEVEL="CRITICAL"
+    )
     app()
 
 
