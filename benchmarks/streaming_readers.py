@@ -1,7 +1,7 @@
 """How fast do training samples come, and how soon after a resume? `storage.ShardReader` beside six streaming readers.
 
     python -m venv peers && peers/bin/pip install -r benchmarks/requirements-streaming.txt
-    PYTHONPATH=. peers/bin/python benchmarks/streaming_readers.py --out benchmarks/results/streaming_readers.json
+    PYTHONPATH=. peers/bin/python -P benchmarks/streaming_readers.py --out benchmarks/results/streaming_readers.json
 
 An epoch of 50,000 samples of 400 token ids, shuffled as each one shuffles, in batches of 64 stacked into a tensor; one
 process, no workers, data on local disk and in the page cache. Then the time from opening the data with the state that
