@@ -1,12 +1,12 @@
 """How fast do training samples come, and how soon after a resume? `storage.ShardReader` beside six streaming readers.
 
     python -m venv peers && peers/bin/pip install -r benchmarks/requirements-streaming.txt
-    PYTHONPATH=. peers/bin/python benchmarks/streaming_readers.py --out benchmarks/results/streaming_readers.json
+    PYTHONPATH=. peers/bin/python -P benchmarks/streaming_readers.py --out benchmarks/results/streaming_readers.json
 
 An epoch of 50,000 samples of 400 token ids, shuffled as each one shuffles, in batches of 64 stacked into a tensor; one
 process, no workers, data on local disk and in the page cache. Then the time from opening the data with the state that
-was saved after 40,000 samples to the next sample. Every reader runs in a fresh process, which has imported it before
-the clock starts; the runs are interleaved. The sum of what was read is compared with what was written.
+was saved after 40,000 samples to the next sample. Each measurement has a process of its own, forked from one that has
+imported all readers; the runs are interleaved. The sum of what was read is compared with what was written.
 
 The floors: `read` only reads the Parquet column, `read and collate` also stacks its rows into batches, in file order.
 """
@@ -17,10 +17,10 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import multiprocessing
 import os
 import pickle
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -423,22 +423,21 @@ def resume_one(name: str, data: Path) -> dict[str, Any]:
 
 
 def in_process(action: str, name: str, data: Path) -> dict[str, Any]:
-    """The answer of this script run for one reader."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--data", str(data), "--action", action, "--reader", name],
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        },
-    )
-    if done.returncode:
-        raise RuntimeError(f"{name}, {action}:\n{done.stderr[-2000:]}")
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    """The answer of one action, in a fork of this process: everything is imported, nothing is open."""
+    answers, answer = multiprocessing.Pipe(duplex=False)
+
+    def target() -> None:
+        answer.send(act(action, name, data))
+
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start()
+    answer.close()
+    try:
+        found: dict[str, Any] = answers.recv()
+    except EOFError:
+        raise RuntimeError(f"{name}, {action}: it failed, see above") from None
+    process.join()
+    return found
 
 
 def act(action: str, name: str, data: Path) -> dict[str, Any]:
@@ -456,6 +455,9 @@ def act(action: str, name: str, data: Path) -> dict[str, Any]:
 
 def measure(data: Path, runs: int) -> dict[str, Any]:
     """Write the data, run all readers `runs` times, and say the medians."""
+    import_mosaic()
+    for package in ("datasets", "litdata", "storage", "torch.utils.data", "torchdata.nodes", "webdataset"):
+        importlib.import_module(package)
     for name, _ in WRITERS:
         if not (data / name).exists():
             in_process("write", name, data)
@@ -506,15 +508,11 @@ def measure(data: Path, runs: int) -> dict[str, Any]:
 def main() -> None:
     """All readers, or one action of one."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     parser.add_argument("--out", type=Path)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--data", type=Path, help="keep the data in this folder, and use what is there")
-    parser.add_argument("--action", choices=["write", "state", "epoch", "resume"], help=argparse.SUPPRESS)
-    parser.add_argument("--reader", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.action:
-        print(json.dumps(act(arguments.action, arguments.reader, arguments.data)))
-        return
     with tempfile.TemporaryDirectory() as folder:
         text = json.dumps(measure(arguments.data or Path(folder), arguments.runs), indent=1)
     if arguments.out:

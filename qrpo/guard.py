@@ -65,6 +65,11 @@ class StepGuard(TrainerCallback):  # type: ignore[misc]
             self._trainer.optimizer.zero_grad()  # to None, which an optimizer passes over
         self._clear()
 
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The Trainer's sum of losses begins anew: it subtracts the sum from itself, which leaves a NaN for ever."""
+        if not self._trainer._tr_loss.isfinite():
+            self._trainer._tr_loss.zero_()
+
     def _fault(self, loss: float, history: list[dict[str, float]]) -> str | None:
         if not math.isfinite(loss):
             return "the loss is not finite for these prompts"

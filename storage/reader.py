@@ -28,7 +28,7 @@ from storage.store import Store
 
 __all__ = ["BLOCK", "Row", "ShardReader"]
 
-BLOCK = 1024
+BLOCK = 2048
 """Rows that are read, and shuffled among themselves, at a time. Part of the order: a change is another order."""
 
 _OPEN_FILES = 32
