@@ -125,7 +125,10 @@ def print_comparison(summary: Mapping[str, Any], console: Console) -> None:
     title = (
         f"{summary['prompts']} held-out prompts, {summary['policy']['samples']:,} fresh samples of each model"
     )
-    table = Table("", *names, title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for name in names:
+        table.add_column(name)
     for heading, cells in rows:
         table.add_row(heading, *map(str, cells))
     console.print(table)

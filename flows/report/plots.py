@@ -181,12 +181,13 @@ def _measured(
 ) -> None:
     """The models' points over KL, with two standard errors."""
     assert content.summary is not None
+    farthest = 3 * max(axes.get_xlim()[1], content.summary["kl"]["mean"] or 0.0)
     compared = {"policy": content.summary, **content.summary.get("others", {})}
     for name, one in compared.items():
         value, error = score(content.summary["policy"] if name == "policy" else one, one)
         kl = one["kl"]
-        if kl["mean"] is None:
-            continue
+        if kl["mean"] is None or (name != "policy" and kl["mean"] > farthest):
+            continue  # a model without a KL, or so far away that the rest would shrink to a dot
         colour = _POLICY if name == "policy" else _INK
         axes.errorbar(
             kl["mean"],
@@ -305,7 +306,7 @@ _FIGURES: dict[str, tuple[str, str, Callable[[Any, Content], bool]]] = {
     ),
     "win-rate": (
         "Win rate against KL",
-        "What each beta promises, and where the policy came to; bars are two standard errors.",
+        "What each beta promises, and where the policy came to; bars are two standard errors. Models far off are left out.",
         _win_rate_frontier,
     ),
     "reward-kl": (

@@ -12,9 +12,11 @@ difficulty of each instruction, the file `df_gamed.csv` of the hub's tatsu-lab/a
 import json
 import os
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import Field
 
 from qrpo.child import Child
@@ -100,9 +102,10 @@ def judge_outputs(
         environment["OPENAI_API_BASE"] = judge.url
         environment["OPENAI_CLIENT_CONFIG_PATH"] = os.devnull + "/none"
     folder.mkdir(parents=True, exist_ok=True)
+    config = _annotator_config(judge, folder)
     child = Child(f"{__name__}:_Package", name="the alpaca-eval package", log=log, env=environment)
     try:
-        result: dict[str, Any] = child.call("judge", outputs, baseline, folder, judge, difficulty)
+        result: dict[str, Any] = child.call("judge", outputs, baseline, folder, config, difficulty)
     finally:
         child.close()
     return result
@@ -112,48 +115,35 @@ class _Package:
     """The package, in a child process of its own: it reads its settings from the environment when it is imported."""
 
     def judge(
-        self, outputs: Path, baseline: Path, folder: Path, judge: AlpacaEvalJudge, difficulty: Path | None
+        self, outputs: Path, baseline: Path, folder: Path, config: Path, difficulty: Path | None
     ) -> dict[str, Any]:
-        try:
-            import alpaca_eval  # type: ignore[import-untyped]
-        except ImportError as error:
-            raise ConfigError(
-                f"the alpaca-eval package cannot be imported ({error}): pip install 'qrpo-pipeline[alpaca-eval]'"
-            ) from None
         import openai
+        import pandas as pd  # type: ignore[import-untyped]
+        from alpaca_eval import annotators, metrics  # type: ignore[import-untyped]
 
-        config = _annotator_config(Path(alpaca_eval.__file__).parent / "evaluators_configs", judge, folder)
+        annotator = annotators.PairwiseAnnotator(
+            annotators_config=str(config.resolve()), caching_path=str(folder / "judgements.json")
+        )
+        # rows, not paths: the package would read a text of digits as a number
+        theirs, ours = (json.loads(path.read_text(encoding="utf-8")) for path in (baseline, outputs))
         try:
-            board, annotations = alpaca_eval.evaluate(
-                # rows, not paths: the package would read a text of digits as a number
-                model_outputs=json.loads(outputs.read_text(encoding="utf-8")),
-                reference_outputs=json.loads(baseline.read_text(encoding="utf-8")),
-                annotators_config=str(config.resolve()),
-                output_path=None,
-                precomputed_leaderboard=None,
-                is_cache_leaderboard=False,
-                is_return_instead_of_print=True,
-                fn_metric="get_winrate",
-                sort_by="win_rate",
-                caching_path=str(folder / "judgements.json"),
-            )
+            annotations = pd.DataFrame(annotator.annotate_head2head(outputs_1=theirs, outputs_2=ours))
         except openai.OpenAIError as error:
             raise EngineError(
-                f"the judge at {judge.url or 'OpenAI'} cannot be asked: {error}. Check judge.url, the model's name and the key"
+                f"the judge cannot be asked: {error}. Check its url, the model's name and the key"
             ) from None
-        annotations = alpaca_eval.utils.convert_to_dataframe(annotations)
         annotations.to_json(folder / "annotations.json", orient="records", indent=1)
+        annotations["preference"] = pd.to_numeric(annotations["preference"])
         readable = annotations[annotations["preference"].notna()]
         if not len(readable):
             raise DataError(
-                f"alpaca-eval: none of the judge's {len(annotations)} answers could be read; look at {folder / 'annotations.json'}. "
-                "A judge that names neither answer among its likeliest tokens needs a larger judge.options.top_logprobs"
+                f"alpaca-eval: none of the judge's {len(annotations)} answers could be read; look at "
+                f"{folder / 'annotations.json'}. A judge that names neither answer among its likeliest tokens needs a "
+                "larger judge.options.top_logprobs"
             )
-        (row,) = board.to_dict(orient="records")
+        rates = metrics.get_winrate(readable)
         return {
-            "win_rate": float(row["win_rate"]),
-            "standard_error": float(row["standard_error"]),
-            "discrete_win_rate": float(row["discrete_win_rate"]),
+            **{name: float(rates[name]) for name in ("win_rate", "standard_error", "discrete_win_rate")},
             **_length_controlled(annotations, folder, difficulty),
             "judged": len(readable),
             "unreadable": len(annotations) - len(readable),
@@ -162,10 +152,14 @@ class _Package:
         }
 
 
-def _annotator_config(shipped: Path, judge: AlpacaEvalJudge, folder: Path) -> Path:
+def _annotator_config(judge: AlpacaEvalJudge, folder: Path) -> Path:
     """The package's configuration of the judge with the user's changes, written into `folder`."""
-    import yaml
-
+    package = find_spec("alpaca_eval")
+    if package is None or package.origin is None:
+        raise ConfigError(
+            "the alpaca-eval package is not installed: pip install 'qrpo-pipeline[alpaca-eval]'"
+        )
+    shipped = Path(package.origin).parent / "evaluators_configs"
     source = shipped / judge.annotator / "configs.yaml"
     if not source.is_file():
         raise ConfigError(
