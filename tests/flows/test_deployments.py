@@ -26,6 +26,8 @@ import yaml
 
 from storage import Store
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
 DEPLOYMENTS = Path(__file__).parent.parent.parent / "deployments"
 COMPOSE = yaml.safe_load((DEPLOYMENTS / "compose.yaml").read_text())
 AUTH = "admin:a-password-of-the-test"
@@ -61,7 +63,7 @@ def running(command: list[str], log: Path, **options: Any) -> Iterator["subproce
             process.wait()
 
 
-def wait_for(happened: Callable[[], Any], what: str, log: Path, seconds: float = 240) -> Any:
+def wait_for(happened: Callable[[], Any], what: str, log: Path, seconds: float = 400) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := happened()):
         assert time.monotonic() < deadline, f"{what} did not happen:\n{log.read_text()[-4000:]}"
@@ -183,7 +185,7 @@ class Service:
     def deployment(self, name: str) -> Any:
         return self.call("GET", f"/deployments/name/{name}")
 
-    def start(self, name: str, **config: Any) -> str:
+    def start(self, name: str, /, **config: Any) -> str:
         """What the UI's button does; the flow run's id. `config` changes sections of the deployment's configuration."""
         deployment = self.deployment(name)
         changed = {**deployment["parameters"]["config"]}
@@ -242,7 +244,7 @@ def service(
         done = subprocess.run(
             [
                 *(Path(sys.executable).with_name("qrpo"), "deploy", config, "--store", "s3://qrpo/store"),
-                *("--json", "--cron", "* * * * *", "--set", "prompts.eval_fraction=0.3"),
+                *("--json", "--cron", "* * * * *", "--set", "completions.num_ref=2"),
             ],
             env=service.client_environment,
             cwd=folder,
@@ -256,7 +258,6 @@ def service(
             yield service
 
 
-@pytest.mark.slow
 def test_every_flow_is_deployed_with_its_queue_and_configuration(service: Service) -> None:
     deployed = json.loads((service.folder / "deployed.json").read_text())
 
@@ -266,14 +267,13 @@ def test_every_flow_is_deployed_with_its_queue_and_configuration(service: Servic
         assert deployment["work_pool_name"] == "qrpo"
         assert deployment["concurrency_limit"] == 1 or deployment["global_concurrency_limit"]["limit"] == 1
         assert deployment["parameters"]["store"] == "s3://qrpo/store"
-        assert deployment["parameters"]["config"]["prompts"]["eval_fraction"] == 0.3
+        assert deployment["parameters"]["config"]["completions"]["num_ref"] == 2
         assert deployment["work_queue_name"] == ("cpu" if "prompts" in name or "quantiles" in name else "gpu")
         assert deployment["description"]
     queue = service.call("GET", "/work_pools/qrpo/queues/gpu")
     assert queue["concurrency_limit"] == 1
 
 
-@pytest.mark.slow
 def test_form_in_the_ui_has_titles_descriptions_and_choices(service: Service) -> None:
     schema = service.deployment("pipeline/pipeline")["parameter_openapi_schema"]
 
@@ -285,14 +285,12 @@ def test_form_in_the_ui_has_titles_descriptions_and_choices(service: Service) ->
     assert set(sections["EngineConfig"]["properties"]["kind"]["enum"]) == {"vllm", "transformers"}
 
 
-@pytest.mark.slow
 def test_server_lets_nobody_in_without_the_password(service: Service) -> None:
     for auth in (None, "admin:wrong"):
         with pytest.raises(urllib.error.HTTPError, match="401"):
             service.call("POST", "/flow_runs/filter", {}, auth=auth)
 
 
-@pytest.mark.slow
 def test_schedule_runs_the_pipeline_and_a_run_by_hand_finds_it_cached(service: Service) -> None:
     def scheduled() -> Any:
         found = service.call(
@@ -305,7 +303,7 @@ def test_schedule_runs_the_pipeline_and_a_run_by_hand_finds_it_cached(service: S
         )
         return found[0] if found else None
 
-    run = wait_for(scheduled, "a scheduled run", service.log, seconds=400)
+    run = wait_for(scheduled, "a scheduled run", service.log, seconds=900)
     pipeline = service.deployment("pipeline/pipeline")
     for schedule in service.call("GET", f"/deployments/{pipeline['id']}/schedules"):
         service.call("PATCH", f"/deployments/{pipeline['id']}/schedules/{schedule['id']}", {"active": False})
@@ -320,7 +318,6 @@ def test_schedule_runs_the_pipeline_and_a_run_by_hand_finds_it_cached(service: S
     assert not list(service.folder.rglob("*.parquet")), "everything went to the object store"
 
 
-@pytest.mark.slow
 def test_run_cancelled_from_the_ui_stops_and_keeps_its_finished_parts(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,7 +341,6 @@ def test_run_cancelled_from_the_ui_stops_and_keeps_its_finished_parts(
     assert len(committed()) < 8, "it was stopped in the middle"
 
 
-@pytest.mark.slow
 def test_killed_run_is_crashed_with_a_reason_and_the_next_goes_on(service: Service) -> None:
     identity = start_long_run(service, seed=1)
     wait_for(lambda: service.run(identity)["state_type"] == "RUNNING", "the start", service.log)
