@@ -15,6 +15,7 @@ nothing of this machine's disk. What is decided here, and why:
 import math
 import multiprocessing
 import os
+import secrets
 import signal
 import threading
 import time
@@ -54,6 +55,8 @@ class Place:
     """What a worker must know of where it is."""
 
     runner: str
+    stage: str = ""
+    """Names one stage of one run: what arrives after that was ended is turned away."""
     driver: int = 0
     """The process that a worker on this machine ends with; 0 on a cluster of other machines."""
     gpus: tuple[str, ...] = ()
@@ -78,9 +81,20 @@ class Errand:
         self._work, self._place = work, place
 
     def arrive(self) -> Work:
-        """The work, once the worker is ready for it."""
+        """The work, once the worker is ready for it. A retry comes here again; it does not outlive its run."""
+        if self._place.stage in _ended:
+            raise QRPOError("the run that this work is for has ended")
         self._place.settle()
         return self._work
+
+
+_ended: set[str] = set()  # stages, in a worker of a cluster that outlives them
+
+
+def _end_stage(stage: str) -> None:
+    """Called in every worker of a cluster that is not ours."""
+    _ended.add(stage)
+    close_engine()
 
 
 _watching = threading.Event()
@@ -139,7 +153,8 @@ class Workers:
                 "that are visible here; lower run.workers or run.gpus_per_worker"
             )
         driver = os.getpid() if here else 0
-        self.place = Place(self.kind, driver, gpus if here else (), self.gpus_per_worker)
+        token = secrets.token_hex(8)
+        self.place = Place(self.kind, token, driver, gpus if here else (), self.gpus_per_worker)
         self._stack = ExitStack()
         self._runner: TaskRunner[Any] | None = None
 
@@ -256,7 +271,7 @@ class Workers:
 
     def _close(self, at_once: bool) -> None:
         if self.kind == "dask" and self.cluster is not None and self._runner is not None:
-            cast(Any, self._runner).client.run(close_engine, wait=not at_once)
+            cast(Any, self._runner).client.run(_end_stage, self.place.stage)
         if at_once and self.kind == "process":
             for process in multiprocessing.active_children():  # a pool would wait for the end of its groups
                 process.kill()

@@ -33,7 +33,12 @@ def test_worker_gets_the_gpus_of_its_engine(tiny_model: Path, monkeypatch: pytes
     workers = Workers("completions", config, "store")
 
     assert (workers.count, workers.gpus_per_worker) == (3, 2)
-    assert workers.place == Place("process", os.getpid(), ("0", "1", "2", "3", "4", "5"), 2)
+    place = workers.place
+    assert (place.driver, place.gpus, place.gpus_per_worker) == (
+        os.getpid(),
+        ("0", "1", "2", "3", "4", "5"),
+        2,
+    )
 
 
 def test_more_workers_than_gpus_are_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
@@ -83,7 +88,7 @@ def test_runner_is_not_in_any_fingerprint(tiny_model: Path):
 
 
 def test_two_workers_of_a_pool_see_different_gpus(tiny_model: Path):
-    place = Place("process", os.getpid(), ("4", "5", "6", "7"), 2)
+    place = Place("process", "stage", os.getpid(), ("4", "5", "6", "7"), 2)
     errand = Errand(Work("completions", settings(tiny_model), "store", ()), place)
     context = multiprocessing.get_context("spawn")
 
