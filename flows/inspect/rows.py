@@ -4,7 +4,7 @@ Everything goes through `storage.read.open_table`, so it works the same on every
 Rows are numbered from 0 through the parts in the manifest's order; that number is a row's position.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -113,18 +113,19 @@ class Rows:
     def take(self, positions: Sequence[int], columns: Sequence[str] | None = None) -> pl.DataFrame:
         """The rows at these positions, in that order."""
         columns = list(self.schema) if columns is None else list(columns)
-        found: dict[int, pl.DataFrame] = {}
+        if not positions:
+            return pl.DataFrame(schema={name: self.schema[name] for name in columns})
         by_part: dict[int, list[int]] = {}
         for position in sorted(set(positions)):
             by_part.setdefault(self._part_of(position), []).append(position)
+        frames: list[pl.DataFrame] = []
         for part, wanted in by_part.items():
             with self._open(part) as opened:
                 for group in self.groups(part):
                     inside = [p for p in wanted if group.start <= p < group.start + group.rows]
-                    found |= _pick(opened, group, inside, columns)
-        if not positions:
-            return pl.DataFrame(schema={name: self.schema[name] for name in columns})
-        return pl.concat([found[position] for position in positions])
+                    frames += _pick(opened, group, inside, columns)
+        place = {position: row for row, position in enumerate(sorted(set(positions)))}
+        return pl.concat(frames)[[place[position] for position in positions]]
 
     def place(self, position: int) -> tuple[PartRecord, int]:
         """The part of a position, and the row's number in it."""
@@ -155,23 +156,19 @@ def rows_of(store: Store, manifest: Manifest) -> Rows | None:
 
 def _pick(
     opened: pq.ParquetFile, group: Group, positions: Sequence[int], columns: Sequence[str]
-) -> dict[int, pl.DataFrame]:
-    """Single rows of a row group by position; decodes no further than the last one."""
-    found: dict[int, pl.DataFrame] = {}
+) -> Iterator[pl.DataFrame]:
+    """The rows of a row group at these ascending positions; decodes no further than the last one."""
     if not positions:
-        return found
-    at, todo = group.start, list(positions)
-    batches = opened.iter_batches(batch_size=_BATCH, row_groups=[group.number], columns=list(columns))
-    for batch in batches:
-        inside = [position for position in todo if position < at + batch.num_rows]
-        if inside:
-            frame = _frame(pa.Table.from_batches([batch]), columns)
-            found |= {position: frame[position - at] for position in inside}
-            todo = todo[len(inside) :]
-        at += batch.num_rows
-        if not todo:
-            break
-    return found
+        return
+    at, done = group.start, 0
+    for batch in opened.iter_batches(batch_size=_BATCH, row_groups=[group.number], columns=list(columns)):
+        stop = bisect_left(positions, at + batch.num_rows)
+        if stop > done:
+            inside = [position - at for position in positions[done:stop]]
+            yield _frame(pa.Table.from_batches([batch]), columns)[inside]
+        at, done = at + batch.num_rows, stop
+        if done == len(positions):
+            return
 
 
 def _frame(table: Any, columns: Sequence[str]) -> pl.DataFrame:

@@ -82,7 +82,7 @@ def plain(result: Any) -> str:
 # Help and configuration
 
 
-@pytest.mark.parametrize("name", ["demo", "run", "plan", "ls", "show", "inspect", "theory"])
+@pytest.mark.parametrize("name", ["demo", "run", "plan", "ls", "show", "inspect", "browse", "theory"])
 def test_every_command_has_help(command: Callable[..., Any], name: str) -> None:
     assert name in plain(command("--help"))
     assert "Usage" in plain(command(name, "--help"))
