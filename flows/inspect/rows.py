@@ -22,7 +22,7 @@ from storage.read import open_table
 __all__ = ["Chunk", "Group", "Rows", "rows_of"]
 
 _BATCH = 1024  # rows decoded at a time where only some of a row group are wanted
-_SPAN_ROWS = 131_072  # rows that are filtered at a time
+_SPAN_ROWS, _SPAN_BYTES = 131_072, 64 << 20  # looked at together
 
 
 @dataclass(frozen=True)
@@ -96,19 +96,21 @@ class Rows:
                 opened.read_row_groups([group.number for group in groups], columns=list(columns)), columns
             )
 
-    def scan(self, columns: Sequence[str], first: int = 0) -> Iterator[Chunk]:
-        """All rows from position `first` on, a few row groups at a time."""
-        for part in range(self._part_of(first) if first else 0, len(self.records)):
-            held: list[Group] = []
-            for group in self.groups(part):
-                if group.start + group.rows <= first:
-                    continue
-                if held and sum(other.rows for other in held) + group.rows > _SPAN_ROWS:
-                    yield self._chunk(held, columns, first)
-                    held = []
-                held.append(group)
-            if held:
-                yield self._chunk(held, columns, first)
+    def scan(self, columns: Sequence[str]) -> Iterator[Chunk]:
+        """All rows, many at a time: small parts are put together, big ones come in pieces."""
+        held: list[pl.DataFrame] = []
+        start = rows = size = 0
+        for part in range(len(self.records)):
+            with self._open(part) as opened:
+                for group in self.groups(part):
+                    held.append(_frame(opened.read_row_group(group.number, columns=list(columns)), columns))
+                    rows += group.rows
+                    size += int(held[-1].estimated_size())
+                    if rows >= _SPAN_ROWS or size >= _SPAN_BYTES:
+                        yield Chunk(start, pl.concat(held))
+                        start, rows, size, held = start + rows, 0, 0, []
+        if rows:
+            yield Chunk(start, pl.concat(held))
 
     def take(self, positions: Sequence[int], columns: Sequence[str] | None = None) -> pl.DataFrame:
         """The rows at these positions, in that order."""
@@ -136,11 +138,6 @@ class Rows:
         if not 0 <= position < len(self):
             raise DataError(f"there is no row {position}: rows are numbered from 0 to {len(self) - 1}")
         return bisect_right(self.starts, position) - 1
-
-    def _chunk(self, groups: Sequence[Group], columns: Sequence[str], first: int) -> Chunk:
-        frame = self.read(groups, columns)
-        skip = max(0, first - groups[0].start)
-        return Chunk(groups[0].start + skip, frame[skip:])
 
     def _open(self, part: int) -> pq.ParquetFile:
         opened = open_table(self.store.files, self.records[part], sparse=True)
