@@ -22,7 +22,8 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="qrpo",
-    help="Align language models to absolute rewards, stage by stage. Start with `qrpo demo`.",
+    help="Align language models to absolute rewards, stage by stage. Start with `qrpo demo`. "
+    "`qrpo --install-completion` teaches the shell commands, options and stages.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -30,6 +31,12 @@ app = typer.Typer(
 # no markup: what models wrote is printed as it is
 out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def _stages(incomplete: str) -> list[str]:
+    """For the shell's completion."""
+    return [stage for stage in _STAGES if stage.startswith(incomplete)]
+
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML configuration.")]
 StoreUrl = Annotated[
@@ -59,7 +66,10 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and every 
 
 @app.command()
 def demo(store: StoreUrl = "artifacts", as_json: AsJson = False, debug: Debug = False) -> None:
-    """The whole pipeline on this machine in minutes: builds a small model and a task, nothing to download."""
+    """The whole pipeline on this machine in minutes: builds a small model and a task, nothing to download.
+
+    Example: qrpo demo, then qrpo inspect demo rewards
+    """
     with _errors_as_lines(debug):
         from flows.demo import demo_config
 
@@ -70,14 +80,26 @@ def demo(store: StoreUrl = "artifacts", as_json: AsJson = False, debug: Debug = 
 def run(
     config: ConfigPath,
     first: Annotated[
-        str | None, typer.Option("--from", help="Start with this stage; those before must be complete.")
+        str | None,
+        typer.Option(
+            "--from", autocompletion=_stages, help="Start with this stage; those before must be complete."
+        ),
     ] = None,
-    last: Annotated[str | None, typer.Option("--until", help="Stop after this stage.")] = None,
-    only: Annotated[str | None, typer.Option("--only", help="Run this stage alone.")] = None,
+    last: Annotated[
+        str | None, typer.Option("--until", autocompletion=_stages, help="Stop after this stage.")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option("--only", autocompletion=_stages, help="Run this stage alone.")
+    ] = None,
     overrides: Overrides = None,
     force: Annotated[
         list[str] | None,
-        typer.Option("--force", metavar="STAGE", help="Compute this stage again even where it is cached."),
+        typer.Option(
+            "--force",
+            metavar="STAGE",
+            autocompletion=_stages,
+            help="Compute this stage again even where it is cached.",
+        ),
     ] = None,
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print the whole configuration and stop.")
@@ -161,7 +183,14 @@ def plan(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """What `qrpo run` would compute, what is cached, and why. Runs nothing, writes nothing."""
+    """What `qrpo run` would compute, what is cached, and why. Runs nothing, writes nothing.
+
+    Examples:
+
+      qrpo plan config.yaml
+
+      qrpo plan config.yaml --set completions.num_ref=50 --json
+    """
     with _errors_as_lines(debug):
         from flows.preview import preview, preview_table
         from storage import Store
@@ -173,7 +202,10 @@ def plan(
 
 @app.command(name="ls")
 def list_store(store: StoreUrl = "artifacts", as_json: AsJson = False, debug: Debug = False) -> None:
-    """The runs in the store, with the artifacts that each produced."""
+    """The runs in the store, with the artifacts that each produced.
+
+    Example: qrpo ls --store s3://bucket/qrpo
+    """
     with _errors_as_lines(debug):
         from flows.show import list_runs, runs_table
         from storage import Store
@@ -185,12 +217,19 @@ def list_store(store: StoreUrl = "artifacts", as_json: AsJson = False, debug: De
 @app.command()
 def show(
     name: Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or a configuration file.")],
-    stage: Annotated[str, typer.Argument(metavar="STAGE")],
+    stage: Annotated[str, typer.Argument(metavar="STAGE", autocompletion=_stages)],
     store: StoreUrl = "artifacts",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """One artifact: what it is, what made it, and where its Parquet files lie."""
+    """One artifact: what it is, what made it, and where its Parquet files lie.
+
+    Examples:
+
+      qrpo show demo rewards
+
+      qrpo show config.yaml policy --json
+    """
     with _errors_as_lines(debug):
         from flows.show import artifact_table, describe
         from storage import Store
@@ -203,7 +242,7 @@ def show(
 @app.command()
 def inspect(
     name: Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or a configuration file.")],
-    stage: Annotated[str, typer.Argument(metavar="STAGE")],
+    stage: Annotated[str, typer.Argument(metavar="STAGE", autocompletion=_stages)],
     where: Annotated[
         str | None,
         typer.Option("--where", metavar="SQL", help='Only rows for which this holds: --where "reward > 0.9"'),
@@ -297,7 +336,14 @@ def verify(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Check every file of the store: sha256, row counts, schemas, records, manifests. Exit code 1 where anything is wrong."""
+    """Check every file of the store: sha256, row counts, schemas, records, manifests. Exit code 1 where anything is wrong.
+
+    Examples:
+
+      qrpo verify
+
+      qrpo verify --repair --store s3://bucket/qrpo
+    """
     with _errors_as_lines(debug):
         from flows.housekeeping import check_store
         from storage import Store
@@ -336,7 +382,14 @@ def gc(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Remove what no run needs. Without a rule every named run is kept, and nothing goes without --yes."""
+    """Remove what no run needs. Without a rule every named run is kept, and nothing goes without --yes.
+
+    Examples:
+
+      qrpo gc --newest 5
+
+      qrpo gc --days 30 --keep baseline --yes
+    """
     with _errors_as_lines(debug):
         from flows.housekeeping import describe_gc, print_gc
         from storage import Store
@@ -615,7 +668,9 @@ def report(
 
 def main() -> None:
     """The console script's entry."""
-    set_defaults(PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL="CRITICAL")
+    set_defaults(
+        PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL="CRITICAL", PREFECT_LOGGING_HANDLERS_DEBUG_LEVEL="CRITICAL"
+    )
     app()
 
 

@@ -68,6 +68,9 @@ def deploy(config: PipelineConfig, store_url: str, options: DeployOptions) -> di
             for name in names:
                 found = client.read_deployment_by_name(name)
                 client.update_deployment(found.id, DeploymentUpdate(parameters=parameters))
+                # only now: the scheduler would make runs without parameters in between
+                for schedule in client.read_deployment_schedules(found.id) if options.cron else ():
+                    client.update_deployment_schedule(found.id, schedule.id, active=True)
             automations = [find_dead_runs(client)]
             if options.notify is not None:
                 automations.append(tell_of_failures(client, options.notify))
@@ -166,7 +169,7 @@ def _prefect_deploy(options: DeployOptions) -> list[str]:
         deployment["work_pool"]["name"] = options.pool
         if options.cron is not None and "schedules" in deployment:
             deployment["schedules"] = [
-                {"slug": "schedule", "cron": options.cron, "timezone": options.timezone, "active": True}
+                {"slug": "schedule", "cron": options.cron, "timezone": options.timezone, "active": False}
             ]
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch, "prefect.yaml")

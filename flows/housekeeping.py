@@ -3,7 +3,6 @@
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flows.launch import launch
 from flows.show import size_text
@@ -11,22 +10,21 @@ from storage import Store
 from storage.gc import GcPlan
 from storage.verify import Finding, repair, verify
 from tasks.config import parse_config
+from tasks.progress import reporting
 from tasks.stages import STAGES
 
 __all__ = ["check_store", "describe_gc", "print_gc", "rerun", "verify_store"]
 
 
-def verify_store(store: Store, console: Console) -> list[Finding]:
-    """Every fault in the store, with a progress bar on a terminal."""
-    columns = (TextColumn("checking parts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("verify", total=None)
-        return list(verify(store, progress=lambda done, total: bar.update(task, completed=done, total=total)))
+def verify_store(store: Store) -> list[Finding]:
+    """Every fault in the store, with a progress bar, or a line now and then where there is no terminal."""
+    with reporting("verify", 0, in_prefect=False) as reporter:
+        return list(verify(store, progress=lambda done, total: reporter.update(done, "parts", total=total)))
 
 
 def check_store(store: Store, console: Console, *, mend: bool) -> dict[str, Any]:
     """The findings; where `mend`, what they name is dropped and computed again by the runs that need it."""
-    findings = verify_store(store, console)
+    findings = verify_store(store)
     result: dict[str, Any] = {
         "store": store.url,
         "findings": [{"kind": f.kind, "key": f.key, "message": f.message} for f in findings],
@@ -34,7 +32,7 @@ def check_store(store: Store, console: Console, *, mend: bool) -> dict[str, Any]
     if mend and findings:
         result["dropped"] = repair(store, findings)
         result["runs"] = rerun(store, console)
-        result["left"] = [str(finding) for finding in verify_store(store, console)]
+        result["left"] = [str(finding) for finding in verify_store(store)]
     return result
 
 

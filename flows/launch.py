@@ -2,11 +2,12 @@
 
 import os
 import time
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from flows.logs import log_file, logging_to
 from flows.server import start_server
 from storage import Store
 from tasks.config import PipelineConfig
@@ -14,9 +15,6 @@ from tasks.plan import StagePlan
 from tasks.rounds import rounds_until
 from tasks.run_stage import run_stage
 from tasks.stages import STAGES, plan_pipeline, require_parents
-
-if TYPE_CHECKING:
-    from flows.stages import StageName
 
 __all__ = ["launch", "print_summary"]
 
@@ -59,14 +57,7 @@ def _launch(
         from flows.algorithm import pipeline
 
         server_answers()
-        # the names were checked by whoever asked; Prefect checks them again
-        results = pipeline(
-            config,
-            store.url,
-            cast("StageName", first),
-            cast("StageName", last),
-            cast("tuple[StageName, ...]", force),
-        )
+        results = _through_prefect(config, store, first, last, force, pipeline, console)
     stages = {
         result.stage: {
             "fingerprint": result.fingerprint,
@@ -85,6 +76,32 @@ def _launch(
         if manifest is not None and "summary" in manifest.metadata:
             summary["evaluation"] = manifest.metadata["summary"]
     return summary
+
+
+def _through_prefect(
+    config: PipelineConfig,
+    store: Store,
+    first: str,
+    last: str,
+    force: tuple[str, ...],
+    pipeline: Any,
+    console: Console,
+) -> Any:
+    """Run the flow; Ctrl-C, or a click on Cancel in the UI, ends it as cancelled."""
+    from prefect.logging.configuration import setup_logging
+
+    from flows.interrupts import CancellableRun
+
+    setup_logging()
+    run = CancellableRun()
+    with logging_to(log_file(store, config.name), console):
+        try:
+            return pipeline.with_options(on_running=[run.started])(config, store.url, first, last, force)
+        except KeyboardInterrupt:
+            run.interrupted()
+            raise
+        finally:
+            run.over()
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:

@@ -65,13 +65,11 @@ def _rewards(axes: "Axes", manifest: Manifest, store: Store) -> str:
 
 
 def _quantiles(axes: "Axes", manifest: Manifest, store: Store) -> str:
-    columns = (
-        store.scan(manifest.parts)
-        .select("origin", "quantile_reward")
-        .explode("origin", "quantile_reward")
-        .filter(pl.col("quantile_reward").is_not_null())
+    lists = store.scan(manifest.parts).select("origin", "quantile_reward").collect().to_arrow()
+    flat = {name: lists[name].combine_chunks().flatten() for name in lists.column_names}
+    _histogram(
+        axes, _by_origin(pl.LazyFrame(flat).drop_nulls(), "quantile_reward"), bins=np.linspace(0, 1, 21)
     )
-    _histogram(axes, _by_origin(columns, "quantile_reward"), bins=np.linspace(0, 1, 21))
     axes.set(xlabel="quantile among the reference's rewards", ylabel="training completions", xlim=(0, 1))
     return "Quantile rewards (the reference's own are uniform)"
 

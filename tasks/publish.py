@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
+from httpx import HTTPError
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from prefect.assets import Asset, AssetProperties, add_asset_metadata, materialize
 from prefect.cache_policies import NO_CACHE
@@ -70,6 +71,10 @@ def artifact_key(*words: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
 
 
+def _server_did_not_answer(task: Any, run: Any, state: Any) -> bool:
+    return isinstance(state.result(raise_on_failure=False), HTTPError)
+
+
 @materialize(
     "qrpo://artifact",  # the real key is known with the manifest, see `publish_stage`
     name="publish",
@@ -79,6 +84,7 @@ def artifact_key(*words: str) -> str:
     tags={"publish"},
     retries=2,
     retry_delay_seconds=[1.0, 5.0],
+    retry_condition_fn=_server_did_not_answer,
     log_prints=False,
 )
 def _publish(shown: tuple[Manifest, StageResult, "PipelineConfig", Store]) -> None:

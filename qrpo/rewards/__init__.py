@@ -12,9 +12,31 @@
 or foreign code: a reward model gives its memory back when closed, and a function that hangs is ended. Rows that cannot
 be scored come back with their `error`, in their place; a reward that scores no row at all raises RewardError.
 
-A kind of one's own is a module like the others: a `RewardSection` with `kind`, its settings, `identity` and `open`,
-and a class with `score` and `close` (both in `qrpo.rewards.protocol`), added to `RewardConfig` below. Rows that are
-scored by code of unknown temper go through `qrpo.rewards.workers`, which isolates, times out and retries them.
+A kind of one's own is one module like the others:
+
+    class LengthConfig(RewardSection):                  # `name` and `weight` are there already
+        kind: Literal["length"] = "length"
+        longest: int = 100                              # a setting: changing it scores anew
+        batch: int = knob(64)                           # a knob: changing it does not
+
+        def identity(self):                             # what else could change a score; see the protocol
+            return {}
+
+        def open(self, log, answers):
+            return Length(self.longest)
+
+    class Length:
+        def __init__(self, longest):
+            self.longest = longest
+
+        def score(self, prompts, completions, columns, *, conversational=None):
+            return [Score(min(len(said), self.longest) / self.longest) for said in completions]
+
+        def close(self): ...
+
+added to `RewardConfig` below. What each method owes is in `qrpo.rewards.protocol`. Rows that are scored by code of
+unknown temper go through `qrpo.rewards.workers`, which isolates, times out and retries them; memory that must come back
+belongs into a `qrpo.child.Child`; answers that cost money go to the `answers` that `open` is given.
 """
 
 from pathlib import Path

@@ -46,9 +46,8 @@ class PoolingReward:
             "trust_remote_code": model.trust_remote_code,
             "runner": "pooling",
             "dtype": saved_dtype(hf_config) if model.dtype == "auto" else model.dtype,
-            # the pooling runner wants room for one token behind the conversation
-            "max_model_len": min(self._max_length + 1, context_length(model)),
-            "max_num_batched_tokens": max(config.batch_tokens, self._max_length + 1),
+            "max_model_len": self._max_length,
+            "max_num_batched_tokens": max(config.batch_tokens, self._max_length),
             "gpu_memory_utilization": config.gpu_memory_utilization,
             "tensor_parallel_size": config.tensor_parallel_size,
             "enable_prefix_caching": True,

@@ -68,7 +68,7 @@ def jail_command(control: int, settings: str, packages: Mapping[str, Path]) -> l
         *("--remount-ro", "/", "--chdir", "/tmp"),
         # sets have one order in all runs, so a solution's verdict does not hang on chance
         *("--setenv", "LANG", "C.UTF-8", "--setenv", "HOME", "/tmp", "--setenv", "PYTHONHASHSEED", "0"),
-        *("--setenv", "LD_LIBRARY_PATH", "/python/lib"),
+        *("--setenv", "LD_LIBRARY_PATH", "/python/lib", "--setenv", "MALLOC_ARENA_MAX", "1"),
         *("/python/bin/python3", "-P", "-s", "-S", "-B", "-c", _BOOT, "/sandbox", str(control), settings),
     ]
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from qrpo.errors import EngineError
 from qrpo.sandbox.inside.framing import complete_frames, frame
-from qrpo.sandbox.inside.nursery import ENDED
+from qrpo.sandbox.inside.nursery import BUSY_SHARE, ENDED
 from qrpo.sandbox.isolator import PACKAGES, bare_command, find_packages, jail_command
 from qrpo.sandbox.limits import Limits
 
@@ -25,8 +25,7 @@ __all__ = ["Ended", "Jail", "Job"]
 
 _START_SECONDS = 120.0
 _PATIENCE_SECONDS = 0.005
-# past the longest time that the nursery gives a starved solution (ten times its wall limit), it is the nursery that hangs
-_LONGEST_WALLS, _GRACE_SECONDS = 11.0, 60.0
+_GRACE_SECONDS = 60.0  # for a nursery that hangs
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +145,8 @@ class Job:
         self._pending = bytearray()
         self._limit = int(jail.limits.output_mb * (1 << 20))
         self._reading = True
-        self._deadline = time.monotonic() + _LONGEST_WALLS * jail.limits.wall_seconds + _GRACE_SECONDS
+        longest = 2 * jail.limits.wall_seconds + jail.limits.cpu_seconds / BUSY_SHARE
+        self._deadline = time.monotonic() + longest + _GRACE_SECONDS
         self.output = bytearray()
         self.ended: Ended | None = None
 

@@ -13,8 +13,8 @@ class Limits(Section):
     cpu_seconds: int = Field(10, ge=1)
     """Processor time in seconds, all threads together. It decides, so a verdict does not hang on how busy the machine is."""
     wall_seconds: float = Field(30.0, gt=0.0)
-    """Time on the clock in seconds, for those that wait instead of computing. A solution that a busy machine has starved
-    may go on, for ten times as long at most."""
+    """Time on the clock in seconds, for those that wait instead of computing. One that computes may go on past
+    it, since a busy machine has starved it: as long as it has had a twentieth of the time as processor time."""
     memory_mb: int = Field(512, ge=64)
     """Address space in MiB."""
     tmp_mb: int = Field(16, ge=1)

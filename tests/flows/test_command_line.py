@@ -82,10 +82,29 @@ def plain(result: Any) -> str:
 # Help and configuration
 
 
-@pytest.mark.parametrize("name", ["demo", "run", "plan", "ls", "show", "inspect", "browse", "theory"])
+@pytest.mark.parametrize(
+    "name", ["demo", "run", "plan", "ls", "show", "inspect", "browse", "theory", "serve", "deploy"]
+)
 def test_every_command_has_help(command: Callable[..., Any], name: str) -> None:
     assert name in plain(command("--help"))
     assert "Usage" in plain(command(name, "--help"))
+
+
+@pytest.mark.parametrize("name", ["run", "plan", "ls", "show", "verify", "gc", "serve", "deploy", "theory"])
+def test_help_has_an_example(command: Callable[..., Any], name: str) -> None:
+    assert f"qrpo {name}" in plain(command(name, "--help")).split("Example", 1)[-1]
+
+
+def test_shell_completes_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {
+        "_QRPO_COMPLETE": "complete_bash",
+        "COMP_WORDS": "qrpo run config.yaml --only re",
+        "COMP_CWORD": "4",
+    }
+
+    result = CliRunner().invoke(app, [], prog_name="qrpo", env=environment)
+
+    assert result.stdout.split() == ["reference", "rewards"]
 
 
 def test_show_config_prints_every_default_with_its_meaning_and_reads_back(

@@ -1,4 +1,4 @@
-"""A stage spread over two worker processes, the store on an S3 server: the same bytes as a local run, whoever is killed."""
+"""Stages spread over two worker processes, the store on an S3 server: the same bytes as a run alone, whoever is killed."""
 
 import json
 import os
@@ -14,9 +14,16 @@ import pytest
 
 from storage import Store
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-RUNNERS = ("process", "dask", "ray")
+REWARD = """\
+import time
+
+
+def reward(prompts, completions, answer, **columns):
+    time.sleep(0.5)  # so that there is a middle to be killed in
+    return [sum(letter in right for letter in said) for said, right in zip(completions, answer, strict=True)]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -35,92 +42,137 @@ def bucket(s3_endpoint: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, write_task: Callable[..., Path]) -> Path:
-    """Many small parts, slowly sampled, so that there is a middle to be killed in."""
-    return write_task(
-        tmp_path_factory.mktemp("runners") / "task",
-        prompts=32,
+    """Many small parts, slowly sampled and scored, so that there is a middle to be killed in."""
+    folder = tmp_path_factory.mktemp("runners") / "task"
+    path = write_task(
+        folder,
+        prompts=40,
         completions__engine={"kind": "transformers", "max_num_seqs": 4},
         completions__sampling={"max_tokens": 24},
         completions__samples_per_part=4,
         run__part_size=2,
-        run__parts_per_task=2,
+        run__parts_per_task=1,
     )
+    (folder / "reward.py").write_text(REWARD)
+    return path
 
 
 @pytest.fixture(scope="module")
 def alone(
     tmp_path_factory: pytest.TempPathFactory, config: Path, prefect_server: str
-) -> dict[str, tuple[str, str]]:
-    """Fingerprint -> digests of a run in one process, on a store in a folder."""
+) -> dict[str, dict[str, str]]:
+    """Stage -> fingerprint -> sha256 of the rows, of a run in one process on a store in a folder."""
     folder = tmp_path_factory.mktemp("alone")
-    process = start(folder / "log", prefect_server, config, folder / "store", "local")
-    assert process.wait(timeout=400) == 0, (folder / "log").read_text()
+    run = Run(folder / "log", prefect_server, config, str(folder / "store"), "local", "rewards")
+    run.ends_well()
     return digests(Store(folder / "store"))
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
-def test_spread_run_survives_both_kills_and_gives_the_bytes_of_a_run_alone(
+@pytest.fixture(scope="module")
+def sampled(
+    tmp_path_factory: pytest.TempPathFactory, bucket: str, config: Path, prefect_server: str
+) -> tuple[Store, dict[int, str], int]:
+    """Completions on the S3 server, begun by two workers, whose driver is killed, and ended by a run without workers.
+
+    The store, which processes were left a minute after the kill, and how many parts there were then.
+    """
+    folder = tmp_path_factory.mktemp("sampled")
+    store = Store(f"{bucket}/sampled")
+    run = Run(folder / "killed.log", prefect_server, config, store.url, "process", "completions")
+    run.wait_for(lambda: committed(store, "completions") > 2)
+    started = run.below()
+    assert len(workers_of(started)) == 2, started
+    run.process.kill()
+    run.process.wait()
+    left = left_of(started)
+    kept = committed(store, "completions")
+    Run(folder / "local.log", prefect_server, config, store.url, "local", "completions").ends_well()
+    return store, left, kept
+
+
+def test_killed_driver_leaves_no_worker_and_no_engine_behind(
+    sampled: tuple[Store, dict[int, str], int], alone: dict[str, dict[str, str]]
+):
+    store, left, kept = sampled
+
+    assert not left
+    assert 2 < kept < len(alone["completions"])
+    assert digests(store)["completions"] == alone["completions"]
+
+
+@pytest.mark.parametrize("runner", ["process", "dask", "ray"])
+def test_part_of_a_killed_worker_is_computed_by_another_with_the_bytes_of_a_run_alone(
     runner: str,
+    sampled: tuple[Store, dict[int, str], int],
     bucket: str,
     config: Path,
-    alone: dict[str, tuple[str, str]],
+    alone: dict[str, dict[str, str]],
     prefect_server: str,
     tmp_path: Path,
 ):
     store = Store(f"{bucket}/{runner}")
-    driver = start(tmp_path / "first.log", prefect_server, config, store.url, runner)
-    wait_for(lambda: committed(store) > 0, driver, tmp_path / "first.log")
-    started = descendants(driver.pid)
-    driver.kill()
-    driver.wait()
-    assert len(workers_of(started)) > 1, started
-    assert gone(started), living(started)
-    kept = committed(store)
-    assert 0 < kept < len(alone)
+    for key in sampled[0].list():
+        store.write_bytes(key, sampled[0].read_bytes(key))
 
-    driver = start(tmp_path / "second.log", prefect_server, config, store.url, runner)
-    wait_for(lambda: committed(store) > kept, driver, tmp_path / "second.log")
-    started = descendants(driver.pid)
+    run = Run(tmp_path / "log", prefect_server, config, store.url, runner, "rewards")
+    run.wait_for(lambda: committed(store, "rewards") > 0 and len(workers_of(run.below())) == 2)
+    started = run.below()
     os.kill(workers_of(started)[0], signal.SIGKILL)
-    code = driver.wait(timeout=400)
+    summary = run.ends_well()
 
-    assert code == 0, (tmp_path / "second.log").read_text()
-    assert gone(started), living(started)
     assert digests(store) == alone
-    summary = json.loads((tmp_path / "second.log").read_text().splitlines()[-1])
-    assert summary["stages"]["completions"]["parts_cached"] == kept
+    assert summary["stages"]["rewards"]["parts_computed"] == len(alone["rewards"])
+    assert summary["stages"]["completions"]["parts_computed"] == 0
+    assert not left_of(started)
     assert not store.list("leases/parts")
 
 
-def start(log: Path, server: str, config: Path, store: Any, runner: str) -> "subprocess.Popen[bytes]":
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("QRPO_")}
-    arguments = ["run", config, "--store", store, "--until", "completions", "--json"]
-    arguments += ["--set", f"run.runner={runner}", "--set", "run.workers=2", "--set", "run.lease_ttl=3"]
-    with log.open("wb") as output:
-        return subprocess.Popen(
-            [Path(sys.executable).with_name("qrpo"), *map(str, arguments)],
-            env={**environment, "PREFECT_API_URL": server},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+class Run:
+    """`qrpo run` on two workers, as a process of its own."""
+
+    def __init__(self, log: Path, server: str, config: Path, store: str, runner: str, until: str) -> None:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("QRPO_")}
+        arguments = ["run", str(config), "--store", store, "--until", until, "--json"]
+        arguments += ["--set", f"run.runner={runner}", "--set", "run.workers=2"]
+        self.log = log
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [Path(sys.executable).with_name("qrpo"), *arguments],
+                env={**environment, "PREFECT_API_URL": server},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def ends_well(self) -> dict[str, Any]:
+        """Its summary."""
+        assert self.process.wait(timeout=500) == 0, self.log.read_text()
+        summary: dict[str, Any] = json.loads(self.log.read_text().splitlines()[-1])
+        return summary
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 500
+        while not condition():
+            assert self.process.poll() is None, f"it ended before it could be killed:\n{self.log.read_text()}"
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.2)
+
+    def below(self) -> dict[int, tuple[int, str, str]]:
+        """Every process below it: id -> (parent, when it started, command line)."""
+        return descendants(self.process.pid)
 
 
-def committed(store: Store) -> int:
-    return sum(key.endswith(".json") for key in store.list("parts/completions"))
+def committed(store: Store, stage: str) -> int:
+    return sum(key.endswith(".json") for key in store.list(f"parts/{stage}"))
 
 
-def digests(store: Store) -> dict[str, tuple[str, str]]:
-    """What every part was asked to be and came to be: fingerprint -> (family, sha256 of its rows)."""
-    records = [json.loads(store.read_bytes(key)) for key in store.list("parts") if key.endswith(".json")]
-    return {record["fingerprint"]: (record["family"], record["files"][0][3]) for record in records}
-
-
-def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert process.poll() is None, f"it ended before it could be killed:\n{log.read_text()}"
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
+def digests(store: Store) -> dict[str, dict[str, str]]:
+    """What every part was asked to be and came to be: stage -> fingerprint -> sha256 of its rows."""
+    found: dict[str, dict[str, str]] = {}
+    for key in store.list("parts"):
+        if key.endswith(".json"):
+            record = json.loads(store.read_bytes(key))
+            found.setdefault(record["stage"], {})[record["fingerprint"]] = record["files"][0][3]
+    return found
 
 
 def descendants(root: int) -> dict[int, tuple[int, str, str]]:
@@ -146,20 +198,20 @@ def status_of(process: int) -> tuple[int, str, str] | None:
 
 
 def workers_of(processes: dict[int, tuple[int, str, str]]) -> list[int]:
-    """Those that have started an engine."""
+    """Those that have started an engine or a reward."""
     return sorted({parent for parent, _, command in processes.values() if "qrpo.serving" in command})
 
 
-def living(processes: dict[int, tuple[int, str, str]]) -> dict[int, str]:
+def left_of(processes: dict[int, tuple[int, str, str]]) -> dict[int, str]:
+    """Those that still live after a minute, with their command lines."""
+    deadline = time.monotonic() + 60
+    while (left := _living(processes)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return left
+
+
+def _living(processes: dict[int, tuple[int, str, str]]) -> dict[int, str]:
     now = {process: status_of(process) for process in processes}
     return {
         process: was[2] for process, was in processes.items() if (is_ := now[process]) and is_[1] == was[1]
     }
-
-
-def gone(processes: dict[int, tuple[int, str, str]]) -> bool:
-    """Whether all of them have ended, within a minute."""
-    deadline = time.monotonic() + 60
-    while living(processes) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return not living(processes)

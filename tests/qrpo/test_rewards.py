@@ -13,7 +13,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from qrpo.callables import load_callable
-from qrpo.chat import load_tokenizer
+from qrpo.chat import encode_conversation, load_tokenizer
 from qrpo.config import keyed
 from qrpo.errors import ConfigError, ModelError, RewardError
 from qrpo.models import ModelConfig, load_model_config, load_reward_model
@@ -570,13 +570,16 @@ def test_when_memory_runs_out_the_budget_is_halved_and_scoring_goes_on(tiny_rewa
 
 @pytest.mark.slow
 def test_vllm_gives_the_scores_that_transformers_gives(tiny_reward_model: Path, tmp_path: Path) -> None:
-    config = ModelRewardConfig(model=ModelConfig(path=str(tiny_reward_model)), engine="vllm")
+    tokenizer = load_tokenizer(str(tiny_reward_model))
+    said = [[*prompt, {"role": "assistant", "content": completion}] for prompt, completion in CONVERSATIONS]
+    longest = max(len(encode_conversation(tokenizer, messages)) for messages in said)
+    model = ModelConfig(path=str(tiny_reward_model))
+    config = ModelRewardConfig(model=model, engine="vllm", max_length=longest)
     reward = open_reward(config, log=tmp_path / "vllm.log")
     prompts, completions = zip(*CONVERSATIONS, strict=True)
-    too_long = ([{"role": "user", "content": "long " * 300}], "yes")
-    scores = reward.score([*prompts, too_long[0]], [*completions, too_long[1]], {})
+    scores = reward.score([*prompts, prompts[0]], [*completions, "long " * longest], {})
     again = reward.score(prompts[::-1], completions[::-1], {})
     reward.close()
-    assert "tokens, but the reward model reads 256" in str(scores.pop().error)
+    assert f"tokens, but the reward model reads {longest}" in str(scores.pop().error)
     assert values(scores) == pytest.approx(plain_forward(tiny_reward_model), abs=1e-3)
     assert values(again[::-1]) == pytest.approx(values(scores), abs=1e-3)

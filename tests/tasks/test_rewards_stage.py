@@ -16,9 +16,10 @@ from qrpo.errors import RewardError
 from storage import PartKey, Store
 from storage.tables import SCHEMAS
 from tasks.answers import StoredAnswers
-from tasks.config import PipelineConfig, parse_config
+from tasks.config import PipelineConfig, load_config, parse_config
 from tasks.plan import PartPlan
 from tasks.rewards import compute, reward_settings
+from tasks.stages import plan_pipeline
 from tasks.work import Work
 
 FUNCTIONS = """\
@@ -229,3 +230,16 @@ def test_what_could_change_a_grade_changes_fingerprints_and_nothing_else_does(
     before = reward_settings(config_of([judge("http://here/v1")]))
     after = reward_settings(config_of([judge("http://here/v1", **change)]))
     assert (before != after) is counts
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "rewards"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_of_a_kind_can_be_planned_offline(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(EXAMPLES.parents[1])
+    plans = plan_pipeline(load_config(path), Store(tmp_path / "store"), until="rewards", read_source=True)
+    assert plans["rewards"].parts
+    assert plans["rewards"].missing == plans["rewards"].parts

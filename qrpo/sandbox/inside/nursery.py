@@ -28,7 +28,7 @@ from . import judge, solution
 from .cell import Cells
 from .framing import Reader
 
-__all__ = ["ENDED", "main"]
+__all__ = ["BUSY_SHARE", "ENDED", "main"]
 
 ENDED = struct.Struct("<icd")
 """Exit status as `os.waitpid` gives it; b"w" if its wall time had run out, else b"-"; CPU seconds."""
@@ -39,8 +39,9 @@ _PREIMPORTED = """
     traceback types typing
 """
 
-# Where a wall limit passes on a machine so busy that the solution hardly ran, it may go on: by the CPU time it has had.
-_BUSY_SHARE, _LONGEST = 0.05, 10.0
+BUSY_SHARE = 0.05
+"""A solution whose wall time is over goes on while it has had this share of it as CPU time: it is no sleeper, but starved
+by a busy machine. Its CPU limit ends it, after that limit divided by this share at the latest."""
 
 
 def main(control: int, settings: str) -> None:
@@ -100,9 +101,6 @@ def _arrange(job: int, answer: int) -> None:
     os.dup2(answer, _ANSWER)
     os.dup2(job, _JOB)
     os.closerange(5, 102)
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def _wait(child: int, host: socket.socket, limits: dict[str, Any]) -> bytes:
@@ -125,7 +123,7 @@ def _wait(child: int, host: socket.socket, limits: dict[str, Any]) -> bytes:
                 os._exit(0)
         elif (now := time.monotonic()) >= deadline:
             used = time.clock_gettime((~child << 3) | 2)  # the child's CPU clock, see clock_getcpuclockid(3)
-            if used > _BUSY_SHARE * (now - started) and now - started < _LONGEST * wall:
+            if used > BUSY_SHARE * (now - started):
                 deadline = now + wall
             else:
                 reason = b"w"

@@ -1,0 +1,155 @@
+"""`python -m examples.reproduce`: make the task, compare the methods, write tables and plots.
+
+    python -m examples.reproduce [--store artifacts] [--out docs]
+
+Writes `reproduction.json` (what `qrpo compare` reports), `reproduction.md` (its tables) and `reproduction.svg` into the folder
+`--out`. Killed, the same command goes on; a second time everything is cached.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from examples.reproduce.task import write_task
+from qrpo.theory import summary
+from tasks.config import load_config
+
+matplotlib.use("Agg")
+CONFIG = Path(__file__).with_name("config.yaml")
+MAIN = ("qrpo", "qrpo-log", "dpo", "rebel", "simpo")
+OFFLINE = ("qrpo-offline", "dpo-offline", "simpo-offline")
+NUM_REF = (1, 3, 10, 50)
+
+
+def tables(report: dict[str, Any]) -> str:
+    """The report as three Markdown tables."""
+    reference = report["reference"]
+    judged = f"{report['seeds']} seeds, {report['prompts']} held-out prompts that had no say in the choice of settings"
+    lines = [
+        f"{judged}; mean and 95% interval over seeds and prompts.",
+        "",
+        "| method | best settings | reward | win rate | quantile reward | KL | tokens | behind `qrpo` |",
+        "|---|---|---|---|---|---|---|---|",
+        _reference_row(reference),
+        *(_row(name, report["methods"][name]) for name in MAIN),
+        "",
+        "| n | beta 0.03: reward | win rate | beta 0.3: reward | win rate |",
+        "|---|---|---|---|---|",
+    ]
+    for n in NUM_REF:
+        cells = [
+            _shown(report["methods"][f"n{n}-{beta}-beta"]["scores"][score])
+            for beta in ("small", "large")
+            for score in ("reward", "win_rate")
+        ]
+        lines.append(f"| {n} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "| method, dataset's pairs | best settings | reward | tokens | tokens over the reference's |",
+        "|---|---|---|---|---|",
+    ]
+    for name in OFFLINE:
+        entry = report["methods"][name]
+        length = entry["scores"]["length"]
+        over = length["mean"] - reference["length"]
+        lines.append(
+            f"| {name} | {_settings(entry)} | {_shown(entry['scores']['reward'])} | {_shown(length)} | {over:+.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Win rate against KL with the optimum's frontier, and reward against the number of reference samples."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    frontier = [summary("identity", beta, 50) for beta in (0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 3.0)]
+    left.plot([one["kl"] for one in frontier], [one["win_rate"] for one in frontier], "k--", label="optimum")
+    for name in MAIN:
+        scores = report["methods"][name]["scores"]
+        left.errorbar(
+            scores["kl"]["mean"], scores["win_rate"]["mean"], label=name, fmt="o", **_errors(scores)
+        )
+    left.set(xlabel="KL to the reference, nats", ylabel="win rate against the reference")
+    left.legend()
+    for beta, value in (("small", 0.03), ("large", 0.3)):
+        rewards = [report["methods"][f"n{n}-{beta}-beta"]["scores"]["reward"] for n in NUM_REF]
+        low = [one["mean"] - one["low"] for one in rewards]
+        high = [one["high"] - one["mean"] for one in rewards]
+        right.errorbar(
+            NUM_REF, [one["mean"] for one in rewards], yerr=[low, high], label=f"beta {value}", marker="o"
+        )
+    right.axhline(report["reference"]["reward"], color="grey", linestyle=":", label="reference")
+    right.set(
+        xscale="log",
+        xlabel="reference samples a prompt",
+        ylabel="reward",
+        xticks=NUM_REF,
+        xticklabels=NUM_REF,
+    )
+    right.legend()
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _errors(scores: dict[str, dict[str, float]]) -> dict[str, list[list[float]]]:
+    errors = {}
+    for axis, name in (("xerr", "kl"), ("yerr", "win_rate")):
+        one = scores[name]
+        errors[axis] = [[one["mean"] - one["low"]], [one["high"] - one["mean"]]]
+    return errors
+
+
+def _reference_row(scores: dict[str, float]) -> str:
+    reward, quantile_reward, length = scores["reward"], scores["quantile_reward"], scores["length"]
+    return f"| reference | | {reward:.3f} | 0.5 | {quantile_reward:.3f} | 0 | {length:.2f} | |"
+
+
+def _row(name: str, entry: dict[str, Any]) -> str:
+    scores = entry["scores"]
+    shown = [_shown(scores[key]) for key in ("reward", "win_rate", "quantile_reward", "kl", "length")]
+    behind = _shown(entry["behind"]) if "behind" in entry else ""
+    return f"| {name} | {_settings(entry)} | {' | '.join(shown)} | {behind} |"
+
+
+def _settings(entry: dict[str, Any]) -> str:
+    words = {"policy.beta": "beta", "policy.learning_rate": "lr", "policy.transform": ""}
+    return ", ".join(
+        f"{words[key]} {value}".strip() for key, value in entry["settings"].items() if key in words
+    )
+
+
+def _shown(score: dict[str, float]) -> str:
+    return f"{score['mean']:.3f} ({score['low']:.3f} to {score['high']:.3f})"
+
+
+def main() -> None:
+    """Run the comparison, or find it in the store, and write what came out."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--store", default="artifacts")
+    parser.add_argument("--out", type=Path, default=Path("docs"))
+    arguments = parser.parse_args()
+    folder = Path("reproduce")
+    if not (folder / "base" / "config.json").is_file():
+        write_task(folder)
+    from flows.server import start_server
+
+    server_answers = start_server()
+    from flows.compare import compare
+
+    server_answers()
+    report = compare(load_config(CONFIG), arguments.store)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "reproduction.json").write_text(json.dumps(report, indent=1) + "\n")
+    (arguments.out / "reproduction.md").write_text(tables(report))
+    plot(report, arguments.out / "reproduction.svg")
+    print(tables(report), end="")
+
+
+if __name__ == "__main__":
+    main()

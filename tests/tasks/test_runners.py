@@ -1,0 +1,100 @@
+"""Where groups are computed: how workers are counted, which GPUs each sees, and what is refused."""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qrpo.errors import ConfigError
+from tasks.config import PipelineConfig, parse_config
+from tasks.runners import Errand, Place, Workers, uses_workers
+from tasks.work import Work
+
+
+def settings(model: Path, **run: Any) -> PipelineConfig:
+    return parse_config(
+        {
+            "prompts": {"source": "prompts.jsonl"},
+            "reference": {"model": {"path": str(model)}},
+            "completions": {"engine": {"tensor_parallel_size": 2}},
+            "rewards": [{"kind": "function", "name": "r", "function": "reward.py:reward"}],
+            "run": run,
+        }
+    )
+
+
+def test_worker_gets_the_gpus_of_its_engine(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5")
+    config = settings(tiny_model, runner="process")
+
+    workers = Workers("completions", config, "store")
+
+    assert (workers.count, workers.gpus_per_worker) == (3, 2)
+    assert workers.place == Place("process", os.getpid(), ("0", "1", "2", "3", "4", "5"), 2)
+
+
+def test_more_workers_than_gpus_are_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+
+    with pytest.raises(ConfigError, match="2 workers of 2 GPUs each do not fit the 3 GPUs"):
+        Workers("completions", settings(tiny_model, runner="dask", workers=2), "store")
+
+
+def test_stage_without_a_model_takes_no_gpu(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+
+    workers = Workers("quantiles", settings(tiny_model, runner="process", workers=4), "store")
+
+    assert (workers.count, workers.gpus_per_worker) == (4, 0)
+
+
+def test_store_of_one_process_alone_is_refused(tiny_model: Path):
+    with pytest.raises(ConfigError, match="memory://"):
+        Workers("rewards", settings(tiny_model, runner="ray"), "memory://store")
+
+
+def test_cluster_without_a_runner_for_it_is_refused(tiny_model: Path):
+    with pytest.raises(ConfigError, match="set runner to dask or ray, got 'process'"):
+        settings(tiny_model, runner="process", cluster="tcp://head:8786")
+
+
+def test_single_part_stays_in_this_process_unless_there_is_a_cluster(tiny_model: Path):
+    assert not uses_workers(settings(tiny_model, runner="ray"), 1)
+    assert uses_workers(settings(tiny_model, runner="ray"), 2)
+    assert uses_workers(settings(tiny_model, runner="ray", cluster="ray://head:10001"), 1)
+    assert not uses_workers(settings(tiny_model), 100)
+
+
+def test_groups_are_small_enough_for_all_workers(tiny_model: Path):
+    workers = Workers("quantiles", settings(tiny_model, runner="process", workers=4), "store")
+
+    assert workers.group_size(1000, most=32) == 32
+    assert workers.group_size(40, most=32) == 5
+    assert workers.group_size(3, most=32) == 1
+
+
+def test_runner_is_not_in_any_fingerprint(tiny_model: Path):
+    from qrpo.config import keyed
+
+    assert keyed(settings(tiny_model).run) == keyed(settings(tiny_model, runner="ray", workers=3).run)
+
+
+def test_two_workers_of_a_pool_see_different_gpus(tiny_model: Path):
+    place = Place("process", os.getpid(), ("4", "5", "6", "7"), 2)
+    errand = Errand(Work("completions", settings(tiny_model), "store", ()), place)
+    context = multiprocessing.get_context("spawn")
+
+    with context.Manager() as manager, ProcessPoolExecutor(2, mp_context=context) as pool:
+        both = manager.Barrier(2)
+        seen = list(pool.map(arrive, [errand] * 2, [both] * 2))
+
+    assert sorted(seen) == ["4,5", "6,7"]
+
+
+def arrive(errand: Errand, both: Any) -> str:
+    errand.arrive()
+    both.wait(timeout=120)  # so that no worker answers twice
+    return os.environ["CUDA_VISIBLE_DEVICES"]
