@@ -90,6 +90,8 @@ def _frames(rows: Rows, query: Query, columns: Sequence[str], limit: int | None)
     """The rows, some at a time: straight through where all are meant, else those that are found."""
     if query.is_plain and not query.sort and query.sample is None and limit is None:
         yield from (chunk.frame for chunk in rows.scan(columns))
+        if not len(rows):
+            yield rows.take([], columns)
         return
     found = find_rows(rows, query, limit=limit, seconds=float("inf"), count_seconds=0.0)
     for start in range(0, len(found.positions), _AT_ONCE):

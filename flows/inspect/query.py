@@ -19,7 +19,6 @@ from qrpo.errors import DataError
 
 __all__ = ["Found", "Query", "condition_of", "find_rows"]
 
-_MOST_SORTED = 1_000_000
 _POSITION = "\0position"
 
 
@@ -112,18 +111,21 @@ def _sorted(rows: Rows, sort: str, condition: pl.Expr | None, page: slice, secon
     if kind.is_nested():
         raise DataError(f"rows cannot be sorted by {column}, which is {kind}")
     started, matches, searched = time.monotonic(), 0, 0
-    best: pl.DataFrame | None = None
+    frames: list[pl.DataFrame] = []
+
+    def best() -> pl.DataFrame:
+        ordered = pl.concat(frames).sort(column, descending=descending, nulls_last=True, maintain_order=True)
+        return ordered if page.stop is None else ordered.head(page.stop)
+
     for looked_at, hits in _matching(rows, condition, [column]):
         searched = looked_at
         matches += hits.height
-        hits = hits.with_columns(pl.col(column).fill_nan(None)) if kind.is_float() else hits
-        best = hits if best is None else pl.concat([best, hits])
-        best = best.sort(column, descending=descending, nulls_last=True, maintain_order=True).head(
-            page.stop or _MOST_SORTED
-        )
+        frames.append(hits.with_columns(pl.col(column).fill_nan(None)) if kind.is_float() else hits)
+        if page.stop is not None:  # no more are kept than can be wanted
+            frames = [best()]
         if time.monotonic() - started > seconds:
             break
-    positions = [] if best is None else best[_POSITION].to_list()
+    positions = best()[_POSITION].to_list() if frames else []
     return Found(positions[page], matches if searched == len(rows) else None, searched)
 
 

@@ -4,7 +4,7 @@ Everything goes through `storage.read.open_table`, so it works the same on every
 Rows are numbered from 0 through the parts in the manifest's order; that number is a row's position.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +22,7 @@ from storage.read import open_table
 __all__ = ["Chunk", "Group", "Rows", "rows_of"]
 
 _BATCH = 1024  # rows decoded at a time where only some of a row group are wanted
-_SPAN_ROWS = 131_072  # rows that are filtered at a time
+_SPAN_ROWS, _SPAN_BYTES = 131_072, 64 << 20  # looked at together
 
 
 @dataclass(frozen=True)
@@ -96,35 +96,38 @@ class Rows:
                 opened.read_row_groups([group.number for group in groups], columns=list(columns)), columns
             )
 
-    def scan(self, columns: Sequence[str], first: int = 0) -> Iterator[Chunk]:
-        """All rows from position `first` on, a few row groups at a time."""
-        for part in range(self._part_of(first) if first else 0, len(self.records)):
-            held: list[Group] = []
-            for group in self.groups(part):
-                if group.start + group.rows <= first:
-                    continue
-                if held and sum(other.rows for other in held) + group.rows > _SPAN_ROWS:
-                    yield self._chunk(held, columns, first)
-                    held = []
-                held.append(group)
-            if held:
-                yield self._chunk(held, columns, first)
+    def scan(self, columns: Sequence[str]) -> Iterator[Chunk]:
+        """All rows, many at a time: small parts are put together, big ones come in pieces."""
+        held: list[pl.DataFrame] = []
+        start = rows = size = 0
+        for part in range(len(self.records)):
+            with self._open(part) as opened:
+                for group in self.groups(part):
+                    held.append(_frame(opened.read_row_group(group.number, columns=list(columns)), columns))
+                    rows += group.rows
+                    size += int(held[-1].estimated_size())
+                    if rows >= _SPAN_ROWS or size >= _SPAN_BYTES:
+                        yield Chunk(start, pl.concat(held))
+                        start, rows, size, held = start + rows, 0, 0, []
+        if rows:
+            yield Chunk(start, pl.concat(held))
 
     def take(self, positions: Sequence[int], columns: Sequence[str] | None = None) -> pl.DataFrame:
         """The rows at these positions, in that order."""
         columns = list(self.schema) if columns is None else list(columns)
-        found: dict[int, pl.DataFrame] = {}
+        if not positions:
+            return pl.DataFrame(schema={name: self.schema[name] for name in columns})
         by_part: dict[int, list[int]] = {}
         for position in sorted(set(positions)):
             by_part.setdefault(self._part_of(position), []).append(position)
+        frames: list[pl.DataFrame] = []
         for part, wanted in by_part.items():
             with self._open(part) as opened:
                 for group in self.groups(part):
                     inside = [p for p in wanted if group.start <= p < group.start + group.rows]
-                    found |= _pick(opened, group, inside, columns)
-        if not positions:
-            return pl.DataFrame(schema={name: self.schema[name] for name in columns})
-        return pl.concat([found[position] for position in positions])
+                    frames += _pick(opened, group, inside, columns)
+        place = {position: row for row, position in enumerate(sorted(set(positions)))}
+        return pl.concat(frames)[[place[position] for position in positions]]
 
     def place(self, position: int) -> tuple[PartRecord, int]:
         """The part of a position, and the row's number in it."""
@@ -135,11 +138,6 @@ class Rows:
         if not 0 <= position < len(self):
             raise DataError(f"there is no row {position}: rows are numbered from 0 to {len(self) - 1}")
         return bisect_right(self.starts, position) - 1
-
-    def _chunk(self, groups: Sequence[Group], columns: Sequence[str], first: int) -> Chunk:
-        frame = self.read(groups, columns)
-        skip = max(0, first - groups[0].start)
-        return Chunk(groups[0].start + skip, frame[skip:])
 
     def _open(self, part: int) -> pq.ParquetFile:
         opened = open_table(self.store.files, self.records[part], sparse=True)
@@ -155,23 +153,19 @@ def rows_of(store: Store, manifest: Manifest) -> Rows | None:
 
 def _pick(
     opened: pq.ParquetFile, group: Group, positions: Sequence[int], columns: Sequence[str]
-) -> dict[int, pl.DataFrame]:
-    """Single rows of a row group by position; decodes no further than the last one."""
-    found: dict[int, pl.DataFrame] = {}
+) -> Iterator[pl.DataFrame]:
+    """The rows of a row group at these ascending positions; decodes no further than the last one."""
     if not positions:
-        return found
-    at, todo = group.start, list(positions)
-    batches = opened.iter_batches(batch_size=_BATCH, row_groups=[group.number], columns=list(columns))
-    for batch in batches:
-        inside = [position for position in todo if position < at + batch.num_rows]
-        if inside:
-            frame = _frame(pa.Table.from_batches([batch]), columns)
-            found |= {position: frame[position - at] for position in inside}
-            todo = todo[len(inside) :]
-        at += batch.num_rows
-        if not todo:
-            break
-    return found
+        return
+    at, done = group.start, 0
+    for batch in opened.iter_batches(batch_size=_BATCH, row_groups=[group.number], columns=list(columns)):
+        stop = bisect_left(positions, at + batch.num_rows)
+        if stop > done:
+            inside = [position - at for position in positions[done:stop]]
+            yield _frame(pa.Table.from_batches([batch]), columns)[inside]
+        at, done = at + batch.num_rows, stop
+        if done == len(positions):
+            return
 
 
 def _frame(table: Any, columns: Sequence[str]) -> pl.DataFrame:

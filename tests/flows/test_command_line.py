@@ -83,7 +83,7 @@ def plain(result: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["demo", "run", "plan", "ls", "show", "inspect", "theory", "serve", "deploy"]
+    "name", ["demo", "run", "plan", "ls", "show", "inspect", "browse", "theory", "serve", "deploy"]
 )
 def test_every_command_has_help(command: Callable[..., Any], name: str) -> None:
     assert name in plain(command("--help"))

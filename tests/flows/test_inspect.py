@@ -332,20 +332,19 @@ def test_numbers_of_a_big_artifact_are_estimates_that_say_so(tmp_path: Path) -> 
 
 def test_looking_ends_when_time_is_up_and_says_how_far_it_came(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    commit(
-        store,
-        "rewards",
-        [rewards_table(np.full(2000, part, dtype=float), first=2000 * part) for part in range(4)],
-    )
-    manifest = store.manifest("rewards", store.run("one")["stages"]["rewards"]["fingerprint"])
-    rows = Rows(store, manifest.parts)
+    size = 140_000  # more than is looked at together
+    tables = [rewards_table(np.full(size, part, dtype=float), first=size * part) for part in range(2)]
+    commit(store, "rewards", tables)
+    rows = Rows(store, storage.open(store, "one", "rewards").manifest.parts)
+    query = Query(where="reward >= 1")
 
-    cut = find_rows(rows, Query(where="reward >= 1"), limit=5, seconds=0.0)
-    whole = find_rows(rows, Query(where="reward >= 1"), limit=5)
+    cut = find_rows(rows, query, limit=3, seconds=0.0)
+    whole = find_rows(rows, query, limit=3)
 
-    assert (cut.positions, cut.matches, cut.searched) == ([], None, 2000)
-    assert (whole.positions, whole.matches) == ([2000, 2001, 2002, 2003, 2004], 6000)
-    assert find_rows(rows, Query(where="reward >= 1"), limit=2, offset=3).positions == [2003, 2004]
+    assert (cut.positions, cut.matches) == ([], None)
+    assert 0 < cut.searched <= size
+    assert (whole.positions, whole.matches) == ([size, size + 1, size + 2], size)
+    assert find_rows(rows, query, limit=2, offset=3).positions == [size + 3, size + 4]
 
 
 def test_search_looks_into_conversations_and_lists(url: str) -> None:
