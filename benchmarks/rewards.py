@@ -34,6 +34,7 @@ from storage import PartKey, Store
 from storage.tables import SCHEMAS
 from tasks import rewards
 from tasks.config import PipelineConfig, parse_config
+from tasks.engines import close_engine
 from tasks.plan import PartPlan
 from tasks.work import Work
 
@@ -153,6 +154,7 @@ def stage(store: Store, plans: Sequence[PartPlan], config: PipelineConfig) -> li
     for plan in plans:
         store.discard_part(plan.key)
     records = list(rewards.compute(Work("rewards", config, store.url, tuple(plans))))
+    close_engine()  # as the end of a stage does
     return [reward for record in records for reward in store.read_part(record)["reward"].to_pylist()]
 
 
