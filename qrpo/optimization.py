@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field, PrivateAttr, field_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from qrpo.config import Section, knob
 from qrpo.errors import ConfigError
@@ -16,7 +16,7 @@ from qrpo.transforms import get_transform
 if TYPE_CHECKING:
     from qrpo.trainer import CompletionTrainingArguments, QRPOConfig
 
-__all__ = ["OptimizationConfig", "PolicyConfig", "SftConfig"]
+__all__ = ["LoraConfig", "OptimizationConfig", "PolicyConfig", "SftConfig"]
 
 
 class OptimizationConfig(Section):
@@ -115,6 +115,19 @@ class SftConfig(OptimizationConfig):
         return CompletionTrainingArguments(**self.arguments(Path(output_dir)))
 
 
+class LoraConfig(Section):
+    """Low-rank adapters to train instead of the weights."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of each adapter."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Adapters are scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout in front of the adapters."""
+    target_modules: tuple[str, ...] = ()
+    """Names of the layers that get one; by default all linear layers but the head."""
+
+
 class PolicyConfig(OptimizationConfig):
     """How the policy is trained."""
 
@@ -142,9 +155,29 @@ class PolicyConfig(OptimizationConfig):
     """Processes of this machine to train with, one for each GPU; `prompts_per_step` is over all of them."""
     fsdp: bool = knob(False)
     """Shard weights, gradients and optimizer over the processes (FSDP) instead of each having all (DDP)."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters (`pip install 'qrpo-pipeline[peft]'`) instead of the weights; the policy is saved merged, an ordinary model
+    folder. Null for full fine-tuning."""
+    eval_shards: int = Field(default=0, ge=0)
+    """Hold this many shards out of training, the last ones, and report the loss on them (`eval_loss`) as training goes on. Fresh
+    samples of the policy are the `evaluation` stage's."""
+    eval_steps: int = Field(default=50, ge=1)
+    """Steps between such reports."""
+    patience: int | None = Field(default=None, ge=1)
+    """Stop after this many reports in a row without a lower `eval_loss`; the last weights are kept, not the best. Null: never."""
     max_initial_log_ratio: float | None = knob(None, gt=0)
     """Largest mean |log pi - log ref| per square root of a token before the first step; by default, what rounding
     explains in the dtype."""
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.patience is not None and not self.eval_shards:
+            raise ValueError("patience: needs a held-out loss, and eval_shards is 0")
+        if self.lora is not None and self.fsdp:
+            raise ValueError(
+                "lora: cannot be merged from sharded weights; use fsdp: false, as adapters need little memory"
+            )
+        return self
 
     @field_validator("transform")
     @classmethod
@@ -165,6 +198,10 @@ class PolicyConfig(OptimizationConfig):
             "pairs": self.loss != "qrpo",
             "rebel_reward": self.loss == "rebel",
             "gamma_beta_ratio": self.loss == "simpo",
+            "lora": self.lora is not None,
+            "eval_shards": self.eval_shards > 0,
+            "eval_steps": self.patience is not None,
+            "patience": self.patience is not None,
         }
         return frozenset(name for name, is_used in used.items() if not is_used)
 
@@ -190,4 +227,7 @@ class PolicyConfig(OptimizationConfig):
             partition=self.partition,
             max_initial_log_ratio=self.max_initial_log_ratio,
             fsdp=self.fsdp or None,
+            eval_strategy="steps" if self.eval_shards else "no",
+            eval_steps=self.eval_steps,
+            patience=self.patience,
         )

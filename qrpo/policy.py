@@ -1,9 +1,10 @@
 """The pipeline's last step of computation: shards of quantile rewards and reference log-probabilities become a policy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qrpo.adapters import with_lora
 from qrpo.chat import load_tokenizer
 from qrpo.models import ModelConfig
 from qrpo.optimization import PolicyConfig
@@ -19,6 +20,7 @@ def train_policy(
     config: PolicyConfig,
     output_dir: str | Path,
     *,
+    eval_rows: Sequence[Mapping[str, Any]] | None = None,
     mean_ref_std: float | None = None,
     resume: bool = True,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
@@ -27,16 +29,20 @@ def train_policy(
 
     `dataset` is what `QRPOTrainer` takes: rows, or a reader with `iterate(epoch, start)` and a length. Killed at any
     moment, the same call goes on from its newest whole checkpoint (`resume`) and ends with the same weights. Writes
-    `metrics.parquet` beside `final`. `mean_ref_std` is needed by transforms that are scaled per prompt. Raises TrainingError where the reference does not match, or the loss is not finite.
+    `metrics.parquet` beside `final`. `eval_rows` are held out for `eval_loss`. `mean_ref_std` is needed by transforms that are scaled per prompt. Raises TrainingError where the reference does not match, or the loss is not finite.
     """
     require_rows(dataset)
     arguments = config.to_training_arguments(output_dir)
     arguments.mean_ref_std = mean_ref_std
+    policy = load_policy(model)
+    if config.lora is not None:
+        policy = with_lora(policy, config.lora, arguments.seed)
     trainer = QRPOTrainer(
-        load_policy(model),
+        policy,
         arguments,
         dataset,
         load_tokenizer(model if isinstance(model, ModelConfig) else str(model), chat_template=False),
+        eval_dataset=eval_rows,
     )
     return run_training(
         trainer, Path(output_dir), resume=resume, stored_dtype=stored_dtype(model), on_progress=on_progress

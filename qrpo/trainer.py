@@ -10,11 +10,11 @@ goes through them in micro-batches under a token budget, so memory is bounded an
 loss is divided by the number of terms in the whole step, on all ranks, so how a step is cut changes nothing.
 
 What is left out: no reference model (its log-probabilities come with the data, or are computed from the initial
-model once, before the first step), no evaluation loop (a policy is judged by fresh samples, another stage's work).
+model once, before the first step), no sampling (evaluation here is the loss on held-out rows; a policy is judged by fresh
+samples, another stage's work).
 """
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from accelerate import DistributedType, PartialState
 from safetensors import SafetensorError
-from transformers import Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
+from qrpo.adapters import adapters_off
 from qrpo.checkpoints import UNFINISHED, commit_checkpoint, unwritten
 from qrpo.errors import ConfigError, DataError, TrainingError
 from qrpo.guard import BadStep, StepGuard
@@ -36,6 +37,7 @@ from qrpo.losses import LossType, PairChoice
 from qrpo.objectives import Objective, make_objective, narrowed
 from qrpo.partition import Partition
 from qrpo.rows import collate_rows, flatten_rows, take, tensor_of, training_rows
+from qrpo.throughput import Meter
 from qrpo.transforms import get_transform
 
 __all__ = ["CompletionTrainer", "CompletionTrainingArguments", "QRPOConfig", "QRPOTrainer"]
@@ -67,6 +69,12 @@ class CompletionTrainingArguments(TrainingArguments):  # type: ignore[misc]
             "help": "A loss this many times the largest of the first 10 logged has exploded. `inf`: never."
         },
     )
+    patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after this many evaluations in a row without a lower `eval_loss`. None: never."
+        },
+    )
     remove_unused_columns: bool = False
     dataloader_pin_memory: bool = False
     logging_nan_inf_filter: bool = False
@@ -79,6 +87,8 @@ class CompletionTrainingArguments(TrainingArguments):  # type: ignore[misc]
         # Each rank reads its own rows, and their order is a function of the seed and the epoch.
         if self.accelerator_config is None:
             self.accelerator_config = {"dispatch_batches": False}
+        if self.patience is not None:
+            self.metric_for_best_model, self.greater_is_better = "eval_loss", False
         super().__post_init__()
         if self.data_seed is None:
             self.data_seed = self.seed
@@ -156,12 +166,14 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         processing_class: Any = None,
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        eval_dataset: Sequence[Any] | None = None,
     ) -> None:
         super().__init__(
             model=model,
             args=args,
             data_collator=collate_rows,
             train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -170,9 +182,10 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         self.guard = StepGuard(self, args.bad_step, args.max_loss_growth)
         self.add_callback(self.guard)
         self._saving = False
+        if args.patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.patience))
         self._metrics: dict[str, tuple[float, int]] = {}  # sum over completions, and their number
-        self._tokens = 0
-        self._clock: float | None = None
+        self._meter = Meter(self.model, self._compute_dtype())
 
     def training_step(
         self,
@@ -182,7 +195,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
     ) -> torch.Tensor:
         """Forward and backward through the rows in micro-batches; returns this rank's share of the step's loss."""
         objective, rows = self.objective, inputs["rows"]
-        self._clock = self._clock or time.perf_counter()
+        self._meter.start(self.state.global_step)
         if self.state.global_step == 0:
             self.before_first_step(rows or inputs["spare"])
         model.train()
@@ -222,6 +235,32 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
                 model, inner, compute, batch["prompt_token_ids"], batch["completion_token_ids"]
             )
 
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """The objective's mean loss and metrics on held-out rows. Every process computes all of them, so that all agree."""
+        rows = self.objective.select(self._usable(list(eval_dataset or self.eval_dataset)), 0)
+        if not rows:
+            raise DataError("no held-out row has completions for this loss")
+        columns = flatten_rows(rows)
+        total, seen_B = 0.0, torch.zeros(len(columns["length"]), device=self.args.device)
+        self.model.eval()
+        with torch.no_grad():
+            for indices in self._micro_batches(columns, self.objective.group):
+                batch = take(columns, indices)
+                logprob_B = self.logprobs(self.model_wrapped, batch)
+                total += self.objective.loss(logprob_B, batch).sum().item()
+                seen_B[indices] = logprob_B.to(seen_B.dtype)
+            found = self.objective.metrics(seen_B, columns)
+        metrics = {f"{metric_key_prefix}_{name}": value.item() for name, value in found.items()}
+        metrics[f"{metric_key_prefix}_loss"] = total / self.objective.count(rows)
+        self.log(metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def before_first_step(self, rows: Sequence[Any]) -> None:
         """Called with the rows of the first step, before anything has been learned from them."""
 
@@ -245,11 +284,12 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log, over this rank's completions, to what the Trainer reports."""
-        if "loss" in logs and self._clock is not None:
-            now = time.perf_counter()
+        if "loss" in logs:
             logs = logs | {name: total / weight for name, (total, weight) in self._metrics.items()}
-            logs["tokens_per_second"] = self._tokens * self.accelerator.num_processes / (now - self._clock)
-            self._metrics, self._tokens, self._clock = {}, 0, now
+            logs |= self._meter.read(
+                self.state.global_step, self.state.max_steps, self.accelerator.num_processes
+            )
+            self._metrics = {}
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -257,6 +297,12 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         rows = inputs["rows"]
         tokens = sum(flatten_rows(rows)["length"]) if rows else 0
         return int(6 * tokens * self.model.num_parameters(exclude_embeddings=True))
+
+    def _compute_dtype(self) -> torch.dtype:
+        if self.args.bf16 or self.args.fp16:
+            return torch.bfloat16 if self.args.bf16 else torch.float16
+        dtype: torch.dtype = self.model.dtype
+        return dtype if dtype in ROUNDING else torch.float32
 
     def _micro_batches(self, columns: dict[str, Any], group: int) -> list[list[int]]:
         """Places in the columns, cut into forward passes within the token budget; a group of completions stays together."""
@@ -341,7 +387,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
             total, weight = self._metrics.get(name, (0.0, 0))
             if not math.isnan(scalar := value.item()):
                 self._metrics[name] = total + scalar * count, weight + count
-        self._tokens += sum(columns["length"])
+        self._meter.add(sum(columns["length"]), sum(map(len, columns["completion_token_ids"])))
 
 
 class QRPOTrainer(CompletionTrainer):
@@ -352,7 +398,9 @@ class QRPOTrainer(CompletionTrainer):
       `quantile_reward` (K,) and `ref_logprob` (K,). Any map-style or iterable dataset of them, or a reader with
       `iterate(epoch, start)` and a length;
     - a list or `datasets.Dataset` in one of TRL's formats (see `qrpo.rows.training_rows`): quantiles are computed from the
-      rewards, and reference log-probabilities come from `model` as it is given.
+      rewards, and reference log-probabilities come from `model` as it is given; from its base, with the adapters off,
+      where it is a PEFT model.
+    `eval_dataset` is of the same kind, in memory; with `eval_strategy` its mean loss is logged as `eval_loss`.
     """
 
     def __init__(
@@ -363,17 +411,28 @@ class QRPOTrainer(CompletionTrainer):
         processing_class: Any = None,
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        eval_dataset: Any = None,
     ) -> None:
         objective = make_objective(args)
         rows = training_rows(train_dataset, processing_class, objective.needs)
+        eval_rows = (
+            None if eval_dataset is None else training_rows(eval_dataset, processing_class, objective.needs)
+        )
         scaled = "quantile_reward" in objective.needs and get_transform(args.transform).needs_scale
         if scaled and args.mean_ref_std is None:
             args.mean_ref_std = _mean_ref_std(rows)
-        super().__init__(model, args, rows, objective, processing_class, callbacks, optimizers)
-        if rows is not train_dataset and "ref_logprob" in objective.needs:
-            dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-            scores = score_logprobs(self.model, rows, args.token_budget, dtype=dtype)
-            for row, ref_logprob_K in zip(rows, scores, strict=True):
+        super().__init__(model, args, rows, objective, processing_class, callbacks, optimizers, eval_rows)
+        for given, encoded in ((train_dataset, rows), (eval_dataset, eval_rows)):
+            if encoded is not given and "ref_logprob" in objective.needs:
+                self._add_reference(encoded)
+
+    def _add_reference(self, rows: Any) -> None:
+        args = self.args
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        with adapters_off(self.model):
+            for row, ref_logprob_K in zip(
+                rows, score_logprobs(self.model, rows, args.token_budget, dtype=dtype), strict=True
+            ):
                 row["ref_logprob"] = ref_logprob_K
 
     def before_first_step(self, rows: Sequence[Any]) -> None:
@@ -403,12 +462,6 @@ class QRPOTrainer(CompletionTrainer):
                 "reference log-probabilities come from other weights, another chat template or another tokenizer than "
                 "the model to be trained. Compute them again from this model, or raise max_initial_log_ratio."
             )
-
-    def _compute_dtype(self) -> torch.dtype:
-        if self.args.bf16 or self.args.fp16:
-            return torch.bfloat16 if self.args.bf16 else torch.float16
-        dtype: torch.dtype = self.model.dtype
-        return dtype if dtype in ROUNDING else torch.float32
 
 
 def _mean_ref_std(rows: Any) -> float:

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from qrpo.adapters import merged
 from qrpo.checkpoints import UNFINISHED, latest_checkpoint, remove_broken_checkpoints, unwritten
 from qrpo.errors import DataError, TrainingError
 from qrpo.models import ModelConfig, load_causal_lm, load_model_config
@@ -149,7 +150,7 @@ def _save_final(
     """Write `final` aside, then name it. `weights` are those of a model that is sharded, gathered."""
     written, final = output_dir / UNFINISHED / "final", output_dir / "final"
     shutil.rmtree(written, ignore_errors=True)
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = merged(trainer.accelerator.unwrap_model(trainer.model))
     if weights is not None and dtype is not None:
         weights = {name: weight.to(dtype) for name, weight in weights.items()}
         model.config.dtype = dtype

@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qrpo.config import keyed
@@ -45,7 +45,8 @@ def compute(work: Work) -> Iterator[PartRecord | Progress]:
     """Train and commit the policy's folder. Runs in a child process; checkpoints lie in the store's work folder."""
     (part,) = work.parts
     started = time.monotonic()
-    rows = sum(record.rows for record in work.inputs(part, "shards"))
+    training, _ = _cut(work, part)
+    rows = sum(record.rows for record in training)
     if not rows:
         raise DataError(
             "policy: the shards hold no rows; `qrpo inspect CONFIG shards` and its rejects say why"
@@ -78,8 +79,12 @@ def train(work: Work) -> Iterator[Progress]:
 
     (part,) = work.parts
     section = work.config.policy
-    shards = work.inputs(part, "shards")
-    reader = ShardReader(work.store, shards, seed=_seed(work.config), columns=section.columns())
+
+    def read(records: Sequence[PartRecord]) -> ShardReader:
+        return ShardReader(work.store, records, seed=_seed(work.config), columns=section.columns())
+
+    training, held_out = _cut(work, part)
+    reader, eval_rows = read(training), list(read(held_out).iterate(0)) if held_out else None
     settings = section.with_seed(_seed(work.config))
     if work.config.rounds.from_run is None:
         model = model_for(work, part)
@@ -90,8 +95,21 @@ def train(work: Work) -> Iterator[Progress]:
     spread = _mean_ref_std(work, part) if scaled else None
     folder = work.store.work_dir(part.key)
     yield from progress_of(
-        lambda report: train_policy(model, reader, settings, folder, mean_ref_std=spread, on_progress=report)
+        lambda report: train_policy(
+            model, reader, settings, folder, eval_rows=eval_rows, mean_ref_std=spread, on_progress=report
+        )
     )
+
+
+def _cut(work: Work, part: PartPlan) -> tuple[Sequence[PartRecord], Sequence[PartRecord]]:
+    """The shards to train on, and the last ones, which are held out."""
+    shards, held_out = work.inputs(part, "shards"), work.config.policy.eval_shards
+    if held_out and len(shards) <= held_out:
+        raise ConfigError(
+            f"policy.eval_shards is {held_out} and there are {len(shards)} shards, none to train on: lower it, or make "
+            "parts smaller (run.part_size)"
+        )
+    return shards[: len(shards) - held_out], shards[len(shards) - held_out :]
 
 
 def _seed(config: "PipelineConfig") -> int:

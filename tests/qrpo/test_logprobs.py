@@ -1,3 +1,7 @@
+import subprocess
+import sys
+import textwrap
+
 import numpy as np
 import pytest
 import torch
@@ -157,6 +161,43 @@ def test_like_lengths_share_a_batch_so_little_is_padded():
 
     padded = sum(lengths[batch].max() * len(batch) for batch in batches)
     assert padded < 1.15 * lengths.sum()
+
+
+def test_a_step_smaller_than_the_budget_is_not_padded_for_nothing():
+    lengths = np.random.default_rng(0).lognormal(6, 0.7, size=64).astype(int) + 1
+
+    batches = length_sorted_batches(lengths.tolist(), 10**9)
+
+    padded = sum(lengths[batch].max() * len(batch) for batch in batches)
+    assert padded < 1.2 * lengths.sum()
+    assert len(batches) < 16
+
+
+def test_a_vocabulary_of_128k_at_2k_tokens_does_not_fill_the_memory():
+    """The logits would be 1,002 MiB, and as much again for their softmax and their gradient; a chunk is 64 MiB."""
+    script = textwrap.dedent("""
+        import torch
+        from pathlib import Path
+        from transformers import LlamaConfig, LlamaForCausalLM
+        from qrpo.logprobs import completion_logprobs
+
+        def resident(field):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+        torch.set_num_threads(1)
+        sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=128_256, max_position_embeddings=4096, **sizes))
+        completion_logprobs(model, [[1]], [[2, 3]]).sum().backward()  # gradients, and what libraries load
+        before = resident("VmHWM")
+        completion_logprobs(model, [[1] * 8], [list(range(2048))]).sum().backward()
+        print(resident("VmHWM") - before)
+    """)
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 600
 
 
 @pytest.mark.parametrize("token_budget", [1, 64, 100_000])

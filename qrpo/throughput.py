@@ -1,0 +1,74 @@
+"""How fast training goes: tokens per second, the share of the hardware's speed that is used (MFU), and when it will be done.
+
+MFU counts the operations that the mathematics needs, 2 per weight and token forward and 4 backward (2 where the weight is
+frozen), the head on completion tokens only, attention's own part left out, against the device's dense peak in the precision of the
+matrix products. Recomputed activations are not counted, as usual. On a CPU, or a device of unknown speed, there is no MFU.
+"""
+
+import time
+from typing import Any
+
+import torch
+
+__all__ = ["Meter"]
+
+# Dense bfloat16 tensor-core peaks in operations per second, from the vendors' data sheets, by what the device's name contains.
+PEAK_BF16 = {
+    "B200": 2.25e15,
+    "H200": 9.89e14,
+    "H100 PCIe": 7.56e14,
+    "H100": 9.89e14,
+    "A100": 3.12e14,
+    "L40S": 3.62e14,
+    "MI300X": 1.307e15,
+}
+
+
+class Meter:
+    """Counts tokens between two readings."""
+
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
+        head = model.get_output_embeddings().weight
+        embedding = model.get_input_embeddings().weight
+        outside = {id(embedding), id(head)}
+        body = [p for p in model.parameters() if id(p) not in outside]
+        self._body = sum(_operations(p) for p in body)
+        self._head = _operations(head)
+        self._peak = _peak(next(model.parameters()).device, dtype)
+        self._tokens = 0
+        self._flops = 0.0
+        self._since: tuple[float, int] | None = None
+
+    def start(self, step: int) -> None:
+        """Begin to count, unless it has begun already."""
+        self._since = self._since or (time.perf_counter(), step)
+
+    def add(self, tokens: int, completion_tokens: int) -> None:
+        """Count the tokens of prompts and completions together, and of completions alone, that this process trained on."""
+        self._tokens += tokens
+        self._flops += tokens * self._body + completion_tokens * self._head
+
+    def read(self, step: int, last_step: int, processes: int) -> dict[str, float]:
+        """Speeds since the last reading, of all processes together where all do alike, and the seconds left."""
+        if self._since is None:
+            return {}
+        now = time.perf_counter()
+        seconds, steps = now - self._since[0], step - self._since[1]
+        found = {"tokens_per_second": self._tokens * processes / seconds}
+        if self._peak:
+            found["mfu"] = self._flops / seconds / self._peak
+        if steps:
+            found["eta_seconds"] = (last_step - step) * seconds / steps
+        self._tokens, self._flops, self._since = 0, 0.0, (now, step)
+        return found
+
+
+def _operations(weight: Any) -> int:
+    return int(weight.numel()) * (6 if weight.requires_grad else 4)
+
+
+def _peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_BF16.items() if part in name), None)

@@ -1,0 +1,205 @@
+"""LoRA, held-out loss, early stop, and what is reported."""
+
+import numpy as np
+import polars
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qrpo.adapters import adapters_off, with_lora
+from qrpo.errors import ConfigError
+from qrpo.logprobs import score_logprobs
+from qrpo.optimization import LoraConfig, PolicyConfig
+from qrpo.policy import train_policy
+from qrpo.throughput import PEAK_BF16, Meter
+from qrpo.tiny import build_tiny_model
+from qrpo.trainer import QRPOConfig, QRPOTrainer
+from qrpo.training import load_policy
+
+SETTINGS = {
+    "beta": 0.5,
+    "learning_rate": 1e-2,
+    "prompts_per_step": 4,
+    "warmup": 0.0,
+    "lr_scheduler": "constant",
+    "token_budget": 128,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return build_tiny_model(tmp_path_factory.mktemp("model"), ["some words"], hidden_size=16, layers=1)
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    rng = np.random.default_rng(0)
+
+    def ids(low, high):
+        return rng.integers(6, 250, size=rng.integers(low, high)).tolist()
+
+    rows = [
+        {
+            "prompt_id": f"prompt-{i}",
+            "prompt_token_ids": ids(2, 9),
+            "completion_token_ids": [ids(1, 20) for _ in range(2)],
+            "quantile_reward": rng.random(2).astype(np.float32),
+        }
+        for i in range(16)
+    ]
+    for row, scores in zip(rows, score_logprobs(load_policy(folder), rows, 1000), strict=True):
+        row["ref_logprob"] = scores
+    return rows
+
+
+def train(folder, rows, output_dir, *, eval_rows=None, stop_at=None, **settings):
+    progress = []
+
+    def report(entry):
+        progress.append(entry)
+        if entry["step"] == stop_at:
+            raise InterruptedError
+
+    config = PolicyConfig(**{**SETTINGS, **settings})
+    train_policy(folder, rows, config, output_dir, eval_rows=eval_rows, on_progress=report)
+    return load_file(output_dir / "final" / "model.safetensors"), progress
+
+
+def test_lora_learns_and_is_saved_as_an_ordinary_model_whose_log_probabilities_are_the_policy_s(
+    folder, rows, tmp_path
+):
+    lora = {"rank": 8, "alpha": 16, "dropout": 0.1}
+    weights, progress = train(folder, rows, tmp_path, lora=lora, epochs=20, prompts_per_step=16)
+    before = load_file(folder / "model.safetensors")
+
+    assert progress[-1]["loss"] < 0.7 * progress[0]["loss"]
+    changed = {name for name in before if not torch.equal(before[name], weights[name])}
+    assert weights.keys() == before.keys()
+    assert changed == {name for name in before if "_proj" in name}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    scores = np.stack(list(score_logprobs(model, rows, 1000)))
+    references = np.stack([row["ref_logprob"] for row in rows])
+    quantiles = np.stack([row["quantile_reward"] for row in rows])
+    gained = (scores - references)[quantiles > 0.7].mean() - (scores - references)[quantiles < 0.3].mean()
+    assert gained > 0.1
+
+
+def test_an_interrupted_lora_run_ends_with_the_same_weights(folder, rows, tmp_path):
+    settings = {"lora": {"rank": 4, "target_modules": ("q_proj", "v_proj")}, "epochs": 2, "save_steps": 2}
+
+    whole, _ = train(folder, rows, tmp_path / "a", **settings)
+    with pytest.raises(InterruptedError):
+        train(folder, rows, tmp_path / "b", stop_at=5, **settings)
+    assert (tmp_path / "b" / "checkpoint-4" / "adapter_model.safetensors").is_file()
+    resumed, rest = train(folder, rows, tmp_path / "b", **settings)
+
+    assert rest[0]["step"] == 5
+    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+
+
+def test_the_reference_of_a_trained_adapter_is_the_base_model(folder, tmp_path):
+    dataset = [
+        {
+            "prompt": "some",
+            "chosen": " words",
+            "rejected": " and",
+            "reward": [1.0, 0.0],
+            "ref_rewards": [0.5, 0.7],
+        }
+    ]
+    base = load_policy(folder)
+    model = with_lora(load_policy(folder), LoraConfig(rank=2), seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    args = QRPOConfig(output_dir=str(tmp_path), report_to="none")
+
+    trainer = QRPOTrainer(model, args, dataset, AutoTokenizer.from_pretrained(folder))
+
+    row = trainer.train_dataset[0]
+    (expected,) = score_logprobs(base, [row], 100)
+    (adapted,) = score_logprobs(model, [row], 100)
+    np.testing.assert_allclose(row["ref_logprob"], expected, rtol=1e-5)
+    assert np.abs(adapted - expected).min() > 0.01
+    with adapters_off(base):
+        np.testing.assert_allclose(next(score_logprobs(base, [row], 100)), expected)
+
+
+def test_a_layer_that_is_not_there_cannot_be_adapted(folder):
+    with pytest.raises(ConfigError, match=r"policy\.lora\.target_modules: .*no_such_layer"):
+        with_lora(load_policy(folder), LoraConfig(target_modules=("no_such_layer",)), seed=0)
+
+
+def test_the_held_out_loss_is_that_of_the_definition_and_is_reported_at_its_steps(folder, rows, tmp_path):
+    _, progress = train(
+        folder,
+        rows[:8],
+        tmp_path,
+        eval_rows=rows[8:],
+        eval_shards=1,
+        eval_steps=2,
+        epochs=2,
+        learning_rate=1e-9,
+    )
+
+    metrics = polars.read_parquet(tmp_path / "metrics.parquet")
+    reported = metrics.filter(polars.col("eval_loss").is_not_null())
+    assert reported["step"].to_list() == [2, 4]
+    alone, _ = train(folder, rows[8:], tmp_path / "alone", prompts_per_step=8), None
+    assert reported["eval_loss"][0] == pytest.approx(alone[1][0]["loss"], rel=1e-4)
+    assert "eval_rewards/accuracies" in reported.columns
+    assert len(progress) == 4
+
+
+def test_training_stops_when_the_held_out_loss_no_longer_falls(folder, rows, tmp_path):
+    """A learning rate that makes everything worse at once."""
+    _, progress = train(
+        folder,
+        rows[:8],
+        tmp_path,
+        eval_rows=rows[8:],
+        eval_shards=1,
+        eval_steps=1,
+        patience=2,
+        epochs=50,
+        learning_rate=0.1,
+    )
+
+    losses = polars.read_parquet(tmp_path / "metrics.parquet")["eval_loss"].drop_nulls().to_list()
+    assert progress[-1]["step"] == len(losses) < 100
+    assert min(losses[-2:]) >= min(losses[:-2])
+
+
+def test_patience_without_held_out_shards_is_refused():
+    with pytest.raises(ValueError, match="eval_shards is 0"):
+        PolicyConfig(patience=2)
+
+
+def test_the_seconds_left_and_the_speed_are_reported(folder, rows, tmp_path):
+    _, progress = train(folder, rows, tmp_path, epochs=1)
+
+    assert all(entry["tokens_per_second"] > 0 for entry in progress)
+    assert progress[0]["eta_seconds"] > 0
+    assert progress[-1]["eta_seconds"] == 0
+    assert "mfu" not in progress[-1]  # a CPU's peak is not known
+
+
+def test_operations_are_counted_for_trained_and_frozen_weights_and_the_head_on_completions_only(
+    folder, monkeypatch
+):
+    model = load_policy(folder)
+    head, embedding = model.lm_head.weight.numel(), model.model.embed_tokens.weight.numel()
+    body = sum(parameter.numel() for parameter in model.parameters()) - head - embedding
+    monkeypatch.setattr("qrpo.throughput._peak", lambda device, dtype: PEAK_BF16["H100"])
+
+    def used(model):
+        meter = Meter(model, torch.bfloat16)
+        meter.start(0)
+        meter.add(100, 30)
+        seen = meter.read(1, 10, processes=2)
+        return seen["mfu"] * PEAK_BF16["H100"] / (seen["tokens_per_second"] / 200)
+
+    assert used(model) == pytest.approx(6 * (100 * body + 30 * head))
+    model.model.requires_grad_(False)
+    assert used(model) == pytest.approx(4 * 100 * body + 6 * 30 * head)
