@@ -7,12 +7,14 @@ of as many tokens, in batches where all are equally long: no padding, token ids 
 messages to scores: template, tokenizer, length-sorted batches of a token budget. `one by one` and `a prompt a batch` (all completions
 of a prompt in one padded batch, the research code's way) get token ids at hand, too. `stage` is the pipeline's: it reads completion
 parts from a store, starts a child process, loads the model there, scores, and commits validated, checksummed reward parts; `start`
-is the same stage on a single completion, so that `stage` less `start` is what grows with the work. All rewards are compared. Medians of
+is the same stage on a single completion, so that `stage` less `start` is what grows with the work. All rewards are compared, and all ways run with
+the allocator settings that the stage's child process has. Medians of
 interleaved runs (one of the slowest way), processor seconds beside wall seconds (a shared machine disturbs those less).
 """
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import sys
@@ -28,7 +30,7 @@ import torch
 
 from qrpo.chat import encode_conversation, load_tokenizer
 from qrpo.models import ModelConfig
-from qrpo.rewards.model import ModelReward, ModelRewardConfig
+from qrpo.rewards.model import KEEP_MEMORY, ModelReward, ModelRewardConfig
 from qrpo.tiny import build_tiny_reward_model
 from storage import PartKey, Store
 from storage.tables import SCHEMAS
@@ -269,6 +271,8 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="floor among them")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    if not KEEP_MEMORY.keys() <= os.environ.keys():  # read when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
     torch.set_num_threads(1)
     result = compare(
         arguments.prompts, arguments.runs, arguments.batch_tokens, arguments.hidden_size, arguments.ways

@@ -9,6 +9,7 @@ batch is halved, and stays so. vLLM runs the same models: `qrpo.rewards.pooling`
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +23,13 @@ from qrpo.errors import DataError, ModelError
 from qrpo.models import ModelConfig, context_length, load_reward_model, model_identity
 from qrpo.rewards.protocol import Answers, Columns, Reward, RewardSection, Score
 
-__all__ = ["ModelReward", "ModelRewardConfig", "as_score", "encode_rows", "not_one_score"]
+__all__ = ["KEEP_MEMORY", "ModelReward", "ModelRewardConfig", "as_score", "encode_rows", "not_one_score"]
 
 logger = logging.getLogger(__name__)
+
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+"""Environment of a process that scores on a CPU: glibc then keeps what a batch frees for the next one. Otherwise every
+activation is new memory from the kernel, which must fill it with zeros: a sixth of the time."""
 
 
 class ModelRewardConfig(RewardSection):
@@ -161,8 +166,10 @@ class _ChildModel:
             "transformers": "qrpo.rewards.model:ModelReward",
             "vllm": "qrpo.rewards.pooling:PoolingReward",
         }[config.engine]
-        quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-        self._child = Child(target, config, name=f"reward model {config.model.path}", log=log, env=quiet)
+        env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        if config.engine == "transformers":
+            env |= {name: value for name, value in KEEP_MEMORY.items() if name not in os.environ}
+        self._child = Child(target, config, name=f"reward model {config.model.path}", log=log, env=env)
 
     def score(
         self,
