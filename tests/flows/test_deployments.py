@@ -338,7 +338,7 @@ def test_run_cancelled_from_the_ui_stops_and_keeps_its_finished_parts(
     assert run["state_name"] == "Cancelled", run["state"]
     assert pids
     wait_for(lambda: not any(map(alive, pids)), "the end of the run's processes", service.log, 30)
-    assert len(committed()) < 8, "it was stopped in the middle"
+    assert len(committed()) < 24, "it was stopped in the middle"
 
 
 def test_killed_run_is_crashed_with_a_reason_and_the_next_goes_on(service: Service) -> None:
@@ -359,16 +359,14 @@ def test_killed_run_is_crashed_with_a_reason_and_the_next_goes_on(service: Servi
 
 
 def start_long_run(service: Service, **config: Any) -> str:
-    """A `completions` run with eight slow parts that nobody has computed yet."""
+    """A `completions` run of at least 24 slow parts that nobody has computed yet."""
     sampling = {
         "num_ref": 200,
         "samples_per_part": 25,
         "engine": {"kind": "transformers", "max_num_seqs": 4},
         "sampling": {"max_tokens": 30},
     }
-    return service.start(
-        "completions/completions", name="long", completions=sampling, run={"part_size": 64}, **config
-    )
+    return service.start("completions/completions", name="long", completions=sampling, **config)
 
 
 def artifacts(service: Service, flow_run: str, kind: str) -> Any:
