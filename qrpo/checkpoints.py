@@ -72,11 +72,15 @@ def remove_broken_checkpoints(folder: Path) -> None:
 
 def unwritten(what: str, folder: Path, error: Exception) -> TrainingError:
     """The error to raise where `what` could not be written; removes what there is of it, for the disk may be full."""
+    free = shutil.disk_usage(
+        folder
+    ).free  # asked here, for not every writer's error says that the disk is full
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     newest = latest_checkpoint(folder)
     rest = "there is no older checkpoint" if newest is None else f"{newest.name} is whole"
     return TrainingError(
-        f"{what} cannot be written to {folder} ({type(error).__name__}: {str(error).splitlines()[0]}); {rest}. "
+        f"{what} cannot be written to {folder} ({type(error).__name__}: {str(error).splitlines()[0]}; {free / 1e6:,.1f} MB free); "
+        f"{rest}. "
         "Make room there, then start the same command again: it goes on from the newest whole checkpoint"
     )
 
