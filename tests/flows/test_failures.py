@@ -250,8 +250,8 @@ def test_task_that_hangs_is_timed_out(
 
 
 @pytest.mark.slow
-def test_notification_block_is_told_of_a_failed_deployment(prefect_server: str) -> None:
-    """The automation is made as `qrpo deploy --notify` makes it; what arrives is shown by the drill in deployments/README.md."""
+def test_an_automation_sends_failed_deployments_to_the_notification_block(prefect_server: str) -> None:
+    """The automation is made as `qrpo deploy --notify` makes it; that Prefect then sends the message is not shown here."""
     from prefect.blocks.notifications import CustomWebhookNotificationBlock
     from prefect.client.orchestration import get_client
 
