@@ -92,6 +92,7 @@ def prefect_server(home: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    home.mkdir(parents=True, exist_ok=True)  # SQLite makes no folders
     environment = {**os.environ, "PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     server = subprocess.Popen(
         [QRPO.with_name("prefect"), "server", "start", "--port", str(port)],
@@ -106,6 +107,8 @@ def prefect_server(home: Path) -> Iterator[str]:
                 with urllib.request.urlopen(f"{url}/health", timeout=2):
                     break
             except OSError:
+                if server.poll() is not None:
+                    sys.exit(f"the Prefect server ended with code {server.returncode}")
                 time.sleep(0.2)
         yield url
     finally:
@@ -145,6 +148,7 @@ def by_parts(folder: Path, parts: int, url: str, repeats: int) -> dict[str, Any]
 def cold_start(folder: Path, url: str, repeats: int) -> dict[str, Any]:
     """The whole of a run of one part, up to the prompts: beside a server that runs, and with one of its own."""
     config = write_task(folder, 1, 1)
+    (folder / "home").mkdir()
     found = {}
     for name, environment in (("server running", {"PREFECT_API_URL": url}), ("own server", {})):
         runs = []
