@@ -115,7 +115,7 @@ def test_show_config_prints_every_default_with_its_meaning_and_reads_back(
     config = yaml.safe_load(shown)
     assert config["policy"]["beta"] == 0.25
     assert config["completions"]["sampling"]["temperature"] == 1.0
-    assert "# Strength of the KL penalty to the reference." in shown
+    assert "# Strength of the KL penalty to the reference; " in shown
     (tmp_path / "again.yaml").write_text(shown)
     assert plain(command("run", tmp_path / "again.yaml", "--show-config")) == shown
 

@@ -39,19 +39,19 @@ def config(write_task: Callable[..., Path], tmp_path: Path) -> Path:
 def test_candidates_are_every_method_point_and_seed_as_runs_of_their_own(config: Path) -> None:
     every = list(candidates(load_config(config)))
     assert [(one.method, one.settings.get("policy.beta"), one.seed) for one in every] == [
-        ("qrpo", 0.05, 0),
-        ("qrpo", 0.05, 1),
-        ("qrpo", 0.5, 0),
-        ("qrpo", 0.5, 1),
         ("dpo", 0.1, 0),
         ("dpo", 0.1, 1),
         ("few", None, 0),
         ("few", None, 1),
+        ("qrpo", 0.05, 0),
+        ("qrpo", 0.05, 1),
+        ("qrpo", 0.5, 0),
+        ("qrpo", 0.5, 1),
     ]
-    assert every[2].config.name == "tiny.qrpo-2.seed-0"
-    assert every[2].config.policy.beta == 0.5
-    assert every[3].config.policy.seed == 1
-    assert every[7].config.quantiles.num_ref == 1
+    assert every[6].config.name == "tiny.qrpo-2.seed-0"
+    assert every[6].config.policy.beta == 0.5
+    assert every[7].config.policy.seed == 1
+    assert every[3].config.quantiles.num_ref == 1
     assert len({one.config.name for one in every}) == len(every)
 
 
@@ -83,7 +83,7 @@ def test_methods_share_their_samples_and_are_judged_on_the_same_half(
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
     assert json.loads((tmp_path / "report.json").read_text()) == report
-    assert list(report["methods"]) == ["qrpo", "dpo", "few"]
+    assert list(report["methods"]) == ["dpo", "few", "qrpo"]
     assert len(report["methods"]["qrpo"]["tried"]) == 2
 
     store = Store(tmp_path / "store")

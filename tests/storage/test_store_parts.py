@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -191,7 +192,7 @@ def test_reading_a_damaged_part_names_its_file(
     elif harm == "truncated":
         store.write_bytes(key, data[:-1])
     else:
-        record = storage.PartRecord(**{**record.__dict__, "rows": 11})
+        record = replace(record, rows=11)
     with pytest.raises(DamagedError, match=key):
         store.read_part(record)
 
