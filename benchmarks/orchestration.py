@@ -9,6 +9,7 @@ tasks. The model has a few thousand weights and says one token. Runs are process
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -61,6 +62,12 @@ def write_task(folder: Path, prompts: int, part_size: int) -> Path:
     path = folder / f"parts-of-{part_size}.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+def written(folder: Path, prompts: int, part_size: int) -> Path:
+    """`write_task` in a process of its own: a child's peak memory counts from its parent's, which must stay small."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(write_task, (folder, prompts, part_size))
 
 
 def measure(*command: str | Path, **environment: str) -> dict[str, Any]:
@@ -121,7 +128,7 @@ def by_parts(folder: Path, parts: int, url: str, repeats: int) -> dict[str, Any]
     seconds: dict[str, dict[str, float]] = {}
     found: dict[str, Any] = {"parts_per_stage": parts}
     for size in (1, 256):
-        config = write_task(folder, parts, size)
+        config = written(folder, parts, size)
         run = (QRPO, "run", config, "--store", folder / f"store-{size}", "--until", "quantiles", "--json")
         done = measure(*run, PREFECT_API_URL=url)
         seconds[str(size)] = {
@@ -147,7 +154,7 @@ def by_parts(folder: Path, parts: int, url: str, repeats: int) -> dict[str, Any]
 
 def cold_start(folder: Path, url: str, repeats: int) -> dict[str, Any]:
     """The whole of a run of one part, up to the prompts: beside a server that runs, and with one of its own."""
-    config = write_task(folder, 1, 1)
+    config = written(folder, 1, 1)
     (folder / "home").mkdir()
     found = {}
     for name, environment in (("server running", {"PREFECT_API_URL": url}), ("own server", {})):
@@ -182,9 +189,9 @@ def main() -> None:
         for parts in arguments.parts:
             results["sizes"].append(by_parts(folder / str(parts), parts, url, arguments.repeats))
             print(json.dumps(results["sizes"][-1]), flush=True)
-    results["load_average_at_the_end"] = round(os.getloadavg()[0], 1)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+            results["load_average_at_the_end"] = round(os.getloadavg()[0], 1)
+            if arguments.out:
+                arguments.out.write_text(json.dumps(results, indent=2) + "\n")
     if arguments.folder is None:
         shutil.rmtree(folder)
 
