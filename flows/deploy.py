@@ -1,7 +1,7 @@
 """`qrpo deploy`: the deployments of `deployments/prefect.yaml` on a Prefect server, with a configuration filled in.
 
 Prefect's own `prefect deploy` does the work. What is added: the work pool and its queues (`deployments/pools.yaml`), the
-configuration and the store as default parameters of every deployment, the schedule, and the automations.
+configuration and the store as default parameters of every deployment, its image and secrets, the schedule, and the automations.
 """
 
 import os
@@ -54,6 +54,10 @@ def deploy(config: PipelineConfig, store_url: str, options: DeployOptions) -> di
     where the server does not answer or Prefect refuses.
     """
     store = Store(store_url).url
+    if options.pool_type == "process" and options.image is not None:
+        raise ConfigError(
+            f"--image {options.image}: a process has none; it is for --type docker and kubernetes"
+        )
     if options.pool_type != "process" and "://" not in store:
         raise ConfigError(
             f"store: {store} is a folder of this machine, which a {options.pool_type} job does not see: "
@@ -67,7 +71,9 @@ def deploy(config: PipelineConfig, store_url: str, options: DeployOptions) -> di
             parameters = {"config": config.model_dump(mode="json"), "store": store}
             for name in names:
                 found = client.read_deployment_by_name(name)
-                client.update_deployment(found.id, DeploymentUpdate(parameters=parameters))
+                # the secrets not in the file: `prefect deploy` would replace the references by their values
+                jobs = _merged(found.job_variables, _job_variables(options))
+                client.update_deployment(found.id, DeploymentUpdate(parameters=parameters, job_variables=jobs))
                 # only now: the scheduler would make runs without parameters in between
                 for schedule in client.read_deployment_schedules(found.id) if options.cron else ():
                     client.update_deployment_schedule(found.id, schedule.id, active=True)
@@ -110,7 +116,7 @@ def pool_type_of(text: str) -> PoolType:
     raise ConfigError(f"--type {text}: expected {', '.join(get_args(PoolType))}")
 
 
-def job_template(client: SyncPrefectClient, options: DeployOptions) -> dict[str, Any]:
+def job_template(client: SyncPrefectClient, pool_type: PoolType) -> dict[str, Any]:
     """Prefect's own job template for this type of work pool, with the changes of `deployments/pools.yaml`."""
     known = client.request(
         "GET", "/collections/views/{view}", path_params={"view": "aggregate-worker-metadata"}
@@ -120,22 +126,23 @@ def job_template(client: SyncPrefectClient, options: DeployOptions) -> dict[str,
         for workers in known.json().values()
         for kind, worker in workers.items()
     }
-    template: dict[str, Any] = templates[options.pool_type]
-    changes = yaml.safe_load((_FOLDER / "pools.yaml").read_text(encoding="utf-8"))[options.pool_type]
+    template: dict[str, Any] = templates[pool_type]
+    changes = yaml.safe_load((_FOLDER / "pools.yaml").read_text(encoding="utf-8"))[pool_type]
     template["job_configuration"] = _merged(
         template["job_configuration"], changes.get("job_configuration", {})
     )
-    defaults = dict(changes.get("defaults", {}))
-    if options.image is not None:
-        defaults["image"] = options.image
-    if options.secrets:
-        defaults["env"] = {
-            name: "{{ prefect.blocks.secret." + block + " }}" for name, block in options.secrets.items()
-        }
     properties = template["variables"]["properties"]
-    for name, value in defaults.items():
+    for name, value in changes.get("defaults", {}).items():
         properties[name]["default"] = value
     return template
+
+
+def _job_variables(options: DeployOptions) -> dict[str, Any]:
+    """What the jobs of these deployments have beyond their pool's template; secrets as references, which a worker resolves."""
+    references = {
+        variable: "{{ prefect.blocks.secret." + block + " }}" for variable, block in options.secrets.items()
+    }
+    return {"env": references} | ({} if options.image is None else {"image": options.image})
 
 
 def _make_pool(client: SyncPrefectClient, options: DeployOptions) -> None:
@@ -148,7 +155,7 @@ def _make_pool(client: SyncPrefectClient, options: DeployOptions) -> None:
                 "choose another name with --pool"
             )
     except ObjectNotFound:
-        template = job_template(client, options)
+        template = job_template(client, options.pool_type)
         client.create_work_pool(
             WorkPoolCreate(name=options.pool, type=options.pool_type, base_job_template=template)
         )

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from storage.artifact import named_artifacts
 from storage.errors import DamagedError, StoreError
 from storage.files import FileInfo, LocalFiles
-from storage.leases import CLAIMS, HOLDERS, Watch, claim_holder
+from storage.leases import CLAIMS, HOLDERS, Holder, Watch, claim_holder
 from storage.manifest import Manifest, manifest_key
 from storage.parts import PartKey
 from storage.store import Store
 
 __all__ = ["GcPlan", "collect", "plan_gc", "usage"]
+
+
+_LONG_SILENT = 3600.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ def plan_gc(
     }
     kept = _kept_runs(runs, tuple(keep_runs), newest, max_age)
     needed = _needed(store, kept, files)
-    families = {family for holder in Watch(store).holders() for family in holder.families}
+    living = [holder for holder in Watch(store).holders() if not _fell_silent(holder, files.get(holder.key))]
+    families = {family for holder in living for family in holder.families}
     young = time.time() - grace
 
     manifests = [key for key in files if key.startswith("artifacts/") and key.endswith("/manifest.json")]
@@ -73,7 +77,7 @@ def plan_gc(
     for key in set(manifests) - set(stale):
         manifest = _manifest(store, key)
         needed_parts |= {record.key for record in manifest.parts} if manifest else set()
-    dead_leases, claimed = _leases(store, files)
+    dead_leases, claimed = _leases(store, files, {holder.id for holder in living})
 
     doomed: dict[PartKey, list[FileInfo]] = {}
     for key, info in files.items():
@@ -105,13 +109,11 @@ def plan_gc(
 
 def collect(store: Store, plan: GcPlan) -> int:
     """Carry a plan out; the bytes that it freed. What a run began to make since the plan stays."""
-    families = {family for holder in Watch(store).holders() for family in holder.families}
     for name in plan.drop_runs:
         store.delete(f"runs/{name}.json")
-    for key in plan.manifests:
+    for key in (*plan.manifests, *plan.others):
         store.delete(key)
-    for key in plan.others:
-        store.delete(key)
+    families = {family for holder in Watch(store).holders() for family in holder.families}
     for part in plan.parts:
         if part.family not in families:
             store.discard_part(part)
@@ -191,12 +193,12 @@ def _part_of(key: str) -> PartKey | None:
     return None
 
 
-def _leases(store: Store, files: dict[str, FileInfo]) -> tuple[list[str], set[str]]:
-    """The files of leases whose holder left or is seen to be gone, and the fingerprints of parts claimed by others.
+def _leases(store: Store, files: dict[str, FileInfo], living: set[str]) -> tuple[list[str], set[str]]:
+    """The files of leases whose holder is not among the living, and the fingerprints of parts claimed by those that are.
 
-    A holder that died on another machine counts as living here: its leases end when a run wants those parts.
+    Claims of committed parts are among the first: a run that was killed between commit and release leaves one, and nobody asks
+    for it again.
     """
-    living = {holder.id for holder in Watch(store).holders()}
     dead, claimed = [], set()
     for key in files:
         name = key.rsplit("/", 1)[-1].removesuffix(".json")
@@ -208,6 +210,12 @@ def _leases(store: Store, files: dict[str, FileInfo]) -> tuple[list[str], set[st
             else:
                 dead.append(key)
     return dead, claimed
+
+
+def _fell_silent(holder: Holder, heartbeat: FileInfo | None) -> bool:
+    """Whether a holder is dead though it may have run elsewhere: silent for longer than any two clocks differ by."""
+    silence = max(_LONG_SILENT, 2 * holder.ttl)
+    return heartbeat is not None and not _is_young(heartbeat, time.time() - silence)
 
 
 def _folder(key: str) -> str:
