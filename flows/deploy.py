@@ -66,6 +66,7 @@ def deploy(config: PipelineConfig, store_url: str, options: DeployOptions) -> di
     _check_cron(options)
     try:
         with get_client(sync_client=True) as client:
+            _check_secrets(client, options)
             _make_pool(client, options)
             names = _prefect_deploy(options)
             parameters = {"config": config.model_dump(mode="json"), "store": store}
@@ -73,7 +74,9 @@ def deploy(config: PipelineConfig, store_url: str, options: DeployOptions) -> di
                 found = client.read_deployment_by_name(name)
                 # the secrets not in the file: `prefect deploy` would replace the references by their values
                 jobs = _merged(found.job_variables, _job_variables(options))
-                client.update_deployment(found.id, DeploymentUpdate(parameters=parameters, job_variables=jobs))
+                client.update_deployment(
+                    found.id, DeploymentUpdate(parameters=parameters, job_variables=jobs)
+                )
                 # only now: the scheduler would make runs without parameters in between
                 for schedule in client.read_deployment_schedules(found.id) if options.cron else ():
                     client.update_deployment_schedule(found.id, schedule.id, active=True)
@@ -143,6 +146,17 @@ def _job_variables(options: DeployOptions) -> dict[str, Any]:
         variable: "{{ prefect.blocks.secret." + block + " }}" for variable, block in options.secrets.items()
     }
     return {"env": references} | ({} if options.image is None else {"image": options.image})
+
+
+def _check_secrets(client: SyncPrefectClient, options: DeployOptions) -> None:
+    for variable, block in options.secrets.items():
+        try:
+            client.read_block_document_by_name(block, "secret", include_secrets=False)
+        except ObjectNotFound:
+            raise ConfigError(
+                f"--secret {variable}={block}: no Secret block of this name on the server. Make it in the UI (Blocks, Add "
+                f"Block, Secret)"
+            ) from None
 
 
 def _make_pool(client: SyncPrefectClient, options: DeployOptions) -> None:

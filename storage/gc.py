@@ -7,7 +7,7 @@ manifest that lists a part that is gone.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from storage.artifact import named_artifacts
@@ -50,11 +50,13 @@ def plan_gc(
     newest: int | None = None,
     max_age: float | None = None,
     grace: float = 3600.0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> GcPlan:
     """What can go. Without rules every run is kept, and only what no run needs goes.
 
     With rules a run is kept where one of them says so: it is named in `keep_runs`, among the `newest` so many, or
-    younger than `max_age` seconds. Nothing younger than `grace` seconds goes. Raises StoreError for a run to be kept
+    younger than `max_age` seconds. Nothing younger than `grace` seconds goes. `progress` is told how many manifests of
+    how many were read. Raises StoreError for a run to be kept
     that is not there, or that cannot be read: better nothing goes than too much.
     """
     files = {info.key: info for info in store.listing()}
@@ -74,9 +76,12 @@ def plan_gc(
         if key not in needed and not _is_young(files[key], young) and not _is_protected(store, key, families)
     ]
     needed_parts = set[PartKey]()
-    for key in set(manifests) - set(stale):
+    staying = set(manifests) - set(stale)
+    for number, key in enumerate(staying, start=1):
         manifest = _manifest(store, key)
         needed_parts |= {record.key for record in manifest.parts} if manifest else set()
+        if progress is not None:
+            progress(number, len(staying))
     dead_leases, claimed = _leases(store, files, {holder.id for holder in living})
 
     doomed: dict[PartKey, list[FileInfo]] = {}
@@ -107,16 +112,23 @@ def plan_gc(
     )
 
 
-def collect(store: Store, plan: GcPlan) -> int:
-    """Carry a plan out; the bytes that it freed. What a run began to make since the plan stays."""
-    for name in plan.drop_runs:
-        store.delete(f"runs/{name}.json")
-    for key in (*plan.manifests, *plan.others):
+def collect(store: Store, plan: GcPlan, progress: Callable[[int, int], None] | None = None) -> int:
+    """Carry a plan out; the bytes that it freed. What a run began to make since the plan stays.
+
+    `progress` is told how many keys of how many are done.
+    """
+    total = len(plan.keys)
+    whole = (*(f"runs/{name}.json" for name in plan.drop_runs), *plan.manifests, *plan.others)
+    for done, key in enumerate(whole, start=1):
         store.delete(key)
+        if progress is not None:
+            progress(done, total)
     families = {family for holder in Watch(store).holders() for family in holder.families}
-    for part in plan.parts:
+    for done, part in enumerate(plan.parts, start=len(whole) + 1):
         if part.family not in families:
             store.discard_part(part)
+        if progress is not None:
+            progress(done, total)
     swept = 0
     if isinstance(store.files, LocalFiles):
         swept = sum(info.bytes for info in store.files.sweep(older_than=24 * 3600))
