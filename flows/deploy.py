@@ -119,25 +119,27 @@ def pool_type_of(text: str) -> PoolType:
     raise ConfigError(f"--type {text}: expected {', '.join(get_args(PoolType))}")
 
 
-def job_template(client: SyncPrefectClient, pool_type: PoolType) -> dict[str, Any]:
-    """Prefect's own job template for this type of work pool, with the changes of `deployments/pools.yaml`."""
-    known = client.request(
-        "GET", "/collections/views/{view}", path_params={"view": "aggregate-worker-metadata"}
-    )
-    templates = {
-        kind: worker["default_base_job_configuration"]
-        for workers in known.json().values()
-        for kind, worker in workers.items()
-    }
-    template: dict[str, Any] = templates[pool_type]
+def job_template(default: dict[str, Any], pool_type: PoolType) -> dict[str, Any]:
+    """Prefect's default job template for this type of work pool, with the changes of `deployments/pools.yaml`."""
     changes = yaml.safe_load((_FOLDER / "pools.yaml").read_text(encoding="utf-8"))[pool_type]
-    template["job_configuration"] = _merged(
-        template["job_configuration"], changes.get("job_configuration", {})
-    )
+    template: dict[str, Any] = _merged(default, {"job_configuration": changes.get("job_configuration", {})})
     properties = template["variables"]["properties"]
     for name, value in changes.get("defaults", {}).items():
-        properties[name]["default"] = value
+        properties[name] = {**properties[name], "default": value}
     return template
+
+
+def _default_template(client: SyncPrefectClient, pool_type: PoolType) -> dict[str, Any]:
+    """The server's own template for new work pools of this type."""
+    view = {"view": "aggregate-worker-metadata"}
+    known = client.request("GET", "/collections/views/{view}", path_params=view).json()
+    [template] = [
+        worker["default_base_job_configuration"]
+        for workers in known.values()
+        for kind, worker in workers.items()
+        if kind == pool_type
+    ]
+    return template  # type: ignore[no-any-return]
 
 
 def _job_variables(options: DeployOptions) -> dict[str, Any]:
@@ -169,7 +171,7 @@ def _make_pool(client: SyncPrefectClient, options: DeployOptions) -> None:
                 "choose another name with --pool"
             )
     except ObjectNotFound:
-        template = job_template(client, options.pool_type)
+        template = job_template(_default_template(client, options.pool_type), options.pool_type)
         client.create_work_pool(
             WorkPoolCreate(name=options.pool, type=options.pool_type, base_job_template=template)
         )

@@ -5,13 +5,18 @@ Each ends in the right state with a reason that can be read, nothing is left run
 
 import json
 import os
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from socketserver import BaseRequestHandler, ThreadingTCPServer
 from typing import Any
 
 import pytest
@@ -19,7 +24,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from qrpo.errors import ConfigError, DataError, EngineError
-from storage import StoreUnavailableError
+from storage import Store, StoreUnavailableError
 from tasks.retries import may_pass
 
 
@@ -212,36 +217,40 @@ def test_engine_that_dies_is_started_again_and_the_run_goes_on(story: dict[str, 
 
 
 @pytest.fixture
-def reward_failure(
-    story: dict[str, Any], config: Path, tmp_path: Path, qrpo: Callable[..., Any]
-) -> Callable[..., tuple[Any, Path]]:
-    """Score the story's completions by a reward of this source: the command's result, and the store."""
-    store = tmp_path / "store"
-    shutil.copytree(story["store"], store)
+def score(
+    story: dict[str, Any],
+    config: Path,
+    tmp_path: Path,
+    qrpo: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Any]:
+    """Score the story's completions, in a store of its own unless one is named, by a reward of this source; no task is tried again."""
+    from tasks import groups
 
-    def score(source: str, *options: str) -> tuple[Any, Path]:
-        path = config.parent / "reward.py"
-        before = path.read_text()
-        path.write_text(source)
-        try:
-            return qrpo("run", config, "--store", store, "--only", "rewards", *options), store
-        finally:
-            path.write_text(before)
+    monkeypatch.setattr(groups, "compute_parts", groups.compute_parts.with_options(retries=0))
+    task = tmp_path / "task"
+    shutil.copytree(config.parent, task)
+    (task / "config.yaml").write_text(
+        config.read_text().replace(str(config.parent / "reward.py"), str(task / "reward.py"))
+    )
+    shutil.copytree(story["store"], tmp_path / "store")
 
-    return score
+    def run(source: str, *options: str, store: str | Path = tmp_path / "store") -> Any:
+        (task / "reward.py").write_text(source)
+        return qrpo("run", task / "config.yaml", "--store", store, "--only", "rewards", "--json", *options)
+
+    return run
 
 
 @pytest.mark.slow
 def test_failure_names_its_reason_in_the_state_and_the_log_on_the_terminal(
-    reward_failure: Callable[..., tuple[Any, Path]], prefect_server: str
+    score: Callable[..., Any], prefect_server: str, tmp_path: Path
 ) -> None:
-    result, store = reward_failure(
-        "def reward(prompts, completions, **columns):\n    raise ValueError('no scale')\n"
-    )
+    result = score("def reward(prompts, completions, **columns):\n    raise ValueError('no scale')\n")
 
     assert result.exit_code == 1
     assert "no scale" in result.stderr
-    log = store / "logs" / "tiny" / "run.log"
+    log = tmp_path / "store" / "logs" / "tiny" / "run.log"
     assert f"the run's log: {log}" in result.stderr.replace("\n", "")
     assert "prefect" in log.read_text()
     run = newest_run(prefect_server, "rewards")
@@ -250,15 +259,8 @@ def test_failure_names_its_reason_in_the_state_and_the_log_on_the_terminal(
 
 
 @pytest.mark.slow
-def test_task_that_hangs_is_timed_out(
-    reward_failure: Callable[..., tuple[Any, Path]], prefect_server: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tasks import groups
-
-    once = groups.compute_parts.with_options(retries=0)  # no second hour
-    monkeypatch.setattr(groups, "compute_parts", once)
-
-    result, _ = reward_failure(
+def test_task_that_hangs_is_timed_out(score: Callable[..., Any], prefect_server: str) -> None:
+    result = score(
         "import time\n\ndef reward(prompts, completions, **columns):\n    time.sleep(3600)\n",
         *("--set", "run.task_timeout=5"),
     )
@@ -266,6 +268,157 @@ def test_task_that_hangs_is_timed_out(
     assert result.exit_code == 1
     assert "5" in result.stderr
     assert newest_run(prefect_server, "rewards")["state_type"] == "FAILED"
+
+
+@pytest.fixture
+def memory_limit() -> Iterator[Path]:
+    """A control group of the kernel for processes that get 300 MB of memory; its file of the limit."""
+    for root, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+        group = Path(root, f"qrpo-test-{os.getpid()}")
+        try:
+            group.mkdir()
+            (group / limit).write_text("300M")
+        except OSError:
+            continue
+        yield group / limit
+        group.rmdir()
+        return
+    pytest.skip("no rights to limit memory here")
+
+
+HUNGRY = """\
+import os
+from pathlib import Path
+
+
+def reward(prompts, completions, **columns):
+    Path(os.environ["QRPO_TEST_GROUP"], "cgroup.procs").write_text("0")
+    return [float(len(bytes(b"x" * 600_000_000)) > 0)] * len(completions)
+"""
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_is_told_and_the_next_run_goes_on(
+    score: Callable[..., Any], memory_limit: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QRPO_TEST_GROUP", str(memory_limit.parent))
+
+    killed = score(HUNGRY)
+    run = newest_run(prefect_server, "rewards")
+    memory_limit.write_text("2000M")
+    again = score(HUNGRY)
+
+    assert killed.exit_code == 1
+    assert "was killed by SIGKILL (the system does this where memory runs out)" in killed.stderr
+    assert run["state_type"] == "FAILED"
+    assert "where memory runs out" in run["state"]["message"]
+    assert again.exit_code == 0, again.stderr
+    assert json.loads(again.stdout)["stages"]["rewards"]["rejects"] == 0
+
+
+class Gate(ThreadingTCPServer):
+    """The way to an address: what is on it is passed on while it is open, and cut off where it is shut."""
+
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int) -> None:
+        super().__init__(("127.0.0.1", 0), _Passage)
+        self.there = host, port
+        self.is_open = True
+
+
+class _Passage(BaseRequestHandler):
+    server: Gate
+
+    def handle(self) -> None:
+        if not self.server.is_open:
+            return
+        with socket.create_connection(self.server.there) as there:
+            other = {self.request: there, there: self.request}
+            while self.server.is_open:
+                for end in select.select(list(other), [], [], 0.05)[0]:
+                    data = end.recv(65536)
+                    if not data:
+                        return
+                    other[end].sendall(data)
+
+
+@pytest.fixture
+def gate(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """The only way to the S3 server."""
+    host, _, port = s3_endpoint.removeprefix("http://").partition(":")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAFAILURESTEST")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "failures-test-secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    with Gate(host, int(port)) as gate:
+        threading.Thread(target=gate.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{gate.server_address[1]}")
+        yield gate
+        gate.shutdown()
+
+
+SLOW = """\
+import time
+
+
+def reward(prompts, completions, **columns):
+    time.sleep(0.2)
+    return [float(len(said)) for said in completions]
+"""
+
+
+@pytest.mark.slow
+def test_network_that_stays_away_is_told_and_one_that_comes_back_is_waited_for(
+    score: Callable[..., Any],
+    story: dict[str, Any],
+    gate: Gate,
+    s3_endpoint: str,
+    prefect_server: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import boto3
+
+    from storage import remote
+
+    s3 = boto3.client("s3", endpoint_url=s3_endpoint)
+    s3.create_bucket(Bucket="failures")
+    store = Store("s3://failures/store")
+    for path in filter(Path.is_file, story["store"].rglob("*")):
+        if path.suffix in (".json", ".parquet"):
+            store.write_bytes(path.relative_to(story["store"]).as_posix(), path.read_bytes())
+
+    def scored() -> int:
+        listing = s3.list_objects_v2(Bucket="failures", Prefix="store/parts/rewards/")
+        return sum(found["Key"].endswith(".json") for found in listing.get("Contents", ()))
+
+    def shut(after: int, seconds: float) -> None:
+        while scored() <= after:
+            time.sleep(0.05)
+        gate.is_open = False
+        time.sleep(seconds)
+        gate.is_open = True
+
+    with ThreadPoolExecutor() as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr(remote, "ATTEMPTS", 3)  # as if it stayed away for longer
+            away = pool.submit(shut, 0, 6.0)
+            failed = score(SLOW, store=store.url)
+            run = newest_run(prefect_server, "rewards")
+            away.result()
+        kept = scored()
+        back = pool.submit(shut, kept, 2.0)
+        done = score(SLOW, store=store.url)
+        back.result()
+
+    assert failed.exit_code == 1
+    assert "after 3 attempts" in failed.stderr
+    assert "s3://failures/store" in failed.stderr
+    assert run["state_type"] == "FAILED"
+    assert "after 3 attempts" in run["state"]["message"]
+    assert done.exit_code == 0, done.stderr
+    rewards = json.loads(done.stdout)["stages"]["rewards"]
+    assert 0 < kept == rewards["parts_cached"]
+    assert rewards["parts_computed"] == len(story["at the end"]) - kept
 
 
 TWICE_ON_A_SMALL_DISK = """\
