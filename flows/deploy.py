@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,7 +19,7 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
 from prefect.client.schemas.schedules import CronSchedule
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from flows.automations import find_dead_runs, tell_of_failures
 from qrpo.errors import ConfigError, EngineError
@@ -164,16 +165,17 @@ def _check_secrets(client: SyncPrefectClient, options: DeployOptions) -> None:
 def _make_pool(client: SyncPrefectClient, options: DeployOptions) -> None:
     """The work pool with its queues; one that is there keeps its template, which may have been changed in the UI."""
     try:
-        pool = client.read_work_pool(options.pool)
-        if pool.type != options.pool_type:
-            raise ConfigError(
-                f"work pool {options.pool!r} is there already, of type {pool.type}, not {options.pool_type}: "
-                "choose another name with --pool"
-            )
+        client.read_work_pool(options.pool)
     except ObjectNotFound:
         template = job_template(_default_template(client, options.pool_type), options.pool_type)
-        client.create_work_pool(
-            WorkPoolCreate(name=options.pool, type=options.pool_type, base_job_template=template)
+        pool = WorkPoolCreate(name=options.pool, type=options.pool_type, base_job_template=template)
+        with suppress(ObjectAlreadyExists):  # a worker that starts makes it, too
+            client.create_work_pool(pool)
+    found_type = client.read_work_pool(options.pool).type
+    if found_type != options.pool_type:
+        raise ConfigError(
+            f"work pool {options.pool!r} is there already, of type {found_type}, not {options.pool_type}: "
+            "choose another name with --pool"
         )
     for queue, limit in (("gpu", options.gpus), ("cpu", None)):
         try:
