@@ -1,7 +1,7 @@
 """`qrpo deploy`: the deployments of `deployments/prefect.yaml` on a Prefect server, with a configuration filled in.
 
 Prefect's own `prefect deploy` does the work. What is added: the work pool and its queues (`deployments/pools.yaml`), the
-configuration and the store as default parameters of every deployment, the schedule, and the automations.
+configuration and the store as default parameters of every deployment, its image and secrets, the schedule, and the automations.
 """
 
 import os
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,7 +19,7 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
 from prefect.client.schemas.schedules import CronSchedule
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from flows.automations import find_dead_runs, tell_of_failures
 from qrpo.errors import ConfigError, EngineError
@@ -54,6 +55,10 @@ def deploy(config: PipelineConfig, store_url: str, options: DeployOptions) -> di
     where the server does not answer or Prefect refuses.
     """
     store = Store(store_url).url
+    if options.pool_type == "process" and options.image is not None:
+        raise ConfigError(
+            f"--image {options.image}: a process has none; it is for --type docker and kubernetes"
+        )
     if options.pool_type != "process" and "://" not in store:
         raise ConfigError(
             f"store: {store} is a folder of this machine, which a {options.pool_type} job does not see: "
@@ -62,12 +67,17 @@ def deploy(config: PipelineConfig, store_url: str, options: DeployOptions) -> di
     _check_cron(options)
     try:
         with get_client(sync_client=True) as client:
+            _check_secrets(client, options)
             _make_pool(client, options)
             names = _prefect_deploy(options)
             parameters = {"config": config.model_dump(mode="json"), "store": store}
             for name in names:
                 found = client.read_deployment_by_name(name)
-                client.update_deployment(found.id, DeploymentUpdate(parameters=parameters))
+                # the secrets not in the file: `prefect deploy` would replace the references by their values
+                jobs = _merged(found.job_variables, _job_variables(options))
+                client.update_deployment(
+                    found.id, DeploymentUpdate(parameters=parameters, job_variables=jobs)
+                )
                 # only now: the scheduler would make runs without parameters in between
                 for schedule in client.read_deployment_schedules(found.id) if options.cron else ():
                     client.update_deployment_schedule(found.id, schedule.id, active=True)
@@ -110,47 +120,62 @@ def pool_type_of(text: str) -> PoolType:
     raise ConfigError(f"--type {text}: expected {', '.join(get_args(PoolType))}")
 
 
-def job_template(client: SyncPrefectClient, options: DeployOptions) -> dict[str, Any]:
-    """Prefect's own job template for this type of work pool, with the changes of `deployments/pools.yaml`."""
-    known = client.request(
-        "GET", "/collections/views/{view}", path_params={"view": "aggregate-worker-metadata"}
-    )
-    templates = {
-        kind: worker["default_base_job_configuration"]
-        for workers in known.json().values()
-        for kind, worker in workers.items()
-    }
-    template: dict[str, Any] = templates[options.pool_type]
-    changes = yaml.safe_load((_FOLDER / "pools.yaml").read_text(encoding="utf-8"))[options.pool_type]
-    template["job_configuration"] = _merged(
-        template["job_configuration"], changes.get("job_configuration", {})
-    )
-    defaults = dict(changes.get("defaults", {}))
-    if options.image is not None:
-        defaults["image"] = options.image
-    if options.secrets:
-        defaults["env"] = {
-            name: "{{ prefect.blocks.secret." + block + " }}" for name, block in options.secrets.items()
-        }
+def job_template(default: dict[str, Any], pool_type: PoolType) -> dict[str, Any]:
+    """Prefect's default job template for this type of work pool, with the changes of `deployments/pools.yaml`."""
+    changes = yaml.safe_load((_FOLDER / "pools.yaml").read_text(encoding="utf-8"))[pool_type]
+    template: dict[str, Any] = _merged(default, {"job_configuration": changes.get("job_configuration", {})})
     properties = template["variables"]["properties"]
-    for name, value in defaults.items():
-        properties[name]["default"] = value
+    for name, value in changes.get("defaults", {}).items():
+        properties[name] = {**properties[name], "default": value}
     return template
+
+
+def _default_template(client: SyncPrefectClient, pool_type: PoolType) -> dict[str, Any]:
+    """The server's own template for new work pools of this type."""
+    view = {"view": "aggregate-worker-metadata"}
+    known = client.request("GET", "/collections/views/{view}", path_params=view).json()
+    [template] = [
+        worker["default_base_job_configuration"]
+        for workers in known.values()
+        for kind, worker in workers.items()
+        if kind == pool_type
+    ]
+    return template  # type: ignore[no-any-return]
+
+
+def _job_variables(options: DeployOptions) -> dict[str, Any]:
+    """What the jobs of these deployments have beyond their pool's template; secrets as references, which a worker resolves."""
+    references = {
+        variable: "{{ prefect.blocks.secret." + block + " }}" for variable, block in options.secrets.items()
+    }
+    return {"env": references} | ({} if options.image is None else {"image": options.image})
+
+
+def _check_secrets(client: SyncPrefectClient, options: DeployOptions) -> None:
+    for variable, block in options.secrets.items():
+        try:
+            client.read_block_document_by_name(block, "secret", include_secrets=False)
+        except ObjectNotFound:
+            raise ConfigError(
+                f"--secret {variable}={block}: no Secret block of this name on the server. Make it in the UI (Blocks, Add "
+                f"Block, Secret)"
+            ) from None
 
 
 def _make_pool(client: SyncPrefectClient, options: DeployOptions) -> None:
     """The work pool with its queues; one that is there keeps its template, which may have been changed in the UI."""
     try:
-        pool = client.read_work_pool(options.pool)
-        if pool.type != options.pool_type:
-            raise ConfigError(
-                f"work pool {options.pool!r} is there already, of type {pool.type}, not {options.pool_type}: "
-                "choose another name with --pool"
-            )
+        client.read_work_pool(options.pool)
     except ObjectNotFound:
-        template = job_template(client, options)
-        client.create_work_pool(
-            WorkPoolCreate(name=options.pool, type=options.pool_type, base_job_template=template)
+        template = job_template(_default_template(client, options.pool_type), options.pool_type)
+        pool = WorkPoolCreate(name=options.pool, type=options.pool_type, base_job_template=template)
+        with suppress(ObjectAlreadyExists):  # a worker that starts makes it, too
+            client.create_work_pool(pool)
+    found_type = client.read_work_pool(options.pool).type
+    if found_type != options.pool_type:
+        raise ConfigError(
+            f"work pool {options.pool!r} is there already, of type {found_type}, not {options.pool_type}: "
+            "choose another name with --pool"
         )
     for queue, limit in (("gpu", options.gpus), ("cpu", None)):
         try:

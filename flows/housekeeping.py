@@ -7,13 +7,13 @@ from rich.console import Console
 from flows.launch import launch
 from flows.show import size_text
 from storage import Store
-from storage.gc import GcPlan
+from storage.gc import GcPlan, collect, plan_gc
 from storage.verify import Finding, repair, verify
 from tasks.config import parse_config
 from tasks.progress import reporting
 from tasks.stages import STAGES
 
-__all__ = ["check_store", "describe_gc", "print_gc", "rerun", "verify_store"]
+__all__ = ["check_store", "clean_store", "describe_gc", "print_gc", "rerun", "verify_store"]
 
 
 def verify_store(store: Store) -> list[Finding]:
@@ -54,6 +54,18 @@ def rerun(store: Store, console: Console) -> list[str]:
             )
             names.append(name)
     return names
+
+
+def clean_store(store: Store, *, remove: bool, **rules: Any) -> GcPlan:
+    """What can go by the rules of `plan_gc`; where `remove`, it has gone. With a progress bar, as `verify_store` has."""
+    with reporting("gc", 0, in_prefect=False) as reporter:
+        plan = plan_gc(
+            store, **rules, progress=lambda done, total: reporter.update(done, "manifests read", total=total)
+        )
+    if remove:
+        with reporting("gc", len(plan.keys), in_prefect=False) as reporter:
+            collect(store, plan, progress=lambda done, total: reporter.update(done, "removed", total=total))
+    return plan
 
 
 def describe_gc(plan: GcPlan) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from storage import Store
 from storage.read import cache_folder
 from tasks.config import PipelineConfig
 
-__all__ = ["PoolWorker", "serve"]
+__all__ = ["PoolWorker", "serve", "serving_lines"]
 
 _LONGEST_STOP = 15.0  # seconds for runs to end after they were cancelled
 
@@ -50,10 +51,12 @@ def serve(
     gpus: int,
     notify: str | None,
     console: Console,
+    ready: Callable[[dict[str, Any]], None],
 ) -> None:
     """Serve until interrupted. Uses the server that PREFECT_API_URL names, else starts one at `host` and `port`.
 
-    Runs happen in a work pool of this machine's own. Raises ConfigError where the port is taken.
+    Runs happen in a work pool of this machine's own. `ready` is told once what is served, and where. Raises ConfigError where
+    the port is taken, EngineError where the worker ends by itself.
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # a service manager ends it as Ctrl-C does
         signal.signal(number, signal.default_int_handler)
@@ -75,12 +78,13 @@ def serve(
     working = threading.Thread(target=_work, args=(worker, options.pool), name="worker", daemon=True)
     working.start()
     url = os.environ["PREFECT_API_URL"].removesuffix("/api")
-    for line in _told(deployed, url, logs):
-        console.print(line)
+    ready({**deployed, "url": url, "logs": str(logs)})
     try:
         while working.is_alive():
             working.join(timeout=1.0)
-        console.print(f"the worker ended; its log: {logs / 'worker.log'}")
+        raise EngineError(f"the worker ended; its log: {logs / 'worker.log'}")
+    except KeyboardInterrupt:
+        console.print("ending ...")
     finally:
         if cancelled := _end(worker, options.pool):
             console.print(f"cancelled {', '.join(cancelled)}; finished parts are kept")
@@ -93,18 +97,15 @@ def _work(worker: Child, pool: str) -> None:
         worker.call("run", pool)
 
 
-def _told(deployed: dict[str, Any], url: str, logs: Path) -> list[str]:
-    schedule = f"scheduled: pipeline/pipeline at {deployed['schedule']}" if deployed["schedule"] else ""
+def serving_lines(served: dict[str, Any]) -> list[str]:
+    """What is served, as a person reads it."""
+    url, schedule = served["url"], served["schedule"]
     return [
-        line
-        for line in (
-            f"serving {len(deployed['deployments'])} deployments of run {deployed['run']} at {url}/deployments",
-            schedule,
-            f"start one:  prefect deployment run pipeline/pipeline   (PREFECT_API_URL={url}/api), or in the browser",
-            f"logs: {logs}",
-            "Ctrl-C ends it",
-        )
-        if line
+        f"serving {len(served['deployments'])} deployments of run {served['run']} at {url}/deployments",
+        *([f"scheduled: pipeline/pipeline at {schedule}"] if schedule else []),
+        f"start one:  prefect deployment run pipeline/pipeline   (PREFECT_API_URL={url}/api), or in the browser",
+        f"logs: {served['logs']}",
+        "Ctrl-C ends it",
     ]
 
 

@@ -7,18 +7,21 @@ manifest that lists a part that is gone.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from storage.artifact import named_artifacts
 from storage.errors import DamagedError, StoreError
 from storage.files import FileInfo, LocalFiles
-from storage.leases import CLAIMS, HOLDERS, Watch, claim_holder
+from storage.leases import CLAIMS, HOLDERS, Holder, Watch, claim_holder
 from storage.manifest import Manifest, manifest_key
 from storage.parts import PartKey
 from storage.store import Store
 
 __all__ = ["GcPlan", "collect", "plan_gc", "usage"]
+
+
+_LONG_SILENT = 3600.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,13 @@ def plan_gc(
     newest: int | None = None,
     max_age: float | None = None,
     grace: float = 3600.0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> GcPlan:
     """What can go. Without rules every run is kept, and only what no run needs goes.
 
     With rules a run is kept where one of them says so: it is named in `keep_runs`, among the `newest` so many, or
-    younger than `max_age` seconds. Nothing younger than `grace` seconds goes. Raises StoreError for a run to be kept
+    younger than `max_age` seconds. Nothing younger than `grace` seconds goes. `progress` is told how many manifests of
+    how many were read. Raises StoreError for a run to be kept
     that is not there, or that cannot be read: better nothing goes than too much.
     """
     files = {info.key: info for info in store.listing()}
@@ -60,7 +65,8 @@ def plan_gc(
     }
     kept = _kept_runs(runs, tuple(keep_runs), newest, max_age)
     needed = _needed(store, kept, files)
-    families = {family for holder in Watch(store).holders() for family in holder.families}
+    living = [holder for holder in Watch(store).holders() if not _fell_silent(holder, files.get(holder.key))]
+    families = {family for holder in living for family in holder.families}
     young = time.time() - grace
 
     manifests = [key for key in files if key.startswith("artifacts/") and key.endswith("/manifest.json")]
@@ -70,10 +76,13 @@ def plan_gc(
         if key not in needed and not _is_young(files[key], young) and not _is_protected(store, key, families)
     ]
     needed_parts = set[PartKey]()
-    for key in set(manifests) - set(stale):
+    staying = set(manifests) - set(stale)
+    for number, key in enumerate(staying, start=1):
         manifest = _manifest(store, key)
         needed_parts |= {record.key for record in manifest.parts} if manifest else set()
-    dead_leases, claimed = _leases(store, files)
+        if progress is not None:
+            progress(number, len(staying))
+    dead_leases, claimed = _leases(store, files, {holder.id for holder in living})
 
     doomed: dict[PartKey, list[FileInfo]] = {}
     for key, info in files.items():
@@ -103,18 +112,23 @@ def plan_gc(
     )
 
 
-def collect(store: Store, plan: GcPlan) -> int:
-    """Carry a plan out; the bytes that it freed. What a run began to make since the plan stays."""
+def collect(store: Store, plan: GcPlan, progress: Callable[[int, int], None] | None = None) -> int:
+    """Carry a plan out; the bytes that it freed. What a run began to make since the plan stays.
+
+    `progress` is told how many keys of how many are done.
+    """
+    total = len(plan.keys)
+    whole = (*(f"runs/{name}.json" for name in plan.drop_runs), *plan.manifests, *plan.others)
+    for done, key in enumerate(whole, start=1):
+        store.delete(key)
+        if progress is not None:
+            progress(done, total)
     families = {family for holder in Watch(store).holders() for family in holder.families}
-    for name in plan.drop_runs:
-        store.delete(f"runs/{name}.json")
-    for key in plan.manifests:
-        store.delete(key)
-    for key in plan.others:
-        store.delete(key)
-    for part in plan.parts:
+    for done, part in enumerate(plan.parts, start=len(whole) + 1):
         if part.family not in families:
             store.discard_part(part)
+        if progress is not None:
+            progress(done, total)
     swept = 0
     if isinstance(store.files, LocalFiles):
         swept = sum(info.bytes for info in store.files.sweep(older_than=24 * 3600))
@@ -191,12 +205,12 @@ def _part_of(key: str) -> PartKey | None:
     return None
 
 
-def _leases(store: Store, files: dict[str, FileInfo]) -> tuple[list[str], set[str]]:
-    """The files of leases whose holder left or is seen to be gone, and the fingerprints of parts claimed by others.
+def _leases(store: Store, files: dict[str, FileInfo], living: set[str]) -> tuple[list[str], set[str]]:
+    """The files of leases whose holder is not among the living, and the fingerprints of parts claimed by those that are.
 
-    A holder that died on another machine counts as living here: its leases end when a run wants those parts.
+    Claims of committed parts are among the first: a run that was killed between commit and release leaves one, and nobody asks
+    for it again.
     """
-    living = {holder.id for holder in Watch(store).holders()}
     dead, claimed = [], set()
     for key in files:
         name = key.rsplit("/", 1)[-1].removesuffix(".json")
@@ -208,6 +222,12 @@ def _leases(store: Store, files: dict[str, FileInfo]) -> tuple[list[str], set[st
             else:
                 dead.append(key)
     return dead, claimed
+
+
+def _fell_silent(holder: Holder, heartbeat: FileInfo | None) -> bool:
+    """Whether a holder is dead though it may have run elsewhere: silent for longer than any two clocks differ by."""
+    silence = max(_LONG_SILENT, 2 * holder.ttl)
+    return heartbeat is not None and not _is_young(heartbeat, time.time() - silence)
 
 
 def _folder(key: str) -> str:

@@ -48,6 +48,11 @@ class Holder:
     families: tuple[str, ...] = ()
 
     @property
+    def key(self) -> str:
+        """The key of its heartbeat."""
+        return f"{HOLDERS}/{self.id}.json"
+
+    @property
     def is_gone(self) -> bool:
         """Whether this holder ran on this machine and its process is no more. False where that cannot be known."""
         if not self.machine or self.machine != _machine():
@@ -135,14 +140,14 @@ class Leases:
         with suppress(StoreError):  # what stays behind expires
             for key in list(self._held):
                 self.release(key)
-            self.store.delete(f"{HOLDERS}/{self._me.id}.json")
+            self.store.delete(self._me.key)
 
     def renew(self) -> None:
         """Write the heartbeat now; the thread does so by itself."""
         with self._lock:
             self._beat += 1
             beat = asdict(self._me) | {"beat": self._beat, "families": sorted(self._families)}
-            self.store.write_bytes(f"{HOLDERS}/{self._me.id}.json", json.dumps(beat).encode())
+            self.store.write_bytes(self._me.key, json.dumps(beat).encode())
 
     def protect(self, family: str) -> None:
         """Keep `gc` from a family's parts as long as this run lives: they are in no manifest until all are there."""

@@ -1,23 +1,28 @@
 """The parts of `deployments/compose.yaml`, started as it says: a Prefect server on a real PostgreSQL, a worker, an S3 store.
 
 What is deployed with `qrpo deploy` is then run by its schedule, by hand, cancelled and killed, as from the UI: through the API.
+One run after the other on one store, each going on from what the one before left.
 """
 
 import base64
 import json
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +35,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 DEPLOYMENTS = Path(__file__).parent.parent.parent / "deployments"
 COMPOSE = yaml.safe_load((DEPLOYMENTS / "compose.yaml").read_text())
+STORE = "s3://qrpo/store"
 AUTH = "admin:a-password-of-the-test"
 CONTAINER_ONLY = {"PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_URL", "AWS_ENDPOINT_URL"}
 
@@ -67,7 +73,7 @@ def wait_for(happened: Callable[[], Any], what: str, log: Path, seconds: float =
     deadline = time.monotonic() + seconds
     while not (found := happened()):
         assert time.monotonic() < deadline, f"{what} did not happen:\n{log.read_text()[-4000:]}"
-        time.sleep(0.3)
+        time.sleep(0.1)
     return found
 
 
@@ -185,7 +191,7 @@ class Service:
     def deployment(self, name: str) -> Any:
         return self.call("GET", f"/deployments/name/{name}")
 
-    def start(self, name: str, /, **config: Any) -> str:
+    def start(self, name: str, **config: Any) -> str:
         """What the UI's button does; the flow run's id. `config` changes sections of the deployment's configuration."""
         deployment = self.deployment(name)
         changed = {**deployment["parameters"]["config"]}
@@ -219,43 +225,100 @@ def environment_of(service: str, values: dict[str, str]) -> dict[str, str]:
     return filled
 
 
+SECRET = "17.259371"
+REWARD = """\
+import os
+
+
+def reward(prompts, completions, answer, **columns):
+    scale = float(os.environ["REWARD_SCALE"])
+    return [scale * sum(letter in right for letter in said) for said, right in zip(completions, answer, strict=True)]
+"""
+BUSY = {
+    "completions": {"engine": {"kind": "transformers", "max_num_seqs": 64}}
+}  # how many at once changes no result
+
+
+@pytest.fixture(scope="module")
+def told() -> Iterator[tuple[str, list[str]]]:
+    """Somebody who is told of failures: an address, and what was posted there."""
+    posted: list[str] = []
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            posted.append(self.rfile.read(int(self.headers["content-length"])).decode())
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/hook", posted
+        server.shutdown()
+
+
 @pytest.fixture(scope="module")
 def service(
     tmp_path_factory: pytest.TempPathFactory,
     postgres: str,
     s3_endpoint: str,
     write_task: Callable[..., Path],
+    told: tuple[str, list[str]],
 ) -> Iterator[Service]:
-    """All of it up, with a tiny task deployed on an S3 store and its pipeline scheduled for every minute."""
+    """All of it up, with a tiny task of many slowly sampled parts deployed on an S3 store, its pipeline every quarter of a minute."""
     import boto3
 
     folder = tmp_path_factory.mktemp("service")
     service = Service(folder, postgres, s3_endpoint)
-    boto3.client(
-        "s3",
-        endpoint_url=s3_endpoint,
-        region_name="us-east-1",
-        aws_access_key_id="qrpo",
-        aws_secret_access_key="minio-password",
-    ).create_bucket(Bucket="qrpo")
-    config = write_task(folder / "task", prompts=12, policy__epochs=1, run__part_size=4)
-    with service.server():
+    config = write_task(
+        folder / "task",
+        prompts=12,
+        completions__num_ref=32,
+        completions__samples_per_part=8,
+        completions__engine={"kind": "transformers", "max_num_seqs": 2},
+        completions__sampling={"max_tokens": 30},
+        run__part_size=2,
+    )
+    (config.parent / "reward.py").write_text(REWARD)
+    with pytest.MonkeyPatch.context() as patch, service.server():
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
+            patch.setenv(name, service.client_environment[name])
+        boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="qrpo")
         wait_for(service.healthy, "the server's start", service.log)
-        done = subprocess.run(
-            [
-                *(Path(sys.executable).with_name("qrpo"), "deploy", config, "--store", "s3://qrpo/store"),
-                *("--json", "--cron", "* * * * *", "--set", "completions.num_ref=2"),
-            ],
-            env=service.client_environment,
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        (folder / "deployed.json").write_text(done.stdout)
         with service.worker():
+            make_blocks(service, told[0])
+            options = ("--store", STORE, "--json", "--cron", "* * * * * */15")
+            options += ("--set", "run.parts_per_task=7", "--notify", "custom-webhook/alerts")
+            done = qrpo(service, "deploy", config, *options, "--secret", "REWARD_SCALE=reward-scale")
+            assert done.returncode == 0, done.stdout + done.stderr
+            (folder / "deployed.json").write_text(done.stdout)
             yield service
+
+
+def make_blocks(service: Service, receiver: str) -> None:
+    """What a person makes once under Blocks in the UI: a secret, and where to send what."""
+    from prefect.blocks.notifications import CustomWebhookNotificationBlock
+    from prefect.blocks.system import Secret
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: service.api, PREFECT_API_AUTH_STRING: AUTH}):
+        Secret(value=SECRET).save("reward-scale")
+        body = {"text": "{{subject}}\n{{body}}"}
+        CustomWebhookNotificationBlock(name="alerts", url=receiver, json_data=body).save("alerts")
+
+
+def qrpo(service: Service, *arguments: str | Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """The `qrpo` command beside the service's server."""
+    return subprocess.run(
+        [Path(sys.executable).with_name("qrpo"), *arguments],
+        env={**service.client_environment, **environment},
+        cwd=service.folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_every_flow_is_deployed_with_its_queue_and_configuration(service: Service) -> None:
@@ -267,9 +330,12 @@ def test_every_flow_is_deployed_with_its_queue_and_configuration(service: Servic
         assert deployment["work_pool_name"] == "qrpo"
         assert deployment["concurrency_limit"] == 1 or deployment["global_concurrency_limit"]["limit"] == 1
         assert deployment["parameters"]["store"] == "s3://qrpo/store"
-        assert deployment["parameters"]["config"]["completions"]["num_ref"] == 2
+        assert deployment["parameters"]["config"]["run"]["parts_per_task"] == 7
         assert deployment["work_queue_name"] == ("cpu" if "prompts" in name or "quantiles" in name else "gpu")
         assert deployment["description"]
+        environment = deployment["job_variables"]["env"]
+        assert environment["REWARD_SCALE"] == "{{ prefect.blocks.secret.reward-scale }}"
+        assert environment["DO_NOT_TRACK"] == "1"
     queue = service.call("GET", "/work_pools/qrpo/queues/gpu")
     assert queue["concurrency_limit"] == 1
 
@@ -291,82 +357,143 @@ def test_server_lets_nobody_in_without_the_password(service: Service) -> None:
             service.call("POST", "/flow_runs/filter", {}, auth=auth)
 
 
-def test_schedule_runs_the_pipeline_and_a_run_by_hand_finds_it_cached(service: Service) -> None:
-    def scheduled() -> Any:
-        found = service.call(
-            "POST",
-            "/flow_runs/filter",
-            {
-                "flow_runs": {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED"]}}},
-                "flows": {"name": {"any_": ["pipeline"]}},
-            },
-        )
-        return found[0] if found else None
-
-    run = wait_for(scheduled, "a scheduled run", service.log, seconds=900)
+@pytest.fixture(scope="module")
+def cancelled(service: Service) -> tuple[Any, list[int], dict[str, str]]:
+    """The first run of the schedule, cancelled while it samples: how it ended, its processes, the parts that it finished."""
     pipeline = service.deployment("pipeline/pipeline")
+    running = {"state": {"type": {"any_": ["RUNNING"]}}, "deployment_id": {"any_": [pipeline["id"]]}}
+    [scheduled] = wait_for(
+        lambda: service.call("POST", "/flow_runs/filter", {"flow_runs": running}),
+        "a scheduled run",
+        service.log,
+    )
     for schedule in service.call("GET", f"/deployments/{pipeline['id']}/schedules"):
         service.call("PATCH", f"/deployments/{pipeline['id']}/schedules/{schedule['id']}", {"active": False})
-    by_hand = service.ended(service.start("rewards/rewards"))
+    wait_for(lambda: digests(STORE, "completions"), "the first part", service.log)
+    pids = engine_processes(service)
+    service.call("POST", f"/flow_runs/{scheduled['id']}/set_state", {"state": {"type": "CANCELLING"}})
+    return service.ended(scheduled["id"]), pids, digests(STORE, "completions")
 
-    assert run["state_type"] == "COMPLETED", run["state"]["message"]
+
+def test_run_of_the_schedule_cancelled_from_the_ui_stops_and_keeps_its_finished_parts(
+    service: Service, cancelled: tuple[Any, list[int], dict[str, str]]
+) -> None:
+    run, pids, parts = cancelled
+
     assert run["auto_scheduled"]
     assert run["name"] == "tiny: prompts to evaluation (prompts.jsonl, model)"
-    assert by_hand["state_type"] == "COMPLETED", by_hand["state"]["message"]
-    [summary] = artifacts(service, by_hand["id"], "markdown")
-    assert "Nothing to compute: all" in summary["data"]
-    assert not list(service.folder.rglob("*.parquet")), "everything went to the object store"
-
-
-def test_run_cancelled_from_the_ui_stops_and_keeps_its_finished_parts(
-    service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
-        monkeypatch.setenv(name, service.client_environment[name])
-    store = Store("s3://qrpo/store")
-    before = set(store.list("parts/completions"))
-    identity = start_long_run(service)
-
-    def committed() -> set[str]:
-        return {key for key in store.list("parts/completions") if key.endswith(".json")} - before
-
-    wait_for(committed, "the first part", service.log)
-    pids = engine_processes(service)
-    service.call("POST", f"/flow_runs/{identity}/set_state", {"state": {"type": "CANCELLING"}})
-    run = service.ended(identity)
-
     assert run["state_name"] == "Cancelled", run["state"]
-    assert pids
+    assert len(pids) > 1
     wait_for(lambda: not any(map(alive, pids)), "the end of the run's processes", service.log, 30)
-    assert len(committed()) < 24, "it was stopped in the middle"
+    assert 0 < len(parts) < 24, "it was stopped in the middle"
 
 
-def test_killed_run_is_crashed_with_a_reason_and_the_next_goes_on(service: Service) -> None:
-    identity = start_long_run(service, seed=1)
+@pytest.fixture(scope="module")
+def killed(service: Service, cancelled: object) -> tuple[Any, list[int]]:
+    """A `completions` run started by hand whose process is killed: how it ended, its processes."""
+    identity = service.start("completions/completions")
     wait_for(lambda: service.run(identity)["state_type"] == "RUNNING", "the start", service.log)
-    pids = wait_for(lambda: engine_processes(service), "the engine", service.log)
+    pids = wait_for(lambda: engine_processes(service, b"qrpo.serving"), "the engine", service.log)
+    for pid in engine_processes(service, b"prefect.engine"):
+        os.kill(pid, signal.SIGKILL)
+    return service.ended(identity), pids
 
-    for pid in pids:
-        if b"prefect.engine" in command_line(pid):
-            os.kill(pid, signal.SIGKILL)
-    run = service.ended(identity)
+
+def test_killed_run_is_crashed_with_a_reason_which_is_told(
+    service: Service, killed: tuple[Any, list[int]], told: tuple[str, list[str]]
+) -> None:
+    run, pids = killed
 
     assert run["state_type"] == "CRASHED"
     assert "-9" in run["state"]["message"]
     wait_for(lambda: not any(map(alive, pids)), "the end of its engine", service.log, 30)
-    again = service.ended(service.start("completions/completions", name="again"))
-    assert again["state_type"] == "COMPLETED", again["state"]["message"]
+    [message] = wait_for(lambda: told[1], "the message", service.log, 60)
+    assert "QRPO: tiny: completions (prompts.jsonl, model) Crashed" in message
+    assert run["state"]["message"].splitlines()[0][:40] in message
+    assert f"/runs/flow-run/{run['id']}" in message
 
 
-def start_long_run(service: Service, **config: Any) -> str:
-    """A `completions` run of at least 24 slow parts that nobody has computed yet."""
-    sampling = {
-        "num_ref": 200,
-        "samples_per_part": 25,
-        "engine": {"kind": "transformers", "max_num_seqs": 4},
-        "sampling": {"max_tokens": 30},
-    }
-    return service.start("completions/completions", name="long", completions=sampling, **config)
+@pytest.fixture(scope="module")
+def finished(service: Service, cancelled: tuple[Any, list[int], dict[str, str]], killed: object) -> Any:
+    """A `completions` run that goes on to the end."""
+    return service.ended(service.start("completions/completions", **BUSY))
+
+
+def test_next_run_goes_on_from_what_was_finished(
+    service: Service, cancelled: tuple[Any, list[int], dict[str, str]], finished: Any
+) -> None:
+    assert finished["state_type"] == "COMPLETED", finished["state"]["message"]
+    [summary] = artifacts(service, finished["id"], "markdown")
+    found = re.search(r"(\d+) parts computed in .* s, (\d+) from the store", summary["data"])
+    assert found, summary["data"]
+    computed, cached = map(int, found.groups())
+    parts = digests(STORE, "completions")
+    assert cached >= len(cancelled[2])
+    assert computed + cached == len(parts) == 24
+    assert parts | cancelled[2] == parts
+    assert not list(service.folder.rglob("*.parquet")), "everything went to the object store"
+
+
+def test_deployment_command_and_python_come_to_the_same_and_the_secret_stays_where_it_is(
+    service: Service, finished: Any
+) -> None:
+    config, command, python = service.folder / "task" / "config.yaml", "s3://qrpo/command", "s3://qrpo/python"
+    for url in (command, python):
+        for key in Store(STORE).list():
+            Store(url).write_bytes(key, Store(STORE).read_bytes(key))
+    program = "import sys; from flows import rewards; from tasks.config import load_config; "
+    program += "rewards(load_config(sys.argv[1]), sys.argv[2])"
+
+    by_deployment = service.start("rewards/rewards")
+    with ThreadPoolExecutor() as pool:
+        typed = pool.submit(
+            qrpo,
+            service,
+            "run",
+            config,
+            "--only",
+            "rewards",
+            "--store",
+            command,
+            "--json",
+            REWARD_SCALE=SECRET,
+        )
+        from_python = subprocess.run(
+            [sys.executable, "-c", program, config, python],
+            env={**service.client_environment, "REWARD_SCALE": SECRET},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    run = service.ended(by_deployment)
+
+    assert run["state_type"] == "COMPLETED", run["state"]["message"]
+    assert from_python.returncode == 0, from_python.stderr
+    assert typed.result().returncode == 0, typed.result().stderr
+    assert json.loads(typed.result().stdout)["stages"]["rewards"]["parts_computed"] == 24
+    parts = digests(STORE, "rewards")
+    assert len(parts) == 24
+    assert digests(command, "rewards") == digests(python, "rewards") == parts
+    stored = b"".join(Store(STORE).read_bytes(key) for key in Store(STORE).list() if key.endswith(".json"))
+    work_pool = service.call("GET", "/work_pools/qrpo")
+    deployments = service.call("POST", "/deployments/filter", {})
+    logs = service.call("POST", "/logs/filter", {"limit": 200})
+    assert logs
+    for text in (
+        stored.decode(),
+        *map(json.dumps, (work_pool, deployments, logs, run)),
+        service.log.read_text(),
+    ):
+        assert SECRET not in text
+
+
+def digests(url: str, stage: str) -> dict[str, str]:
+    """The committed parts of a stage in a store, fingerprint -> sha256 of the rows."""
+    store = Store(url)
+    records = [
+        json.loads(store.read_bytes(key)) for key in store.list(f"parts/{stage}") if key.endswith(".json")
+    ]
+    return {record["fingerprint"]: record["files"][0][3] for record in records}
 
 
 def artifacts(service: Service, flow_run: str, kind: str) -> Any:
@@ -374,7 +501,7 @@ def artifacts(service: Service, flow_run: str, kind: str) -> Any:
     return service.call("POST", "/artifacts/filter", body)
 
 
-def engine_processes(service: Service) -> list[int]:
+def engine_processes(service: Service, kind: bytes = b"") -> list[int]:
     """The process of the flow run and all below it: those that have this service's address in their environment."""
     mine = f"PREFECT_API_URL={service.api}".encode()
     found = []
@@ -384,7 +511,8 @@ def engine_processes(service: Service) -> list[int]:
             command = (path / "cmdline").read_bytes()
         except OSError:
             continue
-        if mine in environment.split(b"\0") and (b"prefect.engine" in command or b"qrpo.serving" in command):
+        known = b"prefect.engine" in command or b"qrpo.serving" in command
+        if mine in environment.split(b"\0") and known and kind in command:
             found.append(int(path.name))
     return found
 

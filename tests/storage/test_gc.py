@@ -1,3 +1,4 @@
+import json
 import os
 import time
 from collections.abc import Callable
@@ -128,6 +129,26 @@ def test_what_killed_writers_and_dead_runs_left_is_collected(
     time.sleep(0.01)
     collect(store, plan_gc(store, grace=0))
     assert store.list() == []
+
+
+def test_a_claim_of_a_run_that_died_elsewhere_after_its_commit_is_collected(
+    tmp_path: Path, part_key: Key, rewards_table: Table
+) -> None:
+    store = Store(tmp_path)
+    leases = Leases(store)
+    assert leases.acquire(part_key("rewards"))
+    leases.renew()
+    store.commit_part(part_key("rewards"), rewards_table(10))  # and it dies before it gives the claim back
+    [heartbeat] = (tmp_path / "leases" / "holders").iterdir()
+    there = json.loads(heartbeat.read_text())
+    heartbeat.write_text(json.dumps(there | {"machine": "another one", "process": 1}))
+    assert plan_gc(store).keys == ()  # it may live
+
+    os.utime(heartbeat, (time.time() - 3700, time.time() - 3700))
+    collect(store, plan_gc(store))
+
+    assert store.list("leases") == []
+    assert store.part(part_key("rewards")) is not None
 
 
 def test_a_damaged_manifest_stops_gc_where_it_is_needed(store: Store, make_run) -> None:

@@ -1,0 +1,172 @@
+"""Commands about what training came to, and what it can come to."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flows.cli.app import AsJson, RunName, StoreUrl, command, err, out, print_json
+
+
+@command()
+def theory(
+    beta: Annotated[float, typer.Option("--beta", min=0.0, help="Strength of the KL penalty.")] = 0.1,
+    transform: Annotated[
+        str, typer.Option("--transform", help="f, applied to the quantile reward.")
+    ] = "identity",
+    num_ref: Annotated[int, typer.Option("--num-ref", min=1, help="Reference samples per prompt.")] = 50,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Also draw it into this file (png, svg, pdf).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What the optimum promises for a transform and beta, before any GPU time is spent.
+
+    Example: qrpo theory --beta 0.1 --transform identity --num-ref 50 --plot theory.png
+    """
+    from flows.theory import print_theory
+    from qrpo.theory import plot_theory, summary, theory_table
+
+    promised, by_num_ref = summary(transform, beta, num_ref), theory_table(transform, beta)
+    if as_json:
+        print_json({**promised, "by_num_ref": by_num_ref})
+    else:
+        print_theory(promised, by_num_ref, out)
+    if plot is not None:
+        plot_theory(plot, transform, beta, num_ref)
+        err.print(f"drawn: {plot}")
+
+
+@command()
+def evaluate(
+    names: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="A run's name, or a configuration file.")
+    ],
+    models: Annotated[
+        list[str] | None,
+        typer.Option("--model", metavar="NAME=PATH", help="Compare this model too: a folder or hub id."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Fresh samples a prompt.")] = None,
+    suite: Annotated[
+        str | None, typer.Option("--suite", help="A public suite instead: alpaca-eval or leetcode.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="The suite's file: the baseline's outputs, or the problems."),
+    ] = None,
+    which: Annotated[
+        str, typer.Option("--which", help="The model for the suite: policy, reference, or one of --model.")
+    ] = "policy",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the suite's first rows.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=1, help="Longest answer; by default the run's.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", min=0.0, help="By default the run's.")
+    ] = None,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--judge",
+            metavar="KEY=VALUE",
+            help="alpaca-eval's judge: url, model, annotator, api_key, concurrency, options.NAME.",
+        ),
+    ] = None,
+    difficulty: Annotated[
+        Path | None,
+        typer.Option("--difficulty", help="df_gamed.csv, for the leaderboard's length-controlled win rate."),
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Where a suite's files go; by default SUITE-RUN-MODEL.")
+    ] = None,
+    store: StoreUrl = "artifacts",
+    as_json: AsJson = False,
+) -> None:
+    """Policy, reference and other models on the held-out prompts, or one of them on a public suite.
+
+    Several runs that differ in their seed are also taken as one. Examples:
+
+      qrpo evaluate my-run
+
+      qrpo evaluate my-run --model step-200=./checkpoint-200
+
+      qrpo evaluate seed-0 seed-1 seed-2
+
+      qrpo evaluate my-run --suite alpaca-eval --data alpaca_eval_gpt4_baseline.json
+      --judge url=http://localhost:8000/v1 --judge model=my-judge
+
+      qrpo evaluate my-run --suite leetcode --data LeetCodeDataset-test.jsonl --samples 4
+    """
+    from flows.evaluate import across_runs, named_models, print_comparison, run_config
+    from storage import Store
+
+    opened = Store(store)
+    more = named_models(models or ())
+    if suite is None:
+        results = {}
+        for name in names:
+            results[name] = _evaluate_run(run_config(opened, name, more, samples), store)
+            if not as_json:
+                print_comparison(results[name], out)
+        answer: dict[str, Any] = {"runs": results}
+        if len(names) > 1:
+            answer["together"] = across_runs(opened, names)
+        if as_json:
+            print_json(answer)
+        elif len(names) > 1:
+            out.print("all runs together, 95% intervals over runs and prompts:")
+            for score in ("reward", "quantile_reward", "win_rate", "kl", "length"):
+                value = answer["together"][score]
+                out.print(f"  {score}: {value['mean']:.4g} ({value['low']:.4g} to {value['high']:.4g})")
+        return
+    if len(names) != 1 or data is None:
+        raise typer.BadParameter("--suite takes one run, and the suite's file with --data")
+    from flows.suites import SUITES, judge_of, print_suite, request_of
+
+    if suite not in SUITES:
+        raise typer.BadParameter(f"no suite {suite!r}; there are {', '.join(SUITES)}")
+    config = run_config(opened, names[0], more)
+    request = request_of(
+        opened,
+        config,
+        which,
+        data,
+        folder or Path(f"{suite}-{config.name}-{which}"),
+        num_samples=samples,
+        limit=limit,
+        temperature=temperature,
+        max_tokens=max_tokens,
+    )
+    result = SUITES[suite](request, judge_of(judge or ()), difficulty)
+    print_json(result) if as_json else print_suite(result, out)
+
+
+@command()
+def report(
+    name: RunName,
+    path: Annotated[
+        Path | None, typer.Option("--out", help="The page's file; by default report-RUN.html.")
+    ] = None,
+    store: StoreUrl = "artifacts",
+    as_json: AsJson = False,
+) -> None:
+    """A run as one self-contained HTML page: result, plots, completions side by side, lineage."""
+    from flows.report import write_report
+    from flows.show import run_name
+    from storage import Store
+
+    run = run_name(name)
+    written = write_report(Store(store), run, path or Path(f"report-{run}.html"))
+    print_json(written) if as_json else out.print(f"{written['report']} ({written['bytes'] / 1024:.0f} KiB)")
+
+
+def _evaluate_run(config: Any, url: str) -> dict[str, Any]:
+    """The summary of the run's evaluation, computed where it is not in the store yet."""
+    from flows.launch import launch
+    from qrpo.errors import DataError
+
+    result = launch(config, url, first="evaluation", last="evaluation", console=err)
+    if "evaluation" not in result:
+        raise DataError(f"run {config.name} holds out no prompt, so there is nothing to evaluate it on")
+    summary: dict[str, Any] = result["evaluation"]
+    return summary
