@@ -11,7 +11,7 @@ from rich.table import Table
 
 from flows.show import find_manifest
 from qrpo.errors import ConfigError, DataError
-from qrpo.evaluation import prompt_scores
+from qrpo.evaluation import COLUMNS, prompt_scores
 from qrpo.statistics import seeds_and_prompts
 from storage import Store
 from tasks.config import PipelineConfig, load_config, parse_config
@@ -28,9 +28,16 @@ __all__ = [
 
 
 def run_config(
-    store: Store, name: str, models: Mapping[str, str] | None = None, num_samples: int | None = None
+    store: Store,
+    name: str,
+    models: Mapping[str, str] | None = None,
+    checkpoints: Sequence[str] = (),
+    num_samples: int | None = None,
 ) -> PipelineConfig:
-    """The configuration of a run of the store, or in a file, with more models to evaluate and another number of samples."""
+    """The configuration of a run of the store, or in a file, with more models to evaluate and another number of samples.
+
+    `checkpoints` are steps of its training, or `all` that its policy keeps.
+    """
     if name.endswith((".yaml", ".yml")):
         config = load_config(Path(name))
     else:
@@ -41,9 +48,18 @@ def run_config(
         config = parse_config(noted["config"], where=f"run {name}")
     raw = config.model_dump(mode="json")
     raw["evaluation"]["models"] |= {key: {"path": path} for key, path in (models or {}).items()}
+    for step in checkpoints:
+        raw["evaluation"]["checkpoints"] += _steps(store, config.name) if step == "all" else [step]
     if num_samples is not None:
         raw["evaluation"]["num_samples"] = num_samples
     return parse_config(raw, where="qrpo evaluate")
+
+
+def _steps(store: Store, run: str) -> list[int]:
+    """The steps whose models the run's policy keeps."""
+    (policy,) = find_manifest(store, run, "policy").parts
+    names = [file.name.split("/") for file in policy.payload]
+    return sorted({int(name[1]) for name in names if name[0] == "checkpoints"})
 
 
 def named_models(pairs: Sequence[str]) -> dict[str, str]:
@@ -149,20 +165,8 @@ def across_runs(store: Store, names: Sequence[str]) -> dict[str, Any]:
 
     Takes the prompts that all have in common; raises DataError where there are none.
     """
-    columns = [
-        "prompt_id",
-        "model",
-        "sample_index",
-        "reward",
-        "quantile_reward",
-        "model_logprob",
-        "ref_logprob",
-    ]
     tables = [
-        store.scan(find_manifest(store, name, "evaluation").parts)
-        .select(*columns, "finish_reason", "token_ids")
-        .collect()
-        .to_arrow()
+        store.scan(find_manifest(store, name, "evaluation").parts).select(COLUMNS).collect().to_arrow()
         for name in names
     ]
     result: dict[str, Any] = {"runs": list(names)}
