@@ -20,7 +20,9 @@ __all__ = [
     "Cell",
     "across_runs",
     "comparison_table",
+    "evaluation_table",
     "interval",
+    "kept_steps",
     "named_models",
     "print_comparison",
     "run_config",
@@ -48,14 +50,23 @@ def run_config(
         config = parse_config(noted["config"], where=f"run {name}")
     raw = config.model_dump(mode="json")
     raw["evaluation"]["models"] |= {key: {"path": path} for key, path in (models or {}).items()}
+    kept = kept_steps(store, config.name) if checkpoints else []
     for step in checkpoints:
-        raw["evaluation"]["checkpoints"] += _steps(store, config.name) if step == "all" else [step]
+        if step != "all" and step not in map(str, kept):
+            known = (
+                ", ".join(map(str, kept))
+                or "none; policy.checkpoint_steps keeps some, in a training run of their own"
+            )
+            raise ConfigError(
+                f"the policy of {config.name} has no checkpoint of step {step}; its checkpoints: {known}"
+            )
+        raw["evaluation"]["checkpoints"] += kept if step == "all" else [int(step)]
     if num_samples is not None:
         raw["evaluation"]["num_samples"] = num_samples
     return parse_config(raw, where="qrpo evaluate")
 
 
-def _steps(store: Store, run: str) -> list[int]:
+def kept_steps(store: Store, run: str) -> list[int]:
     """The steps whose models the run's policy keeps."""
     (policy,) = find_manifest(store, run, "policy").parts
     names = [file.name.split("/") for file in policy.payload]
@@ -131,12 +142,21 @@ def comparison_table(summary: Mapping[str, Any]) -> tuple[list[str], list[tuple[
         for one in described
     ]
     every("finished by", reasons)
-    names = ["reference", "policy", *others, *(["optimum"] if theory else [])]
+    names = ["reference", "policy", *others, *([f"optimum for beta {theory['beta']:g}"] if theory else [])]
     return names, [(title, [*cells, Cell(promise)] if theory else cells) for title, cells, promise in rows]
 
 
-def print_comparison(summary: Mapping[str, Any], console: Console) -> None:
-    """The comparison as a person reads it."""
+_BRIEF = {
+    "mean reward",
+    "mean quantile reward",
+    "win rate against the reference",
+    "KL to the reference, nats",
+    "completion length, tokens",
+}
+
+
+def evaluation_table(summary: Mapping[str, Any], *, brief: bool = False) -> Table:
+    """The comparison as a person reads it; `brief`: its main lines."""
     names, rows = comparison_table(summary)
     title = (
         f"{summary['prompts']} held-out prompts, {summary['policy']['samples']:,} fresh samples of each model"
@@ -146,8 +166,14 @@ def print_comparison(summary: Mapping[str, Any], console: Console) -> None:
     for name in names:
         table.add_column(name)
     for heading, cells in rows:
-        table.add_row(heading, *map(str, cells))
-    console.print(table)
+        if heading in _BRIEF or not brief:
+            table.add_row(heading, *map(str, cells))
+    return table
+
+
+def print_comparison(summary: Mapping[str, Any], console: Console) -> None:
+    """The comparison, how far its draws differ, and which model is the best."""
+    console.print(evaluation_table(summary))
     draws = np.array(summary["policy"]["reward_by_draw"])
     if len(draws) > 1:
         console.print(
