@@ -11,7 +11,7 @@ import storage
 from flows.stages import DEFAULT_STORE
 from qrpo.comparison import Contender, compare_methods
 from qrpo.errors import ConfigError, DataError
-from qrpo.evaluation import Score, prompt_scores
+from qrpo.evaluation import COLUMNS, Score, json_numbers, prompt_scores
 from qrpo.statistics import Floats
 from storage import Store
 from tasks.comparison import Candidate, candidates
@@ -53,7 +53,9 @@ def compare(config: PipelineConfig, store: str = DEFAULT_STORE) -> dict[str, Any
 def judge(config: PipelineConfig, store: Store, every: Sequence[Candidate]) -> dict[str, Any]:
     """The comparison of finished candidates: what `qrpo.comparison.compare_methods` says, and the reference's own scores."""
     tables = {
-        candidate.config.name: storage.open(store, candidate.config.name, "evaluation").dataset.to_table()
+        candidate.config.name: storage.open(store, candidate.config.name, "evaluation").dataset.to_table(
+            COLUMNS
+        )
         for candidate in every
     }
     by_prompt = {name: _by_prompt(table) for name, table in tables.items()}
@@ -78,7 +80,10 @@ def judge(config: PipelineConfig, store: Store, every: Sequence[Candidate]) -> d
     for name in _OWN:
         _, scores_of = prompt_scores(next(iter(tables.values())), name)
         reference[name] = float(scores_of["reference"].mean())
-    return {"run": config.name, "seeds": len(config.compare.seeds), **report, "reference": reference}
+    plain: dict[str, Any] = json_numbers(
+        {"run": config.name, "seeds": len(config.compare.seeds), **report, "reference": reference}
+    )
+    return plain
 
 
 def comparison_table(report: dict[str, Any]) -> Table:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from flows.show import find_manifest
 from qrpo.errors import ConfigError, DataError
-from qrpo.evaluation import prompt_scores
+from qrpo.evaluation import COLUMNS, prompt_scores
 from qrpo.statistics import seeds_and_prompts
 from storage import Store
 from tasks.config import PipelineConfig, load_config, parse_config
@@ -20,7 +20,9 @@ __all__ = [
     "Cell",
     "across_runs",
     "comparison_table",
+    "evaluation_table",
     "interval",
+    "kept_steps",
     "named_models",
     "print_comparison",
     "run_config",
@@ -28,9 +30,16 @@ __all__ = [
 
 
 def run_config(
-    store: Store, name: str, models: Mapping[str, str] | None = None, num_samples: int | None = None
+    store: Store,
+    name: str,
+    models: Mapping[str, str] | None = None,
+    checkpoints: Sequence[str] = (),
+    num_samples: int | None = None,
 ) -> PipelineConfig:
-    """The configuration of a run of the store, or in a file, with more models to evaluate and another number of samples."""
+    """The configuration of a run of the store, or in a file, with more models to evaluate and another number of samples.
+
+    `checkpoints` are steps of its training, or `all` that its policy keeps.
+    """
     if name.endswith((".yaml", ".yml")):
         config = load_config(Path(name))
     else:
@@ -41,9 +50,27 @@ def run_config(
         config = parse_config(noted["config"], where=f"run {name}")
     raw = config.model_dump(mode="json")
     raw["evaluation"]["models"] |= {key: {"path": path} for key, path in (models or {}).items()}
+    kept = kept_steps(store, config.name) if checkpoints else []
+    for step in checkpoints:
+        if step != "all" and step not in map(str, kept):
+            known = (
+                ", ".join(map(str, kept))
+                or "none; policy.checkpoint_steps keeps some, in a training run of their own"
+            )
+            raise ConfigError(
+                f"the policy of {config.name} has no checkpoint of step {step}; its checkpoints: {known}"
+            )
+        raw["evaluation"]["checkpoints"] += kept if step == "all" else [int(step)]
     if num_samples is not None:
         raw["evaluation"]["num_samples"] = num_samples
     return parse_config(raw, where="qrpo evaluate")
+
+
+def kept_steps(store: Store, run: str) -> list[int]:
+    """The steps whose models the run's policy keeps."""
+    (policy,) = find_manifest(store, run, "policy").parts
+    names = [file.name.split("/") for file in policy.payload]
+    return sorted({int(name[1]) for name in names if name[0] == "checkpoints"})
 
 
 def named_models(pairs: Sequence[str]) -> dict[str, str]:
@@ -115,12 +142,21 @@ def comparison_table(summary: Mapping[str, Any]) -> tuple[list[str], list[tuple[
         for one in described
     ]
     every("finished by", reasons)
-    names = ["reference", "policy", *others, *(["optimum"] if theory else [])]
+    names = ["reference", "policy", *others, *([f"optimum for beta {theory['beta']:g}"] if theory else [])]
     return names, [(title, [*cells, Cell(promise)] if theory else cells) for title, cells, promise in rows]
 
 
-def print_comparison(summary: Mapping[str, Any], console: Console) -> None:
-    """The comparison as a person reads it."""
+_BRIEF = {
+    "mean reward",
+    "mean quantile reward",
+    "win rate against the reference",
+    "KL to the reference, nats",
+    "completion length, tokens",
+}
+
+
+def evaluation_table(summary: Mapping[str, Any], *, brief: bool = False) -> Table:
+    """The comparison as a person reads it; `brief`: its main lines."""
     names, rows = comparison_table(summary)
     title = (
         f"{summary['prompts']} held-out prompts, {summary['policy']['samples']:,} fresh samples of each model"
@@ -130,8 +166,14 @@ def print_comparison(summary: Mapping[str, Any], console: Console) -> None:
     for name in names:
         table.add_column(name)
     for heading, cells in rows:
-        table.add_row(heading, *map(str, cells))
-    console.print(table)
+        if heading in _BRIEF or not brief:
+            table.add_row(heading, *map(str, cells))
+    return table
+
+
+def print_comparison(summary: Mapping[str, Any], console: Console) -> None:
+    """The comparison, how far its draws differ, and which model is the best."""
+    console.print(evaluation_table(summary))
     draws = np.array(summary["policy"]["reward_by_draw"])
     if len(draws) > 1:
         console.print(
@@ -149,20 +191,8 @@ def across_runs(store: Store, names: Sequence[str]) -> dict[str, Any]:
 
     Takes the prompts that all have in common; raises DataError where there are none.
     """
-    columns = [
-        "prompt_id",
-        "model",
-        "sample_index",
-        "reward",
-        "quantile_reward",
-        "model_logprob",
-        "ref_logprob",
-    ]
     tables = [
-        store.scan(find_manifest(store, name, "evaluation").parts)
-        .select(*columns, "finish_reason", "token_ids")
-        .collect()
-        .to_arrow()
+        store.scan(find_manifest(store, name, "evaluation").parts).select(COLUMNS).collect().to_arrow()
         for name in names
     ]
     result: dict[str, Any] = {"runs": list(names)}

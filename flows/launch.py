@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from flows.evaluate import evaluation_table
 from flows.logs import log_file, logging_to
 from flows.server import start_server
 from storage import Store
@@ -109,7 +110,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     for earlier in summary.get("rounds", [])[:-1]:
         if "evaluation" in earlier:
             console.print(f"run {earlier['run']}")
-            console.print(evaluation_table(earlier["evaluation"]))
+            console.print(evaluation_table(earlier["evaluation"], brief=True))
     table = Table(
         "stage", "rows", "rejects", "parts", "seconds", title=f"run {summary['run']}", title_justify="left"
     )
@@ -127,7 +128,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         table.add_row(name, f"{stage['rows']:,}", f"{stage['rejects']:,}", parts, f"{stage['seconds']:.1f}")
     console.print(table)
     if "evaluation" in summary:
-        console.print(evaluation_table(summary["evaluation"]))
+        console.print(evaluation_table(summary["evaluation"], brief=True))
     run = summary["run"]
     store = summary["store"]
     console.print(f"\nartifacts: {store}   look at them:")
@@ -136,31 +137,6 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     looks = [f"qrpo inspect {run} {stage}" for stage in ("rewards", "evaluation") if stage in stages]
     for command in (f"qrpo show {run} {stages[-1]}", *looks, "qrpo ls"):
         console.print(f"  {command}{option}")
-
-
-def evaluation_table(evaluation: dict[str, Any]) -> Table:
-    """Reference, policy and, for QRPO, what the closed-form optimum promises, side by side."""
-    reference, policy, theory = evaluation["reference"], evaluation["policy"], evaluation.get("theory")
-    wins, kl = evaluation["win_rate"], evaluation["kl"]
-    title = f"{evaluation['prompts']} held-out prompts, {policy['samples']} fresh samples of each model"
-    promise = f"optimum for beta {theory['beta']:g}" if theory else ""
-    promised_win_rate = f"{theory['quantile_reward']:.3f}" if theory else ""
-    table = Table("", "reference", "policy", promise, title=title, title_justify="left")
-    table.add_row("mean reward", _measured(reference["reward"]), _measured(policy["reward"]), "")
-    quantiles = _measured(reference["quantile_reward"]), _measured(policy["quantile_reward"])
-    table.add_row("mean quantile reward", *quantiles, promised_win_rate)
-    interval = f"{wins['mean']:.3f} ({wins['low']:.3f} to {wins['high']:.3f})"
-    table.add_row("win rate against reference", "0.5", interval, promised_win_rate)
-    table.add_row("KL to reference, nats", "0", _measured(kl), f"{theory['kl']:.3f}" if theory else "")
-    table.add_row(
-        "completion length, tokens", _measured(reference["length"]), _measured(policy["length"]), ""
-    )
-    return table
-
-
-def _measured(value: dict[str, Any]) -> str:
-    error = value["standard_error"]
-    return f"{value['mean']:.3f}" + (f" ± {error:.3f}" if error is not None else "")
 
 
 def _default_store() -> str:

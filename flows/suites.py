@@ -1,6 +1,7 @@
 """`qrpo evaluate --suite`: a run's model on a public suite, its completions and results in a folder of files."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from qrpo.suites.alpaca_eval import (
 )
 from storage import Store, fingerprint
 from tasks.config import PipelineConfig, apply_overrides
+from tasks.evaluation import checkpoint_model
 
 __all__ = ["SUITES", "SuiteRequest", "alpaca_eval", "judge_of", "leetcode", "print_suite", "request_of"]
 
@@ -163,8 +165,10 @@ def _model(store: Store, config: PipelineConfig, name: str) -> ModelConfig:
         return config.evaluation.models[name]
     if name == "reference" and config.reference.sft is None:
         return base
+    if step := re.fullmatch(r"step-(\d+)", name):
+        return checkpoint_model(_model(store, config, "policy"), int(step[1]))
     if name not in ("policy", "reference"):
-        known = ", ".join(("policy", "reference", *config.evaluation.models))
+        known = ", ".join(("policy", "reference", "step-N", *config.evaluation.models))
         raise ConfigError(f"the run has no model {name!r}; it has {known}")
     (part,) = find_manifest(store, config.name, name).parts
     return base.model_copy(update={"path": str(store.fetch_folder(part)), "revision": None})

@@ -30,8 +30,20 @@ from qrpo.statistics import (
 if TYPE_CHECKING:
     from qrpo.optimization import PolicyConfig
 
-__all__ = ["prompt_scores", "summarise"]
+__all__ = ["COLUMNS", "json_numbers", "prompt_scores", "summarise"]
 
+COLUMNS = (
+    "prompt_id",
+    "model",
+    "sample_index",
+    "reward",
+    "quantile_reward",
+    "model_logprob",
+    "ref_logprob",
+    "finish_reason",
+    "token_ids",
+)
+"""The columns of an evaluation table that are read here."""
 Score = Literal["reward", "quantile_reward", "length", "win_rate", "kl"]
 
 
@@ -75,7 +87,7 @@ def summarise(
             result["best"] = asdict(choose_best(candidates, prompt_ids, seed=seed))
     if config is not None and config.loss == "qrpo":
         result["theory"] = _promised(config, num_ref)
-    plain: dict[str, Any] = _json_numbers(result)
+    plain: dict[str, Any] = json_numbers(result)
     return plain
 
 
@@ -127,7 +139,9 @@ class _Samples:
 
 def _samples(table: Any) -> dict[str, _Samples]:
     """The scored rows of each model, in the order in which the models first appear."""
-    columns: Mapping[str, Sequence[Any]] = table.to_pydict() if hasattr(table, "to_pydict") else table
+    columns: Mapping[str, Sequence[Any]] = (
+        table.select(COLUMNS).to_pydict() if hasattr(table, "to_pydict") else table
+    )
     number = {name: index for index, name in enumerate(sorted(set(columns["prompt_id"])))}
     rows_of: dict[str, list[int]] = {}
     for row, (model, reward) in enumerate(zip(columns["model"], columns["reward"], strict=True)):
@@ -186,10 +200,12 @@ def _compare(own: _Samples, reference: _Samples, seed: int) -> dict[str, Any]:
     }
 
 
-def _json_numbers(value: Any) -> Any:
-    """The same with None for what JSON cannot say: a standard error from a single prompt."""
+def json_numbers(value: Any) -> Any:
+    """The same with None for what JSON cannot say: a standard error from a single prompt or seed."""
     if isinstance(value, dict):
-        return {key: _json_numbers(item) for key, item in value.items()}
+        return {key: json_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [json_numbers(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -23,7 +23,13 @@ from torch.utils.checkpoint import checkpoint
 
 from qrpo.errors import DataError
 
-__all__ = ["completion_logprobs", "length_sorted_batches", "score_logprobs"]
+__all__ = [
+    "completion_logprobs",
+    "length_sorted_batches",
+    "score_logprobs",
+    "score_token_logprobs",
+    "token_logprobs",
+]
 
 TokenIds = Sequence[int] | npt.NDArray[Any]
 
@@ -43,10 +49,22 @@ def completion_logprobs(
     *,
     chunk_elements: int | None = None,
 ) -> torch.Tensor:
-    """Log-probabilities (B,) of B completions given their prompts, in float32 (float64 for a float64 model).
+    """Log-probabilities (B,) of B completions given their prompts: the sums of `token_logprobs`; an empty completion has 0."""
+    rows = token_logprobs(model, prompt_token_ids, completion_token_ids, chunk_elements=chunk_elements)
+    return torch.stack([row_T.sum() for row_T in rows])
+
+
+def token_logprobs(
+    model: torch.nn.Module,
+    prompt_token_ids: Sequence[TokenIds],
+    completion_token_ids: Sequence[TokenIds],
+    *,
+    chunk_elements: int | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Log-probabilities (T,) of each token of B completions given their prompts, in float32 (float64 for a float64 model).
 
     `model` is a causal language model of transformers, on any device; the result carries gradients where grad mode is
-    on. At most `chunk_elements` logits exist at a time, by default what suits the device. An empty completion has log-probability 0; an empty prompt
+    on. At most `chunk_elements` logits exist at a time, by default what suits the device. An empty prompt
     raises DataError, for nothing predicts the first token.
     """
     prompt_lengths = [len(ids) for ids in prompt_token_ids]
@@ -96,7 +114,8 @@ def completion_logprobs(
         else:
             piece = _token_logprobs(head, adjust, hidden_CD, targets_C)
         pieces.append(piece)
-    return torch.stack([row_T.sum() for row_T in torch.cat(pieces).split(completion_lengths)])
+    rows: tuple[torch.Tensor, ...] = torch.cat(pieces).split(completion_lengths)
+    return rows
 
 
 def length_sorted_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
@@ -135,38 +154,72 @@ def score_logprobs(
     of a forward pass, padding included; it changes results by rounding only. Rows are read a window at a time, so
     any number of them streams through. `dtype` bfloat16 computes as mixed-precision training does.
     """
+
+    def sums(*batch: Any) -> npt.NDArray[np.float32]:
+        scores_B: npt.NDArray[np.float32] = completion_logprobs(model, *batch).float().cpu().numpy()
+        return scores_B
+
+    for scores in _score(model, rows, token_budget, dtype, sums):
+        yield np.array(scores, dtype=np.float32)
+
+
+def score_token_logprobs(
+    model: torch.nn.Module,
+    rows: Iterable[Mapping[str, Any]],
+    token_budget: int,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Iterator[list[npt.NDArray[np.float32]]]:
+    """As `score_logprobs`, but the log-probabilities (T,) of every token of each of the row's K completions."""
+
+    def tokens(*batch: Any) -> list[npt.NDArray[np.float32]]:
+        return [row_T.float().cpu().numpy() for row_T in token_logprobs(model, *batch)]
+
+    return _score(model, rows, token_budget, dtype, tokens)
+
+
+def _score(
+    model: torch.nn.Module,
+    rows: Iterable[Mapping[str, Any]],
+    token_budget: int,
+    dtype: torch.dtype | None,
+    compute: Callable[..., Iterable[Any]],
+) -> Iterator[list[Any]]:
+    """What `compute` says of each completion of each row, a window of rows at a time."""
     window: list[Mapping[str, Any]] = []
     tokens = 0
     for row in rows:
         window.append(row)
         tokens += sum(_lengths(row))
         if tokens >= WINDOW_BATCHES * token_budget:
-            yield from _score_window(model, window, token_budget, dtype)
+            yield from _score_window(model, window, token_budget, dtype, compute)
             window, tokens = [], 0
     if window:
-        yield from _score_window(model, window, token_budget, dtype)
+        yield from _score_window(model, window, token_budget, dtype, compute)
 
 
 def _score_window(
-    model: torch.nn.Module, rows: list[Mapping[str, Any]], token_budget: int, dtype: torch.dtype | None
-) -> list[npt.NDArray[np.float32]]:
+    model: torch.nn.Module,
+    rows: list[Mapping[str, Any]],
+    token_budget: int,
+    dtype: torch.dtype | None,
+    compute: Callable[..., Iterable[Any]],
+) -> Iterator[list[Any]]:
     prompts = [row["prompt_token_ids"] for row in rows for _ in row["completion_token_ids"]]
     completions = [completion for row in rows for completion in row["completion_token_ids"]]
     lengths = [length for row in rows for length in _lengths(row)]
-    scores = np.empty(len(lengths), dtype=np.float32)
+    scores: dict[int, Any] = {}
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), autocast(model, dtype):
             for batch in length_sorted_batches(lengths, token_budget):
-                logprobs_B = completion_logprobs(
-                    model, [prompts[i] for i in batch], [completions[i] for i in batch]
-                )
-                scores[batch] = logprobs_B.float().cpu().numpy()
+                found = compute([prompts[i] for i in batch], [completions[i] for i in batch])
+                scores.update(zip(batch, found, strict=True))
     finally:
         model.train(was_training)
-    ends = np.cumsum([len(row["completion_token_ids"]) for row in rows])
-    return np.split(scores, ends[:-1])
+    places = iter(range(len(lengths)))
+    return iter([[scores[next(places)] for _ in row["completion_token_ids"]] for row in rows])
 
 
 def autocast(model: torch.nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:

@@ -165,6 +165,8 @@ class PolicyConfig(OptimizationConfig):
     """Steps between such reports."""
     patience: int | None = Field(default=None, ge=1)
     """Stop after this many reports in a row without a lower `eval_loss`; the last weights are kept, not the best. Null: never."""
+    checkpoint_steps: int | None = Field(default=None, ge=1)
+    """Steps between models on the way that stay in the policy's artifact, for `qrpo evaluate --checkpoint`; null: none stay."""
     max_initial_log_ratio: float | None = knob(None, gt=0)
     """Largest mean |log pi - log ref| per square root of a token before the first step; by default, what rounding
     explains in the dtype."""
@@ -202,6 +204,7 @@ class PolicyConfig(OptimizationConfig):
             "eval_shards": self.eval_shards > 0,
             "eval_steps": self.patience is not None,
             "patience": self.patience is not None,
+            "checkpoint_steps": self.checkpoint_steps is not None,
         }
         return frozenset(name for name, is_used in used.items() if not is_used)
 

@@ -29,7 +29,7 @@ def train_policy(
 
     `dataset` is what `QRPOTrainer` takes: rows, or a reader with `iterate(epoch, start)` and a length. Killed at any
     moment, the same call goes on from its newest whole checkpoint (`resume`) and ends with the same weights. Writes
-    `metrics.parquet` beside `final`. `eval_rows` are held out for `eval_loss`. `mean_ref_std` is needed by transforms that are scaled per prompt. Raises TrainingError where the reference does not match, or the loss is not finite.
+    `metrics.parquet` beside `final`, and `checkpoints/<step>` where `config.checkpoint_steps` asks for them. `eval_rows` are held out for `eval_loss`. `mean_ref_std` is needed by transforms that are scaled per prompt. Raises TrainingError where the reference does not match, or the loss is not finite.
     """
     require_rows(dataset)
     arguments = config.to_training_arguments(output_dir)
@@ -45,5 +45,10 @@ def train_policy(
         eval_dataset=eval_rows,
     )
     return run_training(
-        trainer, Path(output_dir), resume=resume, stored_dtype=stored_dtype(model), on_progress=on_progress
+        trainer,
+        Path(output_dir),
+        resume=resume,
+        stored_dtype=stored_dtype(model),
+        on_progress=on_progress,
+        checkpoint_steps=config.checkpoint_steps,
     )

@@ -4,10 +4,12 @@ A run owns a folder:
 
     checkpoint-<step>/    to go on from after a kill; the newest whole one is used, broken ones are removed
     unfinished/           where the next checkpoint, or the final model, is being written
+    checkpoints/<step>/   models on the way, kept to be evaluated
     metrics.parquet       one row per logged step
     final/                the trained model and its tokenizer, written last and named at once: when it is there, it is whole
 """
 
+import copy
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -46,10 +48,11 @@ def run_training(
     resume: bool,
     stored_dtype: torch.dtype | None,
     on_progress: Callable[[dict[str, Any]], None] | None,
+    checkpoint_steps: int | None = None,
 ) -> Path:
     """Train to the end, from the newest whole checkpoint where `resume`; returns `output_dir/final`.
 
-    `on_progress` is called after each logged step with `step`, `total_steps`, `epoch`, `loss` and the other metrics.
+    Every `checkpoint_steps` steps the model is kept as `output_dir/checkpoints/<step>`. `on_progress` is called after each logged step with `step`, `total_steps`, `epoch`, `loss` and the other metrics.
     The final weights are saved in `stored_dtype` (float32 where None). A SIGTERM saves a checkpoint after the step at
     hand, then raises TrainingError, as does anything that keeps a checkpoint from being written. In a process that
     `torchrun` or `accelerate launch` started, this is one rank's part, and all ranks must call it.
@@ -57,10 +60,12 @@ def run_training(
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(_Watcher(trainer, on_progress))
+    if checkpoint_steps is not None:
+        trainer.add_callback(_Keeper(trainer, output_dir, checkpoint_steps, stored_dtype))
     if trainer.args.should_save:
         remove_broken_checkpoints(output_dir)
         if not resume:
-            for path in output_dir.glob("checkpoint-*"):
+            for path in (*output_dir.glob("checkpoint-*"), *output_dir.glob("checkpoints")):
                 shutil.rmtree(path)
     trainer.accelerator.wait_for_everyone()
     checkpoint = latest_checkpoint(output_dir)
@@ -71,11 +76,13 @@ def run_training(
         raise TrainingError(
             f"stopped by SIGTERM after step {step} of {steps}; its checkpoint is saved, and the same command goes on from it"
         )
-    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    weights = _gathered(trainer)
     if trainer.args.should_save:
         try:
             _write_metrics(trainer.state.log_history, output_dir / "metrics.parquet")
-            _save_final(trainer, output_dir, stored_dtype, weights)
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            _save_model(trainer, model, output_dir, "final", stored_dtype, weights)
+            shutil.rmtree(output_dir / UNFINISHED)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise unwritten("the trained model", output_dir, error) from error
     trainer.accelerator.wait_for_everyone()
@@ -123,6 +130,38 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
             self.on_progress({"step": state.global_step, "total_steps": state.max_steps, **logs})
 
 
+class _Keeper(TrainerCallback):  # type: ignore[misc]
+    """Keeps the model of every so many steps. It comes before the checkpoint of the same step, so that going on from one misses none."""
+
+    def __init__(
+        self, trainer: "CompletionTrainer", output_dir: Path, every: int, dtype: torch.dtype | None
+    ) -> None:
+        self.trainer, self.output_dir, self.every, self.dtype = trainer, output_dir, every, dtype
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % self.every:
+            return
+        trainer, name = self.trainer, f"checkpoints/{state.global_step}"
+        weights = _gathered(trainer)
+        if args.should_save:
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            if weights is None:
+                model = copy.deepcopy(model)  # saving merges adapters and rounds: training needs it as it is
+            try:
+                _save_model(trainer, model, self.output_dir, name, self.dtype, weights)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                raise unwritten(f"the model of step {state.global_step}", self.output_dir, error) from error
+        trainer.accelerator.wait_for_everyone()
+
+
+def _gathered(trainer: "CompletionTrainer") -> dict[str, torch.Tensor] | None:
+    """The weights of a sharded model, on the first process; None where the model holds them itself."""
+    if not trainer.is_fsdp_enabled:
+        return None
+    weights: dict[str, torch.Tensor] = trainer.accelerator.get_state_dict(trainer.model)
+    return weights
+
+
 def _write_metrics(history: list[dict[str, float]], path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -141,16 +180,18 @@ def _write_metrics(history: list[dict[str, float]], path: Path) -> None:
     temporary.rename(path)
 
 
-def _save_final(
+def _save_model(
     trainer: "CompletionTrainer",
+    model: Any,
     output_dir: Path,
+    name: str,
     dtype: torch.dtype | None,
     weights: dict[str, torch.Tensor] | None,
 ) -> None:
-    """Write `final` aside, then name it. `weights` are those of a model that is sharded, gathered."""
-    written, final = output_dir / UNFINISHED / "final", output_dir / "final"
+    """Write the model, which is used up, and its tokenizer aside, then name them. `weights` are those of a model that is sharded."""
+    written, named = output_dir / UNFINISHED / name, output_dir / name
     shutil.rmtree(written, ignore_errors=True)
-    model = merged(trainer.accelerator.unwrap_model(trainer.model))
+    model = merged(model)
     if weights is not None and dtype is not None:
         weights = {name: weight.to(dtype) for name, weight in weights.items()}
         model.config.dtype = dtype
@@ -159,6 +200,6 @@ def _save_final(
     model.save_pretrained(written, state_dict=weights)
     if trainer.processing_class is not None:
         trainer.processing_class.save_pretrained(written)
-    shutil.rmtree(final, ignore_errors=True)
-    written.rename(final)
-    shutil.rmtree(written.parent)
+    shutil.rmtree(named, ignore_errors=True)
+    named.parent.mkdir(exist_ok=True)
+    written.rename(named)

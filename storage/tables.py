@@ -97,6 +97,8 @@ SCHEMAS: dict[str, pa.Schema] = {
             _column("quantile_reward", _REAL, null=True),
             _column("model_logprob", _REAL, null=True),
             _column("ref_logprob", _REAL, null=True),
+            _column("model_token_logprobs", pa.list_(_REAL), null=True),
+            _column("ref_token_logprobs", pa.list_(_REAL), null=True),
         ]
     ),
 }

@@ -131,6 +131,7 @@ def _evaluation(table: pa.Table, where: str) -> None:
     _fail_where(pc.equal(table["model"], ""), where, "must name its model")
     _at_least(table["sample_index"], "sample_index", 0, where)
     _tokens(table, "token_ids", where)
+    _lists_agree(table, ("token_ids", "model_token_logprobs", "ref_token_logprobs"), where)
     for name in ("reward", "model_logprob", "ref_logprob"):
         _finite(table[name], name, where)
     _within_unit(table["quantile_reward"], "quantile_reward", where)

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from pydantic import Field, field_validator
 
 from qrpo.chat import load_tokenizer
 from qrpo.config import Section, keyed
+from qrpo.errors import ConfigError
 from qrpo.models import ModelConfig, model_identity
 from qrpo.quantiles import quantile_rewards
 from storage import PartKey, PartRecord, Store, fingerprint
@@ -35,9 +37,9 @@ from tasks.work import Work
 if TYPE_CHECKING:
     from tasks.config import PipelineConfig
 
-__all__ = ["EvaluationConfig", "Samples", "compute", "plan", "sample", "summary"]
+__all__ = ["EvaluationConfig", "Samples", "checkpoint_model", "compute", "plan", "sample", "summary"]
 
-VERSION = 2
+VERSION = 3
 
 
 class EvaluationConfig(Section):
@@ -48,13 +50,17 @@ class EvaluationConfig(Section):
     models: dict[str, ModelConfig] = Field(default_factory=dict, json_schema_extra={"fingerprint": False})
     """More models to compare with the reference, by name: checkpoints, other runs' policies. Naming one computes only its own."""
 
+    checkpoints: tuple[int, ...] = Field((), json_schema_extra={"fingerprint": False})
+    """Steps of the policy's training, of those that `policy.checkpoint_steps` keeps, whose models are compared too, as `step-N`."""
+
     @field_validator("models")
     @classmethod
     def _usable_names(cls, models: dict[str, ModelConfig]) -> dict[str, ModelConfig]:
         for name in models:
-            if name in ("policy", "reference") or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+            taken = name in ("policy", "reference") or re.fullmatch(r"step-\d+", name)
+            if taken or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
                 raise ValueError(
-                    f"{name!r} cannot name a model: use letters, digits, dots, dashes, and neither `policy` nor `reference`"
+                    f"{name!r} cannot name a model: use letters, digits, dots, dashes, and not `policy`, `reference` or `step-N`"
                 )
         return models
 
@@ -75,7 +81,8 @@ def plan(config: "PipelineConfig", plans: Mapping[str, StagePlan], store: Store)
     family = make_family("evaluation", VERSION, settings, outside)
     policy = plans["policy"]
     others = {name: model_identity(model) for name, model in config.evaluation.models.items()}
-    models = {"policy": policy.fingerprint, "reference": None, **others}
+    on_the_way = {f"step-{step}": [policy.fingerprint, step] for step in config.evaluation.checkpoints}
+    models = {"policy": policy.fingerprint, "reference": None, **on_the_way, **others}
     by_prompts = {part.slice["prompts"]: part for part in plans["quantiles"].parts}
     parts = []
     for name, identity in models.items() if policy.parts else ():
@@ -84,7 +91,7 @@ def plan(config: "PipelineConfig", plans: Mapping[str, StagePlan], store: Store)
             key = PartKey(
                 "evaluation", family, fingerprint([family, name, identity, quantiles.key.fingerprint])
             )
-            trained = [part.key for part in policy.parts] if name == "policy" else []
+            trained = [part.key for part in policy.parts] if name == "policy" or name in on_the_way else []
             inputs = (prompts.key, quantiles.key, *trained, *reference_inputs(plans))
             slice_ = {"prompts": prompts.key.fingerprint, "split": "eval", "model": name}
             parts.append(PartPlan(key, inputs, slice_))
@@ -143,13 +150,32 @@ def _by_model(work: Work) -> dict[str, list[PartPlan]]:
 
 def _model(work: Work, part: PartPlan) -> ModelConfig:
     name = part.slice["model"]
-    return work.config.evaluation.models.get(name) or model_for(work, part, stage=name)
+    step = name.removeprefix("step-")
+    if name in work.config.evaluation.models:
+        return work.config.evaluation.models[name]
+    return (
+        model_for(work, part, stage=name)
+        if step == name
+        else checkpoint_model(model_for(work, part, "policy"), int(step))
+    )
+
+
+def checkpoint_model(policy: ModelConfig, step: int) -> ModelConfig:
+    """The model of a step of the training that made the policy; ConfigError where its folder does not keep that one."""
+    folder = Path(policy.path) / "checkpoints"
+    if not (folder / str(step)).is_dir():
+        kept = ", ".join(sorted((path.name for path in folder.glob("*")), key=int)) or "none"
+        raise ConfigError(
+            f"evaluation.checkpoints: the policy keeps no checkpoint of step {step}; its checkpoints: {kept}. "
+            "policy.checkpoint_steps says which are kept, in a training run of their own"
+        )
+    return policy.model_copy(update={"path": str(folder / str(step))})
 
 
 def _score_logprobs(work: Work, rows: Sequence[dict[str, Any]]) -> None:
-    """Log-probabilities of every sample under the model that drew it and under the reference.
+    """Log-probabilities of every sample and its tokens under the model that drew it and under the reference.
 
-    Both stay unknown for a model whose tokens are not the reference's.
+    All stay unknown for a model whose tokens are not the reference's.
     """
     reference = model_for(work, work.parts[0])
     vocabulary = load_tokenizer(reference).get_vocab()
@@ -157,17 +183,18 @@ def _score_logprobs(work: Work, rows: Sequence[dict[str, Any]]) -> None:
     for name, parts in _by_model(work).items():
         own, model = [row for row in rows if row["model"] == name], _model(work, parts[0])
         if own and name in work.config.evaluation.models and load_tokenizer(model).get_vocab() != vocabulary:
-            for row in own:
-                row["model_logprob"] = row["ref_logprob"] = [None]
             continue
         comparable += own
         if own and name != "reference":
-            LogprobScorer(model, work.config).score(own, "model_logprob")
+            LogprobScorer(model, work.config).score_tokens(own, "model_token_logprobs")
     if comparable:
-        LogprobScorer(reference, work.config).score(comparable, "ref_logprob")
-    for row in rows:
-        (row["ref_logprob"],) = row["ref_logprob"]
-        (row["model_logprob"],) = row.get("model_logprob") or [row["ref_logprob"]]
+        LogprobScorer(reference, work.config).score_tokens(comparable, "ref_token_logprobs")
+    for row in comparable:
+        row.setdefault("model_token_logprobs", row["ref_token_logprobs"])
+        row["model_logprob"], row["ref_logprob"] = (
+            sum(row["model_token_logprobs"]),
+            sum(row["ref_token_logprobs"]),
+        )
 
 
 def _score_part(work: Work, part: PartPlan, samples: Samples, scorer: Scorer, started: float) -> PartRecord:
@@ -219,8 +246,9 @@ def _quantiles(rows: Sequence[Mapping[str, Any]], references: Mapping[str, Seque
 
 def summary(config: "PipelineConfig", store: Store, stage_plan: StagePlan) -> dict[str, Any]:
     """The comparison over all parts, with what QRPO's closed-form optimum promises for this transform and beta."""
-    from qrpo.evaluation import summarise
+    from qrpo.evaluation import COLUMNS, summarise
 
-    table = store.scan([stage_plan.records[part.key.fingerprint] for part in stage_plan.parts]).collect()
+    parts = [stage_plan.records[part.key.fingerprint] for part in stage_plan.parts]
+    table = store.scan(parts).select(COLUMNS).collect()
     promising = config.policy if config.policy.loss == "qrpo" else None
     return summarise(table.to_arrow(), promising, num_ref=config.completions.num_ref, seed=config.seed)

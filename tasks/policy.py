@@ -62,6 +62,8 @@ def compute(work: Work) -> Iterator[PartRecord | Progress]:
         yield from stream_ranks("tasks.policy:train", work, processes=processes, log=work.log)
     scratch = work.store.work_dir(part.key)
     shutil.copy(scratch / "metrics.parquet", scratch / "final" / "metrics.parquet")
+    if (scratch / "checkpoints").is_dir():
+        shutil.copytree(scratch / "checkpoints", scratch / "final" / "checkpoints", dirs_exist_ok=True)
     yield work.store.commit_folder(
         part.key,
         scratch / "final",

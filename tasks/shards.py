@@ -109,6 +109,14 @@ class LogprobScorer:
         for row, scores_K in zip(rows, scores, strict=True):
             row[column] = scores_K.tolist()
 
+    def score_tokens(self, rows: Sequence[dict[str, Any]], column: str) -> None:
+        """Set `column` of each row to the log-probabilities (T,) of the tokens of its one completion."""
+        from qrpo.logprobs import score_token_logprobs
+
+        scores = score_token_logprobs(self._model, rows, self._token_budget, dtype=self._dtype)
+        for row, (scores_T,) in zip(rows, scores, strict=True):
+            row[column] = scores_T.tolist()
+
     def close(self) -> None:
         """Let the model go."""
         del self._model

@@ -46,6 +46,14 @@ def evaluate(
         list[str] | None,
         typer.Option("--model", metavar="NAME=PATH", help="Compare this model too: a folder or hub id."),
     ] = None,
+    checkpoints: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--checkpoint",
+            metavar="STEP",
+            help="Compare the policy of this step of its training too; or `all`.",
+        ),
+    ] = None,
     samples: Annotated[int | None, typer.Option("--samples", min=1, help="Fresh samples a prompt.")] = None,
     suite: Annotated[
         str | None, typer.Option("--suite", help="A public suite instead: alpaca-eval or leetcode.")
@@ -55,7 +63,10 @@ def evaluate(
         typer.Option("--data", help="The suite's file: the baseline's outputs, or the problems."),
     ] = None,
     which: Annotated[
-        str, typer.Option("--which", help="The model for the suite: policy, reference, or one of --model.")
+        str,
+        typer.Option(
+            "--which", help="The model for the suite: policy, reference, step-N, or one of --model."
+        ),
     ] = "policy",
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the suite's first rows.")] = None,
     max_tokens: Annotated[
@@ -88,7 +99,9 @@ def evaluate(
 
       qrpo evaluate my-run
 
-      qrpo evaluate my-run --model step-200=./checkpoint-200
+      qrpo evaluate my-run --checkpoint all
+
+      qrpo evaluate my-run --model other=./another-policy
 
       qrpo evaluate seed-0 seed-1 seed-2
 
@@ -105,7 +118,7 @@ def evaluate(
     if suite is None:
         results = {}
         for name in names:
-            results[name] = _evaluate_run(run_config(opened, name, more, samples), store)
+            results[name] = _evaluate_run(run_config(opened, name, more, checkpoints or (), samples), store)
             if not as_json:
                 print_comparison(results[name], out)
         answer: dict[str, Any] = {"runs": results}

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -78,6 +79,37 @@ def write_task(base_model: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def trained(
+    write_task: Callable[..., Path], prefect_server: str, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A folder with `config.yaml` and a `store` that holds its run `tiny`, evaluated. To be copied, not changed: `copy_of`."""
+    from flows.cli import app
+
+    folder = tmp_path_factory.mktemp("trained")
+    config = write_task(
+        folder,
+        prompts__eval_fraction=0.4,
+        policy__epochs=1,
+        policy__checkpoint_steps=1,
+        evaluation__num_samples=2,
+        run__cpu_threads=1,
+    )
+    done = CliRunner().invoke(app, ["run", str(config), "--store", str(folder / "store")])
+    assert done.exit_code == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def copy_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """A copy of the store in a folder, to go on from."""
+
+    def copy(folder: Path) -> Path:
+        return Path(shutil.copytree(folder / "store", tmp_path_factory.mktemp("copy") / "store"))
+
+    return copy
 
 
 @pytest.fixture

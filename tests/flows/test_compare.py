@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import storage
 from qrpo.evaluation import prompt_scores
@@ -15,36 +16,26 @@ from tasks.comparison import candidates
 from tasks.config import load_config
 
 METHODS = {
-    "qrpo": {"policy.loss": "qrpo", "policy.beta": [0.05, 0.5]},
-    "dpo": {"policy.loss": "dpo", "policy.beta": 0.1},
-    "few": {"quantiles.num_ref": 1},
+    "dpo": {"policy.loss": "dpo"},
+    "few": {"quantiles.num_completions": 2, "quantiles.num_ref": 1},
+    "qrpo": {"policy.loss": "qrpo", "policy.beta": [0.1, 0.5]},
 }
 
 
 @pytest.fixture
 def config(write_task: Callable[..., Path], tmp_path: Path) -> Path:
-    changes: dict[str, Any] = {
-        "prompts__eval_fraction": 0.3,
-        "quantiles__num_completions": 2,
-        "quantiles__num_ref": 2,
-        "policy__epochs": 1,
-        "evaluation__num_samples": 2,
-        "run__cpu_threads": 1,
-        "compare__seeds": [0, 1],
-        "compare__methods": METHODS,
-    }
-    return write_task(tmp_path / "task", **changes)
+    return write_task(tmp_path / "task", compare__seeds=[0, 1], compare__methods=METHODS)
 
 
 def test_candidates_are_every_method_point_and_seed_as_runs_of_their_own(config: Path) -> None:
     every = list(candidates(load_config(config)))
     assert [(one.method, one.settings.get("policy.beta"), one.seed) for one in every] == [
-        ("dpo", 0.1, 0),
-        ("dpo", 0.1, 1),
+        ("dpo", None, 0),
+        ("dpo", None, 1),
         ("few", None, 0),
         ("few", None, 1),
-        ("qrpo", 0.05, 0),
-        ("qrpo", 0.05, 1),
+        ("qrpo", 0.1, 0),
+        ("qrpo", 0.1, 1),
         ("qrpo", 0.5, 0),
         ("qrpo", 0.5, 1),
     ]
@@ -76,9 +67,13 @@ def test_a_comparison_without_methods_says_what_to_write(
 
 @pytest.mark.slow
 def test_methods_share_their_samples_and_are_judged_on_the_same_half(
-    config: Path, tmp_path: Path, qrpo: Callable[..., Any]
+    trained: Path, copy_of: Callable[[Path], Path], tmp_path: Path, qrpo: Callable[..., Any]
 ) -> None:
-    arguments = ("compare", config, "--store", tmp_path / "store", "--json")
+    folder = copy_of(trained)
+    settings = yaml.safe_load((trained / "config.yaml").read_text())
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings | {"compare": {"seeds": [0], "methods": METHODS}}))
+    arguments = ("compare", config, "--store", folder, "--json")
     result = qrpo(*arguments, "--out", tmp_path / "report.json")
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
@@ -86,23 +81,26 @@ def test_methods_share_their_samples_and_are_judged_on_the_same_half(
     assert list(report["methods"]) == ["dpo", "few", "qrpo"]
     assert len(report["methods"]["qrpo"]["tried"]) == 2
 
-    store = Store(tmp_path / "store")
-    runs = store.runs()
-    assert len(runs) == 8
+    store = Store(folder)
+    runs = [name for name in store.runs() if name != "tiny"]
+    assert len(runs) == 4
+    stages = {name: store.run(name)["stages"] for name in (*runs, "tiny")}  # type: ignore[index]
     for stage in ("completions", "rewards"):
-        assert len({store.run(name)["stages"][stage]["fingerprint"] for name in runs}) == 1  # type: ignore[index]
-    policies = {store.run(name)["stages"]["policy"]["fingerprint"] for name in runs}  # type: ignore[index]
-    assert len(policies) == 8
+        assert len({of[stage]["fingerprint"] for of in stages.values()}) == 1
+    policies = {name: of["policy"]["fingerprint"] for name, of in stages.items()}
+    assert policies["tiny.qrpo-1.seed-0"] == policies["tiny"], (
+        "the policy that was there is not trained again"
+    )
+    assert len(set(policies.values())) == 4
     few = storage.open(store, "tiny.few-1.seed-0", "shards").lazy.collect()
     assert set(few["num_ref"]) == {1}
 
-    # by hand: dpo's two seeds, on the half that reports
-    rewards = []
-    for seed in (0, 1):
-        table = storage.open(store, f"tiny.dpo-1.seed-{seed}", "evaluation").dataset.to_table()
-        prompt_ids, scores = prompt_scores(table, "reward")
-        rewards.append(scores["policy"][~selection_half(prompt_ids)].mean())
-    assert report["methods"]["dpo"]["scores"]["reward"]["mean"] == pytest.approx(sum(rewards) / 2)
+    # by hand: dpo, on the half that reports
+    table = storage.open(store, "tiny.dpo-1.seed-0", "evaluation").dataset.to_table()
+    prompt_ids, scores = prompt_scores(table, "reward")
+    expected = scores["policy"][~selection_half(prompt_ids)].mean()
+    assert report["methods"]["dpo"]["scores"]["reward"]["mean"] == pytest.approx(expected)
+    assert report["methods"]["dpo"]["scores"]["reward"]["standard_error"] is None, "of a single seed"
 
     again = json.loads(qrpo(*arguments).stdout.splitlines()[-1])
     assert again == report

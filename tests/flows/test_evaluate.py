@@ -23,22 +23,17 @@ def command(*arguments: str | Path) -> Any:
 @pytest.fixture(scope="module")
 def runs(
     tmp_path_factory: pytest.TempPathFactory,
-    write_task: Callable[..., Path],
+    trained: Path,
+    copy_of: Callable[[Path], Path],
     base_model: Path,
-    prefect_server: str,
 ) -> Path:
-    """A folder with a store of two runs that differ in their training seed, one compared with another model."""
+    """A folder with a store of two runs that differ in their training seed, one compared with its checkpoints and another model."""
     folder = tmp_path_factory.mktemp("evaluate")
-    config = write_task(folder / "task", prompts=40, prompts__eval_fraction=0.4, evaluation__num_samples=2)
-    store = ("--store", folder / "store")
-    other = ("--set", "policy.seed=1", "--set", "name=seed-1")
-    model = ("--model", f"same={base_model}")
-    for arguments in (
-        ("run", config, *store, "--set", "name=seed-0"),
-        ("run", config, *store, *other, "--until", "policy"),
-        ("evaluate", "seed-1", *model, *store),
-    ):
-        done = command(*arguments)
+    (folder / "store").symlink_to(copy_of(trained))
+    other = ("--set", "policy.seed=1", "--set", "name=seed-1", "--until", "policy")
+    also = ("--checkpoint", "all", "--model", f"same={base_model}")
+    for arguments in (("run", trained / "config.yaml", *other), ("evaluate", "seed-1", *also)):
+        done = command(*arguments, "--store", folder / "store")
         assert done.exit_code == 0, done.stderr
     (folder / "said.txt").write_text(done.stdout)
     return folder
@@ -53,21 +48,26 @@ def evaluation(runs: Path, name: str) -> tuple[set[str], pl.DataFrame]:
 
 
 def test_reference_is_sampled_once_for_all_policies_that_it_is_compared_with(runs: Path) -> None:
-    first, second = evaluation(runs, "seed-0"), evaluation(runs, "seed-1")
+    first, second = evaluation(runs, "tiny"), evaluation(runs, "seed-1")
 
     shared = pl.read_parquet(sorted(first[0] & second[0]))
     assert set(shared["model"]) == {"reference"}
     assert len(shared) == len(first[1].filter(pl.col("model") == "reference"))
     assert set(pl.read_parquet(sorted(first[0] - second[0]))["model"]) == {"policy"}
-    assert set(pl.read_parquet(sorted(second[0] - first[0]))["model"]) == {"policy", "same"}
+    assert set(pl.read_parquet(sorted(second[0] - first[0]))["model"]) == {
+        "policy",
+        "same",
+        "step-1",
+        "step-2",
+    }
 
 
 def test_seeds_are_taken_as_one_with_an_interval_over_seeds_and_prompts(runs: Path) -> None:
-    done = command("evaluate", "seed-0", "seed-1", "--store", runs / "store", "--json")
+    done = command("evaluate", "tiny", "seed-1", "--store", runs / "store", "--json")
 
     assert done.exit_code == 0, done.stderr
     answer = json.loads(done.stdout)
-    assert set(answer["runs"]) == {"seed-0", "seed-1"}
+    assert set(answer["runs"]) == {"tiny", "seed-1"}
     means = [
         evaluation(runs, name)[1]
         .filter(pl.col("model") == "policy")
@@ -75,7 +75,7 @@ def test_seeds_are_taken_as_one_with_an_interval_over_seeds_and_prompts(runs: Pa
         .agg(pl.col("reward").cast(pl.Float64).mean())
         .sort("prompt_id")["reward"]
         .to_list()
-        for name in ("seed-0", "seed-1")
+        for name in ("tiny", "seed-1")
     ]
     together = answer["together"]
     expected = seeds_and_prompts(pl.DataFrame(means).to_numpy().T)
@@ -91,13 +91,62 @@ def test_another_model_is_compared_by_name(runs: Path) -> None:
     summary = json.loads(done.stdout)["runs"]["seed-1"]
     # the same weights as the reference: no divergence, whatever was said
     assert summary["others"]["same"]["kl"]["mean"] == pytest.approx(0, abs=1e-5)
-    assert set(summary["best"]["selected_by"]) == {"policy", "same"}
+    assert set(summary["best"]["selected_by"]) == {"policy", "same", "step-1", "step-2"}
     rows = evaluation(runs, "seed-1")[1]
     texts = {name: rows.filter(pl.col("model") == name)["text"].to_list() for name in ("same", "reference")}
     assert texts["same"] != texts["reference"], "both drew with the same seeds"
     said = (runs / "said.txt").read_text()
     for measure in ("win rate at equal length", "distinct token pairs", "best by reward"):
         assert measure in said
+
+
+def test_checkpoints_are_compared_as_models_of_their_own_and_the_last_one_is_the_policy(runs: Path) -> None:
+    rows = evaluation(runs, "seed-1")[1].sort("prompt_id", "sample_index")
+    of = {str(name): group for (name,), group in rows.group_by("model")}
+    assert of["step-1"]["model_logprob"].to_list() != of["step-1"]["ref_logprob"].to_list()
+    shown = json.loads(command("show", "seed-1", "policy", "--store", runs / "store", "--json").stdout)
+    folder = Path(next(url for url in shown["parts"] if url.endswith("/metrics.parquet"))).parent
+    steps = {
+        path.name: (path / "model.safetensors").read_bytes() for path in (folder / "checkpoints").iterdir()
+    }
+    assert set(steps) == {"1", "2"}
+    assert steps["1"] != steps["2"] == (folder / "model.safetensors").read_bytes()
+
+    missing = command("evaluate", "seed-1", "--checkpoint", "7", "--store", runs / "store")
+    assert missing.exit_code == 2
+    assert "no checkpoint of step 7; its checkpoints: 1, 2" in missing.stderr
+
+
+def test_every_token_has_its_log_probabilities_and_the_prompt_s_page_colours_it_by_their_ratio(
+    runs: Path,
+) -> None:
+    import asyncio
+
+    import httpx
+
+    from flows.browse.server import browse_app
+    from storage import Store
+
+    rows = evaluation(runs, "seed-1")[1]
+    for row in rows.to_dicts():
+        for model in ("model", "ref"):
+            tokens = row[f"{model}_token_logprobs"]
+            assert len(tokens) == len(row["token_ids"])
+            assert sum(tokens) == pytest.approx(row[f"{model}_logprob"], abs=1e-4)
+            assert max(tokens) < 0
+    (moved,) = rows.filter(pl.col("model") == "policy").head(1).to_dicts()
+
+    async def page() -> str:
+        transport = httpx.ASGITransport(app=browse_app(Store(runs / "store")))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return (await client.get(f"/prompt/seed-1/{moved['prompt_id']}")).text
+
+    shown = asyncio.run(page())
+    for ours, theirs in zip(moved["model_token_logprobs"], moved["ref_token_logprobs"], strict=True):
+        ratio = ours - theirs
+        assert (
+            f'<span class="t{round(max(-1, min(1, ratio / 3)) * 5)}" title="log-ratio {ratio:.3g}">' in shown
+        )
 
 
 def test_report_of_a_real_run_is_written(runs: Path, tmp_path: Path) -> None:
@@ -123,7 +172,7 @@ def test_suite_answers_are_drawn_once_and_its_files_are_kept(runs: Path, tmp_pat
     hard = {**problem, "task_id": "long", "query": "word " * 500}
     (tmp_path / "problems.jsonl").write_text(json.dumps(problem) + "\n" + json.dumps(hard) + "\n")
     asked = [
-        *("evaluate", "seed-0", "--suite", "leetcode", "--data", tmp_path / "problems.jsonl", "--samples", 2),
+        *("evaluate", "tiny", "--suite", "leetcode", "--data", tmp_path / "problems.jsonl", "--samples", 2),
         *("--out", tmp_path / "out", "--store", runs / "store", "--json"),
     ]
 
@@ -147,12 +196,12 @@ def test_suite_answers_are_drawn_once_and_its_files_are_kept(runs: Path, tmp_pat
     ("arguments", "message"),
     [
         (["nobody"], "no run named 'nobody'"),
-        (["seed-0", "--model", "x"], "expected NAME=PATH"),
-        (["seed-0", "--model", "policy=x"], "cannot name a model"),
-        (["seed-0", "--suite", "leetcode"], "with --data"),
-        (["seed-0", "--suite", "chess", "--data", "x"], "no suite 'chess'"),
-        (["seed-0", "--suite", "alpaca-eval", "--data", "x", "--which", "y"], "no model 'y'"),
-        (["seed-0", "--suite", "alpaca-eval", "--data", "x", "--judge", "adress=1"], "its settings are"),
+        (["tiny", "--model", "x"], "expected NAME=PATH"),
+        (["tiny", "--model", "policy=x"], "cannot name a model"),
+        (["tiny", "--suite", "leetcode"], "with --data"),
+        (["tiny", "--suite", "chess", "--data", "x"], "no suite 'chess'"),
+        (["tiny", "--suite", "alpaca-eval", "--data", "x", "--which", "y"], "no model 'y'"),
+        (["tiny", "--suite", "alpaca-eval", "--data", "x", "--judge", "adress=1"], "its settings are"),
     ],
 )
 def test_what_cannot_be_meant_is_told_in_one_line(runs: Path, arguments: list[str], message: str) -> None:

@@ -96,17 +96,29 @@ def test_browser_loads_the_page_alone_and_without_a_complaint(
     assert (sum(visit.facts["ink"]) > 3 * 150) == dark, "text is as dark as the page, or as light"
 
 
-def test_run_without_evaluation_has_a_report_too(store: Store) -> None:
+def test_command_writes_the_page_of_a_run_that_has_no_evaluation_too(store: Store, tmp_path: Path) -> None:
+    def report(*arguments: str) -> Any:
+        return CliRunner().invoke(app, ["report", *arguments, "--store", store.url])
+
     noted = store.run("hostile")
     assert noted is not None
     early = {name: noted["stages"][name] for name in ("prompts", "quantiles")}
     store.write_run("early", {**noted, "stages": early})
 
-    page = render_report(store, "early")
+    done = report("early", "--out", str(tmp_path / "sub" / "page.html"))
 
+    assert done.exit_code == 0, done.stderr
+    assert str(tmp_path / "sub" / "page.html") in done.stdout
+    page = (tmp_path / "sub" / "page.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
     assert "Lineage and timings" in page
     assert "<h2>Result</h2>" not in page
     assert page.count("<svg") == 2  # the reference's rewards, and what num_ref costs
+
+    unknown = report("nothing")
+    assert unknown.exit_code == 2
+    assert "no run named 'nothing'" in unknown.stderr
+    assert "hostile" in unknown.stderr
 
 
 def test_pairwise_losses_are_not_held_against_the_theory_of_qrpo(store: Store) -> None:
@@ -120,21 +132,6 @@ def test_pairwise_losses_are_not_held_against_the_theory_of_qrpo(store: Store) -
     assert "optimum, beta" not in page
     assert "Win rate against KL" not in page
     assert "Reward against length" in page
-
-
-def test_command_writes_the_page_and_says_where(store: Store, tmp_path: Path) -> None:
-    def report(*arguments: str) -> Any:
-        return CliRunner().invoke(app, ["report", *arguments, "--store", store.url])
-
-    done = report("hostile", "--out", str(tmp_path / "sub" / "page.html"))
-    assert done.exit_code == 0, done.stderr
-    assert str(tmp_path / "sub" / "page.html") in done.stdout
-    assert (tmp_path / "sub" / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
-
-    unknown = report("nothing")
-    assert unknown.exit_code == 2
-    assert "no run named 'nothing'" in unknown.stderr
-    assert "hostile" in unknown.stderr
 
 
 @dataclass

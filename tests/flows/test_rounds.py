@@ -7,6 +7,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+import yaml
 
 import storage
 from storage import Store
@@ -15,21 +16,17 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def finished(
-    write_task: Callable[..., Path], prefect_server: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Store, dict[str, Any], Path]:
+def finished(trained: Path, copy_of: Callable[[Path], Path]) -> tuple[Store, dict[str, Any], Path]:
     from typer.testing import CliRunner
 
     from flows.cli import app
 
-    folder = tmp_path_factory.mktemp("rounds")
-    config = write_task(
-        folder, prompts__eval_fraction=0.25, rounds__count=2, rounds__num_completions=3, run__cpu_threads=1
-    )
-    arguments = ["run", str(config), "--store", str(folder / "store"), "--json"]
-    result = CliRunner().invoke(app, arguments)
+    config, store = trained / "two-rounds.yaml", copy_of(trained)
+    settings = yaml.safe_load((trained / "config.yaml").read_text())
+    config.write_text(yaml.safe_dump(settings | {"rounds": {"count": 2, "num_completions": 3}}))
+    result = CliRunner().invoke(app, ["run", str(config), "--store", str(store), "--json"])
     assert result.exit_code == 0, result.stderr
-    return Store(folder / "store"), json.loads(result.stdout.splitlines()[-1]), config
+    return Store(store), json.loads(result.stdout.splitlines()[-1]), config
 
 
 def rows(store: Store, run: str, stage: str) -> pl.DataFrame:

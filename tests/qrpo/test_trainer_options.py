@@ -98,6 +98,28 @@ def test_an_interrupted_lora_run_ends_with_the_same_weights(folder, rows, tmp_pa
     assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["all weights", "adapters"])
+def test_models_on_the_way_are_those_of_runs_that_ended_there(folder, rows, tmp_path, lora):
+    settings = {"lora": lora, "epochs": 2, "save_steps": 3}
+
+    plain, _ = train(folder, rows, tmp_path / "plain", **settings)
+    with pytest.raises(InterruptedError):
+        train(folder, rows, tmp_path / "kept", checkpoint_steps=2, stop_at=5, **settings)
+    kept, _ = train(folder, rows, tmp_path / "kept", checkpoint_steps=2, **settings)
+
+    assert {path.name for path in (tmp_path / "kept" / "checkpoints").iterdir()} == {"2", "4", "6", "8"}
+    short, _ = train(folder, rows, tmp_path / "short", max_steps=4, **settings)
+    for weights, step in ((short, "4"), (kept, "8")):
+        model = load_file(tmp_path / "kept" / "checkpoints" / step / "model.safetensors")
+        assert model.keys() == weights.keys()
+        assert all(torch.equal(model[name], weight) for name, weight in weights.items())
+    assert all(torch.equal(kept[name], weight) for name, weight in plain.items()), (
+        "keeping changed the training"
+    )
+    AutoTokenizer.from_pretrained(tmp_path / "kept" / "checkpoints" / "4")
+
+
 def test_the_reference_of_a_trained_adapter_is_the_base_model(folder, tmp_path):
     dataset = [
         {
