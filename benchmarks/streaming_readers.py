@@ -15,7 +15,6 @@ three times: the reader, the data loader of `qrpo.loader` that the trainer reads
 import argparse
 import importlib.machinery
 import importlib.metadata
-import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -25,6 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,21 +65,13 @@ def write_store(data: Path) -> None:
 
 
 def import_mosaic() -> Any:
-    """MosaicML's `streaming`. It imports torchvision for its image sets, which are not used here: where that is not installed
-    (its wheels do not go with a CPU build of torch), empty classes stand in."""
-    import types
-
-    if importlib.util.find_spec("torchvision") is None:
-        for name in (
-            "torchvision",
-            "torchvision.datasets",
-            "torchvision.transforms",
-            "torchvision.transforms.functional",
-        ):
-            sys.modules[name] = types.ModuleType(name)
-            sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
-        sys.modules["torchvision.datasets"].VisionDataset = type("VisionDataset", (), {})  # type: ignore[attr-defined]
-        sys.modules["torchvision.transforms.functional"].to_tensor = None  # type: ignore[attr-defined]
+    """MosaicML's `streaming`. It imports torchvision for its image sets, which are not used here and whose wheels do not go with
+    a CPU build of torch: empty classes stand in."""
+    for name in ("", ".datasets", ".transforms", ".transforms.functional"):
+        module = sys.modules[f"torchvision{name}"] = types.ModuleType(f"torchvision{name}")
+        module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
+    sys.modules["torchvision.datasets"].VisionDataset = type("VisionDataset", (), {})  # type: ignore[attr-defined]
+    sys.modules["torchvision.transforms.functional"].to_tensor = None  # type: ignore[attr-defined]
     return importlib.import_module("streaming")
 
 
@@ -138,7 +130,7 @@ def collate(samples: list[Any]) -> Any:
     import torch
 
     rows = [sample["input_ids"] if isinstance(sample, dict) else sample for sample in samples]
-    return torch.from_numpy(np.stack(rows))
+    return torch.from_numpy(np.stack(rows, dtype=np.int32))  # HF's NumPy format makes int64 of all integers
 
 
 def collated(samples: Iterable[Any]) -> Iterator[Any]:

@@ -98,21 +98,23 @@ class Rows(Sequence[Any]):
 
 def gather(array: pa.Array, rows: npt.NDArray[np.int64]) -> Column:
     """These rows of a column, in this order; arrays in them are fresh and writable, for torch warns of others."""
+    # Buffers, not pa.array and to_numpy: at their first use those import pandas where it is installed, 0.1 seconds and more.
+    places = pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(np.ascontiguousarray(rows))])
     if not pa.types.is_list(array.type) or array.null_count:  # null lists are only in added columns
-        return cast(list[Any], array.take(pa.array(rows)).to_pylist())
-    offsets, items = array.offsets.to_numpy(), array.values
+        return cast(list[Any], array.take(places).to_pylist())
+    offsets, items = np.frombuffer(array.buffers()[1] or bytes(4), np.int32)[array.offset :], array.values
     starts, lengths = offsets[rows], offsets[rows + 1] - offsets[rows]
     bounds = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    if not _is_number(items.type) or items.null_count:
+    letter = _letter(items.type)
+    if letter is None or items.null_count:
         inner = np.repeat(starts - bounds[:-1], lengths) + np.arange(bounds[-1])
         return Ragged(bounds, gather(items, inner))
-    dtype = np.dtype(items.type.to_pandas_dtype())
-    ends = (offsets.astype(np.int64) + items.offset) * dtype.itemsize
-    texts = pa.LargeBinaryArray.from_buffers(
-        pa.large_binary(), len(array), [None, pa.py_buffer(ends), items.buffers()[1]]
-    )
-    taken = texts.take(pa.array(rows)).buffers()[2]
-    return Ragged(bounds, np.frombuffer(taken, dtype, int(bounds[-1])) if bounds[-1] else np.empty(0, dtype))
+    dtype = np.dtype(f"{letter}{items.type.bit_width // 8}")
+    if not bounds[-1]:
+        return Ragged(bounds, np.empty(0, dtype))
+    ends = pa.py_buffer((offsets.astype(np.int64) + items.offset) * dtype.itemsize)
+    texts = pa.Array.from_buffers(pa.large_binary(), len(array), [None, ends, items.buffers()[1]])
+    return Ragged(bounds, np.frombuffer(texts.take(places).buffers()[2], dtype, int(bounds[-1])))
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
@@ -139,5 +141,10 @@ def _only(sequence: Ragged | Rows, place: int) -> Any:
     return next(iter(sequence[place : place + 1]))
 
 
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+def _letter(kind: pa.DataType) -> str | None:
+    """NumPy's letter for a type of numbers; None for others."""
+    if pa.types.is_floating(kind):
+        return "f"
+    if pa.types.is_integer(kind):
+        return "i" if pa.types.is_signed_integer(kind) else "u"
+    return None

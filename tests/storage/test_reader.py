@@ -197,6 +197,8 @@ def test_lists_of_one_length_are_padded_without_a_copy() -> None:
         ([[1, None], None, [2]], pa.list_(pa.int32())),
         ([[None, 1], [2], [3]], pa.list_(pa.int32())),
         ([[[1], []], [], [[2, 3]]], pa.list_(pa.list_(pa.int16()))),
+        ([[], [], []], pa.list_(pa.list_(pa.int32()))),
+        ([[2**32], [], [1]], pa.list_(pa.uint64())),
         ([["a"], [], ["b", "c"]], pa.list_(pa.string())),
         ([[True], [False], []], pa.list_(pa.bool_())),
         ([1.5, None, 2.5], pa.float64()),
