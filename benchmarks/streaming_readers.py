@@ -26,6 +26,7 @@ import tempfile
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,8 @@ import pyarrow.parquet as pq
 SAMPLES, TOKENS, BATCH, RESUME_AT, FILES = 50_000, 400, 64, 40_000, 50
 PER_FILE = SAMPLES // FILES
 FAR, FAR_COPIES = (10, 5_000_000, 10_000_000), 201
+OURS = ("ShardReader", "the trainer's loader")
+CLOCKS = ("seconds", "processor_seconds")
 
 
 def tokens_of(file: int) -> np.ndarray:
@@ -193,11 +196,6 @@ def loader(
     return (batch(found["rows"]) for found in skip_first_batches(batches, (state or 0) // BATCH))
 
 
-def loader_by_rows(data: Path, state: int | None) -> Iterable[Any]:
-    """The same with a dict made of every row."""
-    return loader(data, state, batch=collate)
-
-
 def torch_loader(dataset: Any) -> Any:
     """Batches of a dataset by torch's own loader."""
     from torch.utils.data import DataLoader
@@ -305,7 +303,7 @@ WAYS = {
     "floor: read and collate": Way(read_and_collate, save=None),
     "ShardReader": Way(reader),
     "the trainer's loader": Way(loader),
-    "the trainer's loader, row by row": Way(loader_by_rows),
+    "the trainer's loader, row by row": Way(partial(loader, batch=collate)),
     "torchdata over Parquet": Way(torchdata, "torchdata", lambda loader: loader.state_dict()),
     "litdata": Way(litdata, "litdata", lambda loader: loader.state_dict()),
     "HF datasets, map-style": Way(hf_map, "datasets"),
@@ -325,9 +323,8 @@ WRITERS = {
 # ---------------------------------------------------------------------------------------------- measuring
 
 
-def write(name: str, data: Path) -> None:
-    """One of the formats."""
-    WRITERS[name](data)
+Taken = dict[str, float]
+"""Seconds by the wall, and of the processor."""
 
 
 def save_state(name: str, data: Path) -> None:
@@ -338,51 +335,42 @@ def save_state(name: str, data: Path) -> None:
     (data / f"state {name}").write_bytes(pickle.dumps(WAYS[name].save(found)))
 
 
-def epoch(name: str, data: Path) -> dict[str, float]:
+def epoch(name: str, data: Path) -> Taken:
     """Read all samples."""
-    clock = Clock()
+    clock = started()
     samples = total = 0
     shapes = set()
     for batch in WAYS[name].open(data, None):
         samples += len(batch)
         total += int(batch[:, 0].sum())
         shapes.add((*batch.shape, str(batch.dtype)))
-    taken = clock.read()
+    taken = since(clock)
     expected = sum(int(tokens_of(file)[:, 0].sum(dtype=np.int64)) for file in range(FILES))
     assert (samples, total) == (SAMPLES, expected), f"{name}: {samples} samples, or others than were written"
-    last = SAMPLES % BATCH
-    same = {(BATCH, TOKENS, "torch.int32"), (last, TOKENS, "torch.int32")}
+    same = {(rows, TOKENS, "torch.int32") for rows in (BATCH, SAMPLES % BATCH)}
     assert name == "floor: read" or shapes == same, f"{name}: batches of {shapes}"
     return taken
 
 
-def resume(name: str, data: Path) -> dict[str, float]:
-    """Open with the saved state and read one batch."""
-    state = pickle.loads((data / f"state {name}").read_bytes())  # noqa: S301
-    clock = Clock()
-    batch = next(iter(WAYS[name].open(data, state)))
-    taken = clock.read()
+def resume(name: str, data: Path, row: int | None = None) -> Taken:
+    """Open with the saved state, or one of ours at a row of ten million, and read a batch."""
+    saved = data / f"state {name}"
+    state = [row, FAR_COPIES] if row is not None else [pickle.loads(saved.read_bytes())]  # noqa: S301
+    clock = started()
+    batch = next(iter(WAYS[name].open(data, *state)))
+    taken = since(clock)
     assert batch.shape == (BATCH, TOKENS), f"{name}: a batch of {batch.shape}"
     return taken
 
 
-def resume_far(name: str, data: Path, position: int) -> dict[str, float]:
-    """The same for one of ours, at a row of ten million."""
-    clock = Clock()
-    next(iter({"ShardReader": reader, "the trainer's loader": loader}[name](data, position, FAR_COPIES)))
-    return clock.read()
+def started() -> tuple[float, float]:
+    """Both clocks now."""
+    return time.perf_counter(), time.process_time()
 
 
-class Clock:
-    """Seconds by the wall and of the processor since it was made."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter(), time.process_time()
-
-    def read(self) -> dict[str, float]:
-        """Both."""
-        wall, processor = self._started
-        return {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - processor}
+def since(clock: tuple[float, float]) -> Taken:
+    """What has passed on them."""
+    return dict(zip(CLOCKS, np.subtract(started(), clock).round(4).tolist(), strict=True))
 
 
 def in_process(action: Callable[..., Any], *arguments: Any) -> Any:
@@ -402,89 +390,73 @@ def in_process(action: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def measure(data: Path, runs: int) -> dict[str, Any]:
-    """Write the data where it is not there, run everything `runs` times in turn, and say the medians."""
+    """Write the data where it is not there and do everything `runs` times in turn: reader -> action -> clock -> median, all."""
+    import accelerate
     import torch
 
     torch.set_num_threads(1)
+    accelerate.PartialState()  # a trainer has it long before it reads
     import_mosaic()
-    modules = (
-        "accelerate datasets litdata qrpo.loader storage.reader torch.utils.data torchdata.nodes webdataset"
-    )
-    for module in modules.split():
+    for module in ("datasets", "litdata", "qrpo.loader", "storage.reader", "torchdata.nodes", "webdataset"):
         importlib.import_module(module)
     for name in WRITERS:
         if not (data / name).exists():
-            in_process(write, name, data)
-    resumable = [name for name, way in WAYS.items() if way.save]
-    for name in resumable:
-        if not (data / f"state {name}").exists():
-            in_process(save_state, name, data)
-    plan: list[tuple[Any, ...]] = [(epoch, name) for name in WAYS] + [(resume, name) for name in resumable]
-    plan += [(resume_far, name, row) for name in ("ShardReader", "the trainer's loader") for row in FAR]
-    plan.sort(key=lambda step: list(WAYS).index(step[1]))
-    found: dict[str, dict[str, dict[str, list[float]]]] = {name: {} for name in WAYS}
+            in_process(WRITERS[name], data)
+    plan: list[tuple[Any, ...]] = []
+    for name, way in WAYS.items():
+        plan.append((epoch, name, data))
+        if way.save:
+            plan += [(resume, name, data), *((resume, name, data, row) for row in FAR if name in OURS)]
+            if not (data / f"state {name}").exists():
+                in_process(save_state, name, data)
+    found: dict[str, dict[str, list[Taken]]] = {name: {} for name in WAYS}
     for run in range(runs + 1):
-        for action, name, *more in plan:
-            label = " ".join([action.__name__, *map(str, more)])
-            for key, value in in_process(action, name, data, *more).items():
-                if run:  # the first fills the caches
-                    found[name].setdefault(label, {}).setdefault(key, []).append(round(value, 4))
-                print(f"run {run}, {name}: {label} {key} {value:.4f}", file=sys.stderr, flush=True)
-    medians = {
-        name: {
-            label: {key: statistics.median(values) for key, values in taken.items()}
-            for label, taken in actions.items()
-        }
-        for name, actions in found.items()
-    }
-    packages = {way.package: importlib.metadata.version(way.package) for way in WAYS.values() if way.package}
-    peers = [name for name, way in WAYS.items() if way.package]
+        for action, name, _, *row in plan:
+            label = " at ".join([action.__name__, *map(str, row)])
+            taken = in_process(action, name, data, *row)
+            print(f"run {run}, {name}, {label}: {taken}", file=sys.stderr, flush=True)
+            if run:  # the first fills the caches
+                found[name].setdefault(label, []).append(taken)
     return {
-        "benchmark": "streaming",
-        "samples": SAMPLES,
-        "tokens": TOKENS,
-        "batch": BATCH,
-        "resume_at": RESUME_AT,
-        "runs": runs,
-        "versions": packages,
-        "medians": medians,
-        "all": found,
-        "times_the_fastest_peer_and_the_floor": {
-            name: {
-                key: [
-                    round(medians[name]["epoch"][key] / medians[other]["epoch"][key], 3)
-                    for other in (
-                        min(peers, key=lambda peer: medians[peer]["epoch"][key]),
-                        "floor: read and collate",
-                    )
-                ]
-                for key in ("seconds", "cpu_seconds")
-            }
-            for name, way in WAYS.items()
-            if way.package is None and way.save
-        },
+        name: {
+            label: {clock: summary([one[clock] for one in all_]) for clock in CLOCKS}
+            for label, all_ in by.items()
+        }
+        for name, by in found.items()
     }
 
 
-def table(result: dict[str, Any]) -> str:
-    """The medians in Markdown."""
-    lines = [
-        "| reader | epoch, s | epoch, processor s | first batch after a resume, ms | processor ms |",
-        "|---|---|---|---|---|",
-    ]
-    for name, taken in result["medians"].items():
-        whole, again = taken["epoch"], taken.get("resume")
-        cells = [f"{1000 * again[key]:.0f}" for key in ("seconds", "cpu_seconds")] if again else ["-", "-"]
-        lines.append(
-            f"| {name} | {whole['seconds']:.2f} | {whole['cpu_seconds']:.2f} | {' | '.join(cells)} |"
+def summary(values: list[float]) -> dict[str, Any]:
+    """The median and what it is of."""
+    return {"median": statistics.median(values), "all": values}
+
+
+def table(readers: dict[str, Any]) -> str:
+    """The medians in Markdown; a first batch is told with the processor's milliseconds in brackets."""
+
+    def seconds(name: str, clock: str) -> float:
+        return float(readers[name]["epoch"][clock]["median"])
+
+    def first(taken: dict[str, Any] | None) -> str:
+        return (
+            "{:.0f} ({:.0f})".format(*(1000 * taken[clock]["median"] for clock in CLOCKS)) if taken else "-"
         )
-    for name in ("ShardReader", "the trainer's loader"):
-        far = [
-            f"{row:,}: {1000 * taken['seconds']:.0f} ({1000 * taken['cpu_seconds']:.0f})"
-            for row in FAR
-            for taken in [result["medians"][name][f"resume_far {row}"]]
-        ]
-        lines.append(f"\n{name}, ms (processor ms) to the first batch at row {'; '.join(far)}")
+
+    peers = [name for name in readers if WAYS[name].package]
+    lines = [
+        "| reader | epoch, s | / floor | / fastest peer | processor s | / floor | / fastest peer | first batch, ms |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, taken in readers.items():
+        cells = [name]
+        for clock in CLOCKS:
+            own, fastest = seconds(name, clock), min(seconds(peer, clock) for peer in peers)
+            floor = seconds("floor: read and collate", clock)
+            cells += [f"{own:.2f}", f"{own / floor:.2f}", f"{own / fastest:.2f}"]
+        lines.append(f"| {' | '.join([*cells, first(taken.get('resume'))])} |")
+    for name in OURS:
+        far = [f"{row:,}: {first(readers[name][f'resume at {row}'])}" for row in FAR]
+        lines.append(f"\n{name}, first batch at a row, ms: {'; '.join(far)}")
     return "\n".join(lines)
 
 
@@ -499,10 +471,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = arguments.data or Path(folder)
         data.mkdir(parents=True, exist_ok=True)
-        result = measure(data, arguments.runs)
+        readers = measure(data, arguments.runs)
+    result = {
+        "benchmark": "streaming",
+        "samples": SAMPLES,
+        "tokens": TOKENS,
+        "batch": BATCH,
+        "resume_at": RESUME_AT,
+        "runs": arguments.runs,
+        "versions": {
+            way.package: importlib.metadata.version(way.package) for way in WAYS.values() if way.package
+        },
+        "readers": readers,
+    }
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(result))
+    print(table(readers))
 
 
 if __name__ == "__main__":
