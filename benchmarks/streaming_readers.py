@@ -3,18 +3,18 @@
     python -m venv peers && peers/bin/pip install -r benchmarks/requirements-streaming.txt
     PYTHONPATH=. peers/bin/python -P benchmarks/streaming_readers.py --out benchmarks/results/streaming_readers.json
 
-An epoch of 50,000 samples of 400 token ids, shuffled as each one shuffles, in batches of 64 stacked into a tensor; one
-process, no workers, data on local disk and in the page cache. Then the time from opening the data with the state that
-was saved after 40,000 samples to the next sample. Each measurement has a process of its own, forked from one that has
-imported all readers; the runs are interleaved. The sum of what was read is compared with what was written.
+An epoch of 50,000 samples of 400 token ids, shuffled as each one shuffles, in tensors (64, 400) of int32; one process, no workers, data
+on local disk and in the page cache. Then the time from opening the data with the state that was saved after 40,000 samples to the
+next such tensor; for ours also at rows 10, 5 million and 10 million of the same shards listed 201 times. Each measurement has a
+process of its own, forked from one that has imported all readers; the runs are interleaved. What was read is compared with what was written.
 
-The floors: `read` only reads the Parquet column, `read and collate` also stacks its rows into batches, in file order.
+The floors: `read` only reads the Parquet column, `read and collate` also stacks its rows into batches, in file order. Ours is measured
+three times: the reader, the data loader of `qrpo.loader` that the trainer reads it through, and the same, stacking row by row.
 """
 
 import argparse
 import importlib.machinery
 import importlib.metadata
-import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -24,9 +24,11 @@ import statistics
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,44 +36,14 @@ import pyarrow.parquet as pq
 
 SAMPLES, TOKENS, BATCH, RESUME_AT, FILES = 50_000, 400, 64, 40_000, 50
 PER_FILE = SAMPLES // FILES
-PACKAGES = {
-    "HF datasets, streaming": "datasets",
-    "HF datasets, map-style": "datasets",
-    "MosaicML streaming": "mosaicml-streaming",
-    "litdata": "litdata",
-    "torchdata over Parquet": "torchdata",
-    "WebDataset": "webdataset",
-}
-
-Reader = Callable[[], Iterable[Any]]
-"""Opens the data and iterates over batches."""
-Resume = Callable[[Any], Iterator[Any]]
-"""Opens the data with a saved state and iterates over samples or batches."""
+FAR, FAR_COPIES = (10, 5_000_000, 10_000_000), 201
+OURS = ("ShardReader", "the trainer's loader")
+CLOCKS = ("seconds", "processor_seconds")
 
 
 def tokens_of(file: int) -> np.ndarray:
     """The samples of one file (PER_FILE, TOKENS)."""
     return np.random.default_rng(file).integers(0, 32_000, (PER_FILE, TOKENS), dtype=np.int32)
-
-
-def stacked(samples: Iterable[np.ndarray]) -> Iterator[Any]:
-    """Tensors (BATCH, TOKENS) of consecutive samples."""
-    import torch
-
-    samples = iter(samples)
-    while batch := list(itertools.islice(samples, BATCH)):
-        yield torch.from_numpy(np.stack(batch))
-
-
-def collate(samples: list[Any]) -> Any:
-    """The same for a data loader, from arrays or from dicts of them."""
-    import torch
-
-    rows = [sample["input_ids"] if isinstance(sample, dict) else sample for sample in samples]
-    return torch.from_numpy(np.stack(rows))
-
-
-# ---------------------------------------------------------------------------------------------- ways to write
 
 
 def write_parquet(data: Path) -> None:
@@ -96,21 +68,13 @@ def write_store(data: Path) -> None:
 
 
 def import_mosaic() -> Any:
-    """MosaicML's `streaming`. It imports torchvision for its image sets, which are not used here: where that is not installed
-    (its wheels do not go with a CPU build of torch), empty classes stand in."""
-    import types
-
-    if importlib.util.find_spec("torchvision") is None:
-        for name in (
-            "torchvision",
-            "torchvision.datasets",
-            "torchvision.transforms",
-            "torchvision.transforms.functional",
-        ):
-            sys.modules[name] = types.ModuleType(name)
-            sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
-        sys.modules["torchvision.datasets"].VisionDataset = type("VisionDataset", (), {})  # type: ignore[attr-defined]
-        sys.modules["torchvision.transforms.functional"].to_tensor = None  # type: ignore[attr-defined]
+    """MosaicML's `streaming`. It imports torchvision for its image sets, which are not used here and whose wheels do not go with
+    a CPU build of torch: empty classes stand in."""
+    for name in ("", ".datasets", ".transforms", ".transforms.functional"):
+        module = sys.modules[f"torchvision{name}"] = types.ModuleType(f"torchvision{name}")
+        module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
+    sys.modules["torchvision.datasets"].VisionDataset = type("VisionDataset", (), {})  # type: ignore[attr-defined]
+    sys.modules["torchvision.transforms.functional"].to_tensor = None  # type: ignore[attr-defined]
     return importlib.import_module("streaming")
 
 
@@ -161,157 +125,140 @@ def write_webdataset(data: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- ways to read
+# Each opens the data, with a saved state or from the start, and gives an iterable of batches.
 
 
-def bare_read(data: Path) -> tuple[Reader, Resume | None]:
+def collate(samples: list[Any]) -> Any:
+    """A batch from samples: arrays, or dicts of one."""
+    import torch
+
+    rows = [sample["input_ids"] if isinstance(sample, dict) else sample for sample in samples]
+    return torch.from_numpy(np.stack(rows, dtype=np.int32))  # HF's NumPy format makes int64 of all integers
+
+
+def collated(samples: Iterable[Any]) -> Iterator[Any]:
+    """Batches of consecutive samples."""
+    samples = iter(samples)
+    while batch := list(itertools.islice(samples, BATCH)):
+        yield collate(batch)
+
+
+def parquet_files(data: Path) -> list[str]:
+    """The files that `write_parquet` wrote."""
+    return sorted(map(str, (data / "parquet").iterdir()))
+
+
+def read_file(path: str) -> np.ndarray:
+    """The samples of one of them (PER_FILE, TOKENS)."""
+    column = pq.read_table(path, use_threads=False)["input_ids"].combine_chunks()
+    return column.values.to_numpy().reshape(-1, TOKENS)
+
+
+def bare_read(data: Path, state: None) -> Iterable[Any]:
     """Columns as they lie in the files."""
-
-    def read() -> Iterator[Any]:
-        for path in sorted((data / "parquet").iterdir()):
-            column = pq.read_table(path, use_threads=False)["input_ids"].combine_chunks()
-            yield column.values.to_numpy().reshape(-1, TOKENS)
-
-    return read, None
+    return map(read_file, parquet_files(data))
 
 
-def read_and_collate(data: Path) -> tuple[Reader, Resume | None]:
+def read_and_collate(data: Path, state: None) -> Iterable[Any]:
     """The least that a loader of single samples must do."""
-    read, _ = bare_read(data)
-    return lambda: stacked(sample for samples in read() for sample in samples), None
+    return collated(itertools.chain.from_iterable(bare_read(data, None)))
 
 
-def ours(data: Path) -> tuple[Reader, Resume | None]:
-    """`storage.ShardReader`; the state is one integer."""
+def shards(data: Path, copies: int) -> Any:
+    """The store's shards, each `copies` times."""
     from storage import ShardReader, Store
 
-    def rows(start: int = 0) -> Iterator[Any]:
-        records = pickle.loads((data / "records").read_bytes())  # noqa: S301
-        reader = ShardReader(Store(data / "store"), records, seed=1, columns=["input_ids"])
-        return (row["input_ids"] for row in reader.iterate(0, start))
-
-    return lambda: stacked(rows()), lambda state: rows(RESUME_AT)
+    records = pickle.loads((data / "records").read_bytes())  # noqa: S301
+    return ShardReader(Store(data / "store"), records * copies, seed=1, columns=["input_ids"])
 
 
-def hf_stream(data: Path) -> Any:
+def padded(rows: Any) -> Any:
+    """Rows as columns to a tensor, padded to the longest."""
+    import torch
+
+    return torch.from_numpy(rows.columns["input_ids"].padded())
+
+
+def reader(data: Path, state: int | None, copies: int = 1) -> Iterable[Any]:
+    """`ShardReader` by itself; the state is one integer."""
+    return map(padded, shards(data, copies).batches(BATCH, 0, state or 0))
+
+
+def loader(
+    data: Path, state: int | None, copies: int = 1, batch: Callable[[Any], Any] = padded
+) -> Iterable[Any]:
+    """As the trainer reads it, and resumes."""
+    from accelerate import skip_first_batches
+
+    from qrpo.loader import step_loader
+
+    batches = step_loader(shards(data, copies), BATCH, 0, 1, drop_last=False)
+    return (batch(found["rows"]) for found in skip_first_batches(batches, (state or 0) // BATCH))
+
+
+def torch_loader(dataset: Any) -> Any:
+    """Batches of a dataset by torch's own loader."""
+    from torch.utils.data import DataLoader
+
+    return DataLoader(dataset, batch_size=BATCH, collate_fn=collate)
+
+
+def hf_streaming(data: Path, state: Any) -> Iterable[Any]:
     """An `IterableDataset` with a buffer of 1,000 samples."""
     from datasets import load_dataset
 
-    files = sorted(map(str, (data / "parquet").iterdir()))
-    loaded = load_dataset("parquet", data_files=files, split="train", streaming=True)
-    return loaded.shuffle(seed=1, buffer_size=1000).with_format("numpy")
-
-
-def hf_streaming(data: Path) -> tuple[Reader, Resume | None]:
-    """Through torch's loader."""
-    from torch.utils.data import DataLoader
-
-    def resume(state: Any) -> Iterator[Any]:
-        dataset = hf_stream(data)
+    loaded = load_dataset("parquet", data_files=parquet_files(data), split="train", streaming=True)
+    dataset = loaded.shuffle(seed=1, buffer_size=1000).with_format("numpy")
+    if state is not None:
         dataset.load_state_dict(state)
-        return iter(dataset)
-
-    return lambda: DataLoader(hf_stream(data), batch_size=BATCH, collate_fn=collate), resume
+    return torch_loader(dataset)
 
 
-def hf_streaming_state(data: Path) -> Any:
-    """Its state after 40,000 samples."""
-    dataset = hf_stream(data)
-    for _ in itertools.islice(dataset, RESUME_AT):
-        pass
-    return dataset.state_dict()
-
-
-def hf_map(data: Path) -> tuple[Reader, Resume | None]:
+def hf_map(data: Path, state: int | None) -> Iterable[Any]:
     """A memory-mapped `Dataset`; no state is needed to skip."""
     from datasets import load_dataset
-    from torch.utils.data import DataLoader
 
-    def dataset() -> Any:
-        files = sorted(map(str, (data / "parquet").iterdir()))
-        loaded = load_dataset("parquet", data_files=files, split="train", cache_dir=str(data / "hf-cache"))
-        return loaded.shuffle(seed=1).with_format("numpy")
-
-    return (
-        lambda: DataLoader(dataset(), batch_size=BATCH, collate_fn=collate),
-        lambda state: iter(dataset().skip(RESUME_AT)),
-    )
+    files, cache = parquet_files(data), str(data / "hf-cache")
+    loaded = load_dataset("parquet", data_files=files, split="train", cache_dir=cache)
+    return torch_loader(loaded.shuffle(seed=1).with_format("numpy").skip(state or 0))
 
 
-def mosaic_dataset(data: Path) -> Any:
-    """With its default shuffle."""
-    return import_mosaic().StreamingDataset(
+def mosaic(data: Path, state: Any) -> Iterable[Any]:
+    """MDS shards with the default shuffle, through its own loader."""
+    streaming = import_mosaic()
+    dataset = streaming.StreamingDataset(
         local=str(data / "mosaic"), shuffle=True, shuffle_seed=1, batch_size=BATCH
     )
+    return resumed(streaming.StreamingDataLoader(dataset, batch_size=BATCH, collate_fn=collate), state)
 
 
-def mosaic(data: Path) -> tuple[Reader, Resume | None]:
-    """Through its own loader."""
-    streaming = import_mosaic()
-
-    def resume(state: Any) -> Iterator[Any]:
-        dataset = mosaic_dataset(data)
-        dataset.load_state_dict(state)
-        return iter(dataset)
-
-    return lambda: streaming.StreamingDataLoader(
-        mosaic_dataset(data), batch_size=BATCH, collate_fn=collate
-    ), resume
-
-
-def mosaic_state(data: Path) -> Any:
-    """Its state after 40,000 samples."""
-    return mosaic_dataset(data).state_dict(RESUME_AT, False)
-
-
-def litdata_loader(data: Path) -> Any:
-    """Its token loader, the fastest way it has for samples of equal length."""
+def litdata(data: Path, state: Any) -> Iterable[Any]:
+    """Its token loader, the fastest way it has for samples of equal length, through its own loader."""
     import litdata
 
-    dataset = litdata.StreamingDataset(
-        str(data / "litdata"), item_loader=litdata.TokensLoader(block_size=TOKENS), shuffle=True, seed=1
-    )
-    return litdata.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=0)
+    items = litdata.TokensLoader(block_size=TOKENS)
+    dataset = litdata.StreamingDataset(str(data / "litdata"), item_loader=items, shuffle=True, seed=1)
+    return resumed(litdata.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=0), state)
 
 
-def litdata(data: Path) -> tuple[Reader, Resume | None]:
-    """Through its own loader."""
-
-    def resume(state: Any) -> Iterator[Any]:
-        loader = litdata_loader(data)
-        loader.load_state_dict(state)
-        return iter(loader)
-
-    return lambda: litdata_loader(data), resume
-
-
-def litdata_state(data: Path) -> Any:
-    """Its state after 40,000 samples."""
-    loader = litdata_loader(data)
-    for _ in itertools.islice(loader, RESUME_AT // BATCH):
-        pass
-    return loader.state_dict()
-
-
-def torchdata_loader(data: Path) -> Any:
-    """Nodes over the Parquet files: torchdata leaves reading to its user."""
+def torchdata(data: Path, state: Any) -> Iterable[Any]:
+    """Nodes over the Parquet files, through its own loader: torchdata leaves reading to its user."""
     from torchdata import nodes
 
-    class Rows(nodes.BaseNode):  # type: ignore[misc]
-        """Rows of files in a shuffled order, and shuffled within each: the state is the file and the row."""
+    class Samples(nodes.BaseNode):  # type: ignore[misc]
+        """Files in a shuffled order, and shuffled within each: the state is the file and the row."""
 
         def reset(self, initial_state: dict[str, Any] | None = None) -> None:
             super().reset(initial_state)
             self._file, self._row = (initial_state or {"at": (0, 0)})["at"]
-            self._order = np.random.default_rng(1).permutation(FILES)
+            self._order = np.random.default_rng(1).permutation(parquet_files(data))
             self._samples: Any = None
 
         def next(self) -> Any:
             if self._samples is None:
                 if self._file == FILES:
                     raise StopIteration
-                path = data / "parquet" / f"{self._order[self._file]:03}.parquet"
-                column = pq.read_table(path, use_threads=False)["input_ids"].combine_chunks()
-                samples = column.values.to_numpy().reshape(-1, TOKENS)
+                samples = read_file(self._order[self._file])
                 self._samples = samples[np.random.default_rng(self._file).permutation(len(samples))]
             sample = self._samples[self._row]
             self._row += 1
@@ -322,231 +269,224 @@ def torchdata_loader(data: Path) -> Any:
         def get_state(self) -> dict[str, Any]:
             return {"at": (self._file, self._row)}
 
-    batches = nodes.Batcher(Rows(), BATCH, drop_last=False)
-    return nodes.Loader(nodes.Mapper(batches, collate))
+    batches = nodes.Mapper(nodes.Batcher(Samples(), BATCH, drop_last=False), collate)
+    return resumed(nodes.Loader(batches), state)
 
 
-def torchdata(data: Path) -> tuple[Reader, Resume | None]:
-    """Through its own loader."""
-
-    def resume(state: Any) -> Iterator[Any]:
-        loader = torchdata_loader(data)
-        loader.load_state_dict(state)
-        return iter(loader)
-
-    return lambda: torchdata_loader(data), resume
-
-
-def torchdata_state(data: Path) -> Any:
-    """Its state after 40,000 samples."""
-    loader = torchdata_loader(data)
-    for _ in itertools.islice(loader, RESUME_AT // BATCH):
-        pass
-    return loader.state_dict()
-
-
-def webdataset(data: Path) -> tuple[Reader, Resume | None]:
-    """Tar files in a shuffled order and a buffer of 1,000 samples."""
+def webdataset(data: Path, state: int | None) -> Iterable[Any]:
+    """Tar files in a shuffled order and a buffer of 1,000 samples. It keeps no state: what was seen is read again."""
     import webdataset as wds
 
     urls = sorted(map(str, (data / "webdataset").iterdir()))
-
-    def samples() -> Any:
-        pipeline = wds.WebDataset(urls, shardshuffle=FILES, seed=1, empty_check=False)
-        return pipeline.shuffle(1000, seed=1).decode().to_tuple("npy").map(lambda sample: sample[0])
-
-    # it keeps no state: what was seen is read again
-    return lambda: stacked(samples()), lambda state: itertools.islice(iter(samples()), RESUME_AT, None)
+    tars = wds.WebDataset(urls, shardshuffle=FILES, seed=1, empty_check=False).shuffle(1000, seed=1)
+    samples = tars.decode().to_tuple("npy").map(lambda sample: sample[0])
+    return collated(itertools.islice(samples, state or 0, None))
 
 
-READERS: dict[str, Any] = {
-    "floor: read": bare_read,
-    "floor: read and collate": read_and_collate,
-    "ShardReader": ours,
-    "litdata": litdata,
-    "torchdata over Parquet": torchdata,
-    "HF datasets, map-style": hf_map,
-    "WebDataset": webdataset,
-    "HF datasets, streaming": hf_streaming,
-    "MosaicML streaming": mosaic,
-}
-STATES: dict[str, Callable[[Path], Any]] = {
-    "litdata": litdata_state,
-    "torchdata over Parquet": torchdata_state,
-    "HF datasets, streaming": hf_streaming_state,
-    "MosaicML streaming": mosaic_state,
-}
-WRITERS: list[tuple[str, Callable[[Path], None]]] = [
-    ("parquet", write_parquet),
-    ("store", write_store),
-    ("mosaic", write_mosaic),
-    ("litdata", write_litdata),
-    ("webdataset", write_webdataset),
-]
-
-
-def run_one(name: str, data: Path) -> dict[str, Any]:
-    """One epoch and one resume, in this process; `hf-cache`, `state-*` must be there."""
-    import torch
-
-    torch.set_num_threads(1)
-    read, _ = READERS[name](data)
-    started, processor = time.perf_counter(), time.process_time()
-    samples = total = 0
-    for batch in read():
-        samples += len(batch)
-        total += int(batch[:, 0].sum())
-    result: dict[str, Any] = {
-        "epoch_seconds": time.perf_counter() - started,
-        "epoch_cpu_seconds": time.process_time() - processor,
-    }
-    expected = sum(int(tokens_of(file)[:, 0].sum(dtype=np.int64)) for file in range(FILES))
-    assert (samples, total) == (SAMPLES, expected), (
-        f"{name} read {samples} samples, or others than were written"
-    )
-    return result
-
-
-def resume_one(name: str, data: Path) -> dict[str, Any]:
-    """The time from a saved state to the next sample, in this process."""
-    _, resume = READERS[name](data)
-    if resume is None:
-        return {}
-    saved = data / f"state-{name}"
-    state = pickle.loads(saved.read_bytes()) if saved.exists() else None  # noqa: S301
-    started, processor = time.perf_counter(), time.process_time()
-    next(iter(resume(state)))
-    return {
-        "resume_seconds": time.perf_counter() - started,
-        "resume_cpu_seconds": time.process_time() - processor,
-    }
-
-
-def in_process(action: str, name: str, data: Path) -> dict[str, Any]:
-    """The answer of one action, in a fork of this process: everything is imported, nothing is open."""
-    answers, answer = multiprocessing.Pipe(duplex=False)
-
-    def target() -> None:
-        answer.send(act(action, name, data))
-
-    process = multiprocessing.get_context("fork").Process(target=target)
-    process.start()
-    answer.close()
-    try:
-        found: dict[str, Any] = answers.recv()
-    except EOFError:
-        raise RuntimeError(f"{name}, {action}: it failed, see above") from None
-    process.join()
+def resumed(found: Any, state: Any) -> Any:
+    """A loader that keeps its own state, set to a saved one."""
+    if state is not None:
+        found.load_state_dict(state)
     return found
 
 
-def act(action: str, name: str, data: Path) -> dict[str, Any]:
-    """One action in this process."""
-    if action == "write":
-        dict(WRITERS)[name](data)
-    elif action == "state" and name in STATES:
-        (data / f"state-{name}").write_bytes(pickle.dumps(STATES[name](data)))
-    elif action == "epoch":
-        return run_one(name, data)
-    elif action == "resume":
-        return resume_one(name, data)
-    return {}
+class Way(NamedTuple):
+    """A reader, its package, and its state after RESUME_AT samples, from what it opened; None where there is nothing to resume."""
+
+    open: Callable[[Path, Any], Iterable[Any]]
+    package: str | None = None
+    save: Callable[[Any], Any] | None = lambda _: RESUME_AT
+
+
+WAYS = {
+    "floor: read": Way(bare_read, save=None),
+    "floor: read and collate": Way(read_and_collate, save=None),
+    "ShardReader": Way(reader),
+    "the trainer's loader": Way(loader),
+    "the trainer's loader, row by row": Way(partial(loader, batch=collate)),
+    "torchdata over Parquet": Way(torchdata, "torchdata", lambda loader: loader.state_dict()),
+    "litdata": Way(litdata, "litdata", lambda loader: loader.state_dict()),
+    "HF datasets, map-style": Way(hf_map, "datasets"),
+    "MosaicML streaming": Way(mosaic, "mosaicml-streaming", lambda loader: loader.state_dict()),
+    "WebDataset": Way(webdataset, "webdataset"),
+    "HF datasets, streaming": Way(hf_streaming, "datasets", lambda loader: loader.dataset.state_dict()),
+}
+WRITERS = {
+    "parquet": write_parquet,
+    "store": write_store,
+    "mosaic": write_mosaic,
+    "litdata": write_litdata,
+    "webdataset": write_webdataset,
+}
+
+
+# ---------------------------------------------------------------------------------------------- measuring
+
+
+Taken = dict[str, float]
+"""Seconds by the wall, and of the processor."""
+
+
+def save_state(name: str, data: Path) -> None:
+    """Read up to RESUME_AT and keep the state; fill caches."""
+    found = WAYS[name].open(data, None)
+    for _ in itertools.islice(found, RESUME_AT // BATCH):
+        pass
+    (data / f"state {name}").write_bytes(pickle.dumps(WAYS[name].save(found)))
+
+
+def epoch(name: str, data: Path) -> Taken:
+    """Read all samples."""
+    clock = started()
+    samples = total = 0
+    shapes = set()
+    for batch in WAYS[name].open(data, None):
+        samples += len(batch)
+        total += int(batch[:, 0].sum())
+        shapes.add((*batch.shape, str(batch.dtype)))
+    taken = since(clock)
+    expected = sum(int(tokens_of(file)[:, 0].sum(dtype=np.int64)) for file in range(FILES))
+    assert (samples, total) == (SAMPLES, expected), f"{name}: {samples} samples, or others than were written"
+    same = {(rows, TOKENS, "torch.int32") for rows in (BATCH, SAMPLES % BATCH)}
+    assert name == "floor: read" or shapes == same, f"{name}: batches of {shapes}"
+    return taken
+
+
+def resume(name: str, data: Path, row: int | None = None) -> Taken:
+    """Open with the saved state, or one of ours at a row of ten million, and read a batch."""
+    saved = data / f"state {name}"
+    state = [row, FAR_COPIES] if row is not None else [pickle.loads(saved.read_bytes())]  # noqa: S301
+    clock = started()
+    batch = next(iter(WAYS[name].open(data, *state)))
+    taken = since(clock)
+    assert batch.shape == (BATCH, TOKENS), f"{name}: a batch of {batch.shape}"
+    return taken
+
+
+def started() -> tuple[float, float]:
+    """Both clocks now."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(clock: tuple[float, float]) -> Taken:
+    """What has passed on them."""
+    return dict(zip(CLOCKS, np.subtract(started(), clock).round(4).tolist(), strict=True))
+
+
+def in_process(action: Callable[..., Any], *arguments: Any) -> Any:
+    """The answer of one action, in a fork of this process: everything is imported, nothing is open."""
+    answers, answer = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: answer.send(action(*arguments)), name=f"{action.__name__} {arguments}"
+    )
+    process.start()
+    answer.close()
+    try:
+        return answers.recv()
+    except EOFError:
+        raise RuntimeError(f"{process.name}: it failed, see above") from None
+    finally:
+        process.join()
 
 
 def measure(data: Path, runs: int) -> dict[str, Any]:
-    """Write the data, run all readers `runs` times, and say the medians."""
+    """Write the data where it is not there and do everything `runs` times in turn: reader -> action -> clock -> median, all."""
+    import accelerate
+    import torch
+
+    torch.set_num_threads(1)
+    accelerate.PartialState()  # a trainer has it long before it reads
     import_mosaic()
-    for package in ("datasets", "litdata", "storage", "torch.utils.data", "torchdata.nodes", "webdataset"):
-        importlib.import_module(package)
-    for name, _ in WRITERS:
+    for module in ("datasets", "litdata", "qrpo.loader", "storage.reader", "torchdata.nodes", "webdataset"):
+        importlib.import_module(module)
+    for name in WRITERS:
         if not (data / name).exists():
-            in_process("write", name, data)
-    for name in READERS:
-        if not (data / f"state-{name}").exists():
-            in_process("state", name, data)
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in READERS}
+            in_process(WRITERS[name], data)
+    plan: list[tuple[Any, ...]] = []
+    for name, way in WAYS.items():
+        plan.append((epoch, name, data))
+        if way.save:
+            plan += [(resume, name, data), *((resume, name, data, row) for row in FAR if name in OURS)]
+            if not (data / f"state {name}").exists():
+                in_process(save_state, name, data)
+    found: dict[str, dict[str, list[Taken]]] = {name: {} for name in WAYS}
     for run in range(runs + 1):
-        for name in READERS:
-            for action in ("epoch", "resume"):
-                for key, value in in_process(action, name, data).items():
-                    if run:  # the first fills the caches
-                        found[name].setdefault(key, []).append(value)
-                    print(f"run {run}, {name}: {key} {value:.4f}", file=sys.stderr, flush=True)
-    medians = {
-        name: {key: statistics.median(values) for key, values in keys.items()} for name, keys in found.items()
-    }
-    own, floor = medians["ShardReader"], medians["floor: read and collate"]
-    peers = [medians[name] for name in PACKAGES]
+        for action, name, _, *row in plan:
+            label = " at ".join([action.__name__, *map(str, row)])
+            taken = in_process(action, name, data, *row)
+            print(f"run {run}, {name}, {label}: {taken}", file=sys.stderr, flush=True)
+            if run:  # the first fills the caches
+                found[name].setdefault(label, []).append(taken)
     return {
-        "benchmark": "streaming",
-        "samples": SAMPLES,
-        "tokens": TOKENS,
-        "batch": BATCH,
-        "resume_at": RESUME_AT,
-        "runs": runs,
-        "versions": {
-            package: importlib.metadata.version(package) for package in sorted(set(PACKAGES.values()))
-        },
-        "readers": {
-            name: {
-                **{key: round(value, 4) for key, value in medians[name].items()},
-                "epoch_seconds_all": [round(value, 3) for value in found[name]["epoch_seconds"]],
-                "resume_seconds_all": [round(value, 4) for value in found[name].get("resume_seconds", [])],
-            }
-            for name in READERS
-        },
-        "ours_to_fastest_peer": {
-            key: round(own[key] / min(peer[key] for peer in peers), 3)
-            for key in ("epoch_seconds", "epoch_cpu_seconds")
-        },
-        "ours_to_read_and_collate": {
-            key: round(own[key] / floor[key], 3) for key in ("epoch_seconds", "epoch_cpu_seconds")
-        },
+        name: {
+            label: {clock: summary([one[clock] for one in all_]) for clock in CLOCKS}
+            for label, all_ in by.items()
+        }
+        for name, by in found.items()
     }
 
 
-def resume_far(data: Path, runs: int) -> dict[str, Any]:
-    """The time to the first of ten million samples of 4 tokens from here and there, in this process."""
-    from storage import PartKey, ShardReader, Store
+def summary(values: list[float]) -> dict[str, Any]:
+    """The median and what it is of."""
+    return {"median": statistics.median(values), "all": values}
 
-    rows = 100_200
-    offsets, values = np.arange(rows + 1, dtype=np.int32) * 4, np.arange(rows * 4, dtype=np.int32)
-    table = pa.table({"input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))})
-    store = Store(data / "far")
-    records = [store.commit_part(PartKey("samples", "far", f"{part:03}"), table) for part in range(100)]
-    found: dict[int, list[tuple[float, float]]] = {10: [], 5_000_000: [], 10_000_000: []}
-    for _ in range(runs):
-        for start, times in found.items():
-            clock, processor = time.perf_counter(), time.process_time()
-            samples = ShardReader(store, records, seed=1).iterate(0, start)
-            next(samples)
-            times.append((time.perf_counter() - clock, time.process_time() - processor))
-            samples.close()
-    return {
-        str(start): dict(
-            zip(("seconds", "cpu_seconds"), map(statistics.median, zip(*times, strict=True)), strict=True)
+
+def table(readers: dict[str, Any]) -> str:
+    """The medians in Markdown; a first batch is told with the processor's milliseconds in brackets."""
+
+    def seconds(name: str, clock: str) -> float:
+        return float(readers[name]["epoch"][clock]["median"])
+
+    def first(taken: dict[str, Any] | None) -> str:
+        return (
+            "{:.0f} ({:.0f})".format(*(1000 * taken[clock]["median"] for clock in CLOCKS)) if taken else "-"
         )
-        for start, times in found.items()
-    }
+
+    peers = [name for name in readers if WAYS[name].package]
+    lines = [
+        "| reader | epoch, s | / floor | / fastest peer | processor s | / floor | / fastest peer | first batch, ms |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, taken in readers.items():
+        cells = [name]
+        for clock in CLOCKS:
+            own, fastest = seconds(name, clock), min(seconds(peer, clock) for peer in peers)
+            floor = seconds("floor: read and collate", clock)
+            cells += [f"{own:.2f}", f"{own / floor:.2f}", f"{own / fastest:.2f}"]
+        lines.append(f"| {' | '.join([*cells, first(taken.get('resume'))])} |")
+    for name in OURS:
+        far = [f"{row:,}: {first(readers[name][f'resume at {row}'])}" for row in FAR]
+        lines.append(f"\n{name}, first batch at a row, ms: {'; '.join(far)}")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """All readers, or one action of one."""
+    """Measure, print the table, keep the numbers."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     parser.add_argument("--out", type=Path)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--data", type=Path, help="keep the data in this folder, and use what is there")
-    parser.add_argument(
-        "--far", action="store_true", help="only how long a resume takes at sample ten million"
-    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        work = resume_far if arguments.far else measure
-        text = json.dumps(work(arguments.data or Path(folder), arguments.runs), indent=1)
+        data = arguments.data or Path(folder)
+        data.mkdir(parents=True, exist_ok=True)
+        readers = measure(data, arguments.runs)
+    result = {
+        "benchmark": "streaming",
+        "samples": SAMPLES,
+        "tokens": TOKENS,
+        "batch": BATCH,
+        "resume_at": RESUME_AT,
+        "runs": arguments.runs,
+        "versions": {
+            way.package: importlib.metadata.version(way.package) for way in WAYS.values() if way.package
+        },
+        "readers": readers,
+    }
     if arguments.out:
-        arguments.out.write_text(text + "\n")
-    print(text)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(readers))
 
 
 if __name__ == "__main__":

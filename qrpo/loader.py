@@ -11,8 +11,8 @@ collective operations wait for all; they get one row that is marked `IDLE`, and 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from itertools import islice, repeat
+from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -25,7 +25,11 @@ IDLE = "idle"
 
 
 class RowReader(Protocol):
-    """Streams rows in an order that is a function of the epoch alone, from any position on at once."""
+    """Streams rows in an order that is a function of the epoch alone, from any position on at once.
+
+    A reader that holds its rows as columns has `batches(size, epoch, start, rank, world_size)` too: the same rows in sequences
+    of `size`, which are then passed on as they are.
+    """
 
     def iterate(self, epoch: int, start: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
         """Rows start + rank, start + rank + world_size, ... of this epoch."""
@@ -55,8 +59,9 @@ def step_loader(
     reader: RowReader, batch_size: int, rank: int, world_size: int, *, drop_last: bool
 ) -> "StepLoader":
     """A data loader of this process's micro-batches, each of at most `batch_size` rows, in the form of `collate_rows`."""
-    sampler = _Shares(len(reader), batch_size, rank, world_size, drop_last=drop_last)
-    return StepLoader(_Rows(reader, rank, world_size), batch_sampler=sampler, collate_fn=collate_rows)
+    rows = _Rows(reader, batch_size, rank, world_size)
+    numbers = _Numbers(len(reader) // rows.shared if drop_last else -(-len(reader) // rows.shared))
+    return StepLoader(rows, batch_sampler=numbers, collate_fn=collate_rows)
 
 
 def is_idle(rows: Sequence[Mapping[str, Any]]) -> bool:
@@ -72,59 +77,50 @@ class StepLoader(DataLoader):  # type: ignore[misc]
         self.batch_sampler.set_epoch(epoch)
 
 
-class _Share(NamedTuple):
-    """One process's part of one micro-batch: `rows` rows from the global position `start` on; `next` starts the next."""
+class _Numbers(Sampler):  # type: ignore[misc]
+    """(epoch, number) of each micro-batch, all that a Trainer must step over to resume: 0.07 microseconds each, and no rows read."""
 
-    epoch: int
-    start: int
-    rows: int
-    next: int
-
-
-class _Shares(Sampler):  # type: ignore[misc]
-    """The shares of an epoch, all that a Trainer must step over to resume: 0.1 microseconds each, and no rows read."""
-
-    def __init__(self, rows: int, batch_size: int, rank: int, world_size: int, *, drop_last: bool) -> None:
-        self._rows = rows
-        self._size = batch_size * world_size
-        self._rank, self._world_size = rank, world_size
-        self._drop_last = drop_last
+    def __init__(self, batches: int) -> None:
+        self._batches = batches
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return self._rows // self._size if self._drop_last else -(-self._rows // self._size)
+        return self._batches
 
-    def __iter__(self) -> Iterator[_Share]:
-        whole = self._size // self._world_size
-        for start in range(0, len(self) * self._size, self._size):
-            stop = start + self._size
-            count = (
-                whole if stop <= self._rows else len(range(start + self._rank, self._rows, self._world_size))
-            )
-            yield _Share(self._epoch, start, count, stop)
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return zip(repeat(self._epoch), range(self._batches), strict=False)
 
 
 class _Rows(Dataset):  # type: ignore[misc]
-    """The rows of shares; reading goes on where the last share ended, and seeks only where the next is another."""
+    """One process's rows of micro-batches, of which all processes together have `shared` rows each. Reading goes on where the last
+    one ended, and seeks only where the next is another."""
 
-    def __init__(self, reader: RowReader, rank: int, world_size: int) -> None:
+    def __init__(self, reader: RowReader, batch_size: int, rank: int, world_size: int) -> None:
+        self.shared = batch_size * world_size
         self._reader = reader
-        self._rank, self._world_size = rank, world_size
-        self._at: tuple[int, int] | None = None
-        self._stream: Iterator[Any] = iter(())
+        self._size, self._rank = batch_size, rank
+        self._ranks = {"rank": rank, "world_size": world_size} if world_size > 1 else {}
+        self._next: tuple[int, int] | None = None
+        self._batches: Iterator[Sequence[Any]] = iter(())
 
     def __len__(self) -> int:
         return len(self._reader)
 
-    def __getitems__(self, share: _Share) -> list[Any]:
-        if not share.rows:
-            return [{**next(self._reader.iterate(share.epoch, start=len(self) - 1)), IDLE: True}]
-        if self._at != (share.epoch, share.start):
-            ranks = {"rank": self._rank, "world_size": self._world_size} if self._world_size > 1 else {}
-            self._stream = iter(self._reader.iterate(share.epoch, start=share.start, **ranks))
-        rows = list(islice(self._stream, share.rows))
-        self._at = (share.epoch, share.next)
-        return rows
+    def __getitems__(self, wanted: tuple[int, int]) -> Sequence[Any]:
+        epoch, number = wanted
+        start = number * self.shared
+        if start + self._rank >= len(self):
+            return [{**next(self._reader.iterate(epoch, start=len(self) - 1)), IDLE: True}]
+        if wanted != self._next:
+            self._batches = self._read(epoch, start)
+        self._next = epoch, number + 1
+        return next(self._batches, ())
+
+    def _read(self, epoch: int, start: int) -> Iterator[Sequence[Any]]:
+        if hasattr(self._reader, "batches"):
+            return iter(self._reader.batches(self._size, epoch, start=start, **self._ranks))
+        rows = iter(self._reader.iterate(epoch, start=start, **self._ranks))
+        return iter(lambda: list(islice(rows, self._size)), [])

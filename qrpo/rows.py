@@ -42,7 +42,7 @@ PER_PROMPT = ("prompt_token_ids", "prompt_id", "num_ref", "ref_std")
 
 def collate_rows(rows: Sequence[Row]) -> dict[str, Any]:
     """A batch is the rows as they are: they become padded tensors one micro-batch at a time."""
-    return {"rows": list(rows)}
+    return {"rows": rows}
 
 
 def flatten_rows(rows: Sequence[Row]) -> dict[str, list[Any]]:

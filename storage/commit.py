@@ -33,7 +33,7 @@ Rejects: TypeAlias = "pa.Table | Callable[[], pa.Table | None] | None"
 
 TABLE, REJECTS_TABLE = "table.parquet", "rejects.parquet"
 _STEP = 1024  # rows: incoming tables are cut and joined to this grid before row groups are formed
-_GROUP_ROWS = {"shards": 1024}  # the training reader jumps between groups of this size
+GROUP_ROWS = {"shards": 1024}  # the training reader jumps between groups of this size
 _MOST_ROWS = 65_536
 _MOST_BYTES = 64 << 20
 _CHUNK = 1 << 20
@@ -293,7 +293,7 @@ def _repeating(field: pa.Field, at: str = "") -> Iterator[str]:
 
 def _row_groups(tables: Iterable[pa.Table], schema: pa.Schema, key: PartKey) -> Iterator[pa.Table]:
     """The rows again, as one contiguous table for each row group; at least one table, perhaps without rows."""
-    most_rows = _GROUP_ROWS.get(key.stage, _MOST_ROWS)
+    most_rows = GROUP_ROWS.get(key.stage, _MOST_ROWS)
     group: list[pa.Table] = []
     rows = size = 0
     yielded = False

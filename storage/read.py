@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -25,7 +26,16 @@ if TYPE_CHECKING:
     import polars as pl
     import pyarrow.dataset as ds
 
-__all__ = ["cache_folder", "dataset", "fetch_folder", "open_table", "read_rejects", "read_table", "scan"]
+__all__ = [
+    "cache_folder",
+    "dataset",
+    "fetch_folder",
+    "open_table",
+    "read_rejects",
+    "read_rows",
+    "read_table",
+    "scan",
+]
 
 _SMALL = 1 << 20  # bytes: below, one request for all is quicker than several for some
 _REMEDY = "`qrpo verify --repair` computes just this part again."
@@ -56,6 +66,18 @@ def read_table(
     """A part's rows, all columns or some; the text columns `encoded` as dictionaries."""
     with open_table(files, record, encoded) as opened:
         return _read(opened, record, columns)
+
+
+def read_rows(
+    files: Files, record: PartRecord, first: int, rows: int, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """Rows [first, first + rows) of a part, by decoding just the row groups that they are in, in this thread."""
+    with open_table(files, record, sparse=rows < record.rows) as opened:
+        sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
+        starts = np.cumsum([0, *sizes])
+        low = int(np.searchsorted(starts, first, side="right")) - 1
+        high = int(np.searchsorted(starts, first + rows, side="left"))
+        return _read(opened, record, columns, range(low, high)).slice(first - int(starts[low]), rows)
 
 
 def read_rejects(files: Files, record: PartRecord) -> pa.Table:
@@ -161,22 +183,30 @@ def _open(
             f"{record.key}: {entry.key} has {size} bytes, {entry.bytes} were committed. {_REMEDY}"
         )
     try:
-        return pq.ParquetFile(file, pre_buffer=True, read_dictionary=list(encoded))
+        return pq.ParquetFile(file, pre_buffer=not isinstance(file, Path), read_dictionary=list(encoded))
     except (pa.ArrowInvalid, OSError) as error:
         raise DamagedError(
             f"{record.key}: {entry.key} is not readable as Parquet ({error}). {_REMEDY}"
         ) from None
 
 
-def _read(opened: pq.ParquetFile, record: PartRecord, columns: Sequence[str] | None) -> pa.Table:
+def _read(
+    opened: pq.ParquetFile,
+    record: PartRecord,
+    columns: Sequence[str] | None,
+    groups: Sequence[int] | None = None,
+) -> pa.Table:
     if columns is not None:
         unknown = sorted(set(columns) - set(opened.schema_arrow.names))
         if unknown:
             raise StoreError(
                 f"{record.key} has no column {', '.join(unknown)}; it has {', '.join(opened.schema_arrow.names)}."
             )
+        columns = list(columns)
     try:
-        return opened.read(columns=None if columns is None else list(columns))
+        if groups is None:
+            return opened.read(columns=columns)
+        return opened.read_row_groups(groups, columns=columns, use_threads=False)
     except (pa.ArrowInvalid, OSError) as error:
         raise DamagedError(f"{record.key}: its rows cannot be decoded ({error}). {_REMEDY}") from None
 

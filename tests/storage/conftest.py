@@ -71,7 +71,7 @@ def rewards_table() -> Callable[..., pa.Table]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shards_table() -> Callable[..., pa.Table]:
     """shards_table(rows, first): a table of the shards stage; the token ids of row i say i."""
 

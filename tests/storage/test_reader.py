@@ -1,158 +1,272 @@
+import dataclasses
 import itertools
 import pickle
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import storage
+from qrpo.loader import is_idle, step_loader
 from storage import PartKey, PartRecord, ShardReader, Store
-from storage.reader import BLOCK
+from storage.columns import Rows, gather
+from storage.commit import GROUP_ROWS
+from storage.reader import WINDOW
 
 Table = Callable[..., pa.Table]
-Commit = Callable[[list[int]], list[PartRecord]]
+SIZES = [1300, 1, 350, 700]
+ROWS = sum(SIZES)
+PIECE = GROUP_ROWS["shards"]
 
 
-@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    """A folder and a bucket: files opened by path, and objects read whole."""
-    return Store(tmp_path) if request.param == "local" else request.getfixturevalue("s3_store")
+def commit(store: Store, shards_table: Table, sizes: Sequence[int]) -> list[PartRecord]:
+    """Shards with so many rows each, numbered through."""
+    starts = itertools.accumulate([0, *sizes])
+    return [
+        store.commit_part(PartKey("shards", "family", f"{first}-{rows}"), shards_table(rows, first))
+        for first, rows in zip(starts, sizes, strict=False)
+    ]
 
 
-@pytest.fixture
-def committed(store: Store, shards_table: Table) -> Commit:
-    """committed([300, 300]): shards with so many rows each."""
-
-    def make(sizes: list[int]) -> list[PartRecord]:
-        starts = itertools.accumulate([0, *sizes])
-        return [
-            store.commit_part(PartKey("shards", "family", f"{first}-{rows}"), shards_table(rows, first))
-            for first, rows in zip(starts, sizes, strict=False)
-        ]
-
-    return make
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(tmp_path_factory.mktemp("store"))
 
 
-def numbers(rows) -> list[int]:
+@pytest.fixture(scope="module")
+def records(store: Store, shards_table: Table) -> list[PartRecord]:
+    return commit(store, shards_table, SIZES)
+
+
+def unread(store: Store, sizes: Iterable[int], seed: int = 0) -> ShardReader:
+    """A reader of shards that nobody wrote: the order is known without reading any."""
+    return ShardReader(store, [PartRecord("shards", "family", "none", (), rows, 0) for rows in sizes], seed)
+
+
+def numbers(rows: Iterable[Any]) -> list[int]:
     return [int(row["prompt_id"].removeprefix("prompt-")) for row in rows]
 
 
-@pytest.mark.parametrize("sizes", [[1], [BLOCK], [BLOCK, BLOCK], [300] * 11, [2500, 1, 700], [BLOCK * 3 + 5]])
-def test_an_epoch_holds_every_row_once(store: Store, committed: Commit, sizes: list[int]) -> None:
-    reader = ShardReader(store, committed(sizes), seed=3)
+def together(shares: Iterable[Sequence[int]]) -> list[int]:
+    """What the ranks saw, in turn."""
+    return [row for rows in itertools.zip_longest(*shares) for row in rows if row is not None]
+
+
+# ------------------------------------------------------------------------------------------------ the order
+
+sizes_of_shards = st.lists(
+    st.one_of(st.integers(0, 700), st.sampled_from([PIECE, PIECE + 1, WINDOW, 3 * WINDOW + 5])), max_size=8
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(sizes=sizes_of_shards, seed=st.integers(-5, 2**64), epoch=st.integers(0, 1000), data=st.data())
+def test_an_order_holds_every_row_once_and_can_be_entered_anywhere(
+    store: Store, sizes: list[int], seed: int, epoch: int, data: st.DataObject
+) -> None:
+    reader = unread(store, sizes, seed)
+    order = list(reader.order(epoch))
     assert len(reader) == sum(sizes)
-    seen = numbers(reader.iterate(0))
-    assert sorted(seen) == list(range(sum(sizes)))
-    assert seen == list(reader.order(0))
+    assert sorted(order) == list(range(sum(sizes)))
+    assert order == list(unread(store, sizes, seed).order(epoch))
+    start = data.draw(st.integers(0, sum(sizes) + 3))
+    assert list(reader.order(epoch, start)) == order[start:]
 
 
-def test_rows_hold_what_was_committed(store: Store, committed: Commit, shards_table: Table) -> None:
-    records = committed([700, 500])
-    expected = {row["prompt_id"]: row for row in shards_table(1200).to_pylist()}
-    for row in ShardReader(store, records).iterate(1):
+def test_the_order_differs_by_seed_and_epoch(store: Store) -> None:
+    orders = {
+        tuple(unread(store, [1500, 1500], seed).order(epoch))
+        for seed, epoch in itertools.product((0, 1, -1, 2**63), (0, 1))
+    }
+    assert len(orders) == 8
+
+
+def test_small_shards_from_all_over_are_mixed(store: Store) -> None:
+    order = np.array(list(unread(store, [256] * 400).order(0)))
+    first, last = order[:256] // 256, order[-256:] // 256
+    assert len(set(first.tolist())) >= 6, "eight shards make a window"
+    assert np.abs(np.diff(np.unique(first))).max() > 8, "and they do not lie side by side"
+    assert np.corrcoef(np.arange(len(order)), order)[0, 1] < 0.2
+    assert set(first.tolist()).isdisjoint(last.tolist())
+
+
+@settings(deadline=None, max_examples=10)
+@given(
+    world_size=st.integers(1, 5),
+    start=st.one_of(st.integers(0, ROWS + 2), st.sampled_from([PIECE, WINDOW, ROWS - 1])),
+    size=st.sampled_from([1, 7, 64, 1000, 3000]),
+    epoch=st.integers(0, 3),
+)
+def test_ranks_together_see_the_rest_of_an_epoch_once_in_one_order(
+    store: Store, records: list[PartRecord], world_size: int, start: int, size: int, epoch: int
+) -> None:
+    reader = ShardReader(store, records, seed=7, columns=["prompt_id"])
+    batches = [list(reader.batches(size, epoch, start, rank, world_size)) for rank in range(world_size)]
+    for share in batches:
+        assert [len(rows) for rows in share[:-1]] == [size] * (len(share) - 1)
+    shares = [numbers(itertools.chain.from_iterable(share)) for share in batches]
+    assert together(shares) == list(reader.order(epoch))[start:]
+    assert numbers(reader.iterate(epoch, start, world_size - 1, world_size)) == shares[-1]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_trainer_s_loader_passes_on_the_reader_s_batches(
+    store: Store, records: list[PartRecord], world_size: int
+) -> None:
+    reader = ShardReader(store, records, seed=3, columns=["prompt_id"])
+    shares = []
+    for rank in range(world_size):
+        loader = step_loader(reader, 600 // world_size, rank, world_size, drop_last=False)
+        loader.set_epoch(2)
+        batches = [batch["rows"] for batch in loader]
+        assert all(isinstance(rows, Rows) or is_idle(rows) for rows in batches)
+        shares.append(numbers(itertools.chain.from_iterable(batches)))
+    assert together(shares) == list(reader.order(2))
+
+
+# ------------------------------------------------------------------------------------------------- the rows
+
+
+@pytest.mark.parametrize("kind", ["local", "memory", pytest.param("s3", marks=pytest.mark.slow)])
+def test_rows_hold_what_was_committed(
+    kind: str, tmp_path: Path, shards_table: Table, request: pytest.FixtureRequest
+) -> None:
+    """Files opened by path, and objects read by one request or by ranges."""
+    if kind == "s3":
+        store = request.getfixturevalue("s3_store")
+    else:
+        store = Store(tmp_path if kind == "local" else f"memory://{tmp_path.name}")
+    expected = {row["prompt_id"]: row for row in shards_table(PIECE + 60).to_pylist()}
+    seen = list(ShardReader(store, commit(store, shards_table, [PIECE + 20, 40])).iterate(1))
+    assert len(seen) == len(expected)
+    for row in seen:
         want = expected[row["prompt_id"]]
         assert row.keys() == want.keys()
-        assert row["prompt_token_ids"].tolist() == want["prompt_token_ids"]
-        assert [ids.tolist() for ids in row["completion_token_ids"]] == want["completion_token_ids"]
-        for name in (
-            "sample_index",
-            "reward",
-            "quantile_reward",
-            "quantile_low",
-            "quantile_high",
-            "ref_logprob",
-        ):
-            assert row[name].tolist() == want[name]
-        assert row["origin"] == want["origin"]
-        assert (row["num_ref"], row["ref_mean"], row["ref_std"]) == (10, 0.5, None)
+        for name, value in row.items():
+            if name == "completion_token_ids":
+                value = [ids.tolist() for ids in value]
+            assert (value.tolist() if isinstance(value, np.ndarray) else value) == want[name]
 
 
-def test_arrays_have_the_stored_types_and_can_be_written(store: Store, committed: Commit) -> None:
-    row = next(ShardReader(store, committed([10])).iterate(0))
+def test_arrays_have_the_stored_types_and_can_be_written(store: Store, records: list[PartRecord]) -> None:
+    row = next(ShardReader(store, records).iterate(0))
     assert row["prompt_token_ids"].dtype == np.int32
     assert all(ids.dtype == np.int32 for ids in row["completion_token_ids"])
     assert row["quantile_reward"].dtype == row["ref_logprob"].dtype == np.float32
-    assert row["prompt_token_ids"].flags.writeable
-    assert row["completion_token_ids"][0].flags.writeable
+    for array in (row["prompt_token_ids"], row["completion_token_ids"][0], row["reward"]):
+        array[0] = 5
+        assert array[0] == 5
 
 
-def test_the_order_does_not_depend_on_how_shards_were_cut(store: Store, committed: Commit) -> None:
-    orders = [
-        numbers(ShardReader(store, committed(sizes), seed=5).iterate(2))
-        for sizes in ([3000], [70] * 42 + [60])
-    ]
-    assert orders[0] == orders[1]
+def test_a_batch_is_columns_that_are_padded_at_once(store: Store, records: list[PartRecord]) -> None:
+    for rows in ShardReader(store, records, seed=1).batches(900, 0):  # some lie in two windows
+        column = rows.columns["prompt_token_ids"]
+        padded = column.padded(-1)
+        assert padded.shape == (len(rows), column.lengths.max())
+        for made, row in zip(padded, rows, strict=True):
+            length = len(row["prompt_token_ids"])
+            assert made[:length].tolist() == row["prompt_token_ids"].tolist()
+            assert (made[length:] == -1).all()
+        completions = rows.columns["completion_token_ids"]
+        assert completions.lengths.tolist() == [len(row["completion_token_ids"]) for row in rows]
+        assert rows[-1]["prompt_id"] == list(rows)[-1]["prompt_id"]
+        assert rows[3:5][1]["completion_token_ids"][0].tolist() == completions[4][0].tolist()
 
 
-def test_the_order_differs_by_seed_and_epoch_and_repeats_for_both(store: Store, committed: Commit) -> None:
-    records = committed([1500, 1500])
-    orders = {
-        (seed, epoch): tuple(ShardReader(store, records, seed=seed).order(epoch))
-        for seed, epoch in itertools.product((0, 1, -1, 2**63), (0, 1))
-    }
-    assert len(set(orders.values())) == len(orders)
-    assert tuple(ShardReader(store, records, seed=1).order(1)) == orders[1, 1]
+def test_lists_of_one_length_are_padded_without_a_copy() -> None:
+    column = gather(pa.array([[1, 2], [3, 4], [5, 6]], pa.list_(pa.int32())), np.array([2, 0]))
+    padded = column.padded()
+    assert padded.tolist() == [[5, 6], [1, 2]]
+    assert np.shares_memory(padded, column.values)
+    assert column[:0].padded().shape == (0, 0)
+    with pytest.raises(IndexError):
+        column[2]
 
 
-def test_ranks_together_see_the_rest_of_an_epoch_once_in_one_order(store: Store, committed: Commit) -> None:
-    reader = ShardReader(store, committed([900, 1300, 450]), seed=7)
-    for world_size, start in itertools.product((1, 2, 3, 8), (0, 5, 1023, 1024, 2500)):
-        shares = [numbers(reader.iterate(0, start, rank, world_size)) for rank in range(world_size)]
-        together = [row for rows in itertools.zip_longest(*shares) for row in rows if row is not None]
-        assert together == list(reader.order(0))[start:]
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([[1, 2, 3], [], [4]], pa.list_(pa.int64())),
+        ([[], [], []], pa.list_(pa.float32())),
+        ([[1, None], None, [2]], pa.list_(pa.int32())),
+        ([[None, 1], [2], [3]], pa.list_(pa.int32())),
+        ([[[1], []], [], [[2, 3]]], pa.list_(pa.list_(pa.int16()))),
+        ([[], [], []], pa.list_(pa.list_(pa.int32()))),
+        ([[2**32], [], [1]], pa.list_(pa.uint64())),
+        ([["a"], [], ["b", "c"]], pa.list_(pa.string())),
+        ([[True], [False], []], pa.list_(pa.bool_())),
+        ([1.5, None, 2.5], pa.float64()),
+    ],
+)
+def test_columns_of_any_kind_are_put_into_order(values: list[Any], kind: pa.DataType) -> None:
+    """Also where the column is a slice of a longer one."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return value.tolist()
+        return [plain(item) for item in value] if isinstance(value, list) else value
+
+    order = [2, 0, 1, 0]
+    for array in (pa.array(values, kind), pa.array([*values, *values], kind)[3:]):
+        column = gather(array, np.array(order))
+        assert [plain(value) for value in column] == [values[place] for place in order]
 
 
-def test_any_position_can_be_entered(store: Store, committed: Commit) -> None:
-    reader = ShardReader(store, committed([2600, 550]), seed=11)
-    for epoch in range(4):  # the short block comes at another place in each
-        whole = list(reader.order(epoch))
-        for start in range(0, len(whole) + 1, 37):
-            assert list(reader.order(epoch, start)) == whole[start:]
-    assert list(reader.order(0, len(reader) + 5)) == []
+def test_only_the_columns_asked_for_are_read(store: Store, records: list[PartRecord]) -> None:
+    row = next(ShardReader(store, records, columns=["prompt_id", "ref_logprob"]).iterate(0))
+    assert set(row) == {"prompt_id", "ref_logprob"}
+    with pytest.raises(storage.StoreError, match="has no column input_ids; it has prompt_id"):
+        next(ShardReader(store, records, columns=["input_ids"]).iterate(0))
 
 
-def test_entering_late_reads_only_the_shards_that_follow(store: Store, committed: Commit) -> None:
-    records = committed([BLOCK] * 8)
-    reader = ShardReader(store, records, seed=1)
-    wanted = {row // BLOCK for row in reader.order(0, 7 * BLOCK + 3)}
-    assert len(wanted) == 1
-    for number, record in enumerate(records):
-        if number not in wanted:
-            store.delete(record.key.table)
-    assert len(list(reader.iterate(0, 7 * BLOCK + 3))) == BLOCK - 3
+# ------------------------------------------------------------------------------------------- what goes wrong
 
 
-def test_only_the_columns_asked_for_are_read(store: Store, committed: Commit) -> None:
-    rows = list(ShardReader(store, committed([20]), columns=["prompt_id", "ref_logprob"]).iterate(0))
-    assert set(rows[0]) == {"prompt_id", "ref_logprob"}
+def test_entering_late_reads_only_the_shards_that_follow(store: Store, records: list[PartRecord]) -> None:
+    small = records[3]
+    start = -(-WINDOW // small.rows) * small.rows  # where the second window begins
+    wanted = {row // small.rows for row in unread(store, [small.rows] * 12).order(0, start)}
+    file = dataclasses.replace(small.files[0], key=PartKey("shards", "family", "gone").table)
+    gone = dataclasses.replace(small, fingerprint="gone", files=(file,))
+    reader = ShardReader(store, [small if shard in wanted else gone for shard in range(12)])
+
+    assert len(list(reader.iterate(0, start))) == 12 * small.rows - start
+    with pytest.raises(storage.DamagedError, match="missing"):
+        list(reader.iterate(0))
 
 
-def test_a_damaged_shard_is_named_when_it_is_reached(store: Store, committed: Commit) -> None:
-    records = committed([100, 100])
+def test_a_damaged_shard_is_named_when_it_is_reached(tmp_path: Path, shards_table: Table) -> None:
+    store = Store(tmp_path)
+    records = commit(store, shards_table, [100, 100])
     store.delete(records[1].key.table)
     with pytest.raises(storage.DamagedError, match=records[1].key.table):
         list(ShardReader(store, records).iterate(0))
 
 
-def test_a_reader_that_is_left_early_closes_its_thread_and_files(store: Store, committed: Commit) -> None:
-    import threading
-
-    rows = ShardReader(store, committed([3000])).iterate(0)
+def test_a_reader_that_is_left_early_ends_its_threads(store: Store, records: list[PartRecord]) -> None:
+    rows = ShardReader(store, records).iterate(0)
     next(rows)
+    assert [thread for thread in threading.enumerate() if thread.name.startswith("shard-reader")]
     rows.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("shard-reader")]
 
 
-def test_a_reader_can_be_sent_to_a_worker(store: Store, committed: Commit) -> None:
-    reader = ShardReader(store, committed([50]), seed=2)
+def test_a_reader_can_be_sent_to_a_worker(store: Store, records: list[PartRecord]) -> None:
+    reader = ShardReader(store, records, seed=2, columns=["prompt_id"])
     copy = pickle.loads(pickle.dumps(reader))  # noqa: S301
     assert numbers(copy.iterate(0)) == numbers(reader.iterate(0))
 
 
-def test_wrong_ranks_are_refused(store: Store, committed: Commit) -> None:
-    reader = ShardReader(store, committed([5]))
+def test_wrong_ranks_and_positions_are_refused(store: Store) -> None:
+    reader = unread(store, [5])
     for rank, world_size in ((1, 1), (-1, 2), (0, 0)):
         with pytest.raises(storage.StoreError, match="expected 0 <= rank < world_size"):
             next(reader.iterate(0, 0, rank, world_size))
+    with pytest.raises(storage.StoreError, match="start is -1"):
+        next(reader.iterate(0, -1))
