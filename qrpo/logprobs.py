@@ -12,16 +12,16 @@ share a batch: `length_sorted_batches` cuts them so. The reference and the polic
 so that before the first step their log ratio is zero up to rounding.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from qrpo.errors import DataError
+from qrpo.head import token_logprobs
 
 __all__ = ["completion_logprobs", "length_sorted_batches", "score_logprobs"]
 
@@ -77,26 +77,10 @@ def completion_logprobs(
     hidden_BTD = causal_lm.base_model(input_ids=tokens_BT.to(device), use_cache=False).last_hidden_state
     hidden_MD = hidden_BTD.flatten(0, 1).index_select(0, positions_M)
 
-    head, adjust = causal_lm.get_output_embeddings(), _logit_adjustment(causal_lm.config)
     if chunk_elements is None:
         chunk_elements = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
-    chunk = max(1, chunk_elements // int(causal_lm.config.get_text_config().vocab_size))
-    pieces = []
-    for hidden_CD, targets_C in zip(hidden_MD.split(chunk), targets_M.split(chunk), strict=True):
-        if torch.is_grad_enabled():
-            piece = checkpoint(
-                _token_logprobs,
-                head,
-                adjust,
-                hidden_CD,
-                targets_C,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-        else:
-            piece = _token_logprobs(head, adjust, hidden_CD, targets_C)
-        pieces.append(piece)
-    return torch.stack([row_T.sum() for row_T in torch.cat(pieces).split(completion_lengths)])
+    logprob_M = token_logprobs(causal_lm, hidden_MD, targets_M, chunk_elements)
+    return torch.stack([row_T.sum() for row_T in logprob_M.split(completion_lengths)])
 
 
 def length_sorted_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
@@ -175,36 +159,6 @@ def autocast(model: torch.nn.Module, dtype: torch.dtype | None) -> AbstractConte
         return nullcontext()
     context: AbstractContextManager[Any] = torch.autocast(next(model.parameters()).device.type, dtype=dtype)
     return context
-
-
-def _token_logprobs(
-    head: torch.nn.Module,
-    adjust: Callable[[torch.Tensor], torch.Tensor],
-    hidden_CD: torch.Tensor,
-    targets_C: torch.Tensor,
-) -> torch.Tensor:
-    """Log-probabilities (C,) of C target tokens."""
-    logits_CV = head(hidden_CD)
-    if logits_CV.dtype != torch.float64:
-        logits_CV = logits_CV.float()
-    logits_CV = adjust(logits_CV)
-    return logits_CV.gather(1, targets_C[:, None]).squeeze(1) - logits_CV.logsumexp(dim=1)
-
-
-def _logit_adjustment(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What some architectures do to their logits after the head: a cap (Gemma) or a scale (Cohere, Granite)."""
-    config = config.get_text_config()
-    cap: float | None = getattr(config, "final_logit_softcapping", None)
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-        getattr(config, "logits_scaling", None) or 1.0
-    )
-
-    def adjust(logits: torch.Tensor) -> torch.Tensor:
-        if scale != 1.0:
-            logits = logits * scale
-        return cap * torch.tanh(logits / cap) if cap else logits
-
-    return adjust
 
 
 def _unwrapped(model: torch.nn.Module) -> Any:
