@@ -3,8 +3,8 @@
     log pi(y|x) = sum_t log softmax(W h_t)[y_t]        over the completion's tokens, its end token included
 
 A plain forward makes logits of shape (B, T, V): at a vocabulary of 128k they, not the model, fill the memory. Here the
-backbone runs once, only the hidden states that predict completion tokens are kept, and the head with its softmax is
-applied to them in chunks, in float32, and again in the backward pass: never more than one chunk of logits exists.
+backbone runs once, only the hidden states that predict completion tokens are kept, and the head with its softmax
+(`qrpo.head`) is applied to them in chunks, in float32, and again in the backward pass: never more than one chunk of logits exists.
 
 Rows are padded on the right and no attention mask is given: attention is causal, so a padding token after the end can
 not be seen by any position that counts, and attention kernels take their fast path. Rows of like length should
@@ -12,7 +12,7 @@ share a batch: `length_sorted_batches` cuts them so. The reference and the polic
 so that before the first step their log ratio is zero up to rounding.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,13 +23,12 @@ import torch
 from qrpo.errors import DataError
 from qrpo.head import token_logprobs
 
-__all__ = ["completion_logprobs", "length_sorted_batches", "score_logprobs"]
+__all__ = ["completion_logprobs", "inside_forward", "length_sorted_batches", "score_logprobs"]
 
 TokenIds = Sequence[int] | npt.NDArray[Any]
 
-# Logits of one chunk, all tokens and the whole vocabulary: 64 MiB in float32 on a CPU, 256 MiB elsewhere. Blocks below 32 MiB are faster
-# on a CPU, but glibc keeps them on a heap that they fragment until it has grown by as much as all logits would take.
-CPU_CHUNK, GPU_CHUNK = 2**24, 2**26
+# Logits of one chunk, all tokens and the whole vocabulary: 16 MiB in float32 on a CPU, 256 MiB elsewhere.
+CPU_CHUNK, GPU_CHUNK = 2**22, 2**26
 # A batch of this many tokens does not gain from rows shorter than this share of its longest.
 BUSY_TOKENS, LIKE_LENGTH = 2048, 0.8
 # Rows are sorted by length within a window of this many micro-batches, so scoring streams.
@@ -129,6 +128,30 @@ def score_logprobs(
             window, tokens = [], 0
     if window:
         yield from _score_window(model, window, token_budget, dtype)
+
+
+def inside_forward(
+    model: torch.nn.Module, inner: torch.nn.Module, compute: Callable[..., torch.Tensor], *arguments: Any
+) -> torch.Tensor:
+    """Call `compute` inside the forward of `model`: DDP, which wraps `inner`, and FSDP, which hooks into it, work there."""
+
+    def forward(*forwarded: Any) -> torch.Tensor:
+        restore()
+        return compute(*forwarded)
+
+    def restore() -> None:
+        if own is None:
+            inner.__dict__.pop("forward", None)
+        else:
+            inner.forward = own
+
+    own = inner.__dict__.get("forward")
+    inner.forward = forward
+    try:
+        result: torch.Tensor = model(*arguments)
+    finally:
+        restore()
+    return result
 
 
 def _score_window(

@@ -164,7 +164,7 @@ class PolicyConfig(OptimizationConfig):
     eval_steps: int = Field(default=50, ge=1)
     """Steps between such reports."""
     patience: int | None = Field(default=None, ge=1)
-    """Stop after this many reports in a row without a lower `eval_loss`; the last weights are kept, not the best. Null: never."""
+    """Stop after this many reports in a row without a lower `eval_loss`; the policy is the one that had the lowest. Null: never."""
     max_initial_log_ratio: float | None = knob(None, gt=0)
     """Largest mean |log pi - log ref| per square root of a token before the first step; by default, what rounding
     explains in the dtype."""

@@ -15,7 +15,7 @@ samples, another stage's work).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,14 +25,16 @@ import numpy as np
 import torch
 from accelerate import DistributedType, PartialState
 from safetensors import SafetensorError
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from qrpo.adapters import adapters_off
+from qrpo.chat import foreign_tokens
 from qrpo.checkpoints import UNFINISHED, commit_checkpoint, unwritten
+from qrpo.early_stop import EarlyStop
 from qrpo.errors import ConfigError, DataError, TrainingError
 from qrpo.guard import BadStep, StepGuard
 from qrpo.loader import ShuffledRows, is_idle, step_loader
-from qrpo.logprobs import completion_logprobs, length_sorted_batches, score_logprobs
+from qrpo.logprobs import completion_logprobs, inside_forward, length_sorted_batches, score_logprobs
 from qrpo.losses import LossType, PairChoice
 from qrpo.objectives import Objective, make_objective, narrowed
 from qrpo.partition import Partition
@@ -72,7 +74,8 @@ class CompletionTrainingArguments(TrainingArguments):  # type: ignore[misc]
     patience: int | None = field(
         default=None,
         metadata={
-            "help": "Stop after this many evaluations in a row without a lower `eval_loss`. None: never."
+            "help": "Stop after this many evaluations in a row without a lower `eval_loss`, and go back to the weights that had the "
+            "lowest. None: never."
         },
     )
     remove_unused_columns: bool = False
@@ -90,6 +93,8 @@ class CompletionTrainingArguments(TrainingArguments):  # type: ignore[misc]
         if self.patience is not None:
             self.metric_for_best_model, self.greater_is_better = "eval_loss", False
         super().__post_init__()
+        # Set here, past a check that save_steps fit eval_steps: the trainer saves whenever an evaluation is the best so far.
+        self.load_best_model_at_end = self.load_best_model_at_end or self.patience is not None
         if self.data_seed is None:
             self.data_seed = self.seed
 
@@ -183,7 +188,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         self.add_callback(self.guard)
         self._saving = False
         if args.patience is not None:
-            self.add_callback(EarlyStoppingCallback(args.patience))
+            self.add_callback(EarlyStop(args.patience))
         self._metrics: dict[str, tuple[float, int]] = {}  # sum over completions, and their number
         self._meter = Meter(self.model, self._compute_dtype())
 
@@ -231,7 +236,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
             return completion_logprobs(inner, *arguments)
 
         with self.accelerator.autocast():
-            return _through_wrapper(
+            return inside_forward(
                 model, inner, compute, batch["prompt_token_ids"], batch["completion_token_ids"]
             )
 
@@ -367,6 +372,12 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         finally:
             self._saving = False
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        best: bool = super()._determine_best_metric(metrics, trial)
+        if best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return best
+
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
         self.guard.grad_norm = norm
@@ -440,6 +451,15 @@ class QRPOTrainer(CompletionTrainer):
         if not rows or "ref_logprob" not in rows[0]:
             return
         columns = flatten_rows(rows)
+        seen = max(
+            max(ids, default=0)
+            for name in ("prompt_token_ids", "completion_token_ids")
+            for ids in columns[name]
+        )
+        if seen >= self.model.config.get_text_config().vocab_size:
+            raise TrainingError(
+                f"before the first step: token {seen} is not in the model. {self._mismatch(rows)}"
+            )
         # The last batch holds the shortest: a quick look, within the memory that the step needs anyway.
         shown = length_sorted_batches(columns["length"], self.args.token_budget)[-1][:64]
         batch = take(columns, shown)
@@ -458,10 +478,17 @@ class QRPOTrainer(CompletionTrainer):
         if drift > limit:
             raise TrainingError(
                 f"before the first step, log pi - log ref of {len(shown)} completions has mean {mean:.4g} and maximum "
-                f"{largest:.4g} in absolute value: {drift:.4g} per square root of a token, expected at most {limit:g}. The "
-                "reference log-probabilities come from other weights, another chat template or another tokenizer than "
-                "the model to be trained. Compute them again from this model, or raise max_initial_log_ratio."
+                f"{largest:.4g} in absolute value: {drift:.4g} per square root of a token, expected at most {limit:g}. "
+                f"{self._mismatch(rows)}. Compute the reference log-probabilities again from this model and its own tokens, "
+                "or raise max_initial_log_ratio."
             )
+
+    def _mismatch(self, rows: Sequence[Any]) -> str:
+        """What of the reference is another than the policy's, as far as the tokens tell."""
+        for row in rows if self.processing_class is not None else ():
+            if found := foreign_tokens(self.processing_class, row["prompt_token_ids"]):
+                return f"Prompt {row.get('prompt_id')}: {found}"
+        return "The reference log-probabilities come from other weights than the model to be trained, or from other tokens"
 
 
 def _mean_ref_std(rows: Any) -> float:
@@ -471,27 +498,3 @@ def _mean_ref_std(rows: Any) -> float:
             "transform scales each prompt"
         )
     return float(np.mean([row["ref_std"] for row in rows]))
-
-
-def _through_wrapper(
-    model: torch.nn.Module, inner: torch.nn.Module, compute: Callable[..., torch.Tensor], *arguments: Any
-) -> torch.Tensor:
-    """Call `compute` inside the forward of `model`: DDP, which wraps `inner`, and FSDP, which hooks into it, work there."""
-
-    def forward(*forwarded: Any) -> torch.Tensor:
-        restore()
-        return compute(*forwarded)
-
-    def restore() -> None:
-        if own is None:
-            inner.__dict__.pop("forward", None)
-        else:
-            inner.forward = own
-
-    own = inner.__dict__.get("forward")
-    inner.forward = forward
-    try:
-        result: torch.Tensor = model(*arguments)
-    finally:
-        restore()
-    return result

@@ -8,10 +8,8 @@ from transformers import AutoTokenizer
 
 from qrpo.config import keyed
 from qrpo.errors import DataError
-from qrpo.logprobs import score_logprobs
 from qrpo.optimization import PolicyConfig
 from qrpo.policy import train_policy
-from qrpo.tiny import build_tiny_model
 from qrpo.trainer import QRPOConfig, QRPOTrainer
 from qrpo.training import load_policy
 
@@ -27,33 +25,10 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return build_tiny_model(
-        tmp_path_factory.mktemp("model"), ["some words", "and more"], hidden_size=16, layers=1
-    )
-
-
-@pytest.fixture(scope="module")
-def rows(folder):
-    """12 prompts with 3 completions each, scored by the reference. All rewards of the third prompt are equal."""
-    rng = np.random.default_rng(0)
-
-    def ids(low, high):
-        return rng.integers(6, 250, size=rng.integers(low, high)).tolist()
-
-    rows = [
-        {
-            "prompt_id": f"prompt-{i}",
-            "prompt_token_ids": ids(2, 9),
-            "completion_token_ids": [ids(1, 20) for _ in range(3)],
-            "reward": rng.normal(size=3).astype(np.float32) if i != 2 else np.ones(3, np.float32),
-            "quantile_reward": rng.random(3).astype(np.float32),
-            "num_ref": 20,
-        }
-        for i in range(12)
-    ]
-    for row, scores in zip(rows, score_logprobs(load_policy(folder), rows, 1000), strict=True):
-        row["ref_logprob"] = scores
+def rows(make_rows):
+    """12 prompts with 3 completions each; all rewards of the third prompt are equal."""
+    rows = make_rows(12, 3)
+    rows[2]["reward"] = np.ones(3, np.float32)
     return rows
 
 
