@@ -20,17 +20,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from qrpo.batches import length_sorted_batches
 from qrpo.errors import DataError
 from qrpo.head import token_logprobs
+from qrpo.sharing import shared_batches, worth_sharing
 
-__all__ = ["completion_logprobs", "inside_forward", "length_sorted_batches", "score_logprobs"]
+__all__ = ["completion_logprobs", "inside_forward", "score_logprobs"]
 
 TokenIds = Sequence[int] | npt.NDArray[Any]
 
 # Logits of one chunk, all tokens and the whole vocabulary: 16 MiB in float32 on a CPU, 256 MiB elsewhere.
 CPU_CHUNK, GPU_CHUNK = 2**22, 2**26
-# A batch of this many tokens does not gain from rows shorter than this share of its longest.
-BUSY_TOKENS, LIKE_LENGTH = 2048, 0.8
 # Rows are sorted by length within a window of this many micro-batches, so scoring streams.
 WINDOW_BATCHES = 16
 
@@ -40,12 +40,14 @@ def completion_logprobs(
     prompt_token_ids: Sequence[TokenIds],
     completion_token_ids: Sequence[TokenIds],
     *,
+    share_prompts: bool = False,
     chunk_elements: int | None = None,
 ) -> torch.Tensor:
     """Log-probabilities (B,) of B completions given their prompts, in float32 (float64 for a float64 model).
 
     `model` is a causal language model of transformers, on any device; the result carries gradients where grad mode is
-    on. At most `chunk_elements` logits exist at a time, by default what suits the device. An empty completion has log-probability 0; an empty prompt
+    on. At most `chunk_elements` logits exist at a time, by default what suits the device.
+    With `share_prompts`, completions that follow each other and whose prompts are one object share its forward (`qrpo.sharing`). An empty completion has log-probability 0; an empty prompt
     raises DataError, for nothing predicts the first token.
     """
     prompt_lengths = [len(ids) for ids in prompt_token_ids]
@@ -60,20 +62,43 @@ def completion_logprobs(
         )
 
     device = next(model.parameters()).device
-    lengths = [p + c for p, c in zip(prompt_lengths, completion_lengths, strict=True)]
-    tokens_BT = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
-    predicts_BT = torch.zeros(tokens_BT.shape, dtype=torch.bool)
-    for row, (prompt, completion) in enumerate(zip(prompt_token_ids, completion_token_ids, strict=True)):
-        p, end = prompt_lengths[row], lengths[row]
-        tokens_BT[row, :p] = torch.as_tensor(np.asarray(prompt, dtype=np.int64))
-        tokens_BT[row, p:end] = torch.as_tensor(np.asarray(completion, dtype=np.int64))
-        predicts_BT[row, p - 1 : end - 1] = True
-    targets_M = tokens_BT[:, 1:][predicts_BT[:, :-1]].to(device)
-    positions_M = predicts_BT.flatten().nonzero().squeeze(1).to(device)
+    rows = _rows_of(prompt_token_ids, share_prompts)
+    width = max(prompt_lengths[row[0]] + sum(completion_lengths[place] for place in row) for row in rows)
+    tokens_BT = torch.zeros(len(rows), width, dtype=torch.long)
+    # Where a token stands in its own conversation, and in which completion: 0 for the prompt.
+    places_BT, turns_BT = torch.zeros_like(tokens_BT), torch.full_like(tokens_BT, -1)
+    positions, targets = [], []
+    for number, row in enumerate(rows):
+        p = end = prompt_lengths[row[0]]
+        tokens_BT[number, :p] = _tensor(prompt_token_ids[row[0]])
+        places_BT[number, :p], turns_BT[number, :p] = torch.arange(p), 0
+        for turn, place in enumerate(row, start=1):
+            start, end = end, end + completion_lengths[place]
+            if start == end:
+                continue
+            targets.append(_tensor(completion_token_ids[place]))
+            tokens_BT[number, start:end] = targets[-1]
+            places_BT[number, start:end], turns_BT[number, start:end] = torch.arange(p, p + end - start), turn
+            # The prompt's last token predicts each completion's first.
+            positions += [
+                torch.tensor([number * width + p - 1]),
+                number * width + torch.arange(start, end - 1),
+            ]
+    positions_M = (
+        torch.cat(positions).to(device) if positions else torch.zeros(0, dtype=torch.long, device=device)
+    )
+    targets_M = torch.cat(targets).to(device) if targets else positions_M
 
     causal_lm = _unwrapped(model)
+    layout = {}
+    if len(rows) < len(prompt_lengths):
+        turns_BT = turns_BT.to(device)
+        seen_BTT = (turns_BT[:, None, :] == turns_BT[:, :, None]) | (turns_BT[:, None, :] == 0)
+        layout = {"attention_mask": seen_BTT.tril()[:, None], "position_ids": places_BT.to(device)}
     # The last token predicts nothing, but cutting it would move no work worth the case distinction.
-    hidden_BTD = causal_lm.base_model(input_ids=tokens_BT.to(device), use_cache=False).last_hidden_state
+    hidden_BTD = causal_lm.base_model(
+        input_ids=tokens_BT.to(device), use_cache=False, **layout
+    ).last_hidden_state
     hidden_MD = hidden_BTD.flatten(0, 1).index_select(0, positions_M)
 
     if chunk_elements is None:
@@ -82,35 +107,13 @@ def completion_logprobs(
     return torch.stack([row_T.sum() for row_T in logprob_M.split(completion_lengths)])
 
 
-def length_sorted_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Cut rows into batches of like length: indices into `lengths`, longest rows first.
-
-    A batch padded to its longest row holds at most `token_budget` tokens; a row longer than that is a batch of its own. A batch
-    that is large enough to keep the hardware busy takes no rows much shorter than its longest, so a step that is small beside the
-    budget is not padded for nothing.
-    Longest first, so that what does not fit into memory fails at once.
-    """
-    if token_budget < 1:
-        raise ValueError(f"expected a token budget of at least 1, got {token_budget}")
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        # Sorted descending: the first row of a batch is its longest.
-        longest, rows = (lengths[batches[-1][0]], len(batches[-1])) if batches else (0, 0)
-        fits = rows and longest * (rows + 1) <= token_budget
-        wasteful = longest * rows >= BUSY_TOKENS and lengths[index] < LIKE_LENGTH * longest
-        if fits and not wasteful:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
-
-
 def score_logprobs(
     model: torch.nn.Module,
     rows: Iterable[Mapping[str, Any]],
     token_budget: int,
     *,
     dtype: torch.dtype | None = None,
+    share_prompts: bool = False,
 ) -> Iterator[npt.NDArray[np.float32]]:
     """Yield, for each row in order, the log-probabilities (K,) of its K completions, without gradients.
 
@@ -124,10 +127,10 @@ def score_logprobs(
         window.append(row)
         tokens += sum(_lengths(row))
         if tokens >= WINDOW_BATCHES * token_budget:
-            yield from _score_window(model, window, token_budget, dtype)
+            yield from _score_window(model, window, token_budget, dtype, share_prompts)
             window, tokens = [], 0
     if window:
-        yield from _score_window(model, window, token_budget, dtype)
+        yield from _score_window(model, window, token_budget, dtype, share_prompts)
 
 
 def inside_forward(
@@ -155,7 +158,11 @@ def inside_forward(
 
 
 def _score_window(
-    model: torch.nn.Module, rows: list[Mapping[str, Any]], token_budget: int, dtype: torch.dtype | None
+    model: torch.nn.Module,
+    rows: list[Mapping[str, Any]],
+    token_budget: int,
+    dtype: torch.dtype | None,
+    share_prompts: bool,
 ) -> list[npt.NDArray[np.float32]]:
     prompts = [row["prompt_token_ids"] for row in rows for _ in row["completion_token_ids"]]
     completions = [completion for row in rows for completion in row["completion_token_ids"]]
@@ -165,9 +172,17 @@ def _score_window(
     model.eval()
     try:
         with torch.no_grad(), autocast(model, dtype):
-            for batch in length_sorted_batches(lengths, token_budget):
+            shared = share_prompts and worth_sharing(prompts, completions)
+            for batch in (
+                shared_batches(prompts, completions, token_budget)
+                if shared
+                else length_sorted_batches(lengths, token_budget)
+            ):
                 logprobs_B = completion_logprobs(
-                    model, [prompts[i] for i in batch], [completions[i] for i in batch]
+                    model,
+                    [prompts[i] for i in batch],
+                    [completions[i] for i in batch],
+                    share_prompts=shared,
                 )
                 scores[batch] = logprobs_B.float().cpu().numpy()
     finally:
@@ -182,6 +197,21 @@ def autocast(model: torch.nn.Module, dtype: torch.dtype | None) -> AbstractConte
         return nullcontext()
     context: AbstractContextManager[Any] = torch.autocast(next(model.parameters()).device.type, dtype=dtype)
     return context
+
+
+def _rows_of(prompts: Sequence[TokenIds], share: bool) -> list[list[int]]:
+    """Places of the completions in each row."""
+    rows: list[list[int]] = []
+    for place, prompt in enumerate(prompts):
+        if share and place and prompt is prompts[place - 1]:
+            rows[-1].append(place)
+        else:
+            rows.append([place])
+    return rows
+
+
+def _tensor(ids: TokenIds) -> torch.Tensor:
+    return torch.as_tensor(np.asarray(ids, dtype=np.int64))
 
 
 def _unwrapped(model: torch.nn.Module) -> Any:

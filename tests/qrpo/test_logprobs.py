@@ -21,8 +21,9 @@ from transformers import (
     PhiForCausalLM,
 )
 
+from qrpo.batches import length_sorted_batches
 from qrpo.errors import DataError
-from qrpo.logprobs import completion_logprobs, length_sorted_batches, score_logprobs
+from qrpo.logprobs import completion_logprobs, score_logprobs
 from qrpo.tiny import build_tiny_model
 
 SMALL = {

@@ -171,15 +171,7 @@ def test_a_checkpoint_counts_only_when_it_is_whole(tmp_path):
     assert latest_checkpoint(tmp_path / "nothing") is None
 
 
-def test_a_reference_of_other_weights_is_found_before_the_first_step(folder, rows, tmp_path):
-    shifted = [{**row, "ref_logprob": row["ref_logprob"] + 0.5} for row in rows]
-
-    with pytest.raises(TrainingError, match=r"before the first step.*other weights"):
-        train(folder, shifted, tmp_path / "refused")
-    train(folder, shifted, tmp_path / "allowed", max_initial_log_ratio=10)
-
-
-def with_other_tokens(folder, tmp_path, change):
+def with_other_tokens(folder, change):
     """Rows of text whose tokens come from the tokenizer after `change`; its own tokens were scored by the model."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     other = change(AutoTokenizer.from_pretrained(folder))
@@ -218,6 +210,15 @@ def larger_tokenizer(tokenizer):
     return tokenizer
 
 
+def test_a_reference_of_other_weights_stops_before_the_first_step(folder, tmp_path):
+    (row,) = with_other_tokens(folder, lambda tokenizer: tokenizer)
+    shifted = [{**row, "ref_logprob": row["ref_logprob"] + 0.5}]
+
+    with pytest.raises(TrainingError, match=r"before the first step.*come from other weights"):
+        train(folder, shifted, tmp_path / "refused")
+    train(folder, shifted, tmp_path / "allowed", max_initial_log_ratio=10)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -233,7 +234,7 @@ def larger_tokenizer(tokenizer):
     ],
 )
 def test_rows_of_another_template_or_tokenizer_stop_before_the_first_step(folder, tmp_path, change, reason):
-    rows = with_other_tokens(folder, tmp_path, change)
+    rows = with_other_tokens(folder, change)
 
     with pytest.raises(TrainingError, match=r"before the first step.*" + reason.replace("|", r"\|")):
         train(folder, rows, tmp_path)
