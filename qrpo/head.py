@@ -65,7 +65,7 @@ def _any_head(
     return result
 
 
-class _LinearHead(torch.autograd.Function):
+class _LinearHead(torch.autograd.Function):  # type: ignore[misc]
     """The formulas at the top, for a linear head."""
 
     @staticmethod
@@ -94,7 +94,7 @@ class _LinearHead(torch.autograd.Function):
         return logprob_M
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_M: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_MD, weight_VD, bias_V, targets_M, normaliser_M = ctx.saved_tensors
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]

@@ -454,9 +454,10 @@ class QRPOTrainer(CompletionTrainer):
         args = self.args
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         with adapters_off(self.model):
-            for row, ref_logprob_K in zip(
-                rows, score_logprobs(self.model, rows, args.token_budget, dtype=dtype), strict=True
-            ):
+            scores = score_logprobs(
+                self.model, rows, args.token_budget, dtype=dtype, share_prompts=self._can_share
+            )
+            for row, ref_logprob_K in zip(rows, scores, strict=True):
                 row["ref_logprob"] = ref_logprob_K
 
     def before_first_step(self, rows: Sequence[Any]) -> None:
