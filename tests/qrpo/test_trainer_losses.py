@@ -94,6 +94,7 @@ def test_the_dataset_s_own_preference_is_known_by_its_origin(folder, rows, tmp_p
     assert losses[0] == pytest.approx(np.mean((differences / 0.5) ** 2), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "pairs"),
     [

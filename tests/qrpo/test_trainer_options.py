@@ -44,6 +44,7 @@ def train(folder, rows, output_dir, *, eval_rows=None, stop_at=None, **settings)
     return load_file(output_dir / "final" / "model.safetensors"), progress
 
 
+@pytest.mark.slow
 def test_lora_learns_and_is_saved_as_an_ordinary_model_whose_log_probabilities_are_the_policy_s(
     folder, rows, tmp_path
 ):
@@ -63,6 +64,7 @@ def test_lora_learns_and_is_saved_as_an_ordinary_model_whose_log_probabilities_a
     assert gained > 0.1
 
 
+@pytest.mark.slow
 def test_an_interrupted_lora_run_ends_with_the_same_weights(folder, rows, tmp_path):
     settings = {"lora": {"rank": 4, "target_modules": ("q_proj", "v_proj")}, "epochs": 2, "save_steps": 2}
 
@@ -130,6 +132,7 @@ def test_the_held_out_loss_is_that_of_the_definition_and_is_reported_at_its_step
     assert len(progress) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["all weights", "adapters"])
 def test_training_stops_when_the_held_out_loss_no_longer_falls_and_goes_back_to_the_best(
     folder, rows, tmp_path, lora

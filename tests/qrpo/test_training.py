@@ -137,6 +137,7 @@ def test_a_bad_step_can_be_left_out(folder: Path, rows: list[dict[str, Any]], tm
     assert np.isnan(losses).tolist() == [False, False, True, False, False]
 
 
+@pytest.mark.slow
 def test_an_exploded_loss_stops_and_names_the_prompt(
     folder: Path, rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
