@@ -2,11 +2,14 @@
 
     OMP_NUM_THREADS=1 python benchmarks/training_step.py --trl-python PYTHON [--rounds 5] [--out training_step.json]
 
-PYTHON is an interpreter of an environment with `trl==1.16.0` and its own torch; without it TRL is left out. Every variant does the same
-work: prompts with a chosen and a rejected completion of log-normal lengths, forward, backward, gradient clipping and an SGD
+PYTHON is an interpreter of an environment of its own (`python3.11 -m venv trl-venv`, `trl-venv/bin/pip install torch==2.13.0 trl==1.16.0
+transformers==5.19.0`); without it TRL is left out. Every variant does the same work: prompts with a chosen and a rejected completion of log-normal lengths, forward, backward, gradient clipping and an SGD
 update (which keeps no state, so what is measured is the step), float32, one CPU thread.
 
-    floor            sequences one by one, unpadded; the head on completion tokens only, in chunks; QRPO's loss, a bare loop
+    floor            sequences one by one, unpadded; the head on completion tokens only, in chunks of 16 MiB of logits that are
+                     computed again in the backward pass; QRPO's loss, a bare loop
+    floor_64mib      the same with chunks of 64 MiB, each a block that glibc maps anew
+    floor_our_head   the same with `qrpo.head` for the head: what is left to the trainer and to padding
     ours_qrpo        QRPOTrainer, loss qrpo, reference log-probabilities from the data
     ours_dpo         QRPOTrainer, loss dpo
     plain            one padded batch, all logits, log_softmax and gather; QRPO's loss, a bare loop
@@ -37,9 +40,10 @@ from typing import Any
 import numpy as np
 
 PROMPTS, SEED, BETA = 4, 0, 0.1
-VARIANTS = ("floor", "ours_qrpo", "ours_dpo", "plain", "trl_default", "trl_precomputed", "trl_best")
+FLOORS = ("floor", "floor_64mib", "floor_our_head")
+VARIANTS = (*FLOORS, "ours_qrpo", "ours_dpo", "plain", "trl_default", "trl_precomputed", "trl_best")
 TOKEN_BUDGET = 512
-CHUNK = 2**24  # logits at a time in the floor, as in ours on a CPU: 64 MiB
+CHUNK = 2**22  # logits at a time in the floor, as in ours on a CPU: 16 MiB in float32
 
 Step = Callable[[], float]  # runs one step, returns the gradient norm
 Turn = Callable[[], None]  # waits for this variant's turn
@@ -103,12 +107,15 @@ def bare_loop(model: Any, backward: Callable[[], None], turn: Turn, report: Repo
         report(float(norm))
 
 
-def run_floor(vocab_size: int, turn: Turn, report: Report, steps: int) -> None:
+def run_floor(kind: str, vocab_size: int, turn: Turn, report: Report, steps: int) -> None:
     """One sequence at a time; the head in chunks of completion tokens, recomputed in the backward pass."""
     import torch
     from torch.utils.checkpoint import checkpoint
 
+    from qrpo.head import token_logprobs
+
     model, rows = make_model(vocab_size), make_rows(vocab_size)
+    size = (4 * CHUNK if kind == "floor_64mib" else CHUNK) // vocab_size
 
     def head(hidden_CD: Any, targets_C: Any) -> Any:
         logits_CV = model.lm_head(hidden_CD)
@@ -117,11 +124,10 @@ def run_floor(vocab_size: int, turn: Turn, report: Report, steps: int) -> None:
     def logprob(prompt: list[int], completion: list[int]) -> Any:
         ids = torch.tensor([[*prompt, *completion]])
         hidden_TD = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
-        chunks = zip(
-            hidden_TD.split(CHUNK // vocab_size),
-            torch.tensor(completion).split(CHUNK // vocab_size),
-            strict=True,
-        )
+        targets_T = torch.tensor(completion)
+        if kind == "floor_our_head":
+            return token_logprobs(model, hidden_TD, targets_T, CHUNK).sum()
+        chunks = zip(hidden_TD.split(size), targets_T.split(size), strict=True)
         return sum(checkpoint(head, *chunk, use_reentrant=False) for chunk in chunks)
 
     with torch.no_grad():
@@ -305,8 +311,8 @@ def work(variant: str, vocab_size: int, steps: int) -> None:
         }
         print(json.dumps(answer), file=answers)
 
-    if variant == "floor":
-        run_floor(vocab_size, turn, report, steps)
+    if variant in FLOORS:
+        run_floor(variant, vocab_size, turn, report, steps)
     elif variant == "plain":
         run_plain(vocab_size, turn, report, steps)
     elif variant.startswith("ours"):
@@ -391,7 +397,7 @@ def main() -> None:
     for vocab_size in options.vocab:
         measured = measure(vocab_size, options.rounds, variants, options.trl_python)
         for loss in (
-            ("floor", "ours_qrpo", "plain"),
+            (*FLOORS, "ours_qrpo", "plain"),
             ("ours_dpo", "trl_default", "trl_precomputed", "trl_best"),
         ):
             norms = [measured[name]["first_grad_norm"] for name in loss if name in measured]

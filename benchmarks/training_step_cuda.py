@@ -31,7 +31,8 @@ import pyarrow.parquet as pq
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qrpo.logprobs import completion_logprobs, length_sorted_batches
+from qrpo.batches import length_sorted_batches
+from qrpo.logprobs import completion_logprobs
 from qrpo.throughput import Meter
 
 BETA = 0.1

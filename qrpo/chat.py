@@ -18,6 +18,7 @@ __all__ = [
     "encode_conversation",
     "encode_conversations",
     "encode_prompt",
+    "foreign_tokens",
     "load_tokenizer",
 ]
 
@@ -103,6 +104,26 @@ def encode_completion(tokenizer: Any, messages: Messages, text: str) -> list[int
             f"expected {rendered[-80:]!r}"
         )
     return ids
+
+
+def foreign_tokens(tokenizer: Any, prompt_token_ids: Sequence[int]) -> str | None:
+    """Why a prompt's ids are not this tokenizer's work, in words; None where they may be.
+
+    Another tokenizer's ids decode to a text that is encoded otherwise; another template's do not end as this one's prompts do.
+    """
+    ids = [int(token_id) for token_id in prompt_token_ids]
+    if max(ids) >= len(tokenizer):
+        return f"its token {max(ids)} comes from another tokenizer, this one has {len(tokenizer)}"
+    text = _decode(tokenizer, ids)
+    if (again := _encode(tokenizer, text)) != ids:
+        return f"its {len(ids)} tokens come from another tokenizer, this one writes the same text in {len(again)}, others"
+    if tokenizer.chat_template is None:
+        return None
+    words = "QRPO-ends-here"
+    ending = _render(tokenizer, [{"role": "user", "content": words}], generation=True).rpartition(words)[2]
+    if not text.endswith(ending):
+        return f"it comes from another chat template, this one's prompts end in {ending!r}, it in {text[-len(ending) :]!r}"
+    return None
 
 
 def encode_conversation(tokenizer: Any, messages: Messages) -> list[int]:

@@ -3,8 +3,8 @@
     log pi(y|x) = sum_t log softmax(W h_t)[y_t]        over the completion's tokens, its end token included
 
 A plain forward makes logits of shape (B, T, V): at a vocabulary of 128k they, not the model, fill the memory. Here the
-backbone runs once, only the hidden states that predict completion tokens are kept, and the head with its softmax is
-applied to them in chunks, in float32, and again in the backward pass: never more than one chunk of logits exists.
+backbone runs once, only the hidden states that predict completion tokens are kept, and the head with its softmax
+(`qrpo.head`) is applied to them in chunks, in float32, and again in the backward pass: never more than one chunk of logits exists.
 
 Rows are padded on the right and no attention mask is given: attention is causal, so a padding token after the end can
 not be seen by any position that counts, and attention kernels take their fast path. Rows of like length should
@@ -19,25 +19,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.checkpoint import checkpoint
 
+from qrpo.batches import length_sorted_batches
 from qrpo.errors import DataError
+from qrpo.head import token_logprobs
+from qrpo.sharing import shared_batches, worth_sharing
 
 __all__ = [
     "completion_logprobs",
-    "length_sorted_batches",
+    "completion_token_logprobs",
+    "inside_forward",
     "score_logprobs",
     "score_token_logprobs",
-    "token_logprobs",
 ]
 
 TokenIds = Sequence[int] | npt.NDArray[Any]
 
-# Logits of one chunk, all tokens and the whole vocabulary: 64 MiB in float32 on a CPU, 256 MiB elsewhere. Blocks below 32 MiB are faster
-# on a CPU, but glibc keeps them on a heap that they fragment until it has grown by as much as all logits would take.
-CPU_CHUNK, GPU_CHUNK = 2**24, 2**26
-# A batch of this many tokens does not gain from rows shorter than this share of its longest.
-BUSY_TOKENS, LIKE_LENGTH = 2048, 0.8
+# Logits of one chunk, all tokens and the whole vocabulary: 16 MiB in float32 on a CPU, 256 MiB elsewhere.
+CPU_CHUNK, GPU_CHUNK = 2**22, 2**26
 # Rows are sorted by length within a window of this many micro-batches, so scoring streams.
 WINDOW_BATCHES = 16
 
@@ -47,25 +46,34 @@ def completion_logprobs(
     prompt_token_ids: Sequence[TokenIds],
     completion_token_ids: Sequence[TokenIds],
     *,
+    share_prompts: bool = False,
     chunk_elements: int | None = None,
 ) -> torch.Tensor:
-    """Log-probabilities (B,) of B completions given their prompts: the sums of `token_logprobs`; an empty completion has 0."""
-    rows = token_logprobs(model, prompt_token_ids, completion_token_ids, chunk_elements=chunk_elements)
+    """Log-probabilities (B,) of B completions given their prompts: the sums of `completion_token_logprobs`."""
+    rows = completion_token_logprobs(
+        model,
+        prompt_token_ids,
+        completion_token_ids,
+        share_prompts=share_prompts,
+        chunk_elements=chunk_elements,
+    )
     return torch.stack([row_T.sum() for row_T in rows])
 
 
-def token_logprobs(
+def completion_token_logprobs(
     model: torch.nn.Module,
     prompt_token_ids: Sequence[TokenIds],
     completion_token_ids: Sequence[TokenIds],
     *,
+    share_prompts: bool = False,
     chunk_elements: int | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Log-probabilities (T,) of each token of B completions given their prompts, in float32 (float64 for a float64 model).
 
     `model` is a causal language model of transformers, on any device; the result carries gradients where grad mode is
-    on. At most `chunk_elements` logits exist at a time, by default what suits the device. An empty prompt
-    raises DataError, for nothing predicts the first token.
+    on. At most `chunk_elements` logits exist at a time, by default what suits the device.
+    With `share_prompts`, completions that follow each other and whose prompts are one object share its forward
+    (`qrpo.sharing`). An empty prompt raises DataError, for nothing predicts the first token.
     """
     prompt_lengths = [len(ids) for ids in prompt_token_ids]
     completion_lengths = [len(ids) for ids in completion_token_ids]
@@ -79,66 +87,50 @@ def token_logprobs(
         )
 
     device = next(model.parameters()).device
-    lengths = [p + c for p, c in zip(prompt_lengths, completion_lengths, strict=True)]
-    tokens_BT = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
-    predicts_BT = torch.zeros(tokens_BT.shape, dtype=torch.bool)
-    for row, (prompt, completion) in enumerate(zip(prompt_token_ids, completion_token_ids, strict=True)):
-        p, end = prompt_lengths[row], lengths[row]
-        tokens_BT[row, :p] = torch.as_tensor(np.asarray(prompt, dtype=np.int64))
-        tokens_BT[row, p:end] = torch.as_tensor(np.asarray(completion, dtype=np.int64))
-        predicts_BT[row, p - 1 : end - 1] = True
-    targets_M = tokens_BT[:, 1:][predicts_BT[:, :-1]].to(device)
-    positions_M = predicts_BT.flatten().nonzero().squeeze(1).to(device)
+    rows = _rows_of(prompt_token_ids, share_prompts)
+    width = max(prompt_lengths[row[0]] + sum(completion_lengths[place] for place in row) for row in rows)
+    tokens_BT = torch.zeros(len(rows), width, dtype=torch.long)
+    # Where a token stands in its own conversation, and in which completion: 0 for the prompt.
+    places_BT, turns_BT = torch.zeros_like(tokens_BT), torch.full_like(tokens_BT, -1)
+    positions, targets = [], []
+    for number, row in enumerate(rows):
+        p = end = prompt_lengths[row[0]]
+        tokens_BT[number, :p] = _tensor(prompt_token_ids[row[0]])
+        places_BT[number, :p], turns_BT[number, :p] = torch.arange(p), 0
+        for turn, place in enumerate(row, start=1):
+            start, end = end, end + completion_lengths[place]
+            if start == end:
+                continue
+            targets.append(_tensor(completion_token_ids[place]))
+            tokens_BT[number, start:end] = targets[-1]
+            places_BT[number, start:end], turns_BT[number, start:end] = torch.arange(p, p + end - start), turn
+            # The prompt's last token predicts each completion's first.
+            positions += [
+                torch.tensor([number * width + p - 1]),
+                number * width + torch.arange(start, end - 1),
+            ]
+    positions_M = (
+        torch.cat(positions).to(device) if positions else torch.zeros(0, dtype=torch.long, device=device)
+    )
+    targets_M = torch.cat(targets).to(device) if targets else positions_M
 
     causal_lm = _unwrapped(model)
+    layout = {}
+    if len(rows) < len(prompt_lengths):
+        turns_BT = turns_BT.to(device)
+        seen_BTT = (turns_BT[:, None, :] == turns_BT[:, :, None]) | (turns_BT[:, None, :] == 0)
+        layout = {"attention_mask": seen_BTT.tril()[:, None], "position_ids": places_BT.to(device)}
     # The last token predicts nothing, but cutting it would move no work worth the case distinction.
-    hidden_BTD = causal_lm.base_model(input_ids=tokens_BT.to(device), use_cache=False).last_hidden_state
+    hidden_BTD = causal_lm.base_model(
+        input_ids=tokens_BT.to(device), use_cache=False, **layout
+    ).last_hidden_state
     hidden_MD = hidden_BTD.flatten(0, 1).index_select(0, positions_M)
 
-    head, adjust = causal_lm.get_output_embeddings(), _logit_adjustment(causal_lm.config)
     if chunk_elements is None:
         chunk_elements = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
-    chunk = max(1, chunk_elements // int(causal_lm.config.get_text_config().vocab_size))
-    pieces = []
-    for hidden_CD, targets_C in zip(hidden_MD.split(chunk), targets_M.split(chunk), strict=True):
-        if torch.is_grad_enabled():
-            piece = checkpoint(
-                _token_logprobs,
-                head,
-                adjust,
-                hidden_CD,
-                targets_C,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-        else:
-            piece = _token_logprobs(head, adjust, hidden_CD, targets_C)
-        pieces.append(piece)
-    rows: tuple[torch.Tensor, ...] = torch.cat(pieces).split(completion_lengths)
-    return rows
-
-
-def length_sorted_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Cut rows into batches of like length: indices into `lengths`, longest rows first.
-
-    A batch padded to its longest row holds at most `token_budget` tokens; a row longer than that is a batch of its own. A batch
-    that is large enough to keep the hardware busy takes no rows much shorter than its longest, so a step that is small beside the
-    budget is not padded for nothing.
-    Longest first, so that what does not fit into memory fails at once.
-    """
-    if token_budget < 1:
-        raise ValueError(f"expected a token budget of at least 1, got {token_budget}")
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        # Sorted descending: the first row of a batch is its longest.
-        longest, rows = (lengths[batches[-1][0]], len(batches[-1])) if batches else (0, 0)
-        fits = rows and longest * (rows + 1) <= token_budget
-        wasteful = longest * rows >= BUSY_TOKENS and lengths[index] < LIKE_LENGTH * longest
-        if fits and not wasteful:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
+    logprob_M = token_logprobs(causal_lm, hidden_MD, targets_M, chunk_elements)
+    scores: tuple[torch.Tensor, ...] = logprob_M.split(completion_lengths)
+    return scores
 
 
 def score_logprobs(
@@ -147,6 +139,7 @@ def score_logprobs(
     token_budget: int,
     *,
     dtype: torch.dtype | None = None,
+    share_prompts: bool = False,
 ) -> Iterator[npt.NDArray[np.float32]]:
     """Yield, for each row in order, the log-probabilities (K,) of its K completions, without gradients.
 
@@ -154,12 +147,7 @@ def score_logprobs(
     of a forward pass, padding included; it changes results by rounding only. Rows are read a window at a time, so
     any number of them streams through. `dtype` bfloat16 computes as mixed-precision training does.
     """
-
-    def sums(*batch: Any) -> npt.NDArray[np.float32]:
-        scores_B: npt.NDArray[np.float32] = completion_logprobs(model, *batch).float().cpu().numpy()
-        return scores_B
-
-    for scores in _score(model, rows, token_budget, dtype, sums):
+    for scores in _score(completion_logprobs, model, rows, token_budget, dtype, share_prompts):
         yield np.array(scores, dtype=np.float32)
 
 
@@ -169,22 +157,20 @@ def score_token_logprobs(
     token_budget: int,
     *,
     dtype: torch.dtype | None = None,
+    share_prompts: bool = False,
 ) -> Iterator[list[npt.NDArray[np.float32]]]:
     """As `score_logprobs`, but the log-probabilities (T,) of every token of each of the row's K completions."""
-
-    def tokens(*batch: Any) -> list[npt.NDArray[np.float32]]:
-        return [row_T.float().cpu().numpy() for row_T in token_logprobs(model, *batch)]
-
-    return _score(model, rows, token_budget, dtype, tokens)
+    return _score(completion_token_logprobs, model, rows, token_budget, dtype, share_prompts)
 
 
 def _score(
+    compute: Callable[..., Iterable[torch.Tensor]],
     model: torch.nn.Module,
     rows: Iterable[Mapping[str, Any]],
     token_budget: int,
     dtype: torch.dtype | None,
-    compute: Callable[..., Iterable[Any]],
-) -> Iterator[list[Any]]:
+    share_prompts: bool,
+) -> Iterator[list[npt.NDArray[np.float32]]]:
     """What `compute` says of each completion of each row, a window of rows at a time."""
     window: list[Mapping[str, Any]] = []
     tokens = 0
@@ -192,30 +178,65 @@ def _score(
         window.append(row)
         tokens += sum(_lengths(row))
         if tokens >= WINDOW_BATCHES * token_budget:
-            yield from _score_window(model, window, token_budget, dtype, compute)
+            yield from _score_window(compute, model, window, token_budget, dtype, share_prompts)
             window, tokens = [], 0
     if window:
-        yield from _score_window(model, window, token_budget, dtype, compute)
+        yield from _score_window(compute, model, window, token_budget, dtype, share_prompts)
+
+
+def inside_forward(
+    model: torch.nn.Module, inner: torch.nn.Module, compute: Callable[..., torch.Tensor], *arguments: Any
+) -> torch.Tensor:
+    """Call `compute` inside the forward of `model`: DDP, which wraps `inner`, and FSDP, which hooks into it, work there."""
+
+    def forward(*forwarded: Any) -> torch.Tensor:
+        restore()
+        return compute(*forwarded)
+
+    def restore() -> None:
+        if own is None:
+            inner.__dict__.pop("forward", None)
+        else:
+            inner.forward = own
+
+    own = inner.__dict__.get("forward")
+    inner.forward = forward
+    try:
+        result: torch.Tensor = model(*arguments)
+    finally:
+        restore()
+    return result
 
 
 def _score_window(
+    compute: Callable[..., Iterable[torch.Tensor]],
     model: torch.nn.Module,
     rows: list[Mapping[str, Any]],
     token_budget: int,
     dtype: torch.dtype | None,
-    compute: Callable[..., Iterable[Any]],
-) -> Iterator[list[Any]]:
+    share_prompts: bool,
+) -> Iterator[list[npt.NDArray[np.float32]]]:
     prompts = [row["prompt_token_ids"] for row in rows for _ in row["completion_token_ids"]]
     completions = [completion for row in rows for completion in row["completion_token_ids"]]
     lengths = [length for row in rows for length in _lengths(row)]
-    scores: dict[int, Any] = {}
+    scores: dict[int, npt.NDArray[np.float32]] = {}
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), autocast(model, dtype):
-            for batch in length_sorted_batches(lengths, token_budget):
-                found = compute([prompts[i] for i in batch], [completions[i] for i in batch])
-                scores.update(zip(batch, found, strict=True))
+            shared = share_prompts and worth_sharing(prompts, completions)
+            for batch in (
+                shared_batches(prompts, completions, token_budget)
+                if shared
+                else length_sorted_batches(lengths, token_budget)
+            ):
+                found = compute(
+                    model,
+                    [prompts[i] for i in batch],
+                    [completions[i] for i in batch],
+                    share_prompts=shared,
+                )
+                scores.update(zip(batch, (score.float().cpu().numpy() for score in found), strict=True))
     finally:
         model.train(was_training)
     places = iter(range(len(lengths)))
@@ -230,34 +251,19 @@ def autocast(model: torch.nn.Module, dtype: torch.dtype | None) -> AbstractConte
     return context
 
 
-def _token_logprobs(
-    head: torch.nn.Module,
-    adjust: Callable[[torch.Tensor], torch.Tensor],
-    hidden_CD: torch.Tensor,
-    targets_C: torch.Tensor,
-) -> torch.Tensor:
-    """Log-probabilities (C,) of C target tokens."""
-    logits_CV = head(hidden_CD)
-    if logits_CV.dtype != torch.float64:
-        logits_CV = logits_CV.float()
-    logits_CV = adjust(logits_CV)
-    return logits_CV.gather(1, targets_C[:, None]).squeeze(1) - logits_CV.logsumexp(dim=1)
+def _rows_of(prompts: Sequence[TokenIds], share: bool) -> list[list[int]]:
+    """Places of the completions in each row."""
+    rows: list[list[int]] = []
+    for place, prompt in enumerate(prompts):
+        if share and place and prompt is prompts[place - 1]:
+            rows[-1].append(place)
+        else:
+            rows.append([place])
+    return rows
 
 
-def _logit_adjustment(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What some architectures do to their logits after the head: a cap (Gemma) or a scale (Cohere, Granite)."""
-    config = config.get_text_config()
-    cap: float | None = getattr(config, "final_logit_softcapping", None)
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-        getattr(config, "logits_scaling", None) or 1.0
-    )
-
-    def adjust(logits: torch.Tensor) -> torch.Tensor:
-        if scale != 1.0:
-            logits = logits * scale
-        return cap * torch.tanh(logits / cap) if cap else logits
-
-    return adjust
+def _tensor(ids: TokenIds) -> torch.Tensor:
+    return torch.as_tensor(np.asarray(ids, dtype=np.int64))
 
 
 def _unwrapped(model: torch.nn.Module) -> Any:

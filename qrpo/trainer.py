@@ -15,9 +15,10 @@ samples, another stage's work).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,25 +26,26 @@ import numpy as np
 import torch
 from accelerate import DistributedType, PartialState
 from safetensors import SafetensorError
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from qrpo.adapters import adapters_off
+from qrpo.batches import length_sorted_batches
 from qrpo.checkpoints import UNFINISHED, commit_checkpoint, unwritten
-from qrpo.errors import ConfigError, DataError, TrainingError
+from qrpo.early_stop import EarlyStop
+from qrpo.errors import ConfigError, DataError
 from qrpo.guard import BadStep, StepGuard
+from qrpo.initial_check import ROUNDING, check_reference
 from qrpo.loader import ShuffledRows, is_idle, step_loader
-from qrpo.logprobs import completion_logprobs, length_sorted_batches, score_logprobs
+from qrpo.logprobs import completion_logprobs, inside_forward, score_logprobs
 from qrpo.losses import LossType, PairChoice
 from qrpo.objectives import Objective, make_objective, narrowed
 from qrpo.partition import Partition
-from qrpo.rows import collate_rows, flatten_rows, take, tensor_of, training_rows
+from qrpo.rows import collate_rows, flatten_rows, take, training_rows
+from qrpo.sharing import can_share, shared_batches, worth_sharing
 from qrpo.throughput import Meter
 from qrpo.transforms import get_transform
 
 __all__ = ["CompletionTrainer", "CompletionTrainingArguments", "QRPOConfig", "QRPOTrainer"]
-
-# How far rounding alone carries the mean |log pi - log ref| at step 0, per square root of a token.
-ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 @dataclass
@@ -54,6 +56,13 @@ class CompletionTrainingArguments(TrainingArguments):  # type: ignore[misc]
         default=8192,
         metadata={
             "help": "Most tokens of one forward pass, padding included. Changes memory and speed, not results."
+        },
+    )
+    share_prompts: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute a prompt once for all its completions, where the model then gives the same log-probabilities and "
+            "a fifth of the tokens is saved; see qrpo.sharing."
         },
     )
     bad_step: BadStep = field(
@@ -72,7 +81,8 @@ class CompletionTrainingArguments(TrainingArguments):  # type: ignore[misc]
     patience: int | None = field(
         default=None,
         metadata={
-            "help": "Stop after this many evaluations in a row without a lower `eval_loss`. None: never."
+            "help": "Stop after this many evaluations in a row without a lower `eval_loss`, and go back to the weights that had the "
+            "lowest. None: never."
         },
     )
     remove_unused_columns: bool = False
@@ -90,6 +100,8 @@ class CompletionTrainingArguments(TrainingArguments):  # type: ignore[misc]
         if self.patience is not None:
             self.metric_for_best_model, self.greater_is_better = "eval_loss", False
         super().__post_init__()
+        # Set here, past a check that save_steps fit eval_steps: the trainer saves whenever an evaluation is the best so far.
+        self.load_best_model_at_end = self.load_best_model_at_end or self.patience is not None
         if self.data_seed is None:
             self.data_seed = self.seed
 
@@ -183,9 +195,10 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         self.add_callback(self.guard)
         self._saving = False
         if args.patience is not None:
-            self.add_callback(EarlyStoppingCallback(args.patience))
+            self.add_callback(EarlyStop(args.patience))
         self._metrics: dict[str, tuple[float, int]] = {}  # sum over completions, and their number
-        self._meter = Meter(self.model, self._compute_dtype())
+        self._can_share = args.share_prompts and can_share(self.model)
+        self._meter = Meter(self.model, self.compute_dtype())
 
     def training_step(
         self,
@@ -203,14 +216,15 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         # A rank without any term takes part all the same, with a weight of 0: the others wait for its gradients.
         idle = not rows
         columns = flatten_rows(inputs["spare"] if idle else rows)
-        batches = self._as_many_on_all_ranks(self._micro_batches(columns, 1 if idle else objective.group))
+        cut, share = self._micro_batches(columns, 1 if idle else objective.group)
+        batches = self._as_many_on_all_ranks(cut)
         total = torch.zeros((), device=self.args.device)
         seen_B = torch.zeros(len(columns["length"]), device=self.args.device)
         for number, (indices, repeated) in enumerate(batches):
             batch = take(columns, indices)
             last = number == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(model):
-                logprob_B = self.logprobs(model, batch)
+                logprob_B = self.logprobs(model, batch, share)
                 losses_U = 0 * logprob_B if idle or repeated else objective.loss(logprob_B, batch)
                 loss = losses_U.sum() * scale
                 self.accelerator.backward(loss)
@@ -223,15 +237,14 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
                 self._add_metrics(objective.metrics(seen_B, columns), columns)
         return total
 
-    def logprobs(self, model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    def logprobs(
+        self, model: torch.nn.Module, batch: dict[str, Any], share_prompts: bool = False
+    ) -> torch.Tensor:
         """log pi(y|x) (B,) of flattened rows, in the training precision."""
         inner = self.accelerator.unwrap_model(model)
-
-        def compute(*arguments: Any) -> torch.Tensor:
-            return completion_logprobs(inner, *arguments)
-
+        compute = partial(completion_logprobs, inner, share_prompts=share_prompts)
         with self.accelerator.autocast():
-            return _through_wrapper(
+            return inside_forward(
                 model, inner, compute, batch["prompt_token_ids"], batch["completion_token_ids"]
             )
 
@@ -249,9 +262,10 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         total, seen_B = 0.0, torch.zeros(len(columns["length"]), device=self.args.device)
         self.model.eval()
         with torch.no_grad():
-            for indices in self._micro_batches(columns, self.objective.group):
+            batches, share = self._micro_batches(columns, self.objective.group)
+            for indices in batches:
                 batch = take(columns, indices)
-                logprob_B = self.logprobs(self.model_wrapped, batch)
+                logprob_B = self.logprobs(self.model_wrapped, batch, share)
                 total += self.objective.loss(logprob_B, batch).sum().item()
                 seen_B[indices] = logprob_B.to(seen_B.dtype)
             found = self.objective.metrics(seen_B, columns)
@@ -298,18 +312,22 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         tokens = sum(flatten_rows(rows)["length"]) if rows else 0
         return int(6 * tokens * self.model.num_parameters(exclude_embeddings=True))
 
-    def _compute_dtype(self) -> torch.dtype:
+    def compute_dtype(self) -> torch.dtype:
+        """Precision of the matrix products."""
         if self.args.bf16 or self.args.fp16:
             return torch.bfloat16 if self.args.bf16 else torch.float16
         dtype: torch.dtype = self.model.dtype
         return dtype if dtype in ROUNDING else torch.float32
 
-    def _micro_batches(self, columns: dict[str, Any], group: int) -> list[list[int]]:
-        """Places in the columns, cut into forward passes within the token budget; a group of completions stays together."""
-        length_B = columns["length"]
-        longest = [max(length_B[start : start + group]) for start in range(0, len(length_B), group)]
+    def _micro_batches(self, columns: dict[str, Any], group: int) -> tuple[list[list[int]], bool]:
+        """Places in the columns, cut into forward passes within the token budget, a group of completions together; and whether
+        those of a prompt share its forward."""
+        prompts, completions = columns["prompt_token_ids"], columns["completion_token_ids"]
+        if self._can_share and worth_sharing(prompts, completions):
+            return shared_batches(prompts, completions, self.args.token_budget, group), True
+        longest = [max(columns["length"][start : start + group]) for start in range(0, len(prompts), group)]
         units = length_sorted_batches(longest, max(1, self.args.token_budget // group))
-        return [[unit * group + place for unit in batch for place in range(group)] for batch in units]
+        return [[unit * group + place for unit in batch for place in range(group)] for batch in units], False
 
     def _usable(self, rows: Sequence[Any]) -> Sequence[Any]:
         """The rows; DataError where a column that the loss needs is missing."""
@@ -366,6 +384,12 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
             raise unwritten(f"the checkpoint of step {state.global_step}", folder, error) from error
         finally:
             self._saving = False
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        best: bool = super()._determine_best_metric(metrics, trial)
+        if best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return best
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
@@ -430,38 +454,16 @@ class QRPOTrainer(CompletionTrainer):
         args = self.args
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         with adapters_off(self.model):
-            for row, ref_logprob_K in zip(
-                rows, score_logprobs(self.model, rows, args.token_budget, dtype=dtype), strict=True
-            ):
+            scores = score_logprobs(
+                self.model, rows, args.token_budget, dtype=dtype, share_prompts=self._can_share
+            )
+            for row, ref_logprob_K in zip(rows, scores, strict=True):
                 row["ref_logprob"] = ref_logprob_K
 
     def before_first_step(self, rows: Sequence[Any]) -> None:
         """Compare the policy with the data's reference: before the first step they are the same model."""
-        if not rows or "ref_logprob" not in rows[0]:
-            return
-        columns = flatten_rows(rows)
-        # The last batch holds the shortest: a quick look, within the memory that the step needs anyway.
-        shown = length_sorted_batches(columns["length"], self.args.token_budget)[-1][:64]
-        batch = take(columns, shown)
-        self.model.eval()
-        with torch.no_grad():
-            logprob_B = self.logprobs(self.model, batch)
-        ratio_B = (logprob_B - tensor_of(batch["ref_logprob"], logprob_B)).abs()
-        tokens_B = tensor_of([len(ids) for ids in batch["completion_token_ids"]], logprob_B)
-        drift = (ratio_B / tokens_B.clamp(min=1).sqrt()).mean().item()
-        limit = self.args.max_initial_log_ratio
-        if limit is None:
-            limit = ROUNDING[self._compute_dtype()]
-        mean, largest = ratio_B.mean().item(), ratio_B.max().item()
-        self.log({"initial_log_ratio/mean_abs": mean, "initial_log_ratio/max_abs": largest})
-        # A NaN is left to the loss, which names its prompt.
-        if drift > limit:
-            raise TrainingError(
-                f"before the first step, log pi - log ref of {len(shown)} completions has mean {mean:.4g} and maximum "
-                f"{largest:.4g} in absolute value: {drift:.4g} per square root of a token, expected at most {limit:g}. The "
-                "reference log-probabilities come from other weights, another chat template or another tokenizer than "
-                "the model to be trained. Compute them again from this model, or raise max_initial_log_ratio."
-            )
+        if rows and "ref_logprob" in rows[0]:
+            check_reference(self, rows)
 
 
 def _mean_ref_std(rows: Any) -> float:
@@ -471,27 +473,3 @@ def _mean_ref_std(rows: Any) -> float:
             "transform scales each prompt"
         )
     return float(np.mean([row["ref_std"] for row in rows]))
-
-
-def _through_wrapper(
-    model: torch.nn.Module, inner: torch.nn.Module, compute: Callable[..., torch.Tensor], *arguments: Any
-) -> torch.Tensor:
-    """Call `compute` inside the forward of `model`: DDP, which wraps `inner`, and FSDP, which hooks into it, work there."""
-
-    def forward(*forwarded: Any) -> torch.Tensor:
-        restore()
-        return compute(*forwarded)
-
-    def restore() -> None:
-        if own is None:
-            inner.__dict__.pop("forward", None)
-        else:
-            inner.forward = own
-
-    own = inner.__dict__.get("forward")
-    inner.forward = forward
-    try:
-        result: torch.Tensor = model(*arguments)
-    finally:
-        restore()
-    return result

@@ -121,7 +121,9 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         if _stopped(self.trainer):
             control.should_save = control.should_training_stop = True
-        if control.should_save:
+        if (
+            control.should_save or control.should_evaluate
+        ):  # an evaluation may be the best so far, and be saved
             control.should_log = True
         return control
 

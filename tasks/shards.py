@@ -95,9 +95,11 @@ class LogprobScorer:
     def __init__(self, model: ModelConfig, config: "PipelineConfig") -> None:
         import torch
 
+        from qrpo.sharing import can_share
         from qrpo.training import load_policy
 
         self._model = load_policy(model)
+        self._share = config.policy.share_prompts and can_share(self._model)
         self._dtype = getattr(torch, config.policy.dtype)
         self._token_budget = config.shards.token_budget
 
@@ -105,7 +107,9 @@ class LogprobScorer:
         """Set `column` of each row to the log-probabilities (K,) of its `completion_token_ids`."""
         from qrpo.logprobs import score_logprobs
 
-        scores = score_logprobs(self._model, rows, self._token_budget, dtype=self._dtype)
+        scores = score_logprobs(
+            self._model, rows, self._token_budget, dtype=self._dtype, share_prompts=self._share
+        )
         for row, scores_K in zip(rows, scores, strict=True):
             row[column] = scores_K.tolist()
 

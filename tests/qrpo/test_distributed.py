@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,8 @@ from safetensors.torch import load_file
 from qrpo.child import stream
 from qrpo.errors import EngineError, TrainingError
 from qrpo.launch import stream_ranks
-from qrpo.logprobs import score_logprobs
 from qrpo.optimization import PolicyConfig
 from qrpo.policy import train_policy
-from qrpo.tiny import build_tiny_model
-from qrpo.training import load_policy
 
 pytestmark = pytest.mark.slow
 
@@ -40,31 +38,9 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("model"), ["some words"], hidden_size=16, layers=2)
-
-
-@pytest.fixture(scope="module")
-def rows(folder: Path) -> list[dict[str, Any]]:
+def rows(make_rows: Callable[[int, int], list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """13 prompts: the last step of an epoch has one, so one of two processes has none."""
-    rng = np.random.default_rng(0)
-
-    def ids(low: int, high: int) -> list[int]:
-        return rng.integers(6, 250, size=rng.integers(low, high)).tolist()
-
-    rows = [
-        {
-            "prompt_id": f"prompt-{i}",
-            "prompt_token_ids": ids(2, 9),
-            "completion_token_ids": [ids(1, 20) for _ in range(3)],
-            "quantile_reward": rng.random(3).astype(np.float32),
-            "num_ref": 20,
-        }
-        for i in range(13)
-    ]
-    for row, scores in zip(rows, score_logprobs(load_policy(folder), rows, 1000), strict=True):
-        row["ref_logprob"] = scores
-    return rows
+    return make_rows(13, 3)
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars
 import pyarrow as pa
 import pytest
 
 from qrpo.checkpoints import UNFINISHED, commit_checkpoint, latest_checkpoint, remove_broken_checkpoints
-from qrpo.logprobs import score_logprobs
-from qrpo.tiny import build_tiny_model
-from qrpo.training import load_policy
 from storage import SCHEMAS, PartKey, Store
 
 pytestmark = pytest.mark.slow
@@ -80,33 +76,22 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """30 prompts with 2 completions each in two shards, a reference that scored them, and the server."""
-    folder = build_tiny_model(tmp_path_factory.mktemp("model"), ["some words"], hidden_size=16, layers=1)
-    rng = np.random.default_rng(0)
-
-    def ids(low: int, high: int) -> list[int]:
-        return rng.integers(6, 250, size=rng.integers(low, high)).tolist()
-
+def server(
+    folder: Path,
+    make_rows: Callable[[int, int], list[dict[str, Any]]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Server]:
+    """30 prompts with 2 completions each in two shards, and the server."""
     rows = [
         {
-            "prompt_id": f"prompt-{i}",
-            "prompt_token_ids": ids(2, 9),
-            "completion_token_ids": [ids(1, 20) for _ in range(2)],
-            "quantile_reward": rng.random(2).astype(np.float32),
-        }
-        for i in range(30)
-    ]
-    for row, scores in zip(rows, score_logprobs(load_policy(folder), rows, 1000), strict=True):
-        row |= {
+            **row,
             "sample_index": [0, 1],
             "origin": ["offline"] * 2,
-            "reward": [0.0, 1.0],
             "quantile_low": row["quantile_reward"],
             "quantile_high": row["quantile_reward"],
-            "ref_logprob": scores,
-            "num_ref": 20,
         }
+        for row in make_rows(30, 2)
+    ]
     data = tmp_path_factory.mktemp("data")
     store = Store(data)
     records = [

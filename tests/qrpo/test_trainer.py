@@ -1,10 +1,3 @@
-import json
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-
 import numpy as np
 import polars
 import pytest
@@ -14,13 +7,14 @@ from safetensors.torch import load_file
 from scipy.stats import norm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qrpo.chat import encode_completion, encode_prompt
 from qrpo.checkpoints import latest_checkpoint, mark_whole
 from qrpo.errors import ConfigError, DataError, TrainingError
 from qrpo.logprobs import score_logprobs
 from qrpo.optimization import PolicyConfig
 from qrpo.partition import log_z
 from qrpo.policy import train_policy
-from qrpo.tiny import build_tiny_model
+from qrpo.tiny import build_tiny_tokenizer
 from qrpo.trainer import QRPOConfig, QRPOTrainer
 from qrpo.training import load_policy
 
@@ -35,33 +29,8 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return build_tiny_model(
-        tmp_path_factory.mktemp("model"), ["some words", "and more"], hidden_size=16, layers=1
-    )
-
-
-@pytest.fixture(scope="module")
-def rows(folder):
-    """12 prompts with 3 completions each, scored by the reference."""
-    rng = np.random.default_rng(0)
-
-    def ids(low, high):
-        return rng.integers(6, 250, size=rng.integers(low, high)).tolist()
-
-    rows = [
-        {
-            "prompt_id": f"prompt-{i}",
-            "prompt_token_ids": ids(2, 9),
-            "completion_token_ids": [ids(1, 20) for _ in range(3)],
-            "quantile_reward": rng.random(3).astype(np.float32),
-            "num_ref": 20,
-        }
-        for i in range(12)
-    ]
-    for row, scores in zip(rows, score_logprobs(load_policy(folder), rows, 1000), strict=True):
-        row["ref_logprob"] = scores
-    return rows
+def rows(make_rows):
+    return make_rows(12, 3)
 
 
 class Reader:
@@ -88,6 +57,7 @@ def train(folder, dataset, output_dir, **settings):
     return load_file(final / "model.safetensors"), progress
 
 
+@pytest.mark.slow
 def test_a_step_minimises_the_paper_s_squared_error(folder, rows, tmp_path):
     """The first loss, computed here from its definition, and descent on it."""
     quantiles = np.stack([row["quantile_reward"] for row in rows]).astype(np.float64)
@@ -132,28 +102,7 @@ def test_the_final_folder_is_an_ordinary_model_with_its_tokenizer(folder, rows, 
     )
 
 
-def test_how_a_step_is_cut_changes_nothing(folder, rows, tmp_path):
-    def weights_after(name, **arguments):
-        settings = PolicyConfig(**{**SETTINGS, "learning_rate": 1e-3}).arguments(tmp_path / name)
-        trainer = QRPOTrainer(
-            load_policy(folder).double(),
-            QRPOConfig(**{**settings, "beta": 0.5, "save_strategy": "no", **arguments}),
-            rows[:10],  # the last step has two prompts only
-        )
-        trainer.train()
-        return trainer.model.state_dict()
-
-    whole = weights_after("whole", per_device_train_batch_size=4, token_budget=10_000)
-    variants = [
-        weights_after("micro", per_device_train_batch_size=4, token_budget=30),
-        weights_after("accumulated", per_device_train_batch_size=1, gradient_accumulation_steps=4),
-    ]
-
-    for variant in variants:
-        for name, weight in whole.items():
-            torch.testing.assert_close(variant[name], weight, rtol=1e-9, atol=1e-11)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("as_dataset", [list, Reader], ids=["rows", "reader"])
 def test_a_killed_run_goes_on_exactly_where_it_was(folder, rows, tmp_path, as_dataset):
     uninterrupted, progress = train(folder, as_dataset(rows), tmp_path / "a", epochs=3, save_steps=2)
@@ -189,49 +138,6 @@ def test_a_killed_run_goes_on_exactly_where_it_was(folder, rows, tmp_path, as_da
         assert dataset.starts[0] == (1, 4)  # one seek, no reading of what was trained on
 
 
-@pytest.mark.slow
-def test_kill_9_in_the_middle_leaves_a_run_that_ends_the_same(folder, rows, tmp_path):
-    script = textwrap.dedent("""
-        import json, sys, torch
-        from qrpo.optimization import PolicyConfig
-        from qrpo.policy import train_policy
-        torch.set_num_threads(1)
-        folder, rows, output, settings = (json.loads(a) for a in sys.argv[1:])
-        train_policy(folder, rows, PolicyConfig(**settings), output, on_progress=lambda p: print(p["step"], flush=True))
-    """)
-    plain_rows = [
-        {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in row.items()}
-        for row in rows
-    ]
-    settings = {**SETTINGS, "epochs": 8, "save_steps": 3}
-
-    def start(name):
-        arguments = [json.dumps(a) for a in (str(folder), plain_rows, str(tmp_path / name), settings)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        return subprocess.Popen(
-            [sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def wait(process):
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0
-        return output.split()
-
-    steps = wait(start("uninterrupted"))
-    victim = start("killed")
-    for line in victim.stdout:
-        if int(line) == 10:
-            break
-    victim.send_signal(signal.SIGKILL)
-    victim.communicate()
-    resumed_steps = wait(start("killed"))
-
-    assert len(steps) == 24
-    assert int(resumed_steps[0]) > 1
-    files = [tmp_path / name / "final" / "model.safetensors" for name in ("uninterrupted", "killed")]
-    assert files[0].read_bytes() == files[1].read_bytes()
-
-
 def test_a_checkpoint_counts_only_when_it_is_whole(tmp_path):
     for step in (5, 20, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -245,12 +151,74 @@ def test_a_checkpoint_counts_only_when_it_is_whole(tmp_path):
     assert latest_checkpoint(tmp_path / "nothing") is None
 
 
-def test_a_reference_of_other_weights_is_found_before_the_first_step(folder, rows, tmp_path):
-    shifted = [{**row, "ref_logprob": row["ref_logprob"] + 0.5} for row in rows]
+def with_other_tokens(folder, change):
+    """Rows of text whose tokens come from the tokenizer after `change`; its own tokens were scored by the model."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    other = change(AutoTokenizer.from_pretrained(folder))
 
-    with pytest.raises(TrainingError, match=r"before the first step.*another chat template"):
+    def encode(tokenizer):
+        messages = [{"role": "user", "content": "some words and more words"}]
+        return {
+            "prompt_id": "asked",
+            "prompt_token_ids": encode_prompt(tokenizer, messages),
+            "completion_token_ids": [
+                encode_completion(tokenizer, messages, text) for text in ("more", "some words")
+            ],
+            "quantile_reward": [0.2, 0.9],
+        }
+
+    (scores,) = score_logprobs(load_policy(folder), [encode(tokenizer)], 1000)
+    return [{**encode(other), "ref_logprob": scores}]
+
+
+def another_template(tokenizer):
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ '<|assistant|>' }}", "{{ '<|assistant|>' + 'So: ' }}"
+    ).replace(
+        "'|>' + message['content']",
+        "'|>' + ('So: ' if message['role'] == 'assistant' else '') + message['content']",
+    )
+    return tokenizer
+
+
+def another_tokenizer(tokenizer):
+    return build_tiny_tokenizer(["zebra quokka"] * 3, vocab_size=300)
+
+
+def larger_tokenizer(tokenizer):
+    tokenizer.add_tokens([f"more{number}" for number in range(600)] + [" words"])
+    return tokenizer
+
+
+def test_a_reference_of_other_weights_stops_before_the_first_step(folder, tmp_path):
+    (row,) = with_other_tokens(folder, lambda tokenizer: tokenizer)
+    shifted = [{**row, "ref_logprob": row["ref_logprob"] + 0.5}]
+
+    with pytest.raises(TrainingError, match=r"before the first step.*come from other weights"):
         train(folder, shifted, tmp_path / "refused")
     train(folder, shifted, tmp_path / "allowed", max_initial_log_ratio=10)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            another_template,
+            "Prompt asked: it comes from another chat template, this one's prompts end in '<|end|><|assistant|>'",
+        ),
+        (another_tokenizer, r"Prompt asked: its \d+ tokens come from another tokenizer"),
+        (
+            larger_tokenizer,
+            r"token \d+ is not in the model. Prompt asked: its token \d+ comes from another tokenizer",
+        ),
+    ],
+)
+def test_rows_of_another_template_or_tokenizer_stop_before_the_first_step(folder, tmp_path, change, reason):
+    rows = with_other_tokens(folder, change)
+
+    with pytest.raises(TrainingError, match=r"before the first step.*" + reason.replace("|", r"\|")):
+        train(folder, rows, tmp_path)
+    assert not (tmp_path / "final").exists()
 
 
 def test_a_loss_that_is_not_finite_names_its_prompts(folder, rows, tmp_path):

@@ -1,6 +1,7 @@
 """Which rows each process sees, and what becomes of a step that goes wrong."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,8 @@ from hypothesis import strategies as st
 from qrpo.errors import TrainingError
 from qrpo.guard import FIRST_LOSSES
 from qrpo.loader import ShuffledRows, is_idle, step_loader
-from qrpo.logprobs import score_logprobs
 from qrpo.optimization import PolicyConfig
 from qrpo.policy import train_policy
-from qrpo.tiny import build_tiny_model
 from qrpo.trainer import QRPOConfig, QRPOTrainer
 from qrpo.training import load_policy
 
@@ -112,30 +111,9 @@ def test_the_rest_of_an_epoch_is_one_stream() -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("model"), ["some words"], hidden_size=16, layers=1)
-
-
-@pytest.fixture(scope="module")
-def rows(folder: Path) -> list[dict[str, Any]]:
+def rows(make_rows: Callable[[int, int], list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """60 prompts: 15 steps."""
-    rng = np.random.default_rng(0)
-
-    def ids(low: int, high: int) -> list[int]:
-        return rng.integers(6, 250, size=rng.integers(low, high)).tolist()
-
-    rows = [
-        {
-            "prompt_id": f"prompt-{i}",
-            "prompt_token_ids": ids(2, 9),
-            "completion_token_ids": [ids(1, 20) for _ in range(2)],
-            "quantile_reward": rng.random(2).astype(np.float32),
-        }
-        for i in range(60)
-    ]
-    for row, scores in zip(rows, score_logprobs(load_policy(folder), rows, 1000), strict=True):
-        row["ref_logprob"] = scores
-    return rows
+    return make_rows(60, 2)
 
 
 def with_bad_row(rows: list[dict[str, Any]], step: int, **change: Any) -> tuple[list[dict[str, Any]], str]:
@@ -159,6 +137,7 @@ def test_a_bad_step_can_be_left_out(folder: Path, rows: list[dict[str, Any]], tm
     assert np.isnan(losses).tolist() == [False, False, True, False, False]
 
 
+@pytest.mark.slow
 def test_an_exploded_loss_stops_and_names_the_prompt(
     folder: Path, rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -5,22 +5,29 @@ again, and looks at how many samples were drawn and how many completions scored.
 """
 
 import json
+import math
 import random
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import polars
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import tasks.completions
 import tasks.rewards
 from flows.preview import preview
 from qrpo.engines import open_engine
-from storage import Store
+from qrpo.errors import TrainingError
+from storage import PartRecord, Store
 from tasks.config import PipelineConfig, parse_config
+from tasks.policy import compute as compute_policy
 from tasks.run_stage import run_stage
 from tasks.stages import STAGES, plan_pipeline
+from tasks.work import Work
 
 pytestmark = pytest.mark.slow
 
@@ -445,3 +452,57 @@ def test_changed_policy_does_not_stumble_over_the_policy_before(task: Task, coun
 
 def policy_family(task: Task) -> str:
     return plan_pipeline(task.config, task.store, until="policy")["policy"].family
+
+
+def trained(task: Task, config: PipelineConfig) -> PartRecord:
+    """The policy's record; its computation runs in this process."""
+    plan = plan_pipeline(config, task.store, until="policy")
+    assert all(plan[stage].complete for stage in ("completions", "rewards", "quantiles", "shards"))
+    results = [*compute_policy(Work("policy", config, task.store.url, plan["policy"].parts))]
+    assert isinstance(results[-1], PartRecord)
+    return results[-1]
+
+
+def file_of(task: Task, record: PartRecord, name: str) -> Path:
+    (key,) = (file.key for file in record.files if file.name == name)
+    path = task.store.local_path(key)
+    assert path is not None
+    return path
+
+
+def test_every_loss_trains_on_the_same_shards(task: Task) -> None:
+    """Each is a policy of its own, of the same parents, and starts at the value that its definition has at the reference."""
+    policies, first = {}, {}
+    for loss in ("qrpo", "dpo", "rebel", "simpo", "sft"):
+        task.changes = {"policy.loss": loss, "policy.max_steps": 2, "policy.prompts_per_step": 8}
+        policies[loss] = trained(task, task.config)
+        metrics = polars.read_parquet(file_of(task, policies[loss], "metrics.parquet")).drop_nulls("loss")
+        assert metrics["step"].to_list() == [1, 2]
+        assert metrics["grad_norm"].min() > 0  # type: ignore[operator]
+        first[loss] = metrics["loss"][0]
+
+    assert len({record.fingerprint for record in policies.values()}) == 5
+    assert len({json.dumps(sorted(record.parents)) for record in policies.values()}) == 1
+    assert first["dpo"] == pytest.approx(math.log(2), rel=1e-4)
+    assert all(math.isfinite(loss) for loss in first.values())
+
+
+def test_policy_on_two_processes_passes_on_their_failure_and_is_that_of_one(
+    task: Task, base: Task, tmp_path: Path
+) -> None:
+    shutil.copytree(base.folder, tmp_path / "alone")
+    alone = Task(tmp_path / "alone", base.model)
+    settings = {"policy.max_steps": 2, "policy.prompts_per_step": 8}
+    alone.changes = settings
+    task.changes = {**settings, "policy.processes": 2, "policy.max_initial_log_ratio": 1e-12}
+    with pytest.raises(TrainingError, match=r"before the first step.*expected at most 1e-12"):
+        task.run(until="policy")
+    task.changes = {**settings, "policy.processes": 2}
+    task.run(until="policy")
+    record = trained(alone, alone.config)
+
+    (key,) = (part.key for part in plan_pipeline(task.config, task.store, until="policy")["policy"].parts)
+    assert key == record.key
+    two, one = (load_file(file_of(each, record, "model.safetensors")) for each in (task, alone))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=2e-5)

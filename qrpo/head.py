@@ -1,0 +1,148 @@
+"""Log-probabilities of target tokens from hidden states: the head and its softmax, one chunk of logits at a time.
+
+    log p[y] = z[y] - logsumexp(z),   z = W h + b              forward: only log p and logsumexp are kept
+    d log p[y] / dz = onehot(y) - exp(z - logsumexp(z))        backward: z is computed again, chunk by chunk
+
+All chunks are written into the same block of memory, and the softmax and its gradient are taken in place: a fresh block a
+chunk costs a CPU as much time as the arithmetic (the kernel zeroes its pages), and leaves holes in the heap. A head that is not a plain linear
+layer, or whose logits are capped, goes the general way: the same chunks through `torch.utils.checkpoint`.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["token_logprobs"]
+
+
+def token_logprobs(
+    model: Any, hidden_MD: torch.Tensor, targets_M: torch.Tensor, chunk_elements: int
+) -> torch.Tensor:
+    """Log-probabilities (M,) of M target tokens by the head of a causal language model, in float32 (float64 for float64).
+
+    At most `chunk_elements` logits, and at least one position's, exist at a time.
+    """
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    chunk = max(1, chunk_elements // int(config.vocab_size))
+    # What some architectures do to their logits after the head: a scale (Cohere, Granite) or a cap (Gemma).
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+        getattr(config, "logits_scaling", None) or 1.0
+    )
+    cap: float | None = getattr(config, "final_logit_softcapping", None)
+    if type(head) is torch.nn.Linear and not cap:
+        logprob_M: torch.Tensor = _LinearHead.apply(
+            hidden_MD, head.weight, head.bias, targets_M, scale, chunk
+        )
+        return logprob_M
+    pieces = [
+        _any_head(head, scale, cap, hidden_CD, targets_C)
+        for hidden_CD, targets_C in zip(hidden_MD.split(chunk), targets_M.split(chunk), strict=True)
+    ]
+    return torch.cat(pieces)
+
+
+def _any_head(
+    head: Callable[[torch.Tensor], torch.Tensor],
+    scale: float,
+    cap: float | None,
+    hidden_CD: torch.Tensor,
+    targets_C: torch.Tensor,
+) -> torch.Tensor:
+    def compute(hidden_CD: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
+        logits_CV = scale * _wide(head(hidden_CD))
+        if cap:
+            logits_CV = cap * torch.tanh(logits_CV / cap)
+        return logits_CV.gather(1, targets_C[:, None]).squeeze(1) - logits_CV.logsumexp(dim=1)
+
+    if not torch.is_grad_enabled():
+        return compute(hidden_CD, targets_C)
+    result: torch.Tensor = checkpoint(
+        compute, hidden_CD, targets_C, use_reentrant=False, preserve_rng_state=False
+    )
+    return result
+
+
+class _LinearHead(torch.autograd.Function):  # type: ignore[misc]
+    """The formulas at the top, for a linear head."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_MD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        targets_M: torch.Tensor,
+        scale: float,
+        chunk: int,
+    ) -> torch.Tensor:
+        device = hidden_MD.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        logprob_M, normaliser_M = hidden_MD.new_empty((2, len(hidden_MD)), dtype=wide).unbind()
+        ctx.dtype, ctx.scale, ctx.chunk = dtype, scale, chunk
+        with torch.autocast(device, enabled=False):
+            for rows, logits_CV in _chunks_of_logits(ctx, hidden_MD, weight_VD, bias_V):
+                target_C = logits_CV.gather(1, targets_M[rows, None]).squeeze(1)
+                most_C = logits_CV.amax(dim=1)
+                total_C = logits_CV.sub_(most_C[:, None]).exp_().sum(dim=1)
+                normaliser_M[rows] = total_C.log_().add_(most_C)
+                logprob_M[rows] = target_C - normaliser_M[rows]
+        ctx.save_for_backward(hidden_MD, weight_VD, bias_V, targets_M, normaliser_M)
+        return logprob_M
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_M: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_MD, weight_VD, bias_V, targets_M, normaliser_M = ctx.saved_tensors
+        for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
+        hidden_grad_MD = torch.empty_like(hidden_MD) if for_hidden else None
+        weight_grad_VD = torch.zeros_like(weight_VD) if for_weight else None
+        bias_grad_V = torch.zeros_like(bias_V) if for_bias else None
+        with torch.autocast(hidden_MD.device.type, enabled=False):
+            narrow_VD = weight_VD.to(ctx.dtype)
+            for rows, logits_CV in _chunks_of_logits(ctx, hidden_MD, weight_VD, bias_V):
+                # The softmax less the one-hot target: minus the derivative. The incoming gradient is a factor of each row.
+                error_CV = logits_CV.sub_(normaliser_M[rows, None]).exp_()
+                error_CV.scatter_add_(1, targets_M[rows, None], -torch.ones_like(normaliser_M[rows, None]))
+                factor_C1 = -ctx.scale * grad_M[rows, None]
+                narrow_CV = error_CV.to(ctx.dtype)
+                if hidden_grad_MD is not None:
+                    hidden_grad_MD[rows] = (narrow_CV @ narrow_VD) * factor_C1
+                if weight_grad_VD is not None:
+                    scaled_CD = (hidden_MD[rows] * factor_C1).to(ctx.dtype)
+                    if ctx.dtype == weight_grad_VD.dtype:
+                        weight_grad_VD.addmm_(narrow_CV.T, scaled_CD)
+                    else:
+                        weight_grad_VD += narrow_CV.T @ scaled_CD
+                if bias_grad_V is not None:
+                    bias_grad_V += factor_C1.squeeze(1) @ error_CV
+        return hidden_grad_MD, weight_grad_VD, bias_grad_V, None, None, None
+
+
+def _chunks_of_logits(
+    ctx: Any, hidden_MD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Scaled logits (C, V) in float32 or float64, one block of memory for all: each is gone when the next one comes."""
+    weight_DV, count = weight_VD.to(ctx.dtype).T, len(hidden_MD)
+    block_CV = weight_DV.new_empty((min(ctx.chunk, count), weight_DV.shape[1]))
+    wide_CV = _wide(block_CV)
+    for start in range(0, count, ctx.chunk):
+        rows = slice(start, min(start + ctx.chunk, count))
+        size = rows.stop - start
+        torch.mm(hidden_MD[rows].to(ctx.dtype), weight_DV, out=block_CV[:size])
+        logits_CV = wide_CV[:size]
+        if wide_CV is not block_CV:
+            logits_CV.copy_(block_CV[:size])
+        if bias_V is not None:
+            logits_CV += bias_V
+        if ctx.scale != 1.0:
+            logits_CV *= ctx.scale
+        yield rows, logits_CV
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    """At least float32."""
+    return logits if logits.dtype == torch.float64 else logits.float()
