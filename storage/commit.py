@@ -33,7 +33,7 @@ Rejects: TypeAlias = "pa.Table | Callable[[], pa.Table | None] | None"
 
 TABLE, REJECTS_TABLE = "table.parquet", "rejects.parquet"
 _STEP = 1024  # rows: incoming tables are cut and joined to this grid before row groups are formed
-GROUP_ROWS = {"shards": 1024}  # the training reader jumps between groups of this size
+GROUP_ROWS = {"shards": 1024}  # the training reader reads whole groups, and counts on this size
 _MOST_ROWS = 65_536
 _MOST_BYTES = 64 << 20
 _CHUNK = 1 << 20

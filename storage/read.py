@@ -183,6 +183,7 @@ def _open(
             f"{record.key}: {entry.key} has {size} bytes, {entry.bytes} were committed. {_REMEDY}"
         )
     try:
+        # fetching ahead spares requests; from a local file it would only be another copy
         return pq.ParquetFile(file, pre_buffer=not isinstance(file, Path), read_dictionary=list(encoded))
     except (pa.ArrowInvalid, OSError) as error:
         raise DamagedError(

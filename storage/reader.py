@@ -1,15 +1,15 @@
 """The training shards, row by row, in an order that nothing but the seed, the epoch and the shards decides.
 
 Shards are cut where their row groups end, into pieces of at most 1,024 rows. An epoch permutes the pieces, takes as many
-after one another as make a window of about WINDOW rows, and permutes the rows of each window. Rows were
-shuffled inside each shard when it was written, so that is random enough, and it buys three things: whole row groups are read, each
-once an epoch; position `start` is found by arithmetic on the shards' row counts and reading one window (a
-resume costs the same anywhere); and the order is the same for any number of ranks.
+after one another as make a window of about WINDOW rows, and permutes the rows of each window. Rows were shuffled inside
+each shard when it was written, so that is random enough, and it buys three things: whole row groups are read, each once
+an epoch; position `start` is found by arithmetic on the shards' row counts and reading one window (a resume costs the same
+anywhere); and the order is the same for any number of ranks.
 
 A rank takes positions rank, rank + world_size, ...; together the ranks see every row once. The next window is read, decoded
-and put into its order in threads meanwhile. A batch is a slice of the window's columns: no Python work per row or
-token until somebody reads a row. Left out: a cache on local disk (object stores are read a window ahead), and
-mixing of several sets.
+and put into its order in threads meanwhile. A batch is a slice of the window's columns: no Python work per row or token
+until somebody reads a row. Left out: a cache on local disk (object stores are read a window ahead), and mixing of several
+sets.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,7 +34,7 @@ WINDOW = 2048
 """Rows that are shuffled among themselves, give or take a piece. Part of the order: a change is another order."""
 
 _PIECE = GROUP_ROWS["shards"]
-_READS = 2  # pieces that are fetched at a time: from an object store, most of that is waiting
+_READS = 4  # pieces that are fetched at a time: from an object store, most of that is waiting
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -134,8 +134,9 @@ class ShardReader:
         ):
 
             def read(pieces: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> Rows:
-                table = pa.concat_tables(reads.map(self._read_piece, pieces)).combine_chunks()
-                return Rows({name: gather(table[name].chunk(0), rows) for name in table.column_names})
+                table = pa.concat_tables(reads.map(self._read_piece, pieces))
+                columns = {name: pa.concat_arrays(table[name].chunks) for name in table.column_names}
+                return Rows({name: gather(column, rows) for name, column in columns.items()})
 
             waiting = (ahead.submit(read, *share) for share in self._share(epoch, start, rank, world_size))
             upcoming = list(islice(waiting, 1))
