@@ -51,7 +51,7 @@ def can_share(model: Any) -> bool:
     finally:
         model.train(training)
     rounding = 0.05 if next(model.parameters()).dtype in (torch.bfloat16, torch.float16) else 1e-4
-    return torch.allclose(apart, shared, rtol=rounding, atol=rounding)
+    return bool(torch.allclose(apart, shared, rtol=rounding, atol=rounding))
 
 
 def worth_sharing(prompts: Sequence[Any], completions: Sequence[Any]) -> bool:

@@ -101,7 +101,8 @@ class CompletionTrainingArguments(TrainingArguments):  # type: ignore[misc]
             self.metric_for_best_model, self.greater_is_better = "eval_loss", False
         super().__post_init__()
         # Set here, past a check that save_steps fit eval_steps: the trainer saves whenever an evaluation is the best so far.
-        self.load_best_model_at_end = self.load_best_model_at_end or self.patience is not None
+        if self.patience is not None:
+            self.load_best_model_at_end = True
         if self.data_seed is None:
             self.data_seed = self.seed
 
