@@ -404,11 +404,15 @@ def main() -> None:
             assert np.allclose(norms, norms[:1], rtol=2e-3), f"other gradients: {norms} of {loss}"
         results["vocabularies"][str(vocab_size)] = measured
         floor = measured.get("floor", measured[variants[0]])
-        print(f"\nvocabulary {vocab_size}\n{'':16} cpu s   x floor  tokens/s   peak MiB  x floor")
+        print(
+            f"\nvocabulary {vocab_size}\n\n| way | processor s | x floor | tokens/s | peak MiB | x floor | step MiB |"
+        )
+        print("|---|---|---|---|---|---|---|")
         for name, one in measured.items():
             print(
-                f"{name:16} {one['cpu_seconds']:<7.2f} {one['cpu_seconds'] / floor['cpu_seconds']:<8.2f} "
-                f"{one['tokens_per_cpu_second']:<10.0f} {one['peak_mib']:<9.0f} {one['peak_mib'] / floor['peak_mib']:.2f}"
+                f"| {name} | {one['cpu_seconds']:.2f} | {one['cpu_seconds'] / floor['cpu_seconds']:.2f} | "
+                f"{one['tokens_per_cpu_second']:.0f} | {one['peak_mib']:.0f} | {one['peak_mib'] / floor['peak_mib']:.2f} | "
+                f"{one['step_mib']:.0f} |"
             )
     if options.out:
         options.out.write_text(json.dumps(results, indent=2) + "\n")

@@ -112,6 +112,8 @@ def foreign_tokens(tokenizer: Any, prompt_token_ids: Sequence[int]) -> str | Non
     Another tokenizer's ids decode to a text that is encoded otherwise; another template's do not end as this one's prompts do.
     """
     ids = [int(token_id) for token_id in prompt_token_ids]
+    if not ids:
+        return None
     if max(ids) >= len(tokenizer):
         return f"its token {max(ids)} comes from another tokenizer, this one has {len(tokenizer)}"
     text = _decode(tokenizer, ids)
@@ -120,7 +122,11 @@ def foreign_tokens(tokenizer: Any, prompt_token_ids: Sequence[int]) -> str | Non
     if tokenizer.chat_template is None:
         return None
     words = "QRPO-ends-here"
-    ending = _render(tokenizer, [{"role": "user", "content": words}], generation=True).rpartition(words)[2]
+    try:
+        prompt = _render(tokenizer, [{"role": "user", "content": words}], generation=True)
+    except DataError:  # a template that wants more than one user's message
+        return None
+    ending = prompt.rpartition(words)[2]
     if not text.endswith(ending):
         return f"it comes from another chat template, this one's prompts end in {ending!r}, it in {text[-len(ending) :]!r}"
     return None

@@ -6,7 +6,7 @@ A plain forward makes logits of shape (B, T, V): at a vocabulary of 128k they, n
 backbone runs once, only the hidden states that predict completion tokens are kept, and the head with its softmax
 (`qrpo.head`) is applied to them in chunks, in float32, and again in the backward pass: never more than one chunk of logits exists.
 
-Rows are padded on the right and no attention mask is given: attention is causal, so a padding token after the end can
+Rows that share no prompt are padded on the right and no attention mask is given: attention is causal, so a padding token after the end can
 not be seen by any position that counts, and attention kernels take their fast path. Rows of like length should
 share a batch: `length_sorted_batches` cuts them so. The reference and the policy are scored by these same functions,
 so that before the first step their log ratio is zero up to rounding.
@@ -71,9 +71,9 @@ def completion_token_logprobs(
     """Log-probabilities (T,) of each token of B completions given their prompts, in float32 (float64 for a float64 model).
 
     `model` is a causal language model of transformers, on any device; the result carries gradients where grad mode is
-    on. At most `chunk_elements` logits exist at a time, by default what suits the device.
-    With `share_prompts`, completions that follow each other and whose prompts are one object share its forward
-    (`qrpo.sharing`). An empty prompt raises DataError, for nothing predicts the first token.
+    on. At most `chunk_elements` logits exist at a time, by default what suits the device. With `share_prompts`, completions
+    that follow each other and whose prompts are one object share its forward: for models that `qrpo.sharing.can_share`.
+    An empty prompt raises DataError, for nothing predicts the first token.
     """
     prompt_lengths = [len(ids) for ids in prompt_token_ids]
     completion_lengths = [len(ids) for ids in completion_token_ids]
@@ -145,7 +145,8 @@ def score_logprobs(
 
     A row has `prompt_token_ids` and `completion_token_ids`, a list of K token lists. `token_budget` bounds the tokens
     of a forward pass, padding included; it changes results by rounding only. Rows are read a window at a time, so
-    any number of them streams through. `dtype` bfloat16 computes as mixed-precision training does.
+    any number of them streams through. `dtype` bfloat16 computes as mixed-precision training does. With `share_prompts`, a
+    row's completions share its prompt's forward where that saves enough (`qrpo.sharing`).
     """
     for scores in _score(completion_logprobs, model, rows, token_budget, dtype, share_prompts):
         yield np.array(scores, dtype=np.float32)

@@ -47,7 +47,7 @@ class OptimizationConfig(Section):
     token_budget: int = knob(8192, ge=1)
     """Most tokens of one forward pass, padding included. Bounds the memory."""
     share_prompts: bool = knob(True)
-    """Compute a prompt once for all its completions where that changes nothing but rounding and saves a fifth of the tokens."""
+    """Compute a prompt once for all its completions where that changes nothing but rounding and saves a tenth of the tokens."""
     gradient_checkpointing: bool = knob(False)
     """Recompute activations in the backward pass: less memory, a third more time."""
     save_steps: int = knob(50, ge=1)

@@ -18,9 +18,9 @@ import torch
 
 from qrpo.batches import length_sorted_batches
 
-__all__ = ["can_share", "shared_batches", "worth_sharing"]
+__all__ = ["can_share", "saved_tokens", "shared_batches", "worth_sharing"]
 
-WORTH = 0.2
+WORTH = 0.1
 """Share of all tokens that must be saved: masked attention takes some of it back."""
 
 
@@ -51,13 +51,17 @@ def can_share(model: Any) -> bool:
     finally:
         model.train(training)
     rounding = 0.05 if next(model.parameters()).dtype in (torch.bfloat16, torch.float16) else 1e-4
-    return torch.allclose(apart, shared, rtol=rounding, atol=rounding)
+    return bool(torch.allclose(apart, shared, rtol=rounding, atol=rounding))
 
 
 def worth_sharing(prompts: Sequence[Any], completions: Sequence[Any]) -> bool:
     """Whether sharing leaves out enough of these rows' tokens; completions of a prompt follow each other, with the same list object."""
-    saved = sum(len(prompts[i]) for i in range(1, len(prompts)) if prompts[i] is prompts[i - 1])
-    return saved >= WORTH * (sum(map(len, prompts)) + sum(map(len, completions)))
+    return saved_tokens(prompts) >= WORTH * (sum(map(len, prompts)) + sum(map(len, completions)))
+
+
+def saved_tokens(prompts: Sequence[Any]) -> int:
+    """Prompt tokens that need no forward where each prompt is shared."""
+    return sum(len(prompts[i]) for i in range(1, len(prompts)) if prompts[i] is prompts[i - 1])
 
 
 def shared_batches(

@@ -43,10 +43,11 @@ class Meter:
         """Begin to count, unless it has begun already."""
         self._since = self._since or (time.perf_counter(), step)
 
-    def add(self, tokens: int, completion_tokens: int) -> None:
-        """Count the tokens of prompts and completions together, and of completions alone, that this process trained on."""
+    def add(self, tokens: int, completion_tokens: int, saved: int = 0) -> None:
+        """Count the tokens of prompts and completions together, and of completions alone, that this process trained on; `saved` of
+        the former needed no forward, for completions shared their prompt's."""
         self._tokens += tokens
-        self._flops += tokens * self._body + completion_tokens * self._head
+        self._flops += (tokens - saved) * self._body + completion_tokens * self._head
 
     def read(self, step: int, last_step: int, processes: int) -> dict[str, float]:
         """Speeds since the last reading, of all processes together where all do alike, and the seconds left."""

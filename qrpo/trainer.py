@@ -41,7 +41,7 @@ from qrpo.losses import LossType, PairChoice
 from qrpo.objectives import Objective, make_objective, narrowed
 from qrpo.partition import Partition
 from qrpo.rows import collate_rows, flatten_rows, take, training_rows
-from qrpo.sharing import can_share, shared_batches, worth_sharing
+from qrpo.sharing import can_share, saved_tokens, shared_batches, worth_sharing
 from qrpo.throughput import Meter
 from qrpo.transforms import get_transform
 
@@ -62,7 +62,7 @@ class CompletionTrainingArguments(TrainingArguments):  # type: ignore[misc]
         default=True,
         metadata={
             "help": "Compute a prompt once for all its completions, where the model then gives the same log-probabilities and "
-            "a fifth of the tokens is saved; see qrpo.sharing."
+            "a tenth of the tokens is saved; see qrpo.sharing."
         },
     )
     bad_step: BadStep = field(
@@ -101,7 +101,8 @@ class CompletionTrainingArguments(TrainingArguments):  # type: ignore[misc]
             self.metric_for_best_model, self.greater_is_better = "eval_loss", False
         super().__post_init__()
         # Set here, past a check that save_steps fit eval_steps: the trainer saves whenever an evaluation is the best so far.
-        self.load_best_model_at_end = self.load_best_model_at_end or self.patience is not None
+        if self.patience is not None:
+            self.load_best_model_at_end = True
         if self.data_seed is None:
             self.data_seed = self.seed
 
@@ -234,7 +235,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         self.guard.note_loss(total)
         if not idle:
             with torch.no_grad():
-                self._add_metrics(objective.metrics(seen_B, columns), columns)
+                self._add_metrics(objective.metrics(seen_B, columns), columns, share)
         return total
 
     def logprobs(
@@ -405,13 +406,14 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
             most = int(self.accelerator.gather(number).max())
         return [(batch, False) for batch in batches] + [(batches[-1], True)] * (most - len(batches))
 
-    def _add_metrics(self, metrics: dict[str, torch.Tensor], columns: dict[str, Any]) -> None:
+    def _add_metrics(self, metrics: dict[str, torch.Tensor], columns: dict[str, Any], share: bool) -> None:
         count = len(columns["length"])
         for name, value in metrics.items():
             total, weight = self._metrics.get(name, (0.0, 0))
             if not math.isnan(scalar := value.item()):
                 self._metrics[name] = total + scalar * count, weight + count
-        self._meter.add(sum(columns["length"]), sum(map(len, columns["completion_token_ids"])))
+        saved = saved_tokens(columns["prompt_token_ids"]) if share else 0
+        self._meter.add(sum(columns["length"]), sum(map(len, columns["completion_token_ids"])), saved)
 
 
 class QRPOTrainer(CompletionTrainer):

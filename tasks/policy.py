@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["compute", "plan", "train"]
 
-VERSION = 1
+VERSION = 2
 
 
 def plan(config: "PipelineConfig", plans: Mapping[str, StagePlan], store: Store) -> StagePlan:

@@ -22,12 +22,12 @@ from storage import SCHEMAS, PartKey, Store
 pytestmark = pytest.mark.slow
 
 KILLS = 20
-STEPS = 64
+STEPS = 40
 SETTINGS = {
     "beta": 0.5,
     "learning_rate": 1e-2,
     "prompts_per_step": 4,
-    "epochs": 8,
+    "epochs": 5,
     "warmup": 0.2,
     "token_budget": 128,
     "save_steps": 2,

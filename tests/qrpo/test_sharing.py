@@ -103,7 +103,7 @@ def test_a_batch_holds_whole_groups_within_the_budget_and_long_prompts_are_worth
             for start in range(0, len(batch), 2)
         )
     assert worth_sharing(prompts, completions)
-    assert not worth_sharing(prompts, [[7] * 50 for _ in prompts])
+    assert not worth_sharing(prompts, [[7] * 90 for _ in prompts])
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ import tasks.completions
 import tasks.rewards
 from flows.preview import preview
 from qrpo.engines import open_engine
-from qrpo.errors import TrainingError
+from qrpo.errors import ConfigError
 from storage import PartRecord, Store
 from tasks.config import PipelineConfig, parse_config
 from tasks.policy import compute as compute_policy
@@ -494,8 +494,8 @@ def test_policy_on_two_processes_passes_on_their_failure_and_is_that_of_one(
     alone = Task(tmp_path / "alone", base.model)
     settings = {"policy.max_steps": 2, "policy.prompts_per_step": 8}
     alone.changes = settings
-    task.changes = {**settings, "policy.processes": 2, "policy.max_initial_log_ratio": 1e-12}
-    with pytest.raises(TrainingError, match=r"before the first step.*expected at most 1e-12"):
+    task.changes = {**settings, "policy.processes": 2, "policy.lora": {"target_modules": ["no_such_layer"]}}
+    with pytest.raises(ConfigError, match=r"policy\.lora\.target_modules: .*no_such_layer"):
         task.run(until="policy")
     task.changes = {**settings, "policy.processes": 2}
     task.run(until="policy")
