@@ -6,6 +6,7 @@ libraries, three devices, and the sandbox's own program. There is no /proc, no /
 CAP_SYS_ADMIN in its own user namespace, to make a cell for each solution; the cells have none.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -53,6 +54,14 @@ def find_packages(names: Sequence[str]) -> dict[str, Path]:
     return found
 
 
+def _libraries(name: str, package: Path) -> list[Path]:
+    """The folders beside a package in which its wheel brings the shared libraries that it is linked with."""
+    distributions = _distributions().get(name, [])
+    files = [path for wanted in distributions for path in importlib.metadata.files(wanted) or ()]
+    folders = {path.parts[0] for path in files if path.parts[0].endswith(".libs")}
+    return [package.parent / folder for folder in sorted(folders)]
+
+
 def jail_command(control: int, settings: str, packages: Mapping[str, Path]) -> list[str]:
     """How to start the nursery in a jail, with descriptor `control` as its socket and `packages` to import."""
     return [
@@ -62,13 +71,18 @@ def jail_command(control: int, settings: str, packages: Mapping[str, Path]) -> l
         *_file_system(),
         *(
             part
-            for place in packages.values()
+            for name, package in packages.items()
+            for place in (package, *_libraries(name, package))
             for part in ("--ro-bind", str(place), f"{PACKAGES}/{place.name}")
         ),
         *("--remount-ro", "/", "--chdir", "/tmp"),
         # sets have one order in all runs, so a solution's verdict does not hang on chance
         *("--setenv", "LANG", "C.UTF-8", "--setenv", "HOME", "/tmp", "--setenv", "PYTHONHASHSEED", "0"),
         *("--setenv", "LD_LIBRARY_PATH", "/python/lib", "--setenv", "MALLOC_ARENA_MAX", "1"),
+        # bound before the fork, and not in every cell
+        *("--setenv", "LD_BIND_NOW", "1"),
+        # a package that starts threads when it is imported loses them by the fork, and each takes address space
+        *("--setenv", "OMP_NUM_THREADS", "1", "--setenv", "OPENBLAS_NUM_THREADS", "1"),
         *("/python/bin/python3", "-P", "-s", "-S", "-B", "-c", _BOOT, "/sandbox", str(control), settings),
     ]
 
@@ -76,6 +90,9 @@ def jail_command(control: int, settings: str, packages: Mapping[str, Path]) -> l
 def bare_command(control: int, settings: str) -> list[str]:
     """How to start the nursery with nothing around it."""
     return [sys.executable, "-P", "-s", "-S", "-B", "-c", _BOOT, str(_INSIDE.parent), str(control), settings]
+
+
+_distributions = cache(importlib.metadata.packages_distributions)
 
 
 @cache

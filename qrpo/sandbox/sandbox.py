@@ -1,10 +1,11 @@
 """Solutions and their tests in, verdicts out, over as many jails as there are cores to use."""
 
+import contextlib
 import json
 import logging
 import os
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ class Verdict:
 class _Prepared:
     tests: int
     suite: bytes
+    preamble: bytes
     calls: tuple[bytes, ...]
     live: bool
 
@@ -115,7 +117,15 @@ class Sandbox:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="sandbox")
             pool = self._pool
-        return list(pool.map(self._judge_one, solutions))
+        waiting = deque(enumerate(solutions))
+        results: dict[int, Verdict | DataError] = {}
+        tasks = [pool.submit(self._work, waiting, results) for _ in range(min(self._workers, len(waiting)))]
+        try:
+            for task in tasks:
+                task.result()
+        finally:
+            waiting.clear()
+        return [results[place] for place in range(len(solutions))]
 
     def close(self) -> None:
         """End every jail. A later call starts them again."""
@@ -126,14 +136,24 @@ class Sandbox:
         while self._free:
             self._free.pop().close()
 
-    def _judge_one(self, solution: tuple[str, CheckTests | ProgramTests]) -> Verdict | DataError:
+    def _work(
+        self,
+        waiting: "deque[tuple[int, tuple[str, CheckTests | ProgramTests]]]",
+        results: dict[int, Verdict | DataError],
+    ) -> None:
         with self._lock:
             worker = self._free.pop() if self._free else self._new_worker()
         try:
-            return self._judged(worker, *solution)
-        except EngineError:  # not the solution's doing, which cannot reach the nursery: once more, afresh
-            worker.close()
-            return self._judged(worker, *solution)
+            with contextlib.suppress(IndexError):
+                while True:
+                    place, solution = waiting.popleft()
+                    try:
+                        results[place] = self._judged(worker, *solution)
+                    except (
+                        EngineError
+                    ):  # not the solution's doing, which cannot reach the nursery: once more, afresh
+                        worker.close()
+                        results[place] = self._judged(worker, *solution)
         finally:
             with self._lock:
                 self._free.append(worker)
@@ -178,7 +198,7 @@ class _Worker:
         facts = json.loads(frames[0])
         if facts["error"] is not None:
             return DataError(f"the tests cannot be used: {facts['error']}")
-        return _Prepared(facts["tests"], frames[1], tuple(frames[2:-1]), live=facts["calls"] < 0)
+        return _Prepared(facts["tests"], frames[1], frames[2], tuple(frames[3:-1]), live=facts["calls"] < 0)
 
     def judge(self, code: str, tests: CheckTests, prepared: _Prepared) -> Verdict:
         if prepared.live:
@@ -191,7 +211,7 @@ class _Worker:
     def _solution(self, code: str, tests: CheckTests, prepared: _Prepared) -> Job:
         count = -1 if prepared.live else len(prepared.calls)
         return self._solutions.start(
-            "solution", tests.preamble, code, tests.entry_point, str(count), *prepared.calls
+            "solution", prepared.preamble, code, tests.entry_point, str(count), *prepared.calls
         )
 
     def _judge_live(self, code: str, tests: CheckTests, prepared: _Prepared) -> Verdict:
@@ -205,7 +225,7 @@ class _Worker:
                 asked += 1
                 return solution.next_frame(asked - 1) or _GONE
 
-            frames = self._judge.ask("judge", prepared.suite, "0", reply=reply)
+            frames = self._judge.ask("step by step", prepared.suite, "0", reply=reply)
             return _verdict(prepared, frames, _note(solution.ended) if solution.ended else "")
         finally:
             solution.abandon()
@@ -223,7 +243,7 @@ class _Worker:
 
 
 class _Judge:
-    """A judge's cell, used for many judgements; where one of them ends it, that one is tried once more in a fresh cell."""
+    """A judge's cell, used for many judgements; where one ends it, that one is made again in a fresh cell, step by step."""
 
     def __init__(self, jail: Jail):
         self._jail = jail
@@ -236,9 +256,11 @@ class _Judge:
             self._end()
         fresh = self._job is None
         frames = self._answer(parts, reply)
-        if frames[-1:] != [b"."] and not fresh:
-            frames = self._answer(parts, reply)
-        return frames
+        if frames[-1:] == [b"."] or reply is not None:
+            return frames
+        if parts[0] == "judge":
+            return self._answer(("step by step", *parts[1:]), None)
+        return frames if fresh else self._answer(parts, None)
 
     def close(self) -> None:
         self._job = None

@@ -26,7 +26,7 @@ needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bub
 
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[Sandbox]:
-    with Sandbox(Limits(cpu_seconds=2, wall_seconds=5.0), workers=1) as sandbox:
+    with Sandbox(Limits(cpu_seconds=1, wall_seconds=5.0), workers=1) as sandbox:
         yield sandbox
 
 
@@ -187,6 +187,29 @@ def values(node):
 
 
 @needs_bubblewrap
+@pytest.mark.slow
+def test_packages_with_compiled_parts_work_within_the_limits() -> None:
+    test = """
+def check(f):
+    assert f("sum", 5) == 5  # a numpy.int64
+    assert (f("square", 200) == numpy.full((200, 200), 200.0)).all()  # by BLAS
+    assert f("random", 0) == 0.5488135039273248
+    assert f("threads", 0) == 1
+    assert f("square", 1 << 15) is not None  # 8 GiB
+"""
+    code = """
+import threading
+def f(what, size):
+    if what == "sum": return numpy.ones(size, int).sum()
+    if what == "square": return numpy.ones((size, size)) @ numpy.ones((size, size))
+    return numpy.random.random() if what == "random" else threading.active_count()
+"""
+    with Sandbox(Limits(memory_mb=256), packages=["numpy"], workers=1) as with_numpy:
+        (verdict,) = with_numpy.judge([(code, CheckTests(test, "f", "import numpy"))])
+    assert verdict == Verdict((True, True, True, True, False))
+
+
+@needs_bubblewrap
 def test_chance_is_the_same_in_every_run() -> None:
     program = "import random\nprint(random.random(), list({'a', 'b', 'c'}), hash('x'))"
     outputs = set()
@@ -240,6 +263,7 @@ class _Mutant(ast.NodeTransformer):
 
 
 @needs_bubblewrap
+@pytest.mark.slow
 @pytest.mark.skipif(not LEETCODE.is_file(), reason="the LeetCode sample is not beside this checkout")
 def test_leetcodes_own_solutions_pass_and_mutated_ones_fail() -> None:
     rows = [json.loads(line) for line in LEETCODE.read_text().splitlines()]

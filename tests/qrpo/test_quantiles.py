@@ -65,7 +65,7 @@ def test_dense_equals_ragged_and_scipy():
         )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(

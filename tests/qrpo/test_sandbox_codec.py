@@ -2,9 +2,11 @@
 
 import json
 import math
+import struct
 from collections import Counter, OrderedDict, deque, namedtuple
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,18 +45,18 @@ class Node:
         self.value, self.next = value, following
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=60)
 @given(VALUES)
 def test_plain_values_come_back_equal_and_of_the_same_types(value: Any) -> None:
-    back = decode(encode(value), {})
+    back = decode(encode(value), {}.get)
     assert back == value
     assert type(back) is type(value)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=60)
 @given(st.lists(ATOMS))
 def test_atoms_keep_their_types(values: list[Any]) -> None:
-    back = decode(encode(values), {})
+    back = decode(encode(values), {}.get)
     assert list(map(type, back)) == list(map(type, values))  # True == 1 == 1.0
     assert list(map(repr, back)) == list(map(repr, values))
 
@@ -76,26 +78,26 @@ def test_subclasses_become_the_builtin_types_they_are() -> None:
         (type("Real", (float,), {})(-0.0), -0.0),
         (bytearray(b"x"), b"x"),
     ]:
-        back = decode(encode(value), {})
+        back = decode(encode(value), {}.get)
         assert type(back) is type(plain)
         assert back == plain
-    assert math.copysign(1, decode(encode(type("Real", (float,), {})(-0.0)), {})) == -1
+    assert math.copysign(1, decode(encode(type("Real", (float,), {})(-0.0)), {}.get)) == -1
 
 
 def test_shared_parts_cycles_and_long_chains_survive() -> None:
     shared: list[Any] = [1]
     shared.append(shared)
-    first, second = decode(encode([shared, shared]), {})
+    first, second = decode(encode([shared, shared]), {}.get)
     assert first is second
     assert first[1] is first
     chain = None
-    for value in range(50_000):
+    for value in range(20_000):
         chain = Node(value, chain)
-    back = decode(encode(chain), {"Node": Node})
+    back = decode(encode(chain), {"Node": Node}.get)
     count = 0
     while back is not None:
         count, back = count + 1, back.next
-    assert count == 50_000
+    assert count == 20_000
 
 
 @pytest.mark.parametrize(
@@ -127,12 +129,14 @@ def test_what_is_no_data_does_not_travel(value: Any) -> None:
         b"[" * 100_000,
         b"\xff\xfe",
         b'[["0"],[["list",[]]]]',
+        b'[[0],[["numpy","O",[1],"00"]]]',
+        b'[[0],[["numpy","<f8",[-5],"00"]]]',
         b"9" * 10_000,
     ],
 )
 def test_hostile_data_is_an_error_and_nothing_else(data: bytes) -> None:
     with pytest.raises(CodecError):
-        decode(data, {"Node": Node, "len": len})
+        decode(data, {"Node": Node, "len": len}.get)
 
 
 def test_messages_are_cut_at_the_first_that_is_not_whole() -> None:
@@ -144,12 +148,71 @@ def test_messages_are_cut_at_the_first_that_is_not_whole() -> None:
     assert complete_frames(stream, 2) == [b"one", b""]
 
 
-def test_the_filter_is_made_for_machines_whose_numbers_are_known() -> None:
-    for machine, numbers in ALLOWED.items():
-        program = build_filter(machine)
-        assert len(program) % 8 == 0
-        assert len(program) // 8 < 4096  # the kernel's limit
-        assert len(set(numbers.values())) == len(numbers)
-        assert not {"fork", "execve", "ptrace", "mount", "unshare", "socket", "connect", "bpf"} & set(numbers)
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.arange(6).reshape(2, 3)[:, ::-1],
+        np.zeros((0, 3), ">f4"),
+        np.float32(0.1),
+        np.bool_(True),
+        np.array([1j]),
+    ],
+)
+def test_numpys_numbers_keep_type_and_shape(value: Any) -> None:
+    (back,) = decode(encode([value]), {}.get)
+    assert type(back) is type(value)
+    assert back.dtype == value.dtype
+    assert np.array_equal(back, value)
+
+
+# ------------------------------------------------------------------------------------------- the filter
+
+LOAD, RETURN = 0x20, 0x06
+JUMPS = {0x15: lambda a, k: a == k, 0x35: lambda a, k: a >= k, 0x45: lambda a, k: bool(a & k)}
+ALLOW, KILL, EPERM, ENOSYS = 0x7FFF0000, 0x80000000, 0x50001, 0x50026
+
+
+def outcome(program: bytes, arch: int, number: int, *arguments: int) -> int:
+    """What the kernel's machine for such programs answers to a system call."""
+    data = struct.pack("<IIQ6Q", number, arch, 0, *arguments, *[0] * (6 - len(arguments)))
+    place, accumulator = 0, 0
+    while True:
+        code, then, otherwise, operand = struct.unpack_from("<HBBI", program, 8 * place)
+        place += 1
+        if code == RETURN:
+            return int(operand)
+        if code == LOAD:
+            (accumulator,) = struct.unpack_from("<I", data, operand)
+        else:
+            place += then if JUMPS[code](accumulator, operand) else otherwise
+
+
+@pytest.mark.parametrize(("machine", "arch"), [("x86_64", 0xC000003E), ("aarch64", 0xC00000B7)])
+def test_the_filter_allows_what_is_listed_and_nothing_else(machine: str, arch: int) -> None:
+    program, numbers = build_filter(machine), ALLOWED[machine]
+    conditional = {"ioctl", "socketpair", "sendto", "prlimit64", "clone", "clone3"}
+    free = {number for name, number in numbers.items() if name not in conditional}
+    for number in set(range(1024)) - {numbers[name] for name in conditional}:
+        assert outcome(program, arch, number) == (ALLOW if number in free else EPERM), number
+    for name, arguments, expected in [
+        ("ioctl", (0, 0x5401), ALLOW),
+        ("ioctl", (0, 0x5412), EPERM),
+        ("socketpair", (1,), ALLOW),
+        ("socketpair", (2,), EPERM),
+        ("sendto", (3, 4, 5, 0, 0), ALLOW),
+        ("sendto", (3, 4, 5, 0, 1 << 32), EPERM),
+        ("prlimit64", (0, 7, 0), ALLOW),
+        ("prlimit64", (0, 7, 1), EPERM),
+        ("clone", (0x10F00,), ALLOW),
+        ("clone", (0x11,), EPERM),
+        ("clone", (0x10010F00,), EPERM),
+        ("clone3", (), ENOSYS),
+    ]:
+        assert outcome(program, arch, numbers[name], *arguments) == expected, (name, arguments)
+    assert outcome(program, arch, 0x40000000 + numbers["getpid"]) == EPERM
+    assert outcome(program, 0x40000003, numbers["getpid"]) == KILL
+
+
+def test_no_filter_is_made_for_unknown_machines() -> None:
     with pytest.raises(OSError, match="no system-call filter for vax"):
         build_filter("vax")

@@ -34,7 +34,7 @@ def micro_batches(rows: int, batch_size: int, rank: int, world_size: int, epoch:
     return [[] if is_idle(batch) else [row["number"] for row in batch] for batch in batches]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 60),
     step=st.sampled_from([2, 4, 8, 12]),

@@ -31,7 +31,7 @@ def _rewards(rows: Rows) -> pa.Table:
     )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     rows=rows_of_prompts,
     train_on=st.sampled_from(["reference", "offline", "both"]),

@@ -1,44 +1,59 @@
 """One solution's own cell, made by its process around itself before it runs a line of foreign code.
 
-A cell is a new process and mount namespace with a /tmp of its own, no capability, limits on time, memory, files and
-threads, and the system-call filter. Nothing in it outlives its first process, and nothing can leave it.
+A cell is a new process namespace with a /tmp of its own, no capability, limits on time, memory, files and threads, and the
+system-call filter. Nothing in it outlives its first process, and nothing can leave it.
+
+What a cell costs is the memory it writes to, which the kernel copies page by page. So all that can be made ready is made
+before the fork.
 """
 
 import ctypes
 import os
 import platform
+import random
 import resource
 from collections.abc import Mapping
 
-from .seccomp import build_filter, install_filter
+from .seccomp import Filter
 
 __all__ = ["Cells"]
 
-_NEW_MOUNTS, _NEW_PROCESSES = 0x00020000, 0x20000000
+_NEW_PROCESSES = 0x20000000
 _NO_SUID_DEV_EXEC = 2 | 4 | 8
+_DETACH = 2
+_CAPABILITY_VERSION_3 = 0x20080522
 _STACK = 64 << 20  # deep recursion needs more than the usual 8 MiB
 
 
 class Cells:
-    """Makes cells. `bare` ones have the limits alone: no namespaces, no filter."""
+    """Makes cells, one at a time. `bare` ones have the limits alone: no namespaces, no filter."""
 
     def __init__(self, limits: Mapping[str, int], *, bare: bool):
-        self._limits = limits
         self._bare = bare
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        if not bare:
-            self._own_processes = os.pidfd_open(os.getpid())
-            self._filter = build_filter(platform.machine())
+        self._limits = _limits(limits, bare=bare)
+        if bare:
+            return
+        self._libc = ctypes.PyDLL(None, use_errno=True)  # keeps the interpreter's lock, as `fork` needs
+        self._own_processes = os.pidfd_open(os.getpid())
+        self._tmp_options = f"size={limits['tmp_bytes']},nr_inodes=1024,mode=0700".encode()
+        self._mount_tmp()
+        no_capability = ((ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)())
+        self._drop_capabilities = (self._libc.capset, no_capability)
+        self._filter = Filter(self._libc, platform.machine())
 
     def fork(self) -> int:
-        """`os.fork`, with the child the first of a new process namespace."""
+        """A fork whose child is the first of a new process namespace, and finds /tmp empty.
+
+        It is the C library's: what Python does in a child besides is meant for processes with several threads, of which
+        this is none, and writes to a quarter of the pages that a cell ever writes to.
+        """
         if self._bare:
             return os.fork()
+        if self._state_of_tmp() != self._pristine:
+            self._check(self._libc.umount2(b"/tmp", _DETACH), "unmount /tmp")
+            self._mount_tmp()
         self._check(self._libc.unshare(_NEW_PROCESSES), "unshare")
-        try:
-            child = os.fork()
-        except OSError:
-            child = -1
+        child: int = self._libc.fork()
         if child:
             self._check(self._libc.setns(self._own_processes, _NEW_PROCESSES), "setns")
         if child < 0:
@@ -49,41 +64,52 @@ class Cells:
         """In the child: all that is left, but for `seal`."""
         os.setsid()
         if self._bare:
-            self._set_limits()
-            return
-        self._check(self._libc.unshare(_NEW_MOUNTS), "unshare")
-        size = f"size={self._limits['tmp_bytes']},nr_inodes=1024,mode=0700".encode()
-        self._check(self._libc.mount(b"tmpfs", b"/tmp", b"tmpfs", _NO_SUID_DEV_EXEC, size), "mount /tmp")
-        os.chdir("/tmp")
-        self._set_limits()
+            random.seed(0)  # which `os.fork` has undone
+        else:
+            os.chdir("/tmp")
+        for limit, value in self._limits:
+            resource.setrlimit(limit, value)
 
     def seal(self) -> None:
         """The last step before foreign code: no capabilities, and the filter."""
         if self._bare:
             return
-        header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
-        nothing = (ctypes.c_uint32 * 6)()
-        self._check(self._libc.capset(header, nothing), "capset")
-        install_filter(self._libc, self._filter)
+        call, arguments = self._drop_capabilities
+        self._check(call(*arguments), "capset")
+        self._filter.install()
 
-    def _set_limits(self) -> None:
-        for limit, value in (
-            (resource.RLIMIT_CPU, self._limits["cpu_seconds"]),
-            (resource.RLIMIT_AS, self._limits["memory_bytes"]),
-            (resource.RLIMIT_FSIZE, self._limits["file_bytes"]),
-            (resource.RLIMIT_STACK, _STACK),
-            (resource.RLIMIT_NOFILE, 64),
-            (resource.RLIMIT_NPROC, self._limits["threads"]),
-            (resource.RLIMIT_CORE, 0),
-            (resource.RLIMIT_MEMLOCK, 0),
-            (resource.RLIMIT_MSGQUEUE, 0),
-        ):
-            if self._bare and limit == resource.RLIMIT_NPROC:
-                continue  # it would count the user's other processes
-            hard = resource.getrlimit(limit)[1]
-            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-            resource.setrlimit(limit, (value, value))
+    def _mount_tmp(self) -> None:
+        mounted = self._libc.mount(b"tmpfs", b"/tmp", b"tmpfs", _NO_SUID_DEV_EXEC, self._tmp_options)
+        self._check(mounted, "mount /tmp")
+        self._pristine = self._state_of_tmp()
+
+    def _state_of_tmp(self) -> tuple[int, ...]:
+        """Differs from that of a new /tmp as soon as anything has been made in it, even where it is gone again."""
+        folder, space = os.stat("/tmp"), os.statvfs("/tmp")
+        return folder.st_ino, folder.st_ctime_ns, folder.st_mtime_ns, space.f_bfree, space.f_ffree
 
     def _check(self, result: int, what: str) -> None:
         if result:
             raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
+
+
+def _limits(limits: Mapping[str, int], *, bare: bool) -> list[tuple[int, tuple[int, int]]]:
+    wanted = {
+        resource.RLIMIT_CPU: limits["cpu_seconds"],
+        resource.RLIMIT_AS: limits["memory_bytes"],
+        resource.RLIMIT_FSIZE: limits["file_bytes"],
+        resource.RLIMIT_STACK: _STACK,
+        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_NPROC: limits["threads"],
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_MEMLOCK: 0,
+        resource.RLIMIT_MSGQUEUE: 0,
+    }
+    if bare:
+        del wanted[resource.RLIMIT_NPROC]  # it would count the user's other processes
+    found = []
+    for limit, value in wanted.items():
+        hard = resource.getrlimit(limit)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        found.append((limit, (value, value)))
+    return found

@@ -2,14 +2,17 @@
 
 A value becomes a flat table of nodes, so that linked lists of any length, shared parts and cycles survive, and JSON,
 whose reader is safe on hostile input. Containers are named by their place in the table, as `[place]`. Subclasses of
-builtin types become the builtin type: an `int` whose `__eq__` always agrees arrives as a plain int. Instances of a class
-written in Python travel as their class's name and attributes, and are made again without calling any of its methods,
-where the reader knows a class of that name. Functions, iterators, files and the like do not travel.
+builtin types become the builtin type: an `int` whose `__eq__` always agrees arrives as a plain int. Arrays and scalars of
+NumPy travel where it is loaded, if they hold numbers. Instances of a class written in Python travel as their class's name
+and attributes, and are made again without calling any of its methods, where the reader knows a class of that name.
+Functions, iterators, files and the like do not travel.
 """
 
 import json
+import re
+import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -17,6 +20,7 @@ __all__ = ["CodecError", "decode", "encode"]
 
 _ATOMS = frozenset({type(None), bool, int, float, str})
 _JSON_INT = 1 << 63  # larger ones travel in hexadecimal, which Python reads and writes without limit
+_WRITER, _READER = json.JSONEncoder(separators=(",", ":")), json.JSONDecoder()
 _NO_DATA = (type, ModuleType, FunctionType, MethodType, BuiltinFunctionType)
 
 
@@ -42,7 +46,7 @@ class _Encoder:
             while self._waiting:
                 place, kind, item = self._waiting.popleft()
                 self._nodes[place] = [kind, *self._contents(kind, item)]
-            return json.dumps([root, self._nodes], separators=(",", ":")).encode()
+            return _WRITER.encode([root, self._nodes]).encode()
         except (RecursionError, ValueError) as error:
             raise CodecError(str(error)) from None
 
@@ -61,6 +65,9 @@ class _Encoder:
             return self._add(["bytes", bytes(value).hex()])
         if isinstance(value, complex):
             return self._add(["complex", value.real, value.imag])
+        numpy = sys.modules.get("numpy")
+        if numpy and isinstance(value, (numpy.ndarray, numpy.generic)) and value.dtype.kind in "biufc":
+            return self._add(["numpy", value.dtype.str, list(value.shape), value.tobytes().hex()])
         self._alive.append(value)
         if isinstance(value, (tuple, frozenset)):  # after its contents: the reader makes it whole at once
             name = "tuple" if isinstance(value, tuple) else "frozenset"
@@ -109,28 +116,39 @@ def _kind_of(value: Any) -> str:
     raise CodecError(f"a value of type {type(value).__name__} is no plain data")
 
 
-def decode(data: bytes, classes: Mapping[str, Any]) -> Any:
-    """The value that `data` describes, objects made of the `classes`; CodecError where it describes none."""
+def decode(data: bytes, find_class: Callable[[str], Any]) -> Any:
+    """The value that `data` describes; CodecError where it describes none.
+
+    `find_class` gives the class whose objects may have a name; anything else but a class for other names.
+    """
     try:
-        root, nodes = json.loads(data)
-        return _decode(root, nodes, classes)
+        root, nodes = _READER.decode(data.decode())
+        return _decode(root, nodes, find_class)
     except CodecError:
         raise
     except Exception as error:
         raise CodecError(f"no value: {type(error).__name__}") from None
 
 
+def _numpy(kind: str, shape: list[int], data: str) -> Any:
+    if not re.fullmatch(r"[<>|][biufc]\d+", kind):
+        raise CodecError(f"an array of {kind!r}")
+    numpy = sys.modules["numpy"]
+    return numpy.frombuffer(bytes.fromhex(data), kind).reshape(shape).copy()[()]  # without axes: a scalar
+
+
 _SHELLS = {"list": list, "dict": dict, "set": set, "deque": deque}
-_WHOLE = {
+_WHOLE: dict[str, Callable[..., Any]] = {
     "int": lambda text: int(text, 16),
     "bytes": bytes.fromhex,
     "complex": complex,
+    "numpy": _numpy,
 }
 _PENDING = object()
 
 
-def _decode(root: Any, nodes: list[Any], classes: Mapping[str, Any]) -> Any:
-    values = [_shell(node, classes) for node in nodes]
+def _decode(root: Any, nodes: list[Any], find_class: Callable[[str], Any]) -> Any:
+    values = [_shell(node, find_class) for node in nodes]
 
     def value(reference: Any) -> Any:
         if type(reference) is not list:
@@ -160,14 +178,14 @@ def _decode(root: Any, nodes: list[Any], classes: Mapping[str, Any]) -> Any:
     return value(root)
 
 
-def _shell(node: list[Any], classes: Mapping[str, Any]) -> Any:
+def _shell(node: list[Any], find_class: Callable[[str], Any]) -> Any:
     kind = node[0]
     if kind in _SHELLS:
         return _SHELLS[kind]()
     if kind in _WHOLE:
         return _WHOLE[kind](*node[1:])
     if kind == "object":
-        found = classes.get(node[1])
+        found = find_class(node[1])
         if not isinstance(found, type):
             raise CodecError(f"an object of a class {node[1]!r} that is not known here")
         return object.__new__(found)

@@ -3,7 +3,7 @@
 import os
 import struct
 
-__all__ = ["Reader", "complete_frames", "frame", "write_frame"]
+__all__ = ["Reader", "complete_frames", "frame", "write_frames"]
 
 _LENGTH = struct.Struct("<I")
 
@@ -13,9 +13,9 @@ def frame(payload: bytes) -> bytes:
     return _LENGTH.pack(len(payload)) + payload
 
 
-def write_frame(fd: int, payload: bytes) -> None:
-    """Write one message, however large."""
-    data = memoryview(frame(payload))
+def write_frames(fd: int, *payloads: bytes) -> None:
+    """Write messages, however large."""
+    data = memoryview(b"".join(map(frame, payloads)))
     while data:
         data = data[os.write(fd, data) :]
 
@@ -39,6 +39,8 @@ class Reader:
 
     def __init__(self, fd: int):
         self._fd = fd
+        self._data = b""
+        self._place = 0
 
     def frame(self) -> bytes:
         """The next message."""
@@ -50,11 +52,16 @@ class Reader:
         return self.frame().decode("utf-8", "surrogatepass")
 
     def _exactly(self, count: int) -> bytes:
-        pieces = []
-        while count:
-            piece = os.read(self._fd, min(count, 1 << 20))
-            if not piece:
-                raise EOFError("the pipe ended within a message")
-            pieces.append(piece)
-            count -= len(piece)
-        return b"".join(pieces)
+        end = self._place + count
+        if end > len(self._data):
+            pieces, missing = [self._data[self._place :]], end - len(self._data)
+            while missing > 0:
+                piece = os.read(self._fd, max(1 << 16, min(missing, 1 << 20)))
+                if not piece:
+                    raise EOFError("the pipe ended within a message")
+                pieces.append(piece)
+                missing -= len(piece)
+            self._data, self._place, end = b"".join(pieces), 0, count
+        found = self._data[self._place : end]
+        self._place = end
+        return found

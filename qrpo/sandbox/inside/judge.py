@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .codec import decode, encode
-from .framing import Reader, write_frame
+from .framing import Reader, write_frames
 
 __all__ = ["Suite", "serve"]
 
@@ -29,15 +29,16 @@ def serve(jobs: Reader, answer: int, seal: Callable[[], None]) -> int:
     """Prepare problems' tests and judge solutions' replies, one request after another, until the pipe ends.
 
     "prepare", preamble, test, entry point: answered by JSON (`tests`, their number; `calls`, theirs, or -1 where they are
-    made one by one; or `error`), the suite compiled, and the calls. "judge", the compiled suite, the number of
-    replies, the replies: answered by b"1" or b"0" for each test as it is judged, and between them b"c" with a call that is
-    to be made, whose reply comes next on the jobs' pipe. b"." ends each answer.
+    made one by one; or `error`), the suite compiled, the preamble compiled, and the calls. "judge", the compiled suite, the
+    number of replies, the replies: answered by b"1" or b"0" for each test, all at the end. "step by step" and the same: by
+    each as soon as it is known, and between them b"c" with a call that is to be made, whose reply comes next on the jobs'
+    pipe. b"." ends each answer.
     """
     seal()
     sys.setrecursionlimit(10_000)
 
     def ask(data: bytes) -> bytes:
-        write_frame(answer, b"c" + data)
+        write_frames(answer, b"c" + data)
         return jobs.frame()
 
     while True:
@@ -46,14 +47,16 @@ def serve(jobs: Reader, answer: int, seal: Callable[[], None]) -> int:
         except EOFError:
             return 0
         if action == "prepare":
-            for payload in _prepared(jobs.text(), jobs.text(), jobs.text()):
-                write_frame(answer, payload)
-        else:
-            suite = Suite.loaded(jobs.frame())
-            replies = [jobs.frame() for _ in range(int(jobs.text()))]
-            for passed in suite.verdicts(replies, ask):
-                write_frame(answer, b"1" if passed else b"0")
-        write_frame(answer, b".")
+            write_frames(answer, *_prepared(jobs.text(), jobs.text(), jobs.text()), b".")
+            continue
+        suite = Suite.loaded(jobs.frame())
+        replies = [jobs.frame() for _ in range(int(jobs.text()))]
+        kept = []
+        for passed in suite.verdicts(replies, ask):
+            kept.append(b"1" if passed else b"0")
+            if action == "step by step":
+                write_frames(answer, kept.pop())
+        write_frames(answer, *kept, b".")
 
 
 def _prepared(preamble: str, test: str, entry_point: str) -> list[bytes]:
@@ -66,7 +69,7 @@ def _prepared(preamble: str, test: str, entry_point: str) -> list[bytes]:
         return [json.dumps({"error": f"{type(error).__name__}: {error}"}).encode()]
     count = len(calls) if suite.calls is not None else -1
     facts = {"tests": suite.tests, "calls": count, "error": None}
-    return [json.dumps(facts).encode(), suite.dumped(), *calls]
+    return [json.dumps(facts).encode(), suite.dumped(), suite.preamble(), *calls]
 
 
 class Suite:
@@ -127,6 +130,10 @@ class Suite:
         """The compiled suite, for another judge."""
         return marshal.dumps(self._parts)
 
+    def preamble(self) -> bytes:
+        """The compiled preamble, for solutions."""
+        return marshal.dumps(self._parts[0][0])
+
     def captured_calls(self) -> list[bytes]:
         """The calls that are known beforehand, encoded, in order."""
         if self.calls is None:
@@ -162,20 +169,17 @@ class Suite:
 
     def _result(self, reply: bytes) -> Any:
         if reply[:1] == b"=":
-            return decode(reply[1:], self._own_classes())
-        name, message = decode(reply[1:], {})
+            return decode(reply[1:], self._own_class)
+        name, message = decode(reply[1:], self._own_class)
         kind = getattr(builtins, name, None)
         if not (isinstance(kind, type) and issubclass(kind, Exception)):
             kind = RuntimeError
         raise kind(message)
 
-    def _own_classes(self) -> dict[str, Any]:
-        """Classes that the preamble or the tests define: the only ones that data may fill."""
-        return {
-            name: value
-            for name, value in self._names.items()
-            if isinstance(value, type) and value.__module__ == "tests"
-        }
+    def _own_class(self, name: str) -> Any:
+        """The class that the preamble or the tests define by this name: the only ones that data may fill."""
+        found = self._names.get(name)
+        return found if isinstance(found, type) and found.__module__ == "tests" else None
 
 
 def _known_beforehand(body: list[ast.stmt], candidate: str) -> bool:

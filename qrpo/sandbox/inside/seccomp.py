@@ -11,7 +11,7 @@ import errno
 import os
 import struct
 
-__all__ = ["ALLOWED", "build_filter", "install_filter"]
+__all__ = ["ALLOWED", "Filter", "build_filter"]
 
 _X86_64 = """
     read=0 write=1 close=3 fstat=5 lseek=8 mmap=9 mprotect=10 munmap=11 brk=12 rt_sigaction=13 rt_sigprocmask=14 rt_sigreturn=15
@@ -113,12 +113,22 @@ def build_filter(machine: str) -> bytes:
         (_LOAD, 0, 0, _NUMBER),
         (_AT_LEAST, 0, 1, 0x40000000),  # the x32 calls have numbers of their own
         (_RETURN, 0, 0, _DENY),
+        *_search(sorted((number, name) for name, number in ALLOWED[machine].items())),
     ]
-    for name, number in ALLOWED[machine].items():
-        block = _CONDITIONS.get(name, [(_RETURN, 0, 0, _ALLOW)])
-        program += [(_EQUAL, 0, len(block), number), *block]
-    program.append((_RETURN, 0, 0, _DENY))
     return b"".join(struct.pack("<HBBI", *instruction) for instruction in program)
+
+
+def _search(calls: list[tuple[int, str]]) -> list[_Instruction]:
+    """Finds a call's number by halves: the kernel tries a new filter on every number there is, for each cell anew."""
+    if len(calls) > 4:
+        middle = len(calls) // 2
+        below = _search(calls[:middle])
+        return [(_AT_LEAST, len(below), 0, calls[middle][0]), *below, *_search(calls[middle:])]
+    found: list[_Instruction] = []
+    for number, name in calls:
+        block = _CONDITIONS.get(name, [(_RETURN, 0, 0, _ALLOW)])
+        found += [(_EQUAL, 0, len(block), number), *block]
+    return [*found, (_RETURN, 0, 0, _DENY)]
 
 
 class _Program(ctypes.Structure):
@@ -128,10 +138,16 @@ class _Program(ctypes.Structure):
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _MODE_FILTER = 38, 22, 2
 
 
-def install_filter(libc: ctypes.CDLL, program: bytes) -> None:
-    """Bind this process, and all its threads to come, to a program of `build_filter`, for good."""
-    described = _Program(len(program) // 8, program)
-    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(
-        _PR_SET_SECCOMP, _MODE_FILTER, ctypes.byref(described), 0, 0
-    ):
-        raise OSError(ctypes.get_errno(), f"seccomp: {os.strerror(ctypes.get_errno())}")
+class Filter:
+    """The program for a machine, ready to be installed."""
+
+    def __init__(self, libc: ctypes.CDLL, machine: str):
+        program = build_filter(machine)
+        described = _Program(len(program) // 8, program)
+        self._prctl = libc.prctl
+        self._install = (_PR_SET_SECCOMP, _MODE_FILTER, ctypes.byref(described), 0, 0)
+
+    def install(self) -> None:
+        """Bind this process, and all its threads to come, to the program, for good."""
+        if self._prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or self._prctl(*self._install):
+            raise OSError(ctypes.get_errno(), f"seccomp: {os.strerror(ctypes.get_errno())}")

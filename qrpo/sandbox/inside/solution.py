@@ -2,6 +2,7 @@
 
 import atexit
 import builtins
+import marshal
 import os
 import sys
 import threading
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .codec import CodecError, decode, encode
-from .framing import Reader, write_frame
+from .framing import Reader, write_frames
 
 __all__ = ["call", "run_program"]
 
@@ -18,11 +19,11 @@ __all__ = ["call", "run_program"]
 def call(jobs: Reader, answer: int, seal: Callable[[], None]) -> int:
     """Define the solution and answer calls to its entry point, in order.
 
-    The job: preamble, code, entry point, the number of calls, the calls; then, where that number is -1, calls one by one until the
-    pipe ends. A call is `encode([args, kwargs])`. The answer to it is b"=" and the result, or b"!" and what was raised;
+    The job: preamble (compiled), code, entry point, the number of calls, the calls; then, where that number is -1, calls one by
+    one until the pipe ends. A call is `encode([args, kwargs])`. The answer to it is b"=" and the result, or b"!" and what was raised;
     to one of the later calls, the result and what the call has made of its arguments.
     """
-    preamble, code, entry_point = jobs.text(), jobs.text(), jobs.text()
+    preamble, code, entry_point = jobs.frame(), jobs.text(), jobs.text()
     count = int(jobs.text())
     calls = [jobs.frame() for _ in range(count)]
     seal()
@@ -30,22 +31,22 @@ def call(jobs: Reader, answer: int, seal: Callable[[], None]) -> int:
     module = types.ModuleType("solution")
     sys.modules["solution"] = module
     names = module.__dict__
-    exec(compile(preamble, "<preamble>", "exec"), names)  # noqa: S102
+    exec(marshal.loads(preamble), names)  # noqa: S102, S302 - from a judge
     exec(compile(code, "<solution>", "exec"), names)  # noqa: S102
     candidate = eval(entry_point, names)  # noqa: S307
     for data in calls:
-        write_frame(answer, _answer(candidate, data, names, back=False))
+        write_frames(answer, _answer(candidate, data, names, back=False))
     while count < 0:
         try:
             data = jobs.frame()
         except EOFError:
             break
-        write_frame(answer, _answer(candidate, data, names, back=True))
+        write_frames(answer, _answer(candidate, data, names, back=True))
     return 0
 
 
 def _answer(candidate: Any, data: bytes, names: dict[str, Any], *, back: bool) -> bytes:
-    args, kwargs = decode(data, names)
+    args, kwargs = decode(data, names.get)
     try:
         result = candidate(*args, **kwargs)
         return b"=" + encode([result, args, kwargs] if back else result)
