@@ -123,7 +123,7 @@ def _sampled(
     for groups in _spread(rows, budget):
         frame = rows.read(groups, needed)
         read += frame.height
-        frames.append((apply_condition(frame, condition) if condition is not None else frame).select(columns))
+        frames.append(frame if condition is None else apply_condition(frame, condition).select(columns))
     return pl.concat(frames), read
 
 
