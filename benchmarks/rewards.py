@@ -1,14 +1,17 @@
 """Scoring with a reward model: our batches and our whole stage beside the ways that people write it.
 
-    OMP_NUM_THREADS=1 python benchmarks/rewards.py [--prompts 40] [--runs 3] [--out benchmarks/results/rewards.json]
+    OMP_NUM_THREADS=1 python benchmarks/rewards.py [--runs 3] [--out benchmarks/results/rewards.json]
 
-2,000 completions (50 a prompt) of log-normal lengths, a small Llama with one logit, float32. `floor` scores as many conversations
+Completions of log-normal lengths (50 a prompt), a small Llama with one logit, float32. `floor` scores as many conversations
 of as many tokens, in batches where all are equally long: no padding, token ids at hand. `sorted` is ours, from
 messages to scores: template, tokenizer, length-sorted batches of a token budget. `one by one` and `a prompt a batch` (all completions
-of a prompt in one padded batch, the research code's way) get token ids at hand, too. `stage` is the pipeline's: it reads completion
-parts from a store, starts a child process, loads the model there, scores, and commits validated, checksummed reward parts; `start`
-is the same stage on a single completion, so that `stage` less `start` is what grows with the work. All rewards are compared, and all ways run with
-the allocator settings that the stage's child process has. Medians of
+of a prompt in one padded batch, the research code's way) get token ids at hand, too. These four share 1,000 completions.
+
+`stage` is the pipeline's: it reads completion parts from a store, starts a child process, loads the model there, scores, and
+commits validated, checksummed reward parts. It has 20,000 completions, a minute or so, since its start costs the same
+however much there is to do, and a floor of its own, `floor of the stage`. `start` is the same stage on a single completion.
+
+All rewards are compared, and all ways run with the allocator settings that the stage's child process has. Medians of
 interleaved runs (one of the slowest way), processor seconds beside wall seconds (a shared machine disturbs those less).
 """
 
@@ -69,7 +72,16 @@ WORDS = [
     "next",
 ]
 
-WAYS = ["floor", "sorted", "stage", "start", "one by one", "a prompt a batch"]
+# name -> the floor that it is compared with
+WAYS = {
+    "floor": "floor",
+    "sorted": "floor",
+    "one by one": "floor",
+    "a prompt a batch": "floor",
+    "floor of the stage": "floor of the stage",
+    "stage": "floor of the stage",
+    "start": "floor of the stage",
+}
 
 Rows = list[tuple[list[dict[str, str]], str]]
 
@@ -172,9 +184,11 @@ def _cpu() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
-def compare(prompts: int, runs: int, budget: int, hidden: int, chosen: Sequence[str]) -> dict[str, Any]:
-    """The chosen ways on the same rows, interleaved."""
-    rows = conversations(prompts)
+def compare(
+    prompts: int, stage_prompts: int, runs: int, budget: int, hidden: int, chosen: Sequence[str]
+) -> dict[str, Any]:
+    """The chosen ways, interleaved."""
+    rows, stage_rows = conversations(prompts), conversations(stage_prompts)
     with tempfile.TemporaryDirectory() as folder:
         path = build_tiny_reward_model(
             Path(folder) / "model", [" ".join(WORDS)] * 20, hidden_size=hidden, max_length=CONTEXT
@@ -192,56 +206,56 @@ def compare(prompts: int, runs: int, budget: int, hidden: int, chosen: Sequence[
         reward = ModelReward(ModelRewardConfig.model_validate(settings))
         tokenizer = load_tokenizer(ModelConfig(path=str(path)))
         model, pad = reward.model, tokenizer.pad_token_id
-        messages, texts = [row[0] for row in rows], [row[1] for row in rows]
-        ids = [encode_conversation(tokenizer, [*m, {"role": "assistant", "content": t}]) for m, t in rows]
-        even = floor_batches(ids, budget)
+
+        def encoded(rows: Rows) -> list[list[int]]:
+            return [
+                encode_conversation(tokenizer, [*m, {"role": "assistant", "content": t}]) for m, t in rows
+            ]
+
+        def scored(rows: Rows) -> list[float]:
+            return [score.reward or 0.0 for score in reward.score(*map(list, zip(*rows, strict=True)))]
+
+        ids, stage_ids = encoded(rows), encoded(stage_rows)
+        even, stage_even = floor_batches(ids, budget), floor_batches(stage_ids, budget)
         store = Store(Path(folder) / "store")
-        plans, single = write_parts(store, rows, "bench"), write_parts(store, rows[:1], "one")
-
-        def scored() -> list[float]:
-            return [score.reward or 0.0 for score in reward.score(messages, texts)]
-
-        def one_by_one() -> list[float]:
-            return [forward(model, [sequence], pad)[0] for sequence in ids]
-
-        def prompt_a_batch() -> list[float]:
-            return [r for start in range(0, len(ids), N) for r in forward(model, ids[start : start + N], pad)]
-
+        plans, single = write_parts(store, stage_rows, "bench"), write_parts(store, rows[:1], "one")
         ways: dict[str, Callable[[], Any]] = {
             "floor": lambda: [forward(model, batch, pad) for batch in even],
-            "sorted": scored,
+            "sorted": lambda: scored(rows),
+            "one by one": lambda: [forward(model, [sequence], pad)[0] for sequence in ids],
+            "a prompt a batch": lambda: [
+                r for start in range(0, len(ids), N) for r in forward(model, ids[start : start + N], pad)
+            ],
+            "floor of the stage": lambda: [forward(model, batch, pad) for batch in stage_even],
             "stage": lambda: stage(store, plans, config),
             "start": lambda: stage(store, single, config),
-            "one by one": one_by_one,
-            "a prompt a batch": prompt_a_batch,
         }
-        expected = ways["sorted"]()
-        ways = {name: way for name, way in ways.items() if name in chosen}
-        times: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+        expected = {name: scored(rows) for name in ("sorted", "one by one", "a prompt a batch")}
+        if "stage" in chosen:
+            expected["stage"] = scored(stage_rows)
+        times: dict[str, list[dict[str, float]]] = {name: [] for name in ways if name in chosen}
         for run in range(runs):
-            for name, way in ways.items():
+            for name in times:
                 if run and name == "a prompt a batch":
-                    continue  # minutes: once is enough to place it
-                taken, found = timed(way)
+                    continue  # the slowest: once is enough to place it
+                taken, found = timed(ways[name])
                 times[name].append(taken)
                 print(f"run {run + 1}, {name}: {taken}", file=sys.stderr)
-                if name not in ("floor", "start"):
-                    assert np.allclose(found, expected, atol=1e-4), name
-    if "stage" in times and "start" in times:
-        times["stage less start"] = [
-            {kind: whole[kind] - start[kind] for kind in whole}
-            for whole, start in zip(times["stage"], times["start"], strict=True)
-        ]
-    lengths = np.array(list(map(len, ids)))
+                if name in expected:
+                    assert np.allclose(found, expected[name], atol=1e-4), name
     return {
-        "completions": len(ids),
-        "tokens": int(lengths.sum()),
-        "lengths": {str(q): int(np.quantile(lengths, q)) for q in (0.05, 0.5, 0.95, 1.0)},
+        "work": {"ways": _work(ids), "stage": _work(stage_ids)},
         "batch_tokens": budget,
         "hidden_size": hidden,
         "runs": runs,
-        "ways": {name: _summary(found, times["floor"]) for name, found in times.items()},
+        "ways": {name: _summary(found, times[WAYS[name]]) for name, found in times.items()},
     }
+
+
+def _work(ids: Sequence[Sequence[int]]) -> dict[str, Any]:
+    lengths = np.array(list(map(len, ids)))
+    quantiles = {str(q): int(np.quantile(lengths, q)) for q in (0.05, 0.5, 0.95, 1.0)}
+    return {"completions": len(ids), "tokens": int(lengths.sum()), "lengths": quantiles}
 
 
 def _summary(found: Sequence[dict[str, float]], base: Sequence[dict[str, float]]) -> dict[str, Any]:
@@ -264,18 +278,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--prompts", type=int, default=40)
+    parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--stage-prompts", type=int, default=400)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="floor among them")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="their floors among them")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if not KEEP_MEMORY.keys() <= os.environ.keys():  # read when a process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
     torch.set_num_threads(1)
     result = compare(
-        arguments.prompts, arguments.runs, arguments.batch_tokens, arguments.hidden_size, arguments.ways
+        arguments.prompts,
+        arguments.stage_prompts,
+        arguments.runs,
+        arguments.batch_tokens,
+        arguments.hidden_size,
+        arguments.ways,
     )
     text = json.dumps(result, indent=2)
     print(text)

@@ -5,7 +5,8 @@
 A solution has one small function and 20 assertions, as LeetCodeDataset writes them. Each way runs in a process of its own
 that is bound to one core, interleaved with the others. Its cost is the processor time of that process and of all that it
 started, user and system, beyond what a single solution costs (which holds what is started once): on a busy machine it
-says more than the clock. The rate per core is its inverse; the clock's rate is given, too.
+says more than the clock. The rate per core is its inverse; the clock's rate is given, too. `sandbox_by_workers` is the
+clock's rate with one worker, two, and so on up to one a core.
 """
 
 import argparse
@@ -111,7 +112,7 @@ def measure(way: str, count: int) -> tuple[float, float]:
 
 
 def scaling(workers: int, count: int) -> float:
-    """Solutions a second on the clock with so many workers, unbound."""
+    """Solutions a second on the clock with so many workers, on as many cores as there are."""
     with Sandbox(Limits(), workers=workers) as sandbox:
         job = (SOLUTION, CheckTests(TEST, "Solution().twoSum", PREAMBLE))
         sandbox.judge([job] * 4 * workers)
@@ -166,9 +167,18 @@ def main() -> None:
         "runs": arguments.runs,
         "asserts": 20,
         "ways": rows,
-        "sandbox_per_second_by_workers": {w: [round(r, 1) for r in rates] for w, rates in scaled.items()},
+        "sandbox_by_workers": {
+            workers: {
+                "per_second_on_the_clock": round(statistics.median(rates), 1),
+                "times_one_worker": round(
+                    statistics.median(more / one for more, one in zip(rates, scaled[1], strict=True)), 2
+                ),
+                "all": [round(rate, 1) for rate in rates],
+            }
+            for workers, rates in scaled.items()
+        },
     }
-    print(result["sandbox_per_second_by_workers"])
+    print(json.dumps(result["sandbox_by_workers"]))
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -1,8 +1,8 @@
 """Work in a child process that gives its memory back and never outlives its parent.
 
 Generation engines and reward models leave memory behind in the process that ran them, start processes of their own,
-and sometimes die. So each runs in a child: `stream` runs one generator function, `Child` keeps an object and serves
-calls to its methods. Both promise:
+and sometimes die. So each runs in a child: a `Child` keeps an object there (`qrpo.serving.GeneratorFunction` where it is
+one function) and serves calls to its methods. It promises:
 
 - the child leads a process group; closing it, or leaving its iterator half read, kills the whole group;
 - it dies with its parent, even by kill -9: a thread in the child waits for the end of a pipe that only the parent
@@ -36,31 +36,12 @@ from typing import IO, Any
 import qrpo.errors
 from qrpo.errors import EngineError, QRPOError
 
-__all__ = ["Child", "stream"]
+__all__ = ["Child"]
 
 _BOOT = (
     "import json, sys; boot = json.loads(sys.argv[1]); sys.path[:] = boot['path'];"
     "from qrpo.serving import serve; serve(boot['connection'], boot['lifeline'], boot['parent'])"
 )
-
-
-def stream(
-    target: str,
-    *args: Any,
-    log: Path | None = None,
-    env: Mapping[str, str] | None = None,
-    patience: float = 0.0,
-) -> Iterator[Any]:
-    """What the generator function `target` ("module:function" or "file.py:function") yields, run in a child.
-
-    Items come as they are made. Closing the iterator kills the child, after `patience` as in `Child`. Arguments and
-    items are pickled.
-    """
-    child = Child("qrpo.serving:GeneratorFunction", target, name=target, log=log, env=env, patience=patience)
-    try:
-        yield from child.stream("run", *args)
-    finally:
-        child.close()
 
 
 class Child:

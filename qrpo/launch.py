@@ -28,7 +28,7 @@ _SETTLE = 5.0  # seconds: when one rank fails, the others fail of it; the cause 
 def stream_ranks(target: str, *args: Any, processes: int, log: Path | None = None) -> Iterator[Any]:
     """What rank 0 of `processes` copies of a generator function yields; the others' items are dropped.
 
-    `target` is named as for `qrpo.child.stream`. The first rank that fails ends all, and its error is raised; closing the
+    `target` is "module:function" or "file.py:function". The first rank that fails ends all, and its error is raised; closing the
     iterator kills all. A SIGTERM that this process gets meanwhile is passed on to each. Logs go to `log`, rank r's to
     `<name>.rank<r><suffix>` from rank 1 on.
     """

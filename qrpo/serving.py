@@ -115,7 +115,7 @@ class _Outbox:
 
 
 class GeneratorFunction:
-    """What `qrpo.child.stream` has served: one generator function as an object with one method."""
+    """One generator function ("module:function" or "file.py:function") as an object with one method."""
 
     def __init__(self, target: str):
         self._function = load_callable(target)

@@ -24,7 +24,6 @@ from storage.manifest import code_version, now
 from storage.names import check_key
 from storage.parts import FileEntry, PartKey, PartRecord, sealed, unsealed
 from storage.tables import REJECTS, SCHEMAS, conform
-from storage.validation import KeyCheck, check_rows
 
 __all__ = ["Rejects", "commit_folder", "commit_part", "discard_part", "load_record"]
 
@@ -239,6 +238,9 @@ def _write_rejects(files: Files, key: PartKey, rejects: pa.Table | None, sha256:
 
 
 def _write_table(scratch: Path, key: PartKey, tables: Iterable[pa.Table]) -> int:
+    # pyarrow.compute with it takes as long to import as all of pyarrow, and who only reads needs none of it
+    from storage.validation import KeyCheck, check_rows
+
     schema = SCHEMAS.get(key.stage, pa.schema([]))
     keys = KeyCheck(key.stage, str(key))
     writer: pq.ParquetWriter | None = None

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import polars as pl
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flows.inspect.filters import apply_condition
@@ -124,7 +123,7 @@ def _sampled(
     for groups in _spread(rows, budget):
         frame = rows.read(groups, needed)
         read += frame.height
-        frames.append((apply_condition(frame, condition) if condition is not None else frame).select(columns))
+        frames.append(frame if condition is None else apply_condition(frame, condition).select(columns))
     return pl.concat(frames), read
 
 
@@ -191,7 +190,7 @@ def _histogram(values: pl.Series, low: float, high: float) -> list[int]:
 
 def _flat(values: pl.Series) -> pl.Series:
     """The elements of all lists; empty lists and nulls give none."""
-    return pl.Series(values.name, pc.list_flatten(values.to_arrow()))
+    return values.explode(empty_as_null=False, keep_nulls=False)
 
 
 def _is_numeric(kind: Any) -> bool:

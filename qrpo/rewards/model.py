@@ -10,6 +10,7 @@ batch is halved, and stays so. vLLM runs the same models: `qrpo.rewards.pooling`
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -163,7 +164,7 @@ class _ChildModel:
 
     def __init__(self, config: ModelRewardConfig, log: Path | None):
         target = {
-            "transformers": "qrpo.rewards.model:ModelReward",
+            "transformers": "qrpo.rewards.model:alone",
             "vllm": "qrpo.rewards.pooling:PoolingReward",
         }[config.engine]
         env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
@@ -188,6 +189,18 @@ class _ChildModel:
     def close(self) -> None:
         """End the child process."""
         self._child.close()
+
+
+def alone(config: ModelRewardConfig) -> ModelReward:
+    """A reward model in a process that does nothing else.
+
+    It starts without two packages that transformers imports wherever they are installed, and that no score comes from:
+    that is a fifth of the start. A model with code of its own may want them.
+    """
+    if not config.model.trust_remote_code:
+        for package in ("scipy", "sklearn"):
+            sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # how Python notes what is not there
+    return ModelReward(config)
 
 
 def encode_rows(

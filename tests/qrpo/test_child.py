@@ -6,18 +6,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from qrpo.child import Child, stream
+from qrpo.child import Child
 from qrpo.errors import ConfigError, EngineError, RewardError
 
 TARGETS = str(Path(__file__).with_name("child_targets.py").resolve())
 
 
 # ------------------------------------------------------------------------------------------- helpers of the tests
+
+
+def stream(target: str, *args: Any, log: Path | None = None) -> Iterator[Any]:
+    return Child("qrpo.serving:GeneratorFunction", target, log=log).stream("run", *args)
 
 
 def is_gone(pid: int) -> bool:
@@ -41,7 +46,7 @@ def pids_in(report: Path) -> list[int]:
     return [int(pid) for pid in report.read_text().split()]
 
 
-# ------------------------------------------------------------------------------------------- stream
+# ------------------------------------------------------------------------------------------- one function
 
 
 def test_stream_yields_what_the_function_yields(tmp_path: Path) -> None:
@@ -107,12 +112,16 @@ def test_a_slow_reader_holds_the_child_back(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- nothing left behind
 
 
+def with_grandchild(report: Path) -> str:
+    return f"Child('qrpo.serving:GeneratorFunction', {TARGETS + ':with_grandchild'!r}).stream('run', Path({str(report)!r}))"
+
+
 def parent_script(report: Path, *, in_thread: bool) -> str:
     # no `if __name__ == "__main__"`: the child must not run the parent's script again
-    read = f"next(items := stream({TARGETS + ':with_grandchild'!r}, Path({str(report)!r})))"
+    read = f"next(items := {with_grandchild(report)})"
     start = f"threading.Thread(target=lambda: kept.append({read})).start()" if in_thread else read
     return (
-        "import threading, time\nfrom pathlib import Path\nfrom qrpo.child import stream\nkept = []\n"
+        "import threading, time\nfrom pathlib import Path\nfrom qrpo.child import Child\nkept = []\n"
         f"{start}\nprint('ready', flush=True)\ntime.sleep(1000)\n"
     )
 
@@ -143,7 +152,7 @@ def test_the_child_survives_the_thread_that_started_it(tmp_path: Path) -> None:
 
 def test_the_end_of_the_parent_ends_the_child(tmp_path: Path) -> None:
     report = tmp_path / "pids"
-    script = f"from pathlib import Path\nfrom qrpo.child import stream\nitems = stream({TARGETS + ':with_grandchild'!r}, Path({str(report)!r}))\nnext(items)\n"
+    script = f"from pathlib import Path\nfrom qrpo.child import Child\nitems = {with_grandchild(report)}\nnext(items)\n"
     subprocess.run([sys.executable, "-c", script], check=True)
     pids = pids_in(report)
     assert wait_until(lambda: all(map(is_gone, pids)))

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qrpo.child import stream
+from qrpo.child import Child
 from qrpo.errors import EngineError, TrainingError
 from qrpo.launch import stream_ranks
 from qrpo.optimization import PolicyConfig
@@ -179,8 +179,9 @@ def test_a_killed_rank_ends_all(tmp_path: Path) -> None:
 def test_kill_9_of_the_parent_leaves_no_rank(tmp_path: Path) -> None:
     """As in the pipeline: a process that has a child for the stage, which has one for each rank."""
     script = (
-        "import time\nfrom pathlib import Path\nfrom qrpo.child import stream\n"
-        f"items = stream({f'{TARGETS}:start_ranks'!r}, 2, Path({str(tmp_path)!r}))\n"
+        "import time\nfrom pathlib import Path\nfrom qrpo.child import Child\n"
+        f"child = Child('qrpo.serving:GeneratorFunction', {f'{TARGETS}:start_ranks'!r})\n"
+        f"items = child.stream('run', 2, Path({str(tmp_path)!r}))\n"
         "print(next(items), flush=True)\ntime.sleep(1000)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
@@ -196,7 +197,7 @@ def test_kill_9_of_the_parent_leaves_no_rank(tmp_path: Path) -> None:
 
 
 def test_closing_early_leaves_no_rank(tmp_path: Path) -> None:
-    items = stream(f"{TARGETS}:start_ranks", 2, tmp_path)
+    items = Child("qrpo.serving:GeneratorFunction", f"{TARGETS}:start_ranks").stream("run", 2, tmp_path)
     next(items)
     items.close()  # type: ignore[attr-defined]
     assert wait_until_gone([int(path.read_text()) for path in tmp_path.iterdir() if path.read_text()])
