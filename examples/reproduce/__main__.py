@@ -59,7 +59,7 @@ def findings(report: dict[str, Any]) -> str:
     lines.append(
         f"- **Small betas.** Reward of `qrpo` on the choosing half by setting: {'; '.join(tried)}. The loss asks a completion of "
         f"quantile q to become likelier only where q > beta log Z, which is {_threshold(0.1):.2f} at beta 0.1 and "
-        f"{_threshold(0.03):.2f} at 0.03; the average one is to become rarer by {_target(0.1):+.1f} and {_target(0.03):+.1f} nats."
+        f"{_threshold(0.03):.2f} at 0.03; the log-likelihood of the average one is to change by {_target(0.1):+.1f} and {_target(0.03):+.1f} nats."
     )
     return "\n".join(lines) + "\n"
 
