@@ -1,9 +1,10 @@
 """`python -m examples.reproduce`: make the task, compare the methods, write tables and plots.
 
     python -m examples.reproduce [--store artifacts] [--out docs]
+    python -m examples.reproduce --report docs/reproduction.json    # only write again what is said of it
 
-Writes `reproduction.json` (what `qrpo compare` reports), `reproduction.md` (its tables) and `reproduction.svg` into the folder
-`--out`. Killed, the same command goes on; a second time everything is cached.
+Writes `reproduction.json` (what `qrpo compare` reports), `reproduction.md` (what it says of the paper's claims, and its tables) and
+`reproduction.svg` into the folder `--out`. Killed, the same command goes on; a second time everything is cached.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from typing import Any
 import matplotlib
 
 from examples.reproduce.task import write_task
+from qrpo import log_z
 from qrpo.theory import summary
 from tasks.config import load_config
 
@@ -22,6 +24,71 @@ CONFIG = Path(__file__).with_name("config.yaml")
 MAIN = ("qrpo", "qrpo-log", "dpo", "rebel", "simpo")
 OFFLINE = ("qrpo-offline", "dpo-offline", "simpo-offline")
 NUM_REF = (1, 3, 10, 50)
+
+
+def findings(report: dict[str, Any]) -> str:
+    """What the report says of the paper's claims, in words that its numbers choose."""
+    methods, reference = report["methods"], report["reference"]
+    lines = [f"- **Reward at each one's best setting.** {_leads(methods)}"]
+    for name, beta in (("small", 0.03), ("large", 0.3)):
+        few, many = (methods[f"n{n}-{name}-beta"]["scores"]["reward"] for n in (1, 50))
+        apart = few["high"] < many["low"] or many["high"] < few["low"]
+        gain = many["mean"] - few["mean"]
+        below = (
+            " Both are below the reference." if max(few["mean"], many["mean"]) < reference["reward"] else ""
+        )
+        lines.append(
+            f"- **More reference samples, beta {beta}.** From n = 1 to 50 reward changes by {gain:+.3f}, from {_shown(few)} to "
+            f"{_shown(many)}: the intervals {'are apart' if apart else 'overlap'}.{below}"
+        )
+    over = {name: methods[name]["scores"]["length"]["mean"] - reference["length"] for name in OFFLINE}
+    least = min(over, key=lambda name: abs(over[name]))
+    shown = ", ".join(f"{name} {value:+.2f}" for name, value in over.items())
+    lines.append(
+        f"- **Length bias.** Tokens over the reference's {reference['length']:.2f}, trained on the dataset's pairs: {shown}. "
+        f"The length of `{least}` moved least."
+    )
+    for name in ("qrpo", "qrpo-log"):
+        settings, scores = methods[name]["settings"], methods[name]["scores"]
+        promised = summary(settings.get("policy.transform", "identity"), settings["policy.beta"], 50)
+        lines.append(
+            f"- **The optimum, `{name}` at beta {settings['policy.beta']}.** Promised: win rate {promised['win_rate']:.3f} for "
+            f"{promised['kl']:.2f} nats. Measured: {scores['win_rate']['mean']:.3f} for {scores['kl']['mean']:.2f}."
+        )
+    tried = [f"{_settings(one)}: {one['reward']:.3f}" for one in methods["qrpo"]["tried"]]
+    lines.append(
+        f"- **Small betas.** Reward of `qrpo` on the choosing half by setting: {'; '.join(tried)}. The loss asks a completion of "
+        f"quantile q to become likelier only where q > beta log Z, which is {_threshold(0.1):.2f} at beta 0.1 and "
+        f"{_threshold(0.03):.2f} at 0.03; the log-likelihood of the average one is to change by {_target(0.1):+.1f} and {_target(0.03):+.1f} nats."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _leads(methods: dict[str, Any]) -> str:
+    told = []
+    for name in MAIN[1:]:
+        behind = methods[name]["behind"]
+        verdict = (
+            "behind"
+            if behind["low"] > 0
+            else "ahead"
+            if behind["high"] < 0
+            else "not to be told apart from it"
+        )
+        told.append(
+            f"`{name}` is {verdict} ({-behind['mean']:+.3f}, {-behind['high']:+.3f} to {-behind['low']:+.3f})"
+        )
+    return f"`qrpo` has {_shown(methods['qrpo']['scores']['reward'])}. Against it " + "; ".join(told) + "."
+
+
+def _threshold(beta: float) -> float:
+    """The quantile at which the optimum is as likely as the reference."""
+    return beta * float(log_z("identity", beta))
+
+
+def _target(beta: float, quantile: float = 0.5) -> float:
+    """The log-ratio, in nats, that the optimum gives to a completion of this quantile."""
+    return (quantile - _threshold(beta)) / beta
 
 
 def tables(report: dict[str, Any]) -> str:
@@ -133,7 +200,19 @@ def main() -> None:
     )
     parser.add_argument("--store", default="artifacts")
     parser.add_argument("--out", type=Path, default=Path("docs"))
+    parser.add_argument("--report", type=Path, help="a report that was written before")
     arguments = parser.parse_args()
+    report = json.loads(arguments.report.read_text()) if arguments.report else measure(arguments.store)
+    said = f"{findings(report)}\n{tables(report)}"
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "reproduction.json").write_text(json.dumps(report, indent=1) + "\n")
+    (arguments.out / "reproduction.md").write_text(said)
+    plot(report, arguments.out / "reproduction.svg")
+    print(said, end="")
+
+
+def measure(store: str) -> dict[str, Any]:
+    """The report of the comparison, computed or found in the store."""
     folder = Path("reproduce")
     if not (folder / "base" / "config.json").is_file():
         write_task(folder)
@@ -143,12 +222,8 @@ def main() -> None:
     from flows.compare import compare
 
     server_answers()
-    report = compare(load_config(CONFIG), arguments.store)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "reproduction.json").write_text(json.dumps(report, indent=1) + "\n")
-    (arguments.out / "reproduction.md").write_text(tables(report))
-    plot(report, arguments.out / "reproduction.svg")
-    print(tables(report), end="")
+    report: dict[str, Any] = compare(load_config(CONFIG), store)
+    return report
 
 
 if __name__ == "__main__":
