@@ -75,7 +75,7 @@ def tell_of_failures(client: SyncPrefectClient, block: str) -> str:
         SendNotification(
             block_document_id=document.id,
             subject="QRPO: {{ flow_run.name }} {{ flow_run.state.name }}",
-            body="{{ flow_run.name }}: {{ flow_run.state.name }}\n{{ flow_run.state.message }}\n{{ flow_run|ui_url }}",
+            body="{{ flow_run.name }}: {{ flow_run.state.name }}\n{{ flow_run.state.message }}\n{{ flow_run|ui_url or '' }}",
         ),
     )
 

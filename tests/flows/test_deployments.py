@@ -137,7 +137,11 @@ class Service:
         self.log = folder / "service.log"
         self.log.touch()
         self.api = f"http://127.0.0.1:{self.port}/api"
-        values = {"${PREFECT_AUTH}": AUTH, "${S3_PASSWORD}": "minio-password"}
+        values = {
+            "${PREFECT_AUTH}": AUTH,
+            "${S3_PASSWORD}": "minio-password",
+            "${UI_URL}": f"http://127.0.0.1:{self.port}",
+        }
         base = {
             name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "QRPO_"))
         }
@@ -317,7 +321,7 @@ def qrpo(service: Service, *arguments: str | Path, **environment: str) -> "subpr
         cwd=service.folder,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
 
 
@@ -410,7 +414,7 @@ def test_killed_run_is_crashed_with_a_reason_which_is_told(
     [message] = wait_for(lambda: told[1], "the message", service.log, 60)
     assert "QRPO: tiny: completions (prompts.jsonl, model) Crashed" in message
     assert run["state"]["message"].splitlines()[0][:40] in message
-    assert f"/runs/flow-run/{run['id']}" in message
+    assert f"http://127.0.0.1:{service.port}/runs/flow-run/{run['id']}" in message
 
 
 @pytest.fixture(scope="module")
@@ -463,7 +467,7 @@ def test_deployment_command_and_python_come_to_the_same_and_the_secret_stays_whe
             env={**service.client_environment, "REWARD_SCALE": SECRET},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
         )
     run = service.ended(by_deployment)
 
