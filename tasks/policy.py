@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["compute", "plan", "train"]
 
-VERSION = 2
+VERSION = 3
 
 
 def plan(config: "PipelineConfig", plans: Mapping[str, StagePlan], store: Store) -> StagePlan:
