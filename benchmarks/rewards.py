@@ -8,7 +8,7 @@ messages to scores: template, tokenizer, length-sorted batches of a token budget
 of a prompt in one padded batch, the research code's way) get token ids at hand, too. These four share 1,000 completions.
 
 `stage` is the pipeline's: it reads completion parts from a store, starts a child process, loads the model there, scores, and
-commits validated, checksummed reward parts. It has 20,000 completions, a minute or so, since its start costs the same
+commits validated, checksummed reward parts. It has 25,000 completions, a minute or so, since its start costs the same
 however much there is to do, and a floor of its own, `floor of the stage`. `start` is the same stage on a single completion.
 
 All rewards are compared, and all ways run with the allocator settings that the stage's child process has. Medians of
@@ -279,7 +279,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--prompts", type=int, default=20)
-    parser.add_argument("--stage-prompts", type=int, default=400)
+    parser.add_argument("--stage-prompts", type=int, default=500)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--hidden-size", type=int, default=128)
