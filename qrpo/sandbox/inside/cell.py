@@ -86,7 +86,7 @@ class Cells:
     def _state_of_tmp(self) -> tuple[int, ...]:
         """Differs from that of a new /tmp as soon as anything has been made in it, even where it is gone again."""
         folder, space = os.stat("/tmp"), os.statvfs("/tmp")
-        return folder.st_ino, folder.st_ctime_ns, folder.st_mtime_ns, space.f_bfree, space.f_ffree
+        return folder.st_ino, folder.st_mode, folder.st_ctime_ns, space.f_bfree, space.f_ffree
 
     def _check(self, result: int, what: str) -> None:
         if result:
