@@ -47,7 +47,7 @@ test: $(STAMP) system ## the whole test suite
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP) lint types ## lint, types, import contracts, fast tests
-	$(VENV)/bin/python -m pytest -q -m "not slow"
+	$(VENV)/bin/python -m pytest -q -n 2 -m "not slow"
 
 lint: $(STAMP) ## ruff and the import contracts
 	$(VENV)/bin/ruff check .
