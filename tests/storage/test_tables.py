@@ -121,7 +121,11 @@ def test_a_right_row_is_accepted(stage: str) -> None:
         ("shards", {"num_ref": 0, "ref_mean": None}, "num_ref of 1 or more"),
         ("evaluation", {"model": ""}, "must name its model"),
         ("evaluation", {"quantile_reward": -0.5}, "quantile_reward ranges over"),
-        ("evaluation", {"ref_token_logprobs": [-1.0, -2.0]}, "one length in token_ids and ref_token_logprobs"),
+        (
+            "evaluation",
+            {"ref_token_logprobs": [-1.0, -2.0]},
+            "one length in token_ids and ref_token_logprobs",
+        ),
     ],
 )
 def test_a_wrong_row_is_refused_with_its_fault(stage: str, change: dict[str, Any], message: str) -> None:
