@@ -28,6 +28,9 @@ class RoundsConfig(Section):
     """Rounds in all; the first trains on the completions that `quantiles.train_on` names."""
     num_completions: int = Field(4, ge=1)
     """Samples of the policy for each training prompt of a later round."""
+    learning_rate: float | None = Field(None, gt=0, json_schema_extra={"fingerprint": False})
+    """Peak learning rate of the later rounds, whose policies are near where they should be; null for `policy.learning_rate`. A
+    smaller one than the first round's: at the same, a short round can move a policy away from the optimum."""
     from_run: str | None = Field(None, json_schema_extra={"fingerprint": False})
     """The run whose policy is sampled from and trained on; set by the rounds themselves, or by hand to go on from any run."""
 
@@ -37,12 +40,15 @@ def round_configs(config: "PipelineConfig") -> Iterator["PipelineConfig"]:
     single = config.rounds.model_copy(update={"count": 1})
     before = config.model_copy(update={"rounds": single})
     yield before
+    rate = config.rounds.learning_rate
+    policy = config.policy if rate is None else config.policy.model_copy(update={"learning_rate": rate})
     for number in range(2, config.rounds.count + 1):
         before = config.model_copy(
             update={
                 "name": f"{config.name}.round-{number}",
                 "rounds": single.model_copy(update={"from_run": before.name}),
                 "quantiles": config.quantiles.model_copy(update={"train_on": "policy"}),
+                "policy": policy,
             }
         )
         yield before

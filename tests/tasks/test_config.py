@@ -6,6 +6,7 @@ import yaml
 from qrpo.config import keyed
 from qrpo.errors import ConfigError
 from tasks.config import apply_overrides, dump_config, load_config, parse_config
+from tasks.rounds import round_configs
 
 MINIMAL = {
     "prompts": {"source": "prompts.jsonl"},
@@ -112,3 +113,9 @@ def test_example_configurations_are_valid():
     assert len(paths) >= 2
     for path in paths:
         load_config(path)
+
+
+def test_later_rounds_have_a_learning_rate_of_their_own():
+    config = parse_config({**MINIMAL, "rounds": {"count": 3, "learning_rate": 1e-4}})
+    rates = [one.policy.learning_rate for one in round_configs(config)]
+    assert rates == [config.policy.learning_rate, 1e-4, 1e-4]
