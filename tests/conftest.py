@@ -53,7 +53,7 @@ def prefect_server() -> Iterator[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-        with prefect_test_harness(server_startup_timeout=120):
+        with prefect_test_harness(server_startup_timeout=300):
             url = str(PREFECT_API_URL.value())
             patch.setenv("PREFECT_API_URL", url)
             yield url

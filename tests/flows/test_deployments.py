@@ -373,6 +373,11 @@ def cancelled(service: Service) -> tuple[Any, list[int], dict[str, str]]:
     )
     for schedule in service.call("GET", f"/deployments/{pipeline['id']}/schedules"):
         service.call("PATCH", f"/deployments/{pipeline['id']}/schedules/{schedule['id']}", {"active": False})
+    late = {"state": {"type": {"any_": ["SCHEDULED"]}}, "deployment_id": {"any_": [pipeline["id"]]}}
+    for run in service.call(
+        "POST", "/flow_runs/filter", {"flow_runs": late}
+    ):  # those that were due meanwhile
+        service.call("DELETE", f"/flow_runs/{run['id']}")
     wait_for(lambda: digests(STORE, "completions"), "the first part", service.log)
     pids = engine_processes(service)
     service.call("POST", f"/flow_runs/{scheduled['id']}/set_state", {"state": {"type": "CANCELLING"}})

@@ -272,48 +272,62 @@ def test_task_that_hangs_is_timed_out(score: Callable[..., Any], prefect_server:
 
 @pytest.fixture
 def memory_limit() -> Iterator[Path]:
-    """A control group of the kernel for processes that get 300 MB of memory; its file of the limit."""
+    """A control group of the kernel whose processes get 100 MB of memory together."""
     for root, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
         group = Path(root, f"qrpo-test-{os.getpid()}")
         try:
             group.mkdir()
-            (group / limit).write_text("300M")
+            (group / limit).write_text("100M")
         except OSError:
             continue
-        yield group / limit
+        yield group
+        deadline = time.monotonic() + 20
+        while (group / "cgroup.procs").read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
         group.rmdir()
         return
     pytest.skip("no rights to limit memory here")
 
 
-HUNGRY = """\
-import os
-from pathlib import Path
-
-
-def reward(prompts, completions, **columns):
-    Path(os.environ["QRPO_TEST_GROUP"], "cgroup.procs").write_text("0")
-    return [float(len(bytes(b"x" * 600_000_000)) > 0)] * len(completions)
-"""
-
-
 @pytest.mark.slow
 def test_memory_that_runs_out_is_told_and_the_next_run_goes_on(
-    score: Callable[..., Any], memory_limit: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch
+    story: dict[str, Any],
+    config: Path,
+    memory_limit: Path,
+    tmp_path: Path,
+    qrpo: Callable[..., Any],
+    prefect_server: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("QRPO_TEST_GROUP", str(memory_limit.parent))
+    from tasks import groups
 
-    killed = score(HUNGRY)
-    run = newest_run(prefect_server, "rewards")
-    memory_limit.write_text("2000M")
-    again = score(HUNGRY)
+    monkeypatch.setattr(groups, "compute_parts", groups.compute_parts.with_options(retries=0))
+    shutil.copytree(story["store"], tmp_path / "store")
+    more = ("run", config, "--store", tmp_path / "store", "--only", "completions", "--json")
+    more += ("--set", "completions.num_ref=40", "--set", "completions.engine.max_num_seqs=64")
+
+    def squeeze_the_engine() -> None:
+        deadline = time.monotonic() + 120
+        while not (found := [c for c in children_of(os.getpid()) if b"qrpo.serving" in command_of(c)]):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        (memory_limit / "cgroup.procs").write_text(str(found[0]))
+
+    with ThreadPoolExecutor() as pool:
+        squeezed = pool.submit(squeeze_the_engine)
+        killed = qrpo(*more)
+        squeezed.result()
+    run = newest_run(prefect_server, "completions")
+    again = qrpo(*more)
 
     assert killed.exit_code == 1
     assert "was killed by SIGKILL (the system does this where memory runs out)" in killed.stderr
     assert run["state_type"] == "FAILED"
     assert "where memory runs out" in run["state"]["message"]
     assert again.exit_code == 0, again.stderr
-    assert json.loads(again.stdout)["stages"]["rewards"]["rejects"] == 0
+    stage = json.loads(again.stdout)["stages"]["completions"]
+    assert stage["parts_cached"] == len(story["at the end"])
+    assert stage["parts_computed"] > 0
 
 
 class Gate(ThreadingTCPServer):
@@ -362,7 +376,7 @@ import time
 
 
 def reward(prompts, completions, **columns):
-    time.sleep(0.2)
+    time.sleep(0.4)
     return [float(len(said)) for said in completions]
 """
 
@@ -402,12 +416,12 @@ def test_network_that_stays_away_is_told_and_one_that_comes_back_is_waited_for(
         with monkeypatch.context() as patch:
             patch.setattr(remote, "ATTEMPTS", 3)  # as if it stayed away for longer
             away = pool.submit(shut, 0, 6.0)
-            failed = score(SLOW, store=store.url)
+            failed = score(SLOW, "--set", "run.parts_per_task=4", store=store.url)
             run = newest_run(prefect_server, "rewards")
             away.result()
         kept = scored()
         back = pool.submit(shut, kept, 2.0)
-        done = score(SLOW, store=store.url)
+        done = score(SLOW, "--set", "run.parts_per_task=4", store=store.url)
         back.result()
 
     assert failed.exit_code == 1
