@@ -31,6 +31,7 @@ from qrpo.chat import Messages
 from qrpo.config import knob
 from qrpo.errors import ConfigError, RewardError
 from qrpo.rewards.chat_server import ChatServer, Unanswered
+from qrpo.rewards.grades import essence, read_grade
 from qrpo.rewards.protocol import Answers, Columns, Reward, RewardSection, Score
 
 __all__ = ["DEFAULT_TEMPLATE", "JudgeReward", "JudgeRewardConfig"]
@@ -243,7 +244,7 @@ class JudgeReward:
             failed = _run(self._ask(missing)) if missing else {}
             for row, key in keys.items():
                 answer = self._answers.get(key)
-                scores[row] = Score(None, failed[key]) if answer is None else _read(answer, self._config)
+                scores[row] = Score(None, failed[key]) if answer is None else read_grade(answer, self._config)
         self._scored_any = self._scored_any or any(score.error is None for score in scores.values())
         if not self._scored_any and len(completions) > 1:
             raise RewardError(
@@ -296,7 +297,7 @@ class JudgeReward:
             for key, body in self._within_budget(waiting):
                 self._in_flight += 1
                 try:
-                    answer = _essence(await server.complete(body), config)
+                    answer = essence(await server.complete(body), config)
                 except Unanswered as error:
                     self._note_unanswered(error)
                     failed[key] = str(error)
@@ -369,71 +370,6 @@ class _Keeper:
     def _keep(self, fresh: Mapping[str, str]) -> None:
         if fresh and self._store is not None:
             self._store.keep(self._group, fresh)
-
-
-def _essence(response: Mapping[str, Any], config: JudgeRewardConfig) -> dict[str, Any]:
-    """What is kept of a server's answer: its text, the alternatives at the grade's place, and what it cost."""
-    usage = response.get("usage") or {}
-    try:
-        choice = response["choices"][0]
-        text = choice["message"].get("content") or ""
-        steps = (choice.get("logprobs") or {}).get("content") or []
-        tokens = [str(step["token"]) for step in steps]
-        place = _grade_place(tokens, config)
-        top = None if place is None else [[t["token"], t["logprob"]] for t in steps[place]["top_logprobs"]]
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise Unanswered(f"the judge's answer has an unknown form ({error!r})", refused=True) from error
-    return {"text": text, "top": top, "tokens": int(usage.get("total_tokens") or 0)}
-
-
-def _grade_place(tokens: Sequence[str], config: JudgeRewardConfig) -> int | None:
-    """The index of the token that holds the grade; None where there is none."""
-    if config.read != "probabilities" or not tokens:
-        return None
-    if config.pattern is None:
-        return 0
-    matches = list(re.finditer(config.pattern, "".join(tokens)))
-    if not matches:
-        return None
-    start, end = matches[-1].start(1), 0
-    for place, token in enumerate(tokens):
-        end += len(token)
-        if start < end:
-            return place
-    return None
-
-
-def _read(answer: Mapping[str, Any], config: JudgeRewardConfig) -> Score:
-    return (
-        _read_probabilities(answer, config) if config.read == "probabilities" else _read_text(answer, config)
-    )
-
-
-def _read_probabilities(answer: Mapping[str, Any], config: JudgeRewardConfig) -> Score:
-    if answer["top"] is None:
-        return Score(None, f"the judge gave no probabilities for a grade; it said {answer['text'][:80]!r}")
-    total = mean = 0.0
-    for token, logprob in answer["top"]:
-        if (worth := config.grades.get(token.strip())) is not None:
-            total += math.exp(logprob)
-            mean += math.exp(logprob) * worth
-    if total < config.min_probability or not total:
-        likely = ", ".join(repr(token) for token, _ in answer["top"][:5])
-        return Score(
-            None,
-            f"the judge gives the grades only {total:.1%} together, expected {config.min_probability:.0%} "
-            f"(min_probability); likeliest: {likely}",
-        )
-    return Score(mean / total)
-
-
-def _read_text(answer: Mapping[str, Any], config: JudgeRewardConfig) -> Score:
-    labels = "|".join(re.escape(label) for label in sorted(config.grades, key=len, reverse=True))
-    found = re.findall(config.pattern or rf"(?<!\w)({labels})(?!\w)", answer["text"])
-    grade = found[-1].strip() if found else None
-    if grade not in config.grades:
-        return Score(None, f"the judge named no grade; it said {answer['text'][-80:]!r}")
-    return Score(config.grades[grade])
 
 
 def _digest(value: Any) -> str:

@@ -209,6 +209,40 @@ def test_forms_and_headings_filter_sort_and_page_by_the_address(
     )
 
 
+def test_keys_reach_the_filter_turn_pages_and_lead_home(new_page: Callable[..., Any], address: str) -> None:
+    page = new_page()
+    page.goto(address + "/runs/one/completions")
+    press(page, "f")
+    page.keyboard.type("sample_index < 4")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**where=*", timeout=20_000)
+    first = page.locator("tbody").inner_text()
+    press(page, "n")
+    page.wait_for_url("**page=2*")
+    assert page.locator("tbody").inner_text() != first
+    press(page, "p")
+    page.wait_for_url(lambda url: "page=2" not in url)
+    assert page.locator("tbody").inner_text() == first
+    press(page, "s")
+    assert page.locator(":focus").get_attribute("name") == "q"
+    press(page, "h")
+    page.wait_for_url(address + "/")
+
+
+def press(page: Any, key: str) -> None:
+    """Alt and a key, as a keyboard sends it: Playwright's own leaves out the text by which Chromium knows access keys."""
+    told = {
+        "key": key,
+        "code": f"Key{key.upper()}",
+        "windowsVirtualKeyCode": ord(key.upper()),
+        "modifiers": 1,
+    }
+    session = page.context.new_cdp_session(page)
+    session.send("Input.dispatchKeyEvent", {"type": "keyDown", "unmodifiedText": key, **told})
+    session.send("Input.dispatchKeyEvent", {"type": "keyUp", **told})
+    session.detach()
+
+
 def test_columns_and_samples_are_chosen_in_the_form(new_page: Callable[..., Any], address: str) -> None:
     page = new_page()
     page.goto(address + "/runs/one/completions")
@@ -297,7 +331,7 @@ def test_keyboard_alone_gets_around(new_page: Callable[..., Any], address: str) 
             break
     page.keyboard.type("reward > 22")
     page.keyboard.press("Enter")
-    page.wait_for_url("**where=*")
+    page.wait_for_url("**where=*", timeout=20_000)
     assert page.evaluate("getComputedStyle(document.querySelector('main a')).outlineStyle") == "none"
     page.locator("main a").first.focus()
     page.keyboard.press("Tab")
