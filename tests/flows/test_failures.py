@@ -77,13 +77,14 @@ def story(tmp_path_factory: pytest.TempPathFactory, config: Path, prefect_server
         log = folder / f"{how}.log"
         process = start(log, prefect_server, config, store)
         try:
-            before = wait_for_parts(len(parts_of(store)) + 1, store, process, log)
+            wait_for_parts(len(parts_of(store)) + 1, store, process, log)
             if how == "Ctrl-C":
                 [engine] = [
                     child for child in children_of(process.pid) if b"qrpo.serving" in command_of(child)
                 ]
                 os.kill(engine, signal.SIGKILL)  # as the system does where memory runs out
-                seen["before the engine died"] = before
+                assert not still_there([engine])
+                seen["before the engine died"] = before = parts_of(store)
                 seen["after"] = wait_for_parts(len(before) + 2, store, process, log)
             family = children_of(process.pid)
             assert family
