@@ -54,7 +54,7 @@ def judge(config: PipelineConfig, store: Store, every: Sequence[Candidate]) -> d
     """The comparison of finished candidates: what `qrpo.comparison.compare_methods` says, and the reference's own scores."""
     tables = {
         candidate.config.name: storage.open(store, candidate.config.name, "evaluation").dataset.to_table(
-            COLUMNS
+            list(COLUMNS)
         )
         for candidate in every
     }
