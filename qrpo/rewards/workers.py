@@ -11,7 +11,7 @@ import math
 import queue
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class Workers:
         self._lock = threading.Lock()  # for what follows
         self._scored_any = False
         self._timeouts = 0  # in a row
+        self._abandoned = False  # nobody waits for the scores any more
 
     def score(
         self,
@@ -108,10 +109,16 @@ class Workers:
             futures = [threads.submit(score, batch) for batch in batches]
             try:
                 return [future.result() for future in futures]
-            except BaseException:
+            except BaseException:  # an interruption too, while calls are still waited for
+                self._abandoned = True
                 for future in futures:
                     future.cancel()
+                while wait(futures, timeout=0.1).not_done:
+                    for child in self._children:
+                        child.close(grace=0.0)
                 raise
+            finally:
+                self._abandoned = False
 
     def _score_rows(
         self, child: Child, rows: list[int], conversational: bool, table: "_Table"
@@ -119,6 +126,8 @@ class Workers:
         try:
             scores: list[Score] = child.call("call", *table.take(rows), conversational, timeout=self._timeout)
         except (RewardError, EngineError, TimeoutError) as error:  # it raised, died, or hung
+            if self._abandoned:
+                raise
             hung = isinstance(error, TimeoutError)
             if len(rows) > 1:
                 return [
