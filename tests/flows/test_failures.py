@@ -269,7 +269,9 @@ def test_failure_names_its_reason_in_the_state_and_the_log_on_the_terminal(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600, method="thread")  # the signal of the other method is the one that Prefect's time-outs come by
+@pytest.mark.timeout(
+    600, method="thread"
+)  # the signal of the other method is the one that Prefect's time-outs come by
 def test_task_that_hangs_is_timed_out(score: Callable[..., Any], prefect_server: str) -> None:
     result = score(
         "import time\n\ndef reward(prompts, completions, **columns):\n    time.sleep(3600)\n",
