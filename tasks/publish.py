@@ -11,6 +11,7 @@ The manifest in the store holds the truth; this is a view of it. So a server tha
 """
 
 import base64
+import json
 import logging
 import re
 from collections import Counter
@@ -250,5 +251,10 @@ def _sample(manifest: Manifest, store: Store) -> list[dict[str, str]]:
 
 
 def _cell(value: Any) -> str:
-    text = "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        text = f"{value:.5g}"
+    elif isinstance(value, (list, dict)):
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    else:
+        text = "" if value is None else str(value)
     return text if len(text) <= _LONGEST_TEXT else f"{text[: _LONGEST_TEXT - 1]}…"
