@@ -227,9 +227,10 @@ class Workers:
         except (OSError, TimeoutError, ConnectionError) as error:
             if self.cluster is None:
                 raise
-            raise ConfigError(
-                f"run.cluster: no {self.kind} cluster answers at {self.cluster}: {error}"
-            ) from None
+            told = f"run.cluster: no {self.kind} cluster answers at {self.cluster}: {error}"
+            if self.kind == "ray" and "RAY_AUTH_MODE" not in os.environ:
+                told += "; one that wants a token needs RAY_AUTH_MODE=token here, and its token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+            raise ConfigError(told) from None
         if not self.count:
             raise ConfigError(f"run.cluster: the {self.kind} cluster at {self.cluster} has no workers yet")
 
