@@ -75,7 +75,7 @@ def _leads(methods: dict[str, Any], reference: float) -> str:
     said = f"`qrpo` has {_shown(methods['qrpo']['scores']['reward'])}. Against it " + "; ".join(told) + "."
     if lost := [name for name in MAIN if max(one["reward"] for one in methods[name]["tried"]) < reference]:
         names = ", ".join(f"`{name}`" for name in lost)
-        said += f" No setting in the grid of {names} reaches the reference, so that comparison speaks of the grid, not of the method."
+        said += f" On the half that chooses, no setting in the grid of {names} reaches the reference: that speaks of the grid as well."
     return said
 
 
