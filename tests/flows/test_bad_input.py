@@ -53,7 +53,7 @@ def scored(sampled: Path, tmp_path: Path) -> Callable[..., Any]:
             [
                 "run",
                 str(sampled / "task" / "config.yaml"),
-                *("--store", str(tmp_path / "store"), "--until", "rewards"),
+                *("--store", str(tmp_path / "store"), "--only", "rewards"),
                 *("--set", f"rewards.0.function={reward}:reward"),
                 *options,
             ],

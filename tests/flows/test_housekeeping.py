@@ -64,7 +64,7 @@ def test_gc_removes_what_no_run_needs_and_only_when_told_to(
             "--store",
             store,
             "--until",
-            "rewards",
+            "completions",
             "--set",
             "completions.sampling.temperature=0.5",
         ).exit_code
@@ -90,7 +90,7 @@ def test_gc_removes_what_no_run_needs_and_only_when_told_to(
         "--store",
         store,
         "--until",
-        "rewards",
+        "completions",
         "--set",
         "completions.sampling.temperature=0.5",
         "--json",
