@@ -384,6 +384,26 @@ def test_beta_concerns_the_policy_alone(task: Task) -> None:
     assert (planned["policy"]["parts_cached"], planned["policy"]["parts_total"]) == (0, 1)
 
 
+def test_stage_that_another_run_computes_meanwhile_is_complete(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks import groups
+
+    task.changes = {"quantiles.ties": "mid"}
+    compute_missing = groups.compute_missing
+
+    def by_another(*arguments: Any) -> int:
+        assert compute_missing(*arguments) > 0
+        return 0
+
+    monkeypatch.setattr(groups, "compute_missing", by_another)
+
+    done = task.run(until="quantiles")["quantiles"]
+
+    assert (done.parts_computed, done.rows) == (0, PROMPTS)
+    assert not task.preview()["quantiles"]["reasons"]
+
+
 def test_ties_redo_quantiles_and_shards_but_no_forward_pass(task: Task, counts: Counts) -> None:
     before = {row["prompt_id"]: row for row in task.rows("shards")}
     task.changes = {"quantiles.ties": "mid"}
