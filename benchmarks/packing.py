@@ -7,36 +7,24 @@ of the budget, with positions that begin anew and a block-diagonal causal mask. 
 variable lengths (flash attention, CUDA alone), attention computes what the mask throws away.
 """
 
-import argparse
-import json
-import statistics
-import time
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from alternating import VOCABULARY, alternate, run
+from transformers import LlamaForCausalLM
 
 from qrpo.batches import length_sorted_batches
 
 BUDGET, ROWS = 2048, 24
 
 
-def main() -> None:
-    """Measure both ways, print and write the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=8000, num_key_value_heads=2, **sizes)).model
+def measure(llama: LlamaForCausalLM, rounds: int) -> dict[str, Any]:
+    """Both ways on the same conversations."""
+    model = llama.model
     rng = np.random.default_rng(0)
     rows = [
-        torch.tensor(rng.integers(4, 8000, length))
+        torch.tensor(rng.integers(4, VOCABULARY, length))
         for length in np.clip(rng.lognormal(5, 0.7, ROWS), 16, 1000).astype(int)
     ]
 
@@ -65,25 +53,9 @@ def main() -> None:
             ).last_hidden_state
             hidden_BTD.sum().backward()
 
-    ways = {"sorted": sorted_batches, "packed": packed}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    gradients = {}
-    for _ in range(options.rounds + 1):
-        for name, way in ways.items():
-            model.zero_grad()
-            started = time.process_time()
-            way()
-            seconds[name].append(time.process_time() - started)
-            gradients[name] = model.layers[0].self_attn.q_proj.weight.grad.clone()
-    torch.testing.assert_close(gradients["packed"], gradients["sorted"], rtol=1e-3, atol=1e-3)
-    result = {
-        name: {"cpu_seconds": statistics.median(taken[1:]), "range": [min(taken[1:]), max(taken[1:])]}
-        for name, taken in seconds.items()
-    }
-    print(json.dumps(result, indent=2))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+    taken = alternate(llama, {"sorted": sorted_batches, "packed": packed}, rounds)
+    return {name: {"cpu_seconds": median, "range": spread} for name, (median, spread) in taken.items()}
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure)

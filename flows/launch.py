@@ -133,7 +133,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     store = summary["store"]
     console.print(f"\nartifacts: {store}   look at them:")
     option = "" if store == str(_default_store()) else f" --store {store}"
-    stages = [name for name, stage in summary["stages"].items() if stage["rows"]] or ["prompts"]
+    stages = [name for name, stage in summary["stages"].items() if stage["rows"]] or list(summary["stages"])
     looks = [f"qrpo inspect {run} {stage}" for stage in ("rewards", "evaluation") if stage in stages]
     for command in (f"qrpo show {run} {stages[-1]}", *looks, "qrpo ls"):
         console.print(f"  {command}{option}")

@@ -67,9 +67,8 @@ def run_stage(
             from tasks.groups import compute_missing
 
             computed = compute_missing(plan, config, store, force)
-            plan = plan_pipeline(config, store, until=stage)[
-                stage
-            ]  # another run may have computed the rest, or all of it
+            # anew, even where nothing was computed here: another run may have done it all
+            plan = plan_pipeline(config, store, until=stage)[stage]
         assert plan.complete, f"{stage}: {len(plan.missing)} parts are missing after they were computed"
     manifest = _commit_manifest(plan, config, store, time.monotonic() - started)
     result = StageResult(

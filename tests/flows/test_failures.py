@@ -79,10 +79,10 @@ def story(tmp_path_factory: pytest.TempPathFactory, config: Path, prefect_server
         try:
             wait_for_parts(len(parts_of(store)) + 1, store, process, log)
             if how == "Ctrl-C":
-                engine = engine_of(process)
+                engine = engine_of(process.pid)
                 os.kill(engine, signal.SIGKILL)  # as the system does where memory runs out
                 assert not still_there([engine])
-                assert engine_of(process) != engine  # by now what the dead one had sent is committed
+                assert engine_of(process.pid) != engine  # by now what the dead one had sent is committed
                 seen["before the new engine"] = before = parts_of(store)
                 seen["after"] = wait_for_parts(len(before) + 2, store, process, log)
             family = children_of(process.pid)
@@ -142,11 +142,11 @@ def wait_for_parts(number: int, store: Path, process: "subprocess.Popen[bytes]",
     return parts
 
 
-def engine_of(process: "subprocess.Popen[bytes]") -> int:
-    """The process id of its engine, as soon as there is one."""
+def engine_of(parent: int) -> int:
+    """The process id of a running process's engine, as soon as there is one."""
     deadline = time.monotonic() + 120
-    while not (found := [c for c in children_of(process.pid) if b"qrpo.serving" in command_of(c)]):
-        assert process.poll() is None
+    while not (found := [c for c in children_of(parent) if b"qrpo.serving" in command_of(c)]):
+        assert command_of(parent), "it has ended"
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return found[0]
@@ -269,9 +269,8 @@ def test_failure_names_its_reason_in_the_state_and_the_log_on_the_terminal(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(
-    600, method="thread"
-)  # the signal of the other method is the one that Prefect's time-outs come by
+# by a thread: the signal of pytest's other method is the one that Prefect's time-outs come by
+@pytest.mark.timeout(600, method="thread")
 def test_task_that_hangs_is_timed_out(score: Callable[..., Any], prefect_server: str) -> None:
     result = score(
         "import time\n\ndef reward(prompts, completions, **columns):\n    time.sleep(3600)\n",
@@ -320,11 +319,7 @@ def test_memory_that_runs_out_is_told_and_the_next_run_goes_on(
     more += ("--set", "completions.num_ref=40", "--set", "completions.engine.max_num_seqs=64")
 
     def squeeze_the_engine() -> None:
-        deadline = time.monotonic() + 120
-        while not (found := [c for c in children_of(os.getpid()) if b"qrpo.serving" in command_of(c)]):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        (memory_limit / "cgroup.procs").write_text(str(found[0]))
+        (memory_limit / "cgroup.procs").write_text(str(engine_of(os.getpid())))
 
     with ThreadPoolExecutor() as pool:
         squeezed = pool.submit(squeeze_the_engine)
