@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from qrpo import theory
-from qrpo.losses import choose_pairs, dpo_loss, qrpo_loss, rebel_loss, simpo_loss
-from qrpo.quantiles import quantile_rewards
-from qrpo.transforms import get_transform
+from qrpo.method import theory
+from qrpo.method.losses import choose_pairs, dpo_loss, qrpo_loss, rebel_loss, simpo_loss
+from qrpo.method.quantiles import quantile_rewards
+from qrpo.method.transforms import get_transform
 
 VOCABULARY, LENGTH = 4, 4
 END = VOCABULARY

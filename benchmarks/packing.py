@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/packing.py [--rounds 5] [--out packing.json]
 
-The same conversations of log-normal lengths, under one token budget: sorted by length and padded (`qrpo.batches`), or end to end in rows
+The same conversations of log-normal lengths, under one token budget: sorted by length and padded (`qrpo.training.batches`), or end to end in rows
 of the budget, with positions that begin anew and a block-diagonal causal mask. Rounds alternate. Without a kernel for
 variable lengths (flash attention, CUDA alone), attention computes what the mask throws away.
 """
@@ -14,7 +14,7 @@ import torch
 from alternating import VOCABULARY, alternate, run
 from transformers import LlamaForCausalLM
 
-from qrpo.batches import length_sorted_batches
+from qrpo.training.batches import length_sorted_batches
 
 BUDGET, ROWS = 2048, 24
 

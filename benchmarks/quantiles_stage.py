@@ -27,12 +27,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qrpo.quantiles import quantile_rewards
+from qrpo.method.quantiles import quantile_rewards
 from qrpo.tiny import build_tiny_model
 from storage import PartKey, Store
-from tasks import quantiles, shards
 from tasks.config import PipelineConfig, parse_config
 from tasks.plan import PartPlan
+from tasks.stages import quantiles, shards
 from tasks.work import Work
 
 N, K = 50, 2

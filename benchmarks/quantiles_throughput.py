@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from qrpo.quantiles import quantile_bounds, quantile_rewards
+from qrpo.method.quantiles import quantile_bounds, quantile_rewards
 
 RUNS = 5
 SCIPY_PROMPTS = 2_000

@@ -31,16 +31,16 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from qrpo.chat import encode_conversation, load_tokenizer
+from qrpo.data.chat import encode_conversation, load_tokenizer
 from qrpo.models import ModelConfig
 from qrpo.rewards.model import KEEP_MEMORY, ModelReward, ModelRewardConfig
 from qrpo.tiny import build_tiny_reward_model
 from storage import PartKey, Store
 from storage.tables import SCHEMAS
-from tasks import rewards
 from tasks.config import PipelineConfig, parse_config
 from tasks.engines import close_engine
 from tasks.plan import PartPlan
+from tasks.stages import rewards
 from tasks.work import Work
 
 N = 50  # completions a prompt

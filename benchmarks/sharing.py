@@ -13,7 +13,7 @@ import numpy as np
 from alternating import VOCABULARY, alternate, run
 from transformers import LlamaForCausalLM
 
-from qrpo.logprobs import completion_logprobs
+from qrpo.training.logprobs import completion_logprobs
 
 PROMPTS = 8
 # tokens of a prompt, of a completion, and K

@@ -9,7 +9,7 @@ next such tensor; for ours also at rows 10, 5 million and 10 million of the same
 process of its own, forked from one that has imported all readers; the runs are interleaved. What was read is compared with what was written.
 
 The floors: `read` only reads the Parquet column, `read and collate` also stacks its rows into batches, in file order. Ours is measured
-three times: the reader, the data loader of `qrpo.loader` that the trainer reads it through, and the same, stacking row by row.
+three times: the reader, the data loader of `qrpo.training.loader` that the trainer reads it through, and the same, stacking row by row.
 """
 
 import argparse
@@ -190,7 +190,7 @@ def loader(
     """As the trainer reads it, and resumes."""
     from accelerate import skip_first_batches
 
-    from qrpo.loader import step_loader
+    from qrpo.training.loader import step_loader
 
     batches = step_loader(shards(data, copies), BATCH, 0, 1, drop_last=False)
     return (batch(found["rows"]) for found in skip_first_batches(batches, (state or 0) // BATCH))
@@ -397,7 +397,14 @@ def measure(data: Path, runs: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     accelerate.PartialState()  # a trainer has it long before it reads
     import_mosaic()
-    for module in ("datasets", "litdata", "qrpo.loader", "storage.reader", "torchdata.nodes", "webdataset"):
+    for module in (
+        "datasets",
+        "litdata",
+        "qrpo.training.loader",
+        "storage.reader",
+        "torchdata.nodes",
+        "webdataset",
+    ):
         importlib.import_module(module)
     for name in WRITERS:
         if not (data / name).exists():

@@ -9,7 +9,7 @@ update (which keeps no state, so what is measured is the step), float32, one CPU
     floor            sequences one by one, unpadded; the head on completion tokens only, in chunks of 16 MiB of logits that are
                      computed again in the backward pass; QRPO's loss, a bare loop
     floor_64mib      the same with chunks of 64 MiB, each a block that glibc maps anew
-    floor_our_head   the same with `qrpo.head` for the head: what is left to the trainer and to padding
+    floor_our_head   the same with `qrpo.training.head` for the head: what is left to the trainer and to padding
     ours_qrpo        QRPOTrainer, loss qrpo, reference log-probabilities from the data
     ours_dpo         QRPOTrainer, loss dpo
     plain            one padded batch, all logits, log_softmax and gather; QRPO's loss, a bare loop
@@ -117,7 +117,7 @@ def run_floor(kind: str, vocab_size: int, turn: Turn, report: Report, steps: int
     import torch
     from torch.utils.checkpoint import checkpoint
 
-    from qrpo.head import token_logprobs
+    from qrpo.training.head import token_logprobs
 
     model, rows = make_model(vocab_size), make_rows(vocab_size)
     size = (4 * CHUNK if kind == "floor_64mib" else CHUNK) // vocab_size
@@ -188,7 +188,8 @@ def target(quantile: float) -> float:
 
 def run_ours(loss: str, vocab_size: int, turn: Turn, report: Report, steps: int) -> None:
     """`QRPOTrainer`, with everything that it does around a step."""
-    from qrpo import QRPOConfig, QRPOTrainer, logprobs
+    from qrpo import QRPOConfig, QRPOTrainer
+    from qrpo.training import logprobs
 
     model, rows = make_model(vocab_size), make_rows(vocab_size)
     for row, scores in zip(rows, logprobs.score_logprobs(model, rows, TOKEN_BUDGET), strict=True):

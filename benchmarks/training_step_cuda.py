@@ -3,14 +3,14 @@
     python benchmarks/training_step_cuda.py --size 1b [--steps 6] [--out training_step_cuda.json]
     python benchmarks/training_step_cuda.py --size tiny --device cpu        # only that the script runs
 
-Needs torch, transformers and pyarrow, and this repository on the path (`qrpo.logprobs` and `qrpo.throughput` import nothing else).
+Needs torch, transformers and pyarrow, and this repository on the path (`qrpo.training.logprobs` and `qrpo.training.throughput` import nothing else).
 Rows come from a Parquet file, as shards do: prompts with two completions of log-normal lengths. Weights, gradients and AdamW's state
 are bfloat16, so that 8B fits 80 GB. Two ways, each in a process of its own:
 
     ours    length-sorted batches under a token budget, log-probabilities from hidden states in chunks (`completion_logprobs`)
     plain   batches of the same number of rows in the order they come, padded, all logits
 
-Reported: tokens per second (padding not counted), MFU (see `qrpo.throughput`), peak memory that torch allocated, medians over
+Reported: tokens per second (padding not counted), MFU (see `qrpo.training.throughput`), peak memory that torch allocated, medians over
 all steps but the first. `plain` may run out of memory, which is then its result.
 """
 
@@ -31,9 +31,9 @@ import pyarrow.parquet as pq
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qrpo.batches import length_sorted_batches
-from qrpo.logprobs import completion_logprobs
-from qrpo.throughput import Meter
+from qrpo.training.batches import length_sorted_batches
+from qrpo.training.logprobs import completion_logprobs
+from qrpo.training.throughput import Meter
 
 BETA = 0.1
 # hidden, intermediate, layers, heads, key-value heads, vocabulary: those of Llama 3.2 1B, 3B and Llama 3.1 8B
@@ -118,7 +118,7 @@ def plain_logprobs(model: Any, batch: Rows) -> torch.Tensor:
         tokens_BT[place, :end] = torch.tensor([*prompt, *completion])
         attended_BT[place, :end] = 1
         mask_BT[place, len(prompt) : end] = 1
-    tokens_BT, attended_BT, mask_BT = tokens_BT.to(device), attended_BT.to(device), mask_BT.to(device)
+    tokens_BT, attended_BT, mask_BT = (tokens_BT.to(device), attended_BT.to(device), mask_BT.to(device))
     logits_BTV = (
         model(input_ids=tokens_BT, attention_mask=attended_BT, use_cache=False).logits[:, :-1].float()
     )

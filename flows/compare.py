@@ -9,10 +9,10 @@ from rich.table import Table
 
 import storage
 from flows.stages import DEFAULT_STORE
-from qrpo.comparison import Contender, compare_methods
 from qrpo.errors import ConfigError, DataError
-from qrpo.evaluation import COLUMNS, Score, json_numbers, prompt_scores
-from qrpo.statistics import Floats
+from qrpo.evaluation.comparison import Contender, compare_methods
+from qrpo.evaluation.statistics import Floats
+from qrpo.evaluation.summary import COLUMNS, Score, json_numbers, prompt_scores
 from storage import Store
 from tasks.comparison import Candidate, candidates
 from tasks.config import PipelineConfig
@@ -51,7 +51,7 @@ def compare(config: PipelineConfig, store: str = DEFAULT_STORE) -> dict[str, Any
 
 
 def judge(config: PipelineConfig, store: Store, every: Sequence[Candidate]) -> dict[str, Any]:
-    """The comparison of finished candidates: what `qrpo.comparison.compare_methods` says, and the reference's own scores."""
+    """The comparison of finished candidates: what `qrpo.evaluation.comparison.compare_methods` says, and the reference's own scores."""
     tables = {
         candidate.config.name: storage.open(store, candidate.config.name, "evaluation").dataset.to_table(
             list(COLUMNS)

@@ -20,7 +20,7 @@ DEFAULTS = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     # a server that restarts is waited for: pauses of 2, 4, ... 256 seconds
     "PREFECT_CLIENT_MAX_RETRIES": "8",
-    # by which a run whose machine died is found, see flows.automations
+    # by which a run whose machine died is found, see flows.service.automations
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
 }
 

@@ -9,10 +9,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from flows.show import find_manifest
+from flows.views.show import find_manifest
 from qrpo.errors import ConfigError, DataError
-from qrpo.evaluation import COLUMNS, prompt_scores
-from qrpo.statistics import seeds_and_prompts
+from qrpo.evaluation.statistics import seeds_and_prompts
+from qrpo.evaluation.summary import COLUMNS, prompt_scores
 from storage import Store
 from tasks.config import PipelineConfig, load_config, parse_config
 

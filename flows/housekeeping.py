@@ -4,8 +4,8 @@ from typing import Any
 
 from rich.console import Console
 
-from flows.launch import launch
-from flows.show import size_text
+from flows.cli.launch import launch
+from flows.views.show import size_text
 from storage import Store
 from storage.gc import GcPlan, collect, plan_gc
 from storage.verify import Finding, repair, verify

@@ -12,21 +12,21 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.evaluate import interval
-from flows.show import find_manifest
+from flows.views.show import find_manifest
 from qrpo.config import keyed
+from qrpo.engines.sampling import SamplingConfig
 from qrpo.errors import ConfigError
-from qrpo.models import ModelConfig, model_identity
-from qrpo.sampling import SamplingConfig
-from qrpo.suites.alpaca_eval import (
+from qrpo.evaluation.suites.alpaca_eval import (
     AlpacaEvalJudge,
     judge_outputs,
     model_outputs,
     read_baseline,
     write_outputs,
 )
+from qrpo.models import ModelConfig, model_identity
 from storage import Store, fingerprint
 from tasks.config import PipelineConfig, apply_overrides
-from tasks.evaluation import checkpoint_model
+from tasks.stages.evaluation import checkpoint_model
 
 __all__ = ["SUITES", "SuiteRequest", "alpaca_eval", "judge_of", "leetcode", "print_suite", "request_of"]
 
@@ -95,7 +95,7 @@ def alpaca_eval(
 
 def leetcode(request: SuiteRequest) -> dict[str, Any]:
     """Let the model solve the problems, run the tests, and write solutions and the result into the folder."""
-    from qrpo.suites.leetcode import read_problems, score_solutions
+    from qrpo.evaluation.suites.leetcode import read_problems, score_solutions
 
     problems = read_problems(request.data, request.limit)
     prompts = {row["task_id"]: [{"role": "user", "content": row["query"]}] for row in problems}
@@ -178,7 +178,7 @@ def _draw(
     request: SuiteRequest, suite: str, prompts: Mapping[str, list[dict[str, str]]], num_samples: int
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Each prompt's texts, and the refused prompts; taken from the folder where the same was drawn there before."""
-    from qrpo.suites.completions import draw_completions
+    from qrpo.evaluation.suites.completions import draw_completions
 
     section = request.config.completions
     asked = {

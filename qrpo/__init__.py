@@ -21,12 +21,12 @@ if TYPE_CHECKING:
         RewardError,
         TrainingError,
     )
-    from qrpo.logprobs import completion_logprobs
-    from qrpo.losses import choose_pairs, dpo_loss, per_token_beta, qrpo_loss, rebel_loss, simpo_loss
-    from qrpo.partition import log_z
-    from qrpo.quantiles import quantile_bounds, quantile_rewards
-    from qrpo.trainer import QRPOConfig, QRPOTrainer
-    from qrpo.transforms import Transform, from_function, get_transform, transform_names
+    from qrpo.method.losses import choose_pairs, dpo_loss, per_token_beta, qrpo_loss, rebel_loss, simpo_loss
+    from qrpo.method.partition import log_z
+    from qrpo.method.quantiles import quantile_bounds, quantile_rewards
+    from qrpo.method.transforms import Transform, from_function, get_transform, transform_names
+    from qrpo.training.logprobs import completion_logprobs
+    from qrpo.training.trainer import QRPOConfig, QRPOTrainer
 
 __all__ = [
     "ConfigError",
@@ -64,12 +64,12 @@ _HOMES = {
         "RewardError",
         "TrainingError",
     ],
-    "logprobs": ["completion_logprobs"],
-    "losses": ["choose_pairs", "dpo_loss", "per_token_beta", "qrpo_loss", "rebel_loss", "simpo_loss"],
-    "partition": ["log_z"],
-    "quantiles": ["quantile_bounds", "quantile_rewards"],
-    "trainer": ["QRPOConfig", "QRPOTrainer"],
-    "transforms": ["Transform", "from_function", "get_transform", "transform_names"],
+    "training.logprobs": ["completion_logprobs"],
+    "method.losses": ["choose_pairs", "dpo_loss", "per_token_beta", "qrpo_loss", "rebel_loss", "simpo_loss"],
+    "method.partition": ["log_z"],
+    "method.quantiles": ["quantile_bounds", "quantile_rewards"],
+    "training.trainer": ["QRPOConfig", "QRPOTrainer"],
+    "method.transforms": ["Transform", "from_function", "get_transform", "transform_names"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -102,7 +102,7 @@ def gather(array: pa.Array, rows: npt.NDArray[np.int64]) -> Column:
     places = pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(np.ascontiguousarray(rows))])
     if not pa.types.is_list(array.type) or array.null_count:  # null lists are only in added columns
         return cast(list[Any], array.take(places).to_pylist())
-    offsets, items = np.frombuffer(array.buffers()[1] or bytes(4), np.int32)[array.offset :], array.values
+    offsets, items = (np.frombuffer(array.buffers()[1] or bytes(4), np.int32)[array.offset :], array.values)
     starts, lengths = offsets[rows], offsets[rows + 1] - offsets[rows]
     bounds = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     letter = _letter(items.type)

@@ -67,11 +67,7 @@ class ShardReader:
     """
 
     def __init__(
-        self,
-        store: Store,
-        records: Sequence[PartRecord],
-        seed: int = 0,
-        columns: Sequence[str] | None = None,
+        self, store: Store, records: Sequence[PartRecord], seed: int = 0, columns: Sequence[str] | None = None
     ) -> None:
         self.store = store
         self.records = tuple(record for record in records if record.rows)

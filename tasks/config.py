@@ -13,17 +13,17 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from qrpo.config import Section, knob
+from qrpo.data.prompts import PromptsConfig
 from qrpo.errors import ConfigError
-from qrpo.optimization import PolicyConfig
-from qrpo.prompts import PromptsConfig
 from qrpo.rewards import RewardConfig
+from qrpo.training.settings import PolicyConfig
 from tasks.comparison import CompareConfig
-from tasks.completions import CompletionsConfig
-from tasks.evaluation import EvaluationConfig
-from tasks.quantiles import QuantilesConfig
-from tasks.reference import ReferenceConfig
 from tasks.rounds import RoundsConfig
-from tasks.shards import ShardsConfig
+from tasks.stages.completions import CompletionsConfig
+from tasks.stages.evaluation import EvaluationConfig
+from tasks.stages.quantiles import QuantilesConfig
+from tasks.stages.reference import ReferenceConfig
+from tasks.stages.shards import ShardsConfig
 
 __all__ = ["PipelineConfig", "RunConfig", "apply_overrides", "dump_config", "load_config", "parse_config"]
 

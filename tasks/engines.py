@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Protocol, TypeVar, cast
 
 from qrpo.engines import EngineConfig, open_engine
+from qrpo.engines.sampling import Engine
 from qrpo.models import ModelConfig
-from qrpo.sampling import Engine
 
 __all__ = ["close_engine", "engine_for", "keep"]
 

@@ -15,16 +15,16 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.utilities.annotations import quote
 
-from qrpo.child import Child
+from qrpo.processes.child import Child
 from storage import PartKey, PartRecord, Store
 from storage.leases import Leases
-from tasks import evaluation
 from tasks.engines import close_engine, keep
 from tasks.plan import PartPlan, StagePlan
 from tasks.progress import Reporter, reporting
 from tasks.retries import RETRY_DELAYS, worth_another_try
+from tasks.reuse import with_candidates
 from tasks.runners import Errand, Workers, uses_workers
-from tasks.salvage import with_candidates
+from tasks.stages import evaluation
 from tasks.work import Progress, Work
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def compute_parts(label: str, work: Work | Errand, reporter: Reporter | None = N
 
 
 def _items(work: Work) -> Iterator[PartRecord | Progress]:
-    module = f"tasks.{work.stage}"
+    module = f"tasks.stages.{work.stage}"
     if work.stage == "evaluation":
         yield from _in_child(f"{module}:compute", work, evaluation.sample(work))
     elif work.stage in _IN_CHILD:
@@ -176,7 +176,12 @@ def _in_child(target: str, work: Work, *more: Any) -> Iterator[PartRecord | Prog
     child = keep(
         (target, log, threads),
         lambda: Child(
-            "qrpo.serving:GeneratorFunction", target, name=target, log=log, env=environment, patience=patience
+            "qrpo.processes.serving:GeneratorFunction",
+            target,
+            name=target,
+            log=log,
+            env=environment,
+            patience=patience,
         ),
     )
     return child.stream("run", work, *more)

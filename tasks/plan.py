@@ -21,7 +21,7 @@ __all__ = ["PartPlan", "StagePlan", "changed_settings", "make_family"]
 class PartPlan:
     """One part to have: its key, the parent parts it reads, and which slice of the work it is.
 
-    `reuse` names committed parts of the same family, cut differently, whose rows may serve here (see `tasks.salvage`).
+    `reuse` names committed parts of the same family, cut differently, whose rows may serve here (see `tasks.reuse`).
     """
 
     key: PartKey

@@ -184,7 +184,7 @@ def _table(head: tuple[str, ...], rows: Any) -> Iterator[str]:
     yield "| " + " | ".join(head) + " |"
     yield "|" + "---|" * len(head)
     for row in rows:
-        yield "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
+        yield ("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |")
 
 
 def _numbers(manifest: Manifest, store: Store) -> list[str]:

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 from qrpo.errors import DataError
 from storage import Manifest, PartRecord, Store, manifest_of
 from storage.manifest import now
-from tasks import evaluation, prompts
 from tasks.plan import StagePlan
 from tasks.progress import reporting
-from tasks.stages import STAGES, plan_pipeline, require_parents
+from tasks.stages import STAGES, evaluation, plan_pipeline, prompts, require_parents
 from tasks.work import Work
 
 if TYPE_CHECKING:

@@ -112,7 +112,7 @@ def _worker_number(runner: str) -> int:
 def _end_with(driver: int) -> None:
     while os.getppid() == driver:
         time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGKILL)  # and what it started goes with it, see qrpo.child
+    os.kill(os.getpid(), signal.SIGKILL)  # and what it started goes with it, see qrpo.processes.child
 
 
 def uses_workers(config: "PipelineConfig", parts: int) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from qrpo.preemption import noting_sigterm
+from qrpo.processes.preemption import noting_sigterm
 from storage import PartKey, PartRecord, Store
 from storage.read import cache_folder
 from storage.tables import rejects_table

@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib
 
 from examples.reproduce.task import write_task
-from qrpo.theory import summary
+from qrpo.method.theory import summary
 from tasks.config import load_config
 
 matplotlib.use("Agg")
@@ -204,7 +204,7 @@ def measure(store: str) -> dict[str, Any]:
     folder = Path("reproduce")
     if not (folder / "base" / "config.json").is_file():
         write_task(folder)
-    from flows.server import start_server
+    from flows.service.server import start_server
 
     server_answers = start_server()
     from flows.compare import compare

@@ -146,7 +146,7 @@ def _errors_as_lines(debug: bool) -> Iterator[None]:
         raise
     except KeyboardInterrupt:
         err.print(
-            "interrupted; the parts that were finished are kept, and the same command goes on from there",
+            "interrupted; the parts that were finished are kept, and the same command goes on from there"
         )
         raise typer.Exit(1) from None
     except Exception as error:
@@ -163,7 +163,6 @@ def _report(error: Exception) -> int:
         err.print(f"error: {error}", style="red")
     else:
         err.print(
-            f"error: {type(error).__name__}: {error} (run again with --debug for the traceback)",
-            style="red",
+            f"error: {type(error).__name__}: {error} (run again with --debug for the traceback)", style="red"
         )
     return 2 if isinstance(error, ConfigError) else 1

@@ -24,8 +24,8 @@ def theory(
 
     Example: qrpo theory --beta 0.1 --transform identity --num-ref 50 --plot theory.png
     """
-    from flows.theory import print_theory
-    from qrpo.theory import plot_theory, summary, theory_table
+    from flows.views.theory import print_theory
+    from qrpo.method.theory import plot_theory, summary, theory_table
 
     promised, by_num_ref = summary(transform, beta, num_ref), theory_table(transform, beta)
     if as_json:
@@ -59,8 +59,7 @@ def evaluate(
         str | None, typer.Option("--suite", help="A public suite instead: alpaca-eval or leetcode.")
     ] = None,
     data: Annotated[
-        Path | None,
-        typer.Option("--data", help="The suite's file: the baseline's outputs, or the problems."),
+        Path | None, typer.Option("--data", help="The suite's file: the baseline's outputs, or the problems.")
     ] = None,
     which: Annotated[
         str,
@@ -164,8 +163,8 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """A run as one self-contained HTML page: result, plots, completions side by side, lineage."""
-    from flows.report import write_report
-    from flows.show import run_name
+    from flows.views.report import write_report
+    from flows.views.show import run_name
     from storage import Store
 
     run = run_name(name)
@@ -175,7 +174,7 @@ def report(
 
 def _evaluate_run(config: Any, url: str) -> dict[str, Any]:
     """The summary of the run's evaluation, computed where it is not in the store yet."""
-    from flows.launch import launch
+    from flows.cli.launch import launch
     from qrpo.errors import DataError
 
     result = launch(config, url, first="evaluation", last="evaluation", console=err)

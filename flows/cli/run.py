@@ -28,7 +28,7 @@ def demo(store: StoreUrl = "artifacts", as_json: AsJson = False) -> None:
 
     Example: qrpo demo, then qrpo inspect demo rewards
     """
-    from flows.demo import demo_config
+    from flows.cli.demo import demo_config
 
     _run(demo_config(Path("demo")), store, as_json=as_json)
 
@@ -123,7 +123,7 @@ def compare(
     from tasks.config import load_config
 
     loaded = load_config(config, overrides or ())
-    from flows.server import start_server
+    from flows.service.server import start_server
 
     server_answers = start_server()
     from flows.compare import compare as compare_methods
@@ -138,10 +138,7 @@ def compare(
 
 @command()
 def plan(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    store: StoreUrl = "artifacts",
-    as_json: AsJson = False,
+    config: ConfigPath, overrides: Overrides = None, store: StoreUrl = "artifacts", as_json: AsJson = False
 ) -> None:
     """What `qrpo run` would compute, what is cached, and why. Runs nothing, writes nothing.
 
@@ -151,7 +148,7 @@ def plan(
 
       qrpo plan config.yaml --set completions.num_ref=50 --json
     """
-    from flows.preview import preview, preview_table
+    from flows.views.plan import preview, preview_table
     from storage import Store
     from tasks.config import load_config
 
@@ -168,7 +165,7 @@ def _run(
     force: tuple[str, ...] = (),
     as_json: bool,
 ) -> None:
-    from flows.launch import launch, print_summary
+    from flows.cli.launch import launch, print_summary
 
     summary = launch(config, store, first=first, last=last, force=force, console=err)
     if as_json:

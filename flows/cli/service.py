@@ -43,7 +43,7 @@ def serve(
 
       qrpo serve config.yaml --cron "0 3 * * *" --timezone Europe/Zurich
     """
-    from flows.serve import serve, serving_lines
+    from flows.service.serve import serve, serving_lines
     from tasks.config import load_config
 
     def ready(served: dict[str, Any]) -> None:
@@ -99,7 +99,7 @@ def deploy(
 
       qrpo deploy config.yaml --type kubernetes --image registry/qrpo:1 --store s3://bucket/qrpo
     """
-    from flows.deploy import DeployOptions, deploy, deployed_lines, pool_type_of
+    from flows.service.deploy import DeployOptions, deploy, deployed_lines, pool_type_of
     from tasks.config import load_config
 
     pairs = [secret.partition("=") for secret in secrets or ()]

@@ -14,7 +14,7 @@ def list_store(store: StoreUrl = "artifacts", as_json: AsJson = False) -> None:
 
     Example: qrpo ls --store s3://bucket/qrpo
     """
-    from flows.show import list_runs, runs_table
+    from flows.views.show import list_runs, runs_table
     from storage import Store
 
     runs = list_runs(Store(store))
@@ -22,12 +22,7 @@ def list_store(store: StoreUrl = "artifacts", as_json: AsJson = False) -> None:
 
 
 @command()
-def show(
-    name: RunName,
-    stage: StageName,
-    store: StoreUrl = "artifacts",
-    as_json: AsJson = False,
-) -> None:
+def show(name: RunName, stage: StageName, store: StoreUrl = "artifacts", as_json: AsJson = False) -> None:
     """One artifact: what it is, what made it, and where its Parquet files lie.
 
     Examples:
@@ -36,7 +31,7 @@ def show(
 
       qrpo show config.yaml policy --json
     """
-    from flows.show import artifact_table, describe
+    from flows.views.show import artifact_table, describe
     from storage import Store
 
     described = describe(Store(store), name, stage)
@@ -96,7 +91,7 @@ def inspect(
 
       qrpo inspect demo rewards --where "reward > 0.9" --export best.parquet
     """
-    from flows.inspect.command import Asked, answer
+    from flows.views.inspect.command import Asked, answer
 
     wanted = columns.split(",") if columns else None
     asked = Asked(name, stage, where, sort, sample, limit, exact, wanted, prompt_id, diff, export, hub)
@@ -119,7 +114,7 @@ def browse(
     store: StoreUrl = "artifacts",
 ) -> None:
     """The store in a web page: runs, rows, distributions, prompts, two runs side by side. Read-only."""
-    from flows.browse.server import serve
+    from flows.views.browse.server import serve
     from storage import Store
 
     serve(Store(store), host=host, port=port, token=token, say=out.print)

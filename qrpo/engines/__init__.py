@@ -1,6 +1,6 @@
 """Generation engines: vLLM for real work, plain transformers where vLLM is not installed and for quick tests.
 
-`open_engine` gives an `Engine` (see `qrpo.sampling`) that runs in a child process: nothing is started before the first
+`open_engine` gives an `Engine` (see `qrpo.engines.sampling`) that runs in a child process: nothing is started before the first
 sample is asked for, closing it gives all memory back, and an engine that dies is started again by the next call.
 """
 
@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from qrpo.child import Child
 from qrpo.config import Section, knob
+from qrpo.engines.sampling import Engine, Sample, SampleRequest, SamplingConfig, misfit
 from qrpo.errors import ConfigError, DataError
 from qrpo.models import Dtype, ModelConfig, context_length
-from qrpo.sampling import Engine, Sample, SampleRequest, SamplingConfig, misfit
+from qrpo.processes.child import Child
 
 __all__ = ["EngineConfig", "open_engine"]
 

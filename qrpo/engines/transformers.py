@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from qrpo.chat import load_tokenizer
+from qrpo.data.chat import load_tokenizer
 from qrpo.engines import EngineConfig
+from qrpo.engines.sampling import Sample, SampleRequest, SamplingConfig
 from qrpo.errors import DataError
 from qrpo.models import ModelConfig, load_causal_lm
-from qrpo.sampling import Sample, SampleRequest, SamplingConfig
 
 __all__ = ["TransformersEngine"]
 

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qrpo.engines import EngineConfig
+from qrpo.engines.sampling import Sample, SampleRequest, SamplingConfig
 from qrpo.errors import DataError, EngineError, ModelError
 from qrpo.models import ModelConfig, is_local, load_model_config, location
-from qrpo.sampling import Sample, SampleRequest, SamplingConfig
 
 __all__ = ["VLLMEngine", "cpu_kv_cache_bytes", "require_cpu_heads", "saved_dtype"]
 

@@ -36,7 +36,7 @@ A kind of one's own is one module like the others:
 
 added to `RewardConfig` below. What each method owes is in `qrpo.rewards.protocol`. Rows that are scored by code of
 unknown temper go through `qrpo.rewards.workers`, which isolates, times out and retries them; memory that must come back
-belongs into a `qrpo.child.Child`; answers that cost money go to the `answers` that `open` is given.
+belongs into a `qrpo.processes.child.Child`; answers that cost money go to the `answers` that `open` is given.
 """
 
 from pathlib import Path

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from qrpo.chat import Messages
 from qrpo.config import knob
+from qrpo.data.chat import Messages
 from qrpo.errors import ConfigError, RewardError
 from qrpo.rewards.protocol import Answers, Columns, Reward, RewardSection, Score
 from qrpo.rewards.workers import Workers

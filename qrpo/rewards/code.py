@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from qrpo.chat import Messages
 from qrpo.config import knob
+from qrpo.data.chat import Messages
 from qrpo.errors import DataError
 from qrpo.rewards.protocol import Answers, Columns, RewardSection, Score
 from qrpo.sandbox import CheckTests, Limits, ProgramTests, Sandbox, Verdict

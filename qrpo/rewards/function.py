@@ -20,10 +20,10 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
-from qrpo.callables import load_callable, source_digests, split_target
-from qrpo.chat import Messages
 from qrpo.config import knob
+from qrpo.data.chat import Messages
 from qrpo.errors import ConfigError, QRPOError, RewardError
+from qrpo.rewards.callables import load_callable, source_digests, split_target
 from qrpo.rewards.protocol import Answers, Columns, Reward, RewardSection, Score
 from qrpo.rewards.workers import Workers
 

@@ -27,8 +27,8 @@ from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from pydantic import Field, field_validator, model_validator
 
-from qrpo.chat import Messages
 from qrpo.config import knob
+from qrpo.data.chat import Messages
 from qrpo.errors import ConfigError, RewardError
 from qrpo.rewards.chat_server import ChatServer, Unanswered
 from qrpo.rewards.grades import essence, read_grade

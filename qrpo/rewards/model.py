@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from qrpo.chat import Messages, encode_conversations, load_tokenizer
-from qrpo.child import Child
 from qrpo.config import knob
+from qrpo.data.chat import Messages, encode_conversations, load_tokenizer
 from qrpo.errors import DataError, ModelError
 from qrpo.models import ModelConfig, context_length, load_reward_model, model_identity
+from qrpo.processes.child import Child
 from qrpo.rewards.protocol import Answers, Columns, Reward, RewardSection, Score
 
 __all__ = ["KEEP_MEMORY", "ModelReward", "ModelRewardConfig", "as_score", "encode_rows", "not_one_score"]
@@ -163,10 +163,9 @@ class _ChildModel:
     """A reward model in a child process, as the `Reward` protocol wants it."""
 
     def __init__(self, config: ModelRewardConfig, log: Path | None):
-        target = {
-            "transformers": "qrpo.rewards.model:alone",
-            "vllm": "qrpo.rewards.pooling:PoolingReward",
-        }[config.engine]
+        target = {"transformers": "qrpo.rewards.model:alone", "vllm": "qrpo.rewards.pooling:PoolingReward"}[
+            config.engine
+        ]
         env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         if config.engine == "transformers":
             env |= {name: value for name, value in KEEP_MEMORY.items() if name not in os.environ}

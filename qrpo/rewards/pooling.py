@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from qrpo.chat import Messages, load_tokenizer
+from qrpo.data.chat import Messages, load_tokenizer
 from qrpo.engines.vllm import cpu_kv_cache_bytes, require_cpu_heads, saved_dtype
 from qrpo.errors import EngineError, ModelError
 from qrpo.models import context_length, is_local, load_model_config, location

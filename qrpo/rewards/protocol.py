@@ -12,8 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from pydantic import Field
 
-from qrpo.chat import Messages
 from qrpo.config import Section
+from qrpo.data.chat import Messages
 
 __all__ = ["Answers", "Columns", "Reward", "RewardSection", "Score", "combine"]
 

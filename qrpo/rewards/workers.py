@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from qrpo.chat import Messages
-from qrpo.child import Child
+from qrpo.data.chat import Messages
 from qrpo.errors import EngineError, RewardError
+from qrpo.processes.child import Child
 from qrpo.rewards.protocol import Columns, Score
 
 __all__ = ["Workers"]

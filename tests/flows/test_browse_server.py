@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 import storage
-from flows.browse.server import Guard, browse_app
+from flows.views.browse.server import Guard, browse_app
 from storage import Store
 
 

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 import storage
-from qrpo.evaluation import prompt_scores
-from qrpo.selection import selection_half
+from qrpo.evaluation.selection import selection_half
+from qrpo.evaluation.summary import prompt_scores
 from storage import Store
 from tasks.comparison import candidates
 from tasks.config import load_config

@@ -403,7 +403,7 @@ def killed(service: Service, cancelled: object) -> tuple[Any, list[int]]:
     """A `completions` run started by hand whose process is killed: how it ended, its processes."""
     identity = service.start("completions/completions")
     wait_for(lambda: service.run(identity)["state_type"] == "RUNNING", "the start", service.log)
-    pids = wait_for(lambda: engine_processes(service, b"qrpo.serving"), "the engine", service.log)
+    pids = wait_for(lambda: engine_processes(service, b"qrpo.processes.serving"), "the engine", service.log)
     for pid in engine_processes(service, b"prefect.engine"):
         os.kill(pid, signal.SIGKILL)
     return service.ended(identity), pids
@@ -447,7 +447,11 @@ def test_next_run_goes_on_from_what_was_finished(
 def test_deployment_command_and_python_come_to_the_same_and_the_secret_stays_where_it_is(
     service: Service, finished: Any
 ) -> None:
-    config, command, python = service.folder / "task" / "config.yaml", "s3://qrpo/command", "s3://qrpo/python"
+    config, command, python = (
+        service.folder / "task" / "config.yaml",
+        "s3://qrpo/command",
+        "s3://qrpo/python",
+    )
     for url in (command, python):
         for key in Store(STORE).list():
             Store(url).write_bytes(key, Store(STORE).read_bytes(key))
@@ -521,7 +525,7 @@ def engine_processes(service: Service, kind: bytes = b"") -> list[int]:
             command = (path / "cmdline").read_bytes()
         except OSError:
             continue
-        known = b"prefect.engine" in command or b"qrpo.serving" in command
+        known = b"prefect.engine" in command or b"qrpo.processes.serving" in command
         if mine in environment.split(b"\0") and known and kind in command:
             found.append(int(path.name))
     return found

@@ -150,7 +150,7 @@ def test_reference_has_learnt_the_chosen_completions(
 def test_completions_are_the_decoded_tokens_of_the_samples_that_were_asked_for(
     finished: Finished, reference: Any
 ) -> None:
-    from qrpo.sampling import sample_seed
+    from qrpo.engines.sampling import sample_seed
 
     _, tokenizer = reference
     rows = finished.rows("completions")
@@ -375,7 +375,7 @@ def test_summary_is_what_a_person_would_count(finished: Finished) -> None:
 
 
 def test_evaluation_samples_are_none_of_the_reference_samples_seeds(finished: Finished) -> None:
-    from qrpo.sampling import sample_seed
+    from qrpo.engines.sampling import sample_seed
 
     prompts = [row["prompt_id"] for row in finished.rows("prompts")]
     namespaces = ("reference", "evaluation/policy", "evaluation/reference")

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli import app
-from qrpo.statistics import seeds_and_prompts
+from qrpo.evaluation.statistics import seeds_and_prompts
 
 pytestmark = pytest.mark.slow
 
@@ -22,10 +22,7 @@ def command(*arguments: str | Path) -> Any:
 
 @pytest.fixture(scope="module")
 def runs(
-    tmp_path_factory: pytest.TempPathFactory,
-    trained: Path,
-    copy_of: Callable[[Path], Path],
-    base_model: Path,
+    tmp_path_factory: pytest.TempPathFactory, trained: Path, copy_of: Callable[[Path], Path], base_model: Path
 ) -> Path:
     """A folder with a store of two runs that differ in their training seed, one compared with its checkpoints and another model."""
     folder = tmp_path_factory.mktemp("evaluate")
@@ -130,7 +127,7 @@ def test_every_token_has_its_log_probabilities_and_the_prompt_s_page_colours_it_
 
     import httpx
 
-    from flows.browse.server import browse_app
+    from flows.views.browse.server import browse_app
     from storage import Store
 
     rows = evaluation(runs, "seed-1")[1]

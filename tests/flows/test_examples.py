@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from flows.preview import preview
 from flows.stage_order import STAGE_ORDER
+from flows.views.plan import preview
 from storage import Store
 from tasks.comparison import candidates
 from tasks.config import load_config

@@ -39,7 +39,7 @@ def unavailable(passing: bool) -> StoreUnavailableError:
     [
         (EngineError("the vllm engine of x was killed by SIGKILL in the middle of its work"), True),
         (EngineError("the engine of x failed: torch.OutOfMemoryError: CUDA out of memory. Its log: y"), True),
-        (EngineError("tasks.policy:compute failed: ValueError: a mistake. Its log: y"), False),
+        (EngineError("tasks.stages.policy:compute failed: ValueError: a mistake. Its log: y"), False),
         (unavailable(passing=True), True),
         (unavailable(passing=False), False),
         (MemoryError(), True),
@@ -145,7 +145,7 @@ def wait_for_parts(number: int, store: Path, process: "subprocess.Popen[bytes]",
 def engine_of(parent: int) -> int:
     """The process id of a running process's engine, as soon as there is one."""
     deadline = time.monotonic() + 120
-    while not (found := [c for c in children_of(parent) if b"qrpo.serving" in command_of(c)]):
+    while not (found := [c for c in children_of(parent) if b"qrpo.processes.serving" in command_of(c)]):
         assert command_of(parent), "it has ended"
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -490,7 +490,7 @@ def test_automations_are_made_once_and_need_a_block_that_is_there(prefect_server
     from prefect.blocks.notifications import CustomWebhookNotificationBlock
     from prefect.client.orchestration import get_client
 
-    from flows.automations import find_dead_runs, tell_of_failures
+    from flows.service.automations import find_dead_runs, tell_of_failures
 
     CustomWebhookNotificationBlock(name="alerts", url="http://127.0.0.1:9/hook").save("alerts")
     with get_client(sync_client=True) as client:

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 import storage
 from flows.cli import app
-from flows.inspect.query import Query, find_rows
-from flows.inspect.rows import Rows
-from flows.inspect.summary import column_nulls, summarise
+from flows.views.inspect.query import Query, find_rows
+from flows.views.inspect.rows import Rows
+from flows.views.inspect.summary import column_nulls, summarise
 from storage import Store
 
 PROMPT = "5feceb66ffc86f38d952786c6d696c79"  # of prompt 0
@@ -131,7 +131,7 @@ def test_prompt_is_followed_into_the_shards_best_completion_first(url: str) -> N
 
 
 def test_only_the_parts_of_the_prompt_are_read(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows.inspect import rows as module
+    from flows.views.inspect import rows as module
 
     opened: list[str] = []
     real = module.open_table

@@ -3,7 +3,7 @@
 import polars as pl
 import pytest
 
-from flows.inspect.filters import FUNCTIONS, apply_condition, parse_condition
+from flows.views.inspect.filters import FUNCTIONS, apply_condition, parse_condition
 from qrpo.errors import DataError
 
 FRAME = pl.DataFrame(

@@ -13,8 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.report import render_report
-from qrpo.evaluation import summarise
+from flows.views.report import render_report
+from qrpo.evaluation.summary import summarise
 from storage import SCHEMAS, PartKey, Store, fingerprint, manifest_of, rejects_table
 from tasks.config import parse_config
 

@@ -217,7 +217,9 @@ def status_of(process: int) -> tuple[int, str, str] | None:
 
 def workers_of(processes: dict[int, tuple[int, str, str]]) -> list[int]:
     """Those that have started an engine or a reward."""
-    return sorted({parent for parent, _, command in processes.values() if "qrpo.serving" in command})
+    return sorted(
+        {parent for parent, _, command in processes.values() if "qrpo.processes.serving" in command}
+    )
 
 
 def left_of(processes: dict[int, tuple[int, str, str]]) -> dict[int, str]:

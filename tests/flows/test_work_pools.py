@@ -10,7 +10,7 @@ import yaml
 from prefect.client.schemas.objects import FlowRun
 
 import deployments
-from flows.deploy import PoolType, job_template
+from flows.service.deploy import PoolType, job_template
 
 pytestmark = pytest.mark.slow
 

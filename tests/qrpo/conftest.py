@@ -24,8 +24,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def make_rows(folder: Path) -> Callable[[int, int], Rows]:
     """So many prompts with so many completions each, random tokens, scored by the reference in `folder`."""
-    from qrpo.logprobs import score_logprobs
-    from qrpo.training import load_policy
+    from qrpo.training.logprobs import score_logprobs
+    from qrpo.training.runs import load_policy
 
     @cache
     def draw(prompts: int, completions: int) -> Rows:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qrpo.chat import encode_completion, encode_conversation, encode_prompt, load_tokenizer
+from qrpo.data.chat import encode_completion, encode_conversation, encode_prompt, load_tokenizer
 from qrpo.errors import DataError, ModelError
 from qrpo.models import ModelConfig
 

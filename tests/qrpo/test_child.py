@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from qrpo.child import Child
 from qrpo.errors import ConfigError, EngineError, RewardError
+from qrpo.processes.child import Child
 
 TARGETS = str(Path(__file__).with_name("child_targets.py").resolve())
 
@@ -22,7 +22,7 @@ TARGETS = str(Path(__file__).with_name("child_targets.py").resolve())
 
 
 def stream(target: str, *args: Any, log: Path | None = None) -> Iterator[Any]:
-    return Child("qrpo.serving:GeneratorFunction", target, log=log).stream("run", *args)
+    return Child("qrpo.processes.serving:GeneratorFunction", target, log=log).stream("run", *args)
 
 
 def is_gone(pid: int) -> bool:
@@ -113,7 +113,7 @@ def test_a_slow_reader_holds_the_child_back(tmp_path: Path) -> None:
 
 
 def with_grandchild(report: Path) -> str:
-    return f"Child('qrpo.serving:GeneratorFunction', {TARGETS + ':with_grandchild'!r}).stream('run', Path({str(report)!r}))"
+    return f"Child('qrpo.processes.serving:GeneratorFunction', {TARGETS + ':with_grandchild'!r}).stream('run', Path({str(report)!r}))"
 
 
 def parent_script(report: Path, *, in_thread: bool) -> str:
@@ -121,7 +121,7 @@ def parent_script(report: Path, *, in_thread: bool) -> str:
     read = f"next(items := {with_grandchild(report)})"
     start = f"threading.Thread(target=lambda: kept.append({read})).start()" if in_thread else read
     return (
-        "import threading, time\nfrom pathlib import Path\nfrom qrpo.child import Child\nkept = []\n"
+        "import threading, time\nfrom pathlib import Path\nfrom qrpo.processes.child import Child\nkept = []\n"
         f"{start}\nprint('ready', flush=True)\ntime.sleep(1000)\n"
     )
 
@@ -152,7 +152,7 @@ def test_the_child_survives_the_thread_that_started_it(tmp_path: Path) -> None:
 
 def test_the_end_of_the_parent_ends_the_child(tmp_path: Path) -> None:
     report = tmp_path / "pids"
-    script = f"from pathlib import Path\nfrom qrpo.child import Child\nitems = {with_grandchild(report)}\nnext(items)\n"
+    script = f"from pathlib import Path\nfrom qrpo.processes.child import Child\nitems = {with_grandchild(report)}\nnext(items)\n"
     subprocess.run([sys.executable, "-c", script], check=True)
     pids = pids_in(report)
     assert wait_until(lambda: all(map(is_gone, pids)))

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from qrpo.comparison import Contender, compare_methods
 from qrpo.errors import DataError
-from qrpo.selection import selection_half
+from qrpo.evaluation.comparison import Contender, compare_methods
+from qrpo.evaluation.selection import selection_half
 
 PROMPTS = [f"prompt-{number}" for number in range(40)]
 

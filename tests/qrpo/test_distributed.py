@@ -17,11 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qrpo.child import Child
 from qrpo.errors import EngineError, TrainingError
-from qrpo.launch import stream_ranks
-from qrpo.optimization import PolicyConfig
-from qrpo.policy import train_policy
+from qrpo.processes.child import Child
+from qrpo.training.ranks import stream_ranks
+from qrpo.training.runs import train_policy
+from qrpo.training.settings import PolicyConfig
 
 pytestmark = pytest.mark.slow
 
@@ -79,8 +79,8 @@ def test_torchrun_with_two_processes_is_one_process_on_the_same_batches(
         textwrap.dedent("""
         import json, pickle, sys
         from pathlib import Path
-        from qrpo.optimization import PolicyConfig
-        from qrpo.policy import train_policy
+        from qrpo.training.settings import PolicyConfig
+        from qrpo.training.runs import train_policy
         folder, rows, settings, output = sys.argv[1:]
         config = PolicyConfig(**json.loads(settings))
         train_policy(folder, pickle.loads(Path(rows).read_bytes()), config, output)
@@ -179,8 +179,8 @@ def test_a_killed_rank_ends_all(tmp_path: Path) -> None:
 def test_kill_9_of_the_parent_leaves_no_rank(tmp_path: Path) -> None:
     """As in the pipeline: a process that has a child for the stage, which has one for each rank."""
     script = (
-        "import time\nfrom pathlib import Path\nfrom qrpo.child import Child\n"
-        f"child = Child('qrpo.serving:GeneratorFunction', {f'{TARGETS}:start_ranks'!r})\n"
+        "import time\nfrom pathlib import Path\nfrom qrpo.processes.child import Child\n"
+        f"child = Child('qrpo.processes.serving:GeneratorFunction', {f'{TARGETS}:start_ranks'!r})\n"
         f"items = child.stream('run', 2, Path({str(tmp_path)!r}))\n"
         "print(next(items), flush=True)\ntime.sleep(1000)\n"
     )
@@ -197,7 +197,9 @@ def test_kill_9_of_the_parent_leaves_no_rank(tmp_path: Path) -> None:
 
 
 def test_closing_early_leaves_no_rank(tmp_path: Path) -> None:
-    items = Child("qrpo.serving:GeneratorFunction", f"{TARGETS}:start_ranks").stream("run", 2, tmp_path)
+    items = Child("qrpo.processes.serving:GeneratorFunction", f"{TARGETS}:start_ranks").stream(
+        "run", 2, tmp_path
+    )
     next(items)
     items.close()  # type: ignore[attr-defined]
     assert wait_until_gone([int(path.read_text()) for path in tmp_path.iterdir() if path.read_text()])

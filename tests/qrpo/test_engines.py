@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qrpo.chat import encode_prompt, load_tokenizer
 from qrpo.config import keyed
+from qrpo.data.chat import encode_prompt, load_tokenizer
 from qrpo.engines import EngineConfig, open_engine
+from qrpo.engines.sampling import Engine, Sample, SampleRequest, SamplingConfig, sample_seed
 from qrpo.errors import ConfigError, DataError, EngineError, ModelError
 from qrpo.models import ModelConfig, load_causal_lm
-from qrpo.sampling import Engine, Sample, SampleRequest, SamplingConfig, sample_seed
 
 SAMPLING = SamplingConfig(max_tokens=24)
 

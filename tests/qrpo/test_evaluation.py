@@ -6,14 +6,9 @@ import pyarrow as pa
 import pytest
 
 from qrpo.errors import DataError
-from qrpo.evaluation import prompt_scores, summarise
-from qrpo.optimization import PolicyConfig
-from qrpo.statistics import (
-    bootstrap_interval,
-    kl_estimates,
-    mean_by_prompt,
-    win_rates,
-)
+from qrpo.evaluation.statistics import bootstrap_interval, kl_estimates, mean_by_prompt, win_rates
+from qrpo.evaluation.summary import prompt_scores, summarise
+from qrpo.training.settings import PolicyConfig
 
 
 def evaluation_table(prompts=200, samples=4, shift=0.0, seed=0):

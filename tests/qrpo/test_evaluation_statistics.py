@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from qrpo.diversity import diversity
 from qrpo.errors import DataError
-from qrpo.length_control import compare_at_equal_length, reward_per_token
-from qrpo.selection import choose_best, selection_half
-from qrpo.statistics import sample_pairs, seeds_and_prompts, win_rates
+from qrpo.evaluation.diversity import diversity
+from qrpo.evaluation.length_control import compare_at_equal_length, reward_per_token
+from qrpo.evaluation.selection import choose_best, selection_half
+from qrpo.evaluation.statistics import sample_pairs, seeds_and_prompts, win_rates
 
 
 def samples(prompts, per_prompt, longer_by, better_by, per_token, seed):

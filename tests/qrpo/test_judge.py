@@ -139,13 +139,7 @@ def test_the_grade_is_the_mean_over_the_grades_probabilities(server: LocalServer
     assert {name.lower() for name in headers}.isdisjoint({"authorization"})
     assert {
         name: body[name] for name in ("model", "max_tokens", "temperature", "logprobs", "top_logprobs")
-    } == {
-        "model": "m",
-        "max_tokens": 1,
-        "temperature": 0.0,
-        "logprobs": True,
-        "top_logprobs": 20,
-    }
+    } == {"model": "m", "max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": 20}
     text = body["messages"][0]["content"]
     assert "Is it kind?" in text
     assert "user: Hi there" in text
@@ -377,7 +371,7 @@ def judge_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """The tiny Llama with a head that makes it grade: it says one of 1 to 5, and which depends on what it read."""
     import torch
 
-    from qrpo.chat import encode_prompt, load_tokenizer
+    from qrpo.data.chat import encode_prompt, load_tokenizer
     from qrpo.models import ModelConfig, load_causal_lm
 
     model, tokenizer = (
@@ -452,7 +446,7 @@ def test_a_vllm_judges_grade_is_the_mean_grade_under_its_own_probabilities(
 ) -> None:
     import torch
 
-    from qrpo.chat import encode_prompt, load_tokenizer
+    from qrpo.data.chat import encode_prompt, load_tokenizer
     from qrpo.models import ModelConfig, load_causal_lm
 
     scores = vllm_judge(vllm_url).score(PROMPTS, COMPLETIONS, {})

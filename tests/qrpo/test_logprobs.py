@@ -21,10 +21,10 @@ from transformers import (
     PhiForCausalLM,
 )
 
-from qrpo.batches import length_sorted_batches
 from qrpo.errors import DataError
-from qrpo.logprobs import completion_logprobs, score_logprobs
 from qrpo.tiny import build_tiny_model
+from qrpo.training.batches import length_sorted_batches
+from qrpo.training.logprobs import completion_logprobs, score_logprobs
 
 SMALL = {
     "vocab_size": 256,
@@ -235,7 +235,7 @@ def test_a_vocabulary_of_128k_at_2k_tokens_does_not_fill_the_memory():
         import torch
         from pathlib import Path
         from transformers import LlamaConfig, LlamaForCausalLM
-        from qrpo.logprobs import completion_logprobs
+        from qrpo.training.logprobs import completion_logprobs
 
         def resident(field):
             lines = Path("/proc/self/status").read_text().splitlines()

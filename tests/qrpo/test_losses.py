@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qrpo.errors import ConfigError
-from qrpo.losses import (
+from qrpo.method.losses import (
     calibrated_targets,
     choose_pairs,
     dpo_loss,
@@ -17,9 +17,9 @@ from qrpo.losses import (
     rebel_loss,
     simpo_loss,
 )
-from qrpo.partition import log_z
-from qrpo.quantiles import quantile_rewards
-from qrpo.transforms import reference_scale
+from qrpo.method.partition import log_z
+from qrpo.method.quantiles import quantile_rewards
+from qrpo.method.transforms import reference_scale
 
 PUBLISHED = Path(__file__).parents[2] / ".." / "shared" / "data" / "reference_losses.json"
 

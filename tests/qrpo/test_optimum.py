@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from qrpo import theory
-from qrpo.partition import log_z
+from qrpo.method import theory
+from qrpo.method.partition import log_z
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "optimum.py"
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from qrpo.errors import ConfigError, DataError
-from qrpo.partition import log_z, quantile_grid
-from qrpo.quantiles import quantile_rewards
-from qrpo.transforms import get_transform
+from qrpo.method.partition import log_z, quantile_grid
+from qrpo.method.quantiles import quantile_rewards
+from qrpo.method.transforms import get_transform
 
 TRANSFORMS = ["identity", "log", "normal-icdf", "logit", "power"]
 

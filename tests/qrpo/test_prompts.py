@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from qrpo.data.prompts import Prompt, PromptsConfig, parse_row, prompt_id, split_of
 from qrpo.errors import DataError
-from qrpo.prompts import Prompt, PromptsConfig, parse_row, prompt_id, split_of
 
 USER = [{"role": "user", "content": "What colour is the sky?"}]
 BLUE = {"role": "assistant", "content": "It is blue."}

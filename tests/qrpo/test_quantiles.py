@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from qrpo.errors import ConfigError, DataError
-from qrpo.quantiles import quantile_bounds, quantile_rewards, standard_error
+from qrpo.method.quantiles import quantile_bounds, quantile_rewards, standard_error
 
 
 def by_definition(rewards: list[float], references: list[float], ties: str) -> list[float]:
@@ -222,7 +222,7 @@ def test_standard_error_is_that_of_the_estimate():
 
 
 def test_importing_quantiles_imports_neither_torch_nor_scipy():
-    probe = "import sys, qrpo.quantiles; print([m for m in ('torch', 'scipy', 'pandas') if m in sys.modules])"
+    probe = "import sys, qrpo.method.quantiles; print([m for m in ('torch', 'scipy', 'pandas') if m in sys.modules])"
     assert (
         subprocess.run(
             [sys.executable, "-c", probe], capture_output=True, text=True, check=True

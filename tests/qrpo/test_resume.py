@@ -16,7 +16,12 @@ import polars
 import pyarrow as pa
 import pytest
 
-from qrpo.checkpoints import UNFINISHED, commit_checkpoint, latest_checkpoint, remove_broken_checkpoints
+from qrpo.training.checkpoints import (
+    UNFINISHED,
+    commit_checkpoint,
+    latest_checkpoint,
+    remove_broken_checkpoints,
+)
 from storage import SCHEMAS, PartKey, Store
 
 pytestmark = pytest.mark.slow

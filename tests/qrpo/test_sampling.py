@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from qrpo.sampling import SamplingConfig, fits, misfit, sample_seed
+from qrpo.engines.sampling import SamplingConfig, fits, misfit, sample_seed
 
 
 def test_no_two_samples_share_a_seed() -> None:

@@ -126,9 +126,7 @@ def test_the_probes_would_tell_if_there_were_no_sandbox() -> None:
     )
 
 
-def test_a_program_sees_an_empty_environment_and_few_files(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_program_sees_an_empty_environment_and_few_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QRPO_TEST_SECRET", "hunter2")
     code = "import os; print(sorted(os.environ)); print(sorted(set(os.listdir('/')) - {'lib32', 'lib64', 'libx32'}))"
     expected = (

@@ -6,9 +6,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qrpo.errors import DataError
-from qrpo.optimization import SftConfig
-from qrpo.sft import train_sft
 from qrpo.tiny import build_tiny_model
+from qrpo.training.runs import train_sft
+from qrpo.training.settings import SftConfig
 
 SETTINGS = {"learning_rate": 1e-2, "prompts_per_step": 4, "warmup": 0.0, "token_budget": 64}
 

@@ -14,11 +14,11 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from qrpo.logprobs import completion_logprobs, score_logprobs
-from qrpo.optimization import PolicyConfig
-from qrpo.sharing import can_share, shared_batches, worth_sharing
-from qrpo.trainer import QRPOConfig, QRPOTrainer
-from qrpo.training import load_policy
+from qrpo.training.logprobs import completion_logprobs, score_logprobs
+from qrpo.training.runs import load_policy
+from qrpo.training.settings import PolicyConfig
+from qrpo.training.sharing import can_share, shared_batches, worth_sharing
+from qrpo.training.trainer import QRPOConfig, QRPOTrainer
 
 SMALL = {
     "vocab_size": 256,

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from qrpo.data.sources import is_dataset, read_rows, source_files
 from qrpo.errors import DataError
-from qrpo.sources import is_dataset, read_rows, source_files
 
 ROWS = [{"question": f"{n} + {n}?", "answer": str(2 * n)} for n in range(5)]
 
@@ -80,7 +80,7 @@ def test_csv_is_read_with_its_header(tmp_path: Path) -> None:
 
 
 def test_undecodable_csv_spoils_its_own_row_only(tmp_path: Path) -> None:
-    from qrpo.prompts import PromptsConfig, parse_row
+    from qrpo.data.prompts import PromptsConfig, parse_row
 
     path = tmp_path / "data.csv"
     path.write_bytes(b"prompt\n\xff\xfe\ngood\n")

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 
 from qrpo.errors import ConfigError, DataError, EngineError
-from qrpo.suites.alpaca_eval import (
+from qrpo.evaluation.suites.alpaca_eval import (
     AlpacaEvalJudge,
     judge_outputs,
     model_outputs,
     read_baseline,
     write_outputs,
 )
-from qrpo.suites.files import read_rows
-from qrpo.suites.leetcode import read_problems, score_solutions
+from qrpo.evaluation.suites.files import read_rows
+from qrpo.evaluation.suites.leetcode import read_problems, score_solutions
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 OUTPUT = re.compile(r'"model_identifier": "(m|M)",\s*"output": """(.*?)"""', re.DOTALL)

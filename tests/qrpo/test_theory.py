@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from qrpo import theory
 from qrpo.errors import ConfigError, DataError
-from qrpo.transforms import get_transform
+from qrpo.method import theory
+from qrpo.method.transforms import get_transform
 
 BETAS = [1e-4, 1e-2, 0.1, 1.0, 10.0]
 

@@ -7,16 +7,15 @@ from safetensors.torch import load_file
 from scipy.stats import norm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qrpo.chat import encode_completion, encode_prompt
-from qrpo.checkpoints import latest_checkpoint, mark_whole
+from qrpo.data.chat import encode_completion, encode_prompt
 from qrpo.errors import ConfigError, DataError, TrainingError
-from qrpo.logprobs import score_logprobs
-from qrpo.optimization import PolicyConfig
-from qrpo.partition import log_z
-from qrpo.policy import train_policy
+from qrpo.method.partition import log_z
 from qrpo.tiny import build_tiny_tokenizer
-from qrpo.trainer import QRPOConfig, QRPOTrainer
-from qrpo.training import load_policy
+from qrpo.training.checkpoints import latest_checkpoint, mark_whole
+from qrpo.training.logprobs import score_logprobs
+from qrpo.training.runs import load_policy, train_policy
+from qrpo.training.settings import PolicyConfig
+from qrpo.training.trainer import QRPOConfig, QRPOTrainer
 
 SETTINGS = {
     "beta": 0.5,

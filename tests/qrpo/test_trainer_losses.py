@@ -8,10 +8,9 @@ from transformers import AutoTokenizer
 
 from qrpo.config import keyed
 from qrpo.errors import DataError
-from qrpo.optimization import PolicyConfig
-from qrpo.policy import train_policy
-from qrpo.trainer import QRPOConfig, QRPOTrainer
-from qrpo.training import load_policy
+from qrpo.training.runs import load_policy, train_policy
+from qrpo.training.settings import PolicyConfig
+from qrpo.training.trainer import QRPOConfig, QRPOTrainer
 
 SETTINGS = {
     "beta": 0.5,

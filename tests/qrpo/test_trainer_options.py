@@ -7,14 +7,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qrpo.adapters import adapters_off, with_lora
 from qrpo.errors import ConfigError
-from qrpo.logprobs import score_logprobs
-from qrpo.optimization import LoraConfig, PolicyConfig
-from qrpo.policy import train_policy
-from qrpo.throughput import PEAK_BF16, Meter
-from qrpo.trainer import QRPOConfig, QRPOTrainer
-from qrpo.training import load_policy
+from qrpo.training.adapters import adapters_off, with_lora
+from qrpo.training.logprobs import score_logprobs
+from qrpo.training.runs import load_policy, train_policy
+from qrpo.training.settings import LoraConfig, PolicyConfig
+from qrpo.training.throughput import PEAK_BF16, Meter
+from qrpo.training.trainer import QRPOConfig, QRPOTrainer
 
 SETTINGS = {
     "beta": 0.5,
@@ -205,7 +204,7 @@ def test_operations_are_counted_for_trained_and_frozen_weights_and_the_head_on_c
     model = load_policy(folder)
     head, embedding = model.lm_head.weight.numel(), model.model.embed_tokens.weight.numel()
     body = sum(parameter.numel() for parameter in model.parameters()) - head - embedding
-    monkeypatch.setattr("qrpo.throughput._peak", lambda device, dtype: PEAK_BF16["H100"])
+    monkeypatch.setattr("qrpo.training.throughput._peak", lambda device, dtype: PEAK_BF16["H100"])
 
     def used(model):
         meter = Meter(model, torch.bfloat16)

@@ -13,12 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qrpo.errors import TrainingError
-from qrpo.guard import FIRST_LOSSES
-from qrpo.loader import ShuffledRows, is_idle, step_loader
-from qrpo.optimization import PolicyConfig
-from qrpo.policy import train_policy
-from qrpo.trainer import QRPOConfig, QRPOTrainer
-from qrpo.training import load_policy
+from qrpo.training.guard import FIRST_LOSSES
+from qrpo.training.loader import ShuffledRows, is_idle, step_loader
+from qrpo.training.runs import load_policy, train_policy
+from qrpo.training.settings import PolicyConfig
+from qrpo.training.trainer import QRPOConfig, QRPOTrainer
 
 SETTINGS = {"beta": 0.5, "learning_rate": 1e-3, "prompts_per_step": 4, "warmup": 0.0, "token_budget": 256}
 

@@ -8,9 +8,18 @@ import torch
 from scipy import integrate, special, stats
 
 from qrpo.errors import ConfigError
-from qrpo.partition import log_z
-from qrpo.quadrature import tilted_nodes
-from qrpo.transforms import Identity, Log, Logit, NormalIcdf, Power, Transform, from_function, get_transform
+from qrpo.method.partition import log_z
+from qrpo.method.quadrature import tilted_nodes
+from qrpo.method.transforms import (
+    Identity,
+    Log,
+    Logit,
+    NormalIcdf,
+    Power,
+    Transform,
+    from_function,
+    get_transform,
+)
 
 BETAS = np.geomspace(1e-4, 10.0, 41)
 CLOSED = [
@@ -125,7 +134,7 @@ def test_a_user_function_gets_its_partition_by_quadrature():
 def test_a_config_can_name_a_users_function_or_transform(tmp_path):
     (tmp_path / "mine.py").write_text(
         "import numpy as np\n"
-        "from qrpo.transforms import Transform, from_function\n"
+        "from qrpo.method.transforms import Transform, from_function\n"
         "def cubed(t):\n    return t**3\n"
         "steep = from_function(lambda t: np.log(t), name='steep', open_ends=(True, False))\n"
         "class Halved(Transform):\n    def __call__(self, q):\n        return q / 2\n"

@@ -1,4 +1,4 @@
-"""What the training tests run in processes of their own: generator functions for `qrpo.child` and `qrpo.launch`, and a
+"""What the training tests run in processes of their own: generator functions for `qrpo.processes.child` and `qrpo.training.ranks`, and a
 server that forks training runs.
 
 Importing torch and transformers takes seconds of processor time, and the kill test starts 22 runs: the server imports
@@ -26,8 +26,8 @@ def train(
     """Train on pickled rows; yields what was reported, at the end. Rank 0 sends itself a SIGTERM after a step."""
     import torch
 
-    from qrpo.optimization import PolicyConfig
-    from qrpo.policy import train_policy
+    from qrpo.training.runs import train_policy
+    from qrpo.training.settings import PolicyConfig
 
     torch.set_num_threads(1)
     reports: list[dict[str, Any]] = []
@@ -44,7 +44,7 @@ def train(
 
 def start_ranks(processes: int, folder: Path) -> Iterator[int]:
     """Start so many ranks that wait for ever; yields this process's id."""
-    from qrpo.launch import stream_ranks
+    from qrpo.training.ranks import stream_ranks
 
     yield from stream_ranks(f"{__file__}:leave_pid_and_wait", folder, processes=processes)
 
@@ -59,8 +59,8 @@ def leave_pid_and_wait(folder: Path) -> Iterator[int]:
 def _run(request: dict[str, Any]) -> None:
     import resource
 
-    from qrpo.optimization import PolicyConfig
-    from qrpo.policy import train_policy
+    from qrpo.training.runs import train_policy
+    from qrpo.training.settings import PolicyConfig
     from storage import ShardReader, Store
 
     records = pickle.loads(Path(request["shards"], "records").read_bytes())  # noqa: S301
@@ -85,10 +85,10 @@ def main() -> None:
     """Serve requests from standard input until it ends."""
     import torch
 
-    import qrpo.policy
+    import qrpo.training.runs
     import storage
 
-    assert qrpo.policy
+    assert qrpo.training.runs
     assert storage
     torch.set_num_threads(1)
     pid = 0

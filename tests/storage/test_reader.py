@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import storage
-from qrpo.loader import is_idle, step_loader
+from qrpo.training.loader import is_idle, step_loader
 from storage import PartKey, PartRecord, ShardReader, Store
 from storage.columns import Rows, gather
 from storage.commit import GROUP_ROWS

@@ -33,9 +33,9 @@ import torch
 from qrpo.engines.transformers import TransformersEngine
 from qrpo.tiny import build_tiny_model
 from storage.crashpoints import on_crash_point
-from tasks import completions, evaluation, groups, run_stage
+from tasks import groups, run_stage
 from tasks.config import PipelineConfig, parse_config
-from tasks.stages import STAGES
+from tasks.stages import STAGES, completions, evaluation
 
 DEAR = ("reference", "policy", "evaluation")
 REWARD = "def reward(prompts, completions, **columns):\n    return [len(text) + text.count('a') / 7 for text in completions]\n"

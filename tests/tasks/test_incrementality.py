@@ -15,16 +15,16 @@ from typing import Any
 import polars
 import pytest
 
-import tasks.completions
-import tasks.rewards
-from flows.preview import preview
+import tasks.stages.completions
+import tasks.stages.rewards
+from flows.views.plan import preview
 from qrpo.engines import open_engine
 from qrpo.errors import ConfigError
 from storage import PartRecord, Store
 from tasks.config import PipelineConfig, parse_config
-from tasks.policy import compute as compute_policy
 from tasks.run_stage import run_stage
 from tasks.stages import STAGES, plan_pipeline
+from tasks.stages.policy import compute as compute_policy
 from tasks.work import Work
 
 pytestmark = pytest.mark.slow
@@ -169,14 +169,14 @@ def counts(monkeypatch: pytest.MonkeyPatch, engines: dict[Any, Any]) -> Counts:
             engines[key] = open_engine(config, model)
         return CountingEngine(engines[key], counts)
 
-    score = tasks.rewards.Scorer.score
+    score = tasks.stages.rewards.Scorer.score
 
     def counted(self: Any, rows: Sequence[Any]) -> Any:
         counts.scored += [(row["prompt_id"], row["origin"], row["sample_index"]) for row in rows]
         return score(self, rows)
 
-    monkeypatch.setattr(tasks.completions, "engine_for", engine_for)
-    monkeypatch.setattr(tasks.rewards.Scorer, "score", counted)
+    monkeypatch.setattr(tasks.stages.completions, "engine_for", engine_for)
+    monkeypatch.setattr(tasks.stages.rewards.Scorer, "score", counted)
     return counts
 
 
@@ -349,7 +349,7 @@ def test_raised_version_computes_that_stage_anew(
     task: Task, counts: Counts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rewards = task.rewards()
-    monkeypatch.setattr(tasks.rewards, "VERSION", tasks.rewards.VERSION + 1)
+    monkeypatch.setattr(tasks.stages.rewards, "VERSION", tasks.stages.rewards.VERSION + 1)
 
     planned = task.preview()
     task.run()

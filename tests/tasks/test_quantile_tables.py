@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.tables import SCHEMAS
-from tasks.quantiles import QuantilesConfig, quantile_table
+from tasks.stages.quantiles import QuantilesConfig, quantile_table
 
 Rows = list[tuple[str, str, int, float | None]]
 

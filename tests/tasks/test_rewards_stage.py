@@ -18,8 +18,8 @@ from storage.tables import SCHEMAS
 from tasks.answers import StoredAnswers
 from tasks.config import PipelineConfig, load_config, parse_config
 from tasks.plan import PartPlan
-from tasks.rewards import compute, reward_settings
 from tasks.stages import plan_pipeline
+from tasks.stages.rewards import compute, reward_settings
 from tasks.work import Work
 
 FUNCTIONS = """\

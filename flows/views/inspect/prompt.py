@@ -1,0 +1,117 @@
+"""One prompt through every stage: the conversation, its completions by reward, and what became of each in training."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from flows.views.inspect.lookup import RunData
+from qrpo.method.quantiles import quantile_rewards
+
+__all__ = ["follow_prompt"]
+
+
+def follow_prompt(run: RunData, beginning: str) -> dict[str, Any]:
+    """Everything that a run has of one prompt; its id may be shortened to a unique beginning.
+
+    `stages` are the rows as they are stored. `completions` joins them, best reward first; each has `quantile_reward` where the
+    `quantiles` stage gave one, `rank`, the share of the reference's rewards at or below its own, and `became`, its place in the
+    shards or why it has none. `samples` are the evaluation's, in the same form.
+    """
+    prompt_id = run.prompt_id(beginning)
+    found = {stage: run.find(stage, [prompt_id]) for stage in run.manifests}
+    stages = {
+        stage: [row for _, _, row in rows]
+        for stage, rows in found.items()
+        if rows or run.manifests[stage].rows
+    }
+    quantiles = next(iter(stages.get("quantiles", ())), None)
+    ref_rewards = list(quantiles["ref_rewards"]) if quantiles else []
+    rejects = run.rejects(prompt_id)
+    completions = _joined(prompt_id, found, quantiles, rejects)
+    samples = [
+        {**row, "origin": row["model"], "components": None, "error": None, "became": ""}
+        for row in stages.get("evaluation", ())
+    ]
+    for rows in (completions, samples):
+        _rank(rows, ref_rewards)
+        rows.sort(key=_by_reward)
+    return {
+        "run": run.run,
+        "prompt_id": prompt_id,
+        "prompt": next(iter(stages.get("prompts", ())), None),
+        "completions": completions,
+        "samples": samples,
+        "ref_rewards": ref_rewards,
+        "rejects": rejects,
+        "stages": stages,
+    }
+
+
+def _joined(
+    prompt_id: str,
+    found: Mapping[str, Sequence[tuple[Any, int, dict[str, Any]]]],
+    quantiles: Mapping[str, Any] | None,
+    rejects: Sequence[Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    rewards = {_key(row): row for _, _, row in found.get("rewards", ())}
+    judged = _by_completion(quantiles, ("quantile_reward", "quantile_low", "quantile_high"))
+    trained: dict[tuple[str, int], dict[str, Any]] = {}
+    for part, number, row in found.get("shards", ()):
+        place = f"shard {part.fingerprint[:12]}, row {number}"
+        trained |= {
+            key: {**values, "became": place} for key, values in _by_completion(row, ("ref_logprob",)).items()
+        }
+    refused = {row["key"]: f"left out by {row['stage']}: {row['reason']}" for row in rejects}
+    joined = []
+    for _, _, row in found.get("completions", ()):
+        key = _key(row)
+        name = f"{prompt_id}/{row['origin']}/{row['sample_index']}"
+        became = refused.get(name) or ("not trained on" if found.get("shards") else "")
+        reward = rewards.get(key, {})
+        joined.append(
+            {
+                **{name: value for name, value in row.items() if name != "prompt_id"},
+                "reward": reward.get("reward"),
+                "components": reward.get("components"),
+                "error": reward.get("error"),
+                "ref_logprob": None,
+                "became": became,
+                **judged.get(key, {"quantile_reward": None, "quantile_low": None, "quantile_high": None}),
+                **trained.get(key, {}),
+            }
+        )
+    return joined
+
+
+def _by_completion(
+    row: Mapping[str, Any] | None, columns: Sequence[str]
+) -> dict[tuple[str, int], dict[str, Any]]:
+    """The list columns of a row that holds many completions, by completion."""
+    if row is None:
+        return {}
+    keys = list(zip(row["origin"], row["sample_index"], strict=True))
+    return {key: {name: row[name][place] for name in columns} for place, key in enumerate(keys)}
+
+
+def _rank(rows: Sequence[dict[str, Any]], ref_rewards: Sequence[float]) -> None:
+    """Set `rank`: the share of reference rewards at or below the row's reward."""
+    scored = [row for row in rows if row["reward"] is not None and ref_rewards]
+    for row in rows:
+        row["rank"] = None
+    if scored:
+        rewards_PK = np.array([[row["reward"] for row in scored]], dtype=np.float32)
+        ranks = quantile_rewards(rewards_PK, np.array([ref_rewards], dtype=np.float32))
+        for row, rank in zip(scored, np.ravel(ranks).tolist(), strict=True):
+            row["rank"] = rank
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, int]:
+    return row["origin"], row["sample_index"]
+
+
+def _by_reward(row: Mapping[str, Any]) -> tuple[float, str, int]:
+    """Best first, those without a reward last."""
+    reward = row["reward"]
+    missing = reward is None or reward != reward
+    return (float("inf") if missing else -float(reward)), row["origin"], row["sample_index"]

@@ -1,0 +1,427 @@
+"""Transforms f of the quantile reward, each with its exact partition function.
+
+The objective is max E[f(q)] - beta KL(policy || reference). Under the reference q is uniform on (0, 1), so
+
+    Z(beta) = integral_0^1 exp(f(t)/beta) dt                         (QRPO, arXiv 2507.08068)
+
+depends on f and beta only. With u = 1/beta:
+
+| name                 | f(q)             | Z                                  | beta    | infinite at |
+|----------------------|------------------|------------------------------------|---------|-------------|
+| `identity`           | q                | (e^u - 1)/u                        | > 0     |             |
+| `log`                | log q            | 1/(1 + u)                          | > 0     | 0           |
+| `normal-icdf`        | Phi^-1(q)        | exp(u^2/2)                         | > 0     | 0, 1        |
+| `scaled-normal-icdf` | s * Phi^-1(q)    | exp((s u)^2/2), s one per prompt   | > 0     | 0, 1        |
+| `logit`              | log(q/(1 - q))   | pi u / sin(pi u)                   | > 1     | 0, 1        |
+| `power`              | q^p, p > 0       | 1F1(1/p; 1 + 1/p; u)               | > 0     |             |
+
+Where f is infinite, an estimated quantile of exactly 0 or 1 is clamped `edge` reference samples inwards: to
+[edge/n, 1 - edge/n], at most to 1/2, the open end only (`edge=1` is what the research code does). The clamp changes the
+distribution of f(q), so the `continuous` Z is then no longer exact; `partition="finite"` counts the clamp in.
+
+Any other f: wrap a function of NumPy arrays with `from_function`, or subclass `Transform`; or name either in a configuration
+as "path/to/file.py:name". Its log Z is then found by quadrature. log Z is always worked out in float64 and by forms that neither
+overflow nor cancel: beta * log Z keeps full relative accuracy for every beta.
+
+A subclass of `Transform` needs `__call__` only, for NumPy arrays and torch tensors. The partition function is then found by
+quadrature, quantiles at 0 and 1 are taken as they are, and every beta above 0 is allowed; each of these has one attribute or
+method to say otherwise.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import numpy as np
+
+from qrpo.errors import ConfigError
+from qrpo.method.arrays import Array, Float64, is_torch, on_float64, to_float64
+from qrpo.method.closed_forms import identity_log_z, logit_log_z, power_log_z
+from qrpo.method.quadrature import TiltedNodes, tilted_nodes
+from qrpo.rewards.callables import load_callable
+
+__all__ = [
+    "Identity",
+    "Log",
+    "Logit",
+    "NormalIcdf",
+    "Power",
+    "ScaledNormalIcdf",
+    "Transform",
+    "from_function",
+    "get_transform",
+    "reference_scale",
+    "transform_names",
+]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A function of the quantile reward and its partition function. Subclasses give at least `__call__`.
+
+    `edge`: how many reference samples inwards a quantile at an open end is moved (see above).
+    """
+
+    edge: float = 1.0
+    name: ClassVar[str] = "custom"
+    open_ends: ClassVar[tuple[bool, bool]] = (False, False)
+    """Whether f is infinite at q = 0, at q = 1."""
+    min_beta: ClassVar[float] = 0.0
+    """Z is finite for beta above this."""
+    needs_scale: ClassVar[bool] = False
+    """Whether `scaled` must be called with one scale per prompt before use."""
+
+    def __call__(self, quantile_reward: Array) -> Array:
+        """f(q), elementwise, for NumPy arrays, torch tensors and numbers."""
+        raise NotImplementedError
+
+    def at_logit(self, logit: Float64) -> Float64:
+        """f at the quantile sigmoid(logit). Override it where q = 1 - 1e-17 matters: float64 has no such q."""
+        quantile = 1.0 / (1.0 + np.exp(-np.clip(logit, -700.0, 40.0)))
+        return to_float64(self(np.minimum(quantile, 1.0 - np.finfo(np.float64).epsneg)))
+
+    def log_z(self, beta: Array) -> Array:
+        """log of integral_0^1 exp(f(t)/beta) dt, elementwise on beta; ConfigError where beta is out of the domain."""
+        return on_float64(self._checked_log_z, beta)
+
+    def _checked_log_z(self, beta: Float64) -> Float64:
+        if not np.all(beta > self.min_beta):
+            bad = float(beta[~(beta > self.min_beta)].ravel()[0]) if np.ndim(beta) else float(beta)
+            raise ConfigError(
+                f"beta: got {bad:g} for the transform {self.name!r}, whose partition function is finite for "
+                f"beta > {self.min_beta:g} only (per sample: beta / scale, beta / length); use a larger beta"
+            )
+        return self._log_z(beta)
+
+    def _log_z(self, beta: Float64) -> Float64:
+        """log Z for valid float64 betas; by quadrature unless a subclass knows better."""
+        distinct, inverse = np.unique(beta, return_inverse=True)
+        values = np.array([self.nodes(float(one)).log_z for one in distinct])
+        return np.asarray(values[inverse]).reshape(np.shape(beta))
+
+    def nodes(self, beta: float) -> TiltedNodes:
+        """A quadrature rule under the optimum's quantile density exp(f(t)/beta)/Z."""
+        if type(self).at_logit is not Transform.at_logit:
+            return _cached_nodes(self, beta, 1e-14)
+        # f is only asked at float64 quantiles: it says nothing beyond them, and is a staircase close to them
+        rough = _cached_nodes(self, beta, 1e-6)
+        unseen = float(rough.weight[(rough.logit > 36.0) | (rough.logit < -700.0)].sum())
+        if unseen > 1e-9:
+            raise ConfigError(
+                f"transform {self.name!r} at beta = {beta:g}: {unseen:.1%} of the optimum lies at quantiles that "
+                "float64 cannot tell from 0 or 1; use a larger beta, or give the function of the logit (at_logit)"
+            )
+        return _cached_nodes(self, beta, 1e-12)
+
+    def clamp(self, quantile_reward: Array, num_ref: Array | None) -> Array:
+        """Quantiles moved off the ends at which f is infinite; `num_ref` broadcasts against them."""
+        if not any(self.open_ends) or num_ref is None:
+            return quantile_reward
+        if is_torch(quantile_reward):
+            import torch
+
+            samples = torch.as_tensor(num_ref, dtype=quantile_reward.dtype, device=quantile_reward.device)
+            margin = (self.edge / samples).clamp(max=0.5)
+            low = margin if self.open_ends[0] else torch.zeros_like(margin)
+            high = 1.0 - margin if self.open_ends[1] else torch.ones_like(margin)
+            return torch.minimum(torch.maximum(quantile_reward, low), high)
+        quantile = np.asarray(quantile_reward)
+        dtype = quantile.dtype if np.issubdtype(quantile.dtype, np.floating) else np.dtype(np.float64)
+        margin = np.minimum(self.edge / np.asarray(num_ref), 0.5).astype(dtype)
+        low = margin if self.open_ends[0] else np.zeros_like(margin)
+        high = 1 - margin if self.open_ends[1] else np.ones_like(margin)
+        return np.clip(quantile, low, high)
+
+    def scaled(self, scale: Array) -> "Transform":
+        """The transform scale * f, with one scale per prompt that broadcasts against quantiles and betas."""
+        return Scaled(edge=self.edge, base=self, scale=scale)
+
+    def unscaled(self, beta: Array) -> tuple["Transform", Array]:
+        """(f, beta') with f free of scales and exp(self/beta) = exp(f/beta')."""
+        return self, beta
+
+
+@lru_cache(maxsize=256)
+def _cached_nodes(transform: Transform, beta: float, tolerance: float) -> TiltedNodes:
+    return tilted_nodes(transform.at_logit, 1.0 / beta, tolerance)
+
+
+@dataclass(frozen=True)
+class Scaled(Transform):
+    """scale * base; see `Transform.scaled`."""
+
+    base: Transform = field(default_factory=Transform)
+    scale: Array = 1.0
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The base transform's, marked as scaled."""
+        return f"scaled {self.base.name}"
+
+    @property
+    def open_ends(self) -> tuple[bool, bool]:  # type: ignore[override]
+        """The base transform's."""
+        return self.base.open_ends
+
+    def __call__(self, quantile_reward: Array) -> Array:
+        """scale * f(q)."""
+        return self.scale * self.base(quantile_reward)
+
+    def at_logit(self, logit: Float64) -> Float64:
+        """scale * f(sigmoid(logit)), for one scale."""
+        return np.asarray(self.scale * self.base.at_logit(logit))
+
+    def log_z(self, beta: Array) -> Array:
+        """log Z of the base transform at beta / scale; 0 where the scale is 0."""
+        base, unscaled_beta = self.unscaled(beta)
+        return base.log_z(unscaled_beta)
+
+    def nodes(self, beta: float) -> TiltedNodes:
+        """The base transform's at beta / scale, for one scale."""
+        base, unscaled_beta = self.unscaled(beta)
+        return base.nodes(float(unscaled_beta))
+
+    def unscaled(self, beta: Array) -> tuple[Transform, Array]:
+        """The base transform, and beta / scale."""
+        if is_torch(self.scale) or is_torch(beta):
+            return self.base.unscaled(beta / self.scale)
+        with np.errstate(divide="ignore"):  # scale 0 (all reference rewards equal): beta' = inf, Z = 1
+            return self.base.unscaled(np.divide(beta, self.scale))
+
+
+@dataclass(frozen=True)
+class Identity(Transform):
+    """f(q) = q: the quantile reward itself; expected reward is then the win rate against the reference."""
+
+    name: ClassVar[str] = "identity"
+
+    def __call__(self, quantile_reward: Array) -> Array:
+        """q."""
+        return quantile_reward
+
+    def at_logit(self, logit: Float64) -> Float64:
+        """sigmoid(x)."""
+        return _special().expit(logit)  # type: ignore[no-any-return]
+
+    def _log_z(self, beta: Float64) -> Float64:
+        return identity_log_z(1.0 / beta)
+
+
+@dataclass(frozen=True)
+class Log(Transform):
+    """f(q) = log q: a heavy penalty on the worst completions; the optimum's density is (1 + u) q^u."""
+
+    name: ClassVar[str] = "log"
+    open_ends: ClassVar[tuple[bool, bool]] = (True, False)
+
+    def __call__(self, quantile_reward: Array) -> Array:
+        """log q."""
+        if is_torch(quantile_reward):
+            return quantile_reward.log()
+        with np.errstate(divide="ignore"):
+            return np.log(quantile_reward)
+
+    def at_logit(self, logit: Float64) -> Float64:
+        """log sigmoid(x)."""
+        return _special().log_expit(logit)  # type: ignore[no-any-return]
+
+    def _log_z(self, beta: Float64) -> Float64:
+        return -np.log1p(1.0 / beta)
+
+
+@dataclass(frozen=True)
+class NormalIcdf(Transform):
+    """f(q) = Phi^-1(q), the inverse of the normal distribution function; the optimum is N(1/beta, 1) in f."""
+
+    name: ClassVar[str] = "normal-icdf"
+    open_ends: ClassVar[tuple[bool, bool]] = (True, True)
+
+    def __call__(self, quantile_reward: Array) -> Array:
+        """Phi^-1(q)."""
+        if is_torch(quantile_reward):
+            import torch
+
+            return torch.special.ndtri(quantile_reward)
+        return _special().ndtri(quantile_reward)
+
+    def at_logit(self, logit: Float64) -> Float64:
+        """Phi^-1(sigmoid(x)), from the logarithm of the smaller tail."""
+        special = _special()
+        return np.asarray(-np.sign(logit) * special.ndtri_exp(special.log_expit(-np.abs(logit))))
+
+    def _log_z(self, beta: Float64) -> Float64:
+        return 0.5 / beta / beta
+
+
+@dataclass(frozen=True)
+class ScaledNormalIcdf(NormalIcdf):
+    """`normal-icdf` times one scale per prompt, so that a prompt whose rewards spread more is worth more.
+
+    The research code's scale is the prompt's standard deviation of reference rewards over its mean across prompts:
+    `reference_scale(ref_std, mean_ref_std)`.
+    """
+
+    name: ClassVar[str] = "scaled-normal-icdf"
+    needs_scale: ClassVar[bool] = True
+
+    def __call__(self, quantile_reward: Array) -> Array:
+        """Refused: without scales it would be `normal-icdf` under another name."""
+        raise _no_scale(self)
+
+    def _log_z(self, beta: Float64) -> Float64:
+        raise _no_scale(self)
+
+    def scaled(self, scale: Array) -> Transform:
+        """scale * Phi^-1(q)."""
+        return Scaled(edge=self.edge, base=NormalIcdf(edge=self.edge), scale=scale)
+
+
+@dataclass(frozen=True)
+class Logit(Transform):
+    """f(q) = log(q/(1 - q)): heavier tails than `normal-icdf`; Z = B(1 + u, 1 - u) is finite for beta > 1 only."""
+
+    name: ClassVar[str] = "logit"
+    open_ends: ClassVar[tuple[bool, bool]] = (True, True)
+    min_beta: ClassVar[float] = 1.0
+
+    def __call__(self, quantile_reward: Array) -> Array:
+        """log(q/(1 - q))."""
+        if is_torch(quantile_reward):
+            return quantile_reward.logit()
+        return _special().logit(quantile_reward)
+
+    def at_logit(self, logit: Float64) -> Float64:
+        """x."""
+        return logit
+
+    def _log_z(self, beta: Float64) -> Float64:
+        return logit_log_z(beta)
+
+
+@dataclass(frozen=True)
+class Power(Transform):
+    """f(q) = q^exponent: above 1 it tells good completions apart and ignores bad ones; below 1 the reverse."""
+
+    exponent: float = 2.0
+    name: ClassVar[str] = "power"
+
+    def __post_init__(self) -> None:
+        if not self.exponent > 0:
+            raise ConfigError(f"transform power: exponent must be above 0, got {self.exponent!r}")
+
+    def __call__(self, quantile_reward: Array) -> Array:
+        """q^exponent."""
+        return quantile_reward**self.exponent
+
+    def at_logit(self, logit: Float64) -> Float64:
+        """sigmoid(x)^exponent."""
+        return np.asarray(np.exp(self.exponent * _special().log_expit(logit)))
+
+    def _log_z(self, beta: Float64) -> Float64:
+        return power_log_z(1.0 / beta, self.exponent)
+
+
+@dataclass(frozen=True)
+class _Function(Transform):
+    """A user's function; see `from_function`."""
+
+    function: Callable[[Float64], Any] = np.asarray
+    label: str = "custom"
+    ends: tuple[bool, bool] = (False, False)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.label
+
+    @property
+    def open_ends(self) -> tuple[bool, bool]:  # type: ignore[override]
+        return self.ends
+
+    def __call__(self, quantile_reward: Array) -> Array:
+        return on_float64(
+            lambda quantile: np.asarray(self.function(quantile), dtype=np.float64), quantile_reward
+        )
+
+
+_REGISTRY: dict[str, type[Transform]] = {
+    kind.name: kind for kind in (Identity, Log, NormalIcdf, ScaledNormalIcdf, Logit, Power)
+}
+
+
+def transform_names() -> tuple[str, ...]:
+    """The names that `get_transform` knows."""
+    return tuple(_REGISTRY)
+
+
+def get_transform(transform: str | Transform, **parameters: Any) -> Transform:
+    """A transform by name, with its parameters (`edge`; `exponent` for `power`); a Transform is passed through.
+
+    A name with a colon, "path/to/file.py:name" or "package.module:name", is the user's own: a function on (0, 1), finite
+    there and at both ends (see `from_function`, whose result it may also name), or a subclass of Transform.
+    """
+    if isinstance(transform, Transform):
+        return transform
+    if ":" in transform:
+        return _own_transform(transform, tuple(sorted(parameters.items())))
+    if transform not in _REGISTRY:
+        raise ConfigError(
+            f"transform: got {transform!r}, expected one of {', '.join(_REGISTRY)}, or your own function as "
+            "'path/to/file.py:function'"
+        )
+    return _with_parameters(_REGISTRY[transform], transform, parameters)
+
+
+def from_function(
+    function: Callable[[Float64], Any],
+    *,
+    name: str = "custom",
+    open_ends: tuple[bool, bool] = (False, False),
+    edge: float = 1.0,
+) -> Transform:
+    """A transform from any function on (0, 1), vectorised over float64 NumPy arrays; log Z by quadrature.
+
+    `open_ends`: whether the function is infinite at 0, at 1.
+    """
+    return _Function(edge=edge, function=function, label=name, ends=open_ends)
+
+
+@lru_cache(maxsize=16)
+def _own_transform(target: str, parameters: tuple[tuple[str, Any], ...]) -> Transform:
+    found = load_callable(target)
+    if isinstance(found, Transform):
+        return found
+    if isinstance(found, type) and issubclass(found, Transform):
+        return _with_parameters(found, target, dict(parameters))
+    return from_function(found, name=target, **dict(parameters))
+
+
+def _with_parameters(kind: type[Transform], name: str, parameters: dict[str, Any]) -> Transform:
+    try:
+        return kind(**parameters)
+    except TypeError as error:
+        raise ConfigError(f"transform {name}: parameters {parameters}: {error}") from error
+
+
+def reference_scale(ref_std: Array, mean_ref_std: float) -> Array:
+    """The scale of `scaled-normal-icdf`: each prompt's reference standard deviation (n - 1) over the data set's mean."""
+    if not mean_ref_std > 0:
+        raise ConfigError(
+            f"scaled-normal-icdf: the mean standard deviation of reference rewards must be above 0, got {mean_ref_std!r}; "
+            "every prompt's reference rewards are equal: use another transform or reward"
+        )
+    return ref_std / mean_ref_std
+
+
+def _no_scale(transform: Transform) -> ConfigError:
+    return ConfigError(
+        f"transform {transform.name!r} needs one scale per prompt: pass scale=reference_scale(ref_std, mean_ref_std), "
+        "or use 'normal-icdf'"
+    )
+
+
+def _special() -> Any:
+    """scipy.special, imported on first use: it costs more than all of this package."""
+    import scipy.special
+
+    return scipy.special

@@ -1,0 +1,55 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) through PEFT: what is trained, what the reference is, and what is kept.
+
+The reference is the model with its adapters off. The adapters start as zero, so a policy begins as its reference, and
+precomputed reference log-probabilities hold as they do for full fine-tuning. Checkpoints hold the adapters only; the trained policy is
+saved merged into the weights, an ordinary model folder that vLLM and everything else loads without PEFT.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from qrpo.errors import ConfigError
+from qrpo.training.settings import LoraConfig
+
+__all__ = ["adapters_off", "merged", "with_lora"]
+
+
+def with_lora(model: Any, config: LoraConfig, seed: int) -> Any:
+    """The model with fresh adapters, zero in their effect and drawn from the seed; its own weights are frozen."""
+    try:
+        import peft
+    except ImportError:
+        raise ConfigError(
+            "policy.lora needs PEFT, which is not installed: pip install 'qrpo-pipeline[peft]'"
+        ) from None
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(config.target_modules) or "all-linear",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            return peft.get_peft_model(model, settings)
+        except ValueError as error:  # no layer has such a name
+            raise ConfigError(f"policy.lora.target_modules: {error}") from None
+
+
+@contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    """Within it, a PEFT model is its base; any other model stays what it is."""
+    if hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            yield
+    else:
+        yield
+
+
+def merged(model: Any) -> Any:
+    """A PEFT model's base with the adapters in its weights (the model itself is used up); any other model as it is."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model

@@ -1,0 +1,103 @@
+"""Training on several processes of this machine: what `torchrun --standalone` does, as child processes of ours.
+
+Each process is a `qrpo.processes.child.Child` with the variables that torchrun sets (RANK, WORLD_SIZE, MASTER_ADDR, ...), so any
+code that runs under torchrun or `accelerate launch` runs here. Being children, they pass on what rank 0 yields, rise
+with their own errors instead of an exit code, and never outlive this process. Several machines are torchrun's business:
+start a script that calls `train_policy` with it on each.
+"""
+
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qrpo.errors import EngineError, QRPOError
+from qrpo.processes.child import Child
+from qrpo.processes.preemption import noting_sigterm, sigterm_came
+
+__all__ = ["stream_ranks"]
+
+_LOOK_EVERY = 0.2  # seconds between looks for a SIGTERM
+_SETTLE = 5.0  # seconds: when one rank fails, the others fail of it; the cause may be reported second
+
+
+def stream_ranks(target: str, *args: Any, processes: int, log: Path | None = None) -> Iterator[Any]:
+    """What rank 0 of `processes` copies of a generator function yields; the others' items are dropped.
+
+    `target` is "module:function" or "file.py:function". The first rank that fails ends all, and its error is raised; closing the
+    iterator kills all. A SIGTERM that this process gets meanwhile is passed on to each. Logs go to `log`, rank r's to
+    `<name>.rank<r><suffix>` from rank 1 on.
+    """
+    from torch.distributed import TCPStore
+
+    # Port 0: the system picks one that is free, and the store holds it. The ranks, rank 0 too, join as clients.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+    }
+    children = [
+        Child(
+            "qrpo.processes.serving:GeneratorFunction",
+            target,
+            name=f"{target}, rank {rank} of {processes},",
+            log=log if log is None or rank == 0 else log.with_name(f"{log.stem}.rank{rank}{log.suffix}"),
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(processes)
+    ]
+    events: queue.Queue[tuple[int, str, Any]] = queue.Queue()
+
+    def follow(rank: int) -> None:
+        try:
+            for item in children[rank].stream("run", *args):
+                events.put((rank, "item", item))
+            events.put((rank, "end", None))
+        except BaseException as error:
+            events.put((rank, "error", error))
+
+    for rank in range(processes):
+        threading.Thread(target=follow, args=(rank,), name=f"rank-{rank}", daemon=True).start()
+    running, told = processes, False
+    try:
+        with noting_sigterm():
+            while running:
+                if sigterm_came() and not told:
+                    told = True
+                    for child in children:
+                        if child.pid is not None:
+                            os.kill(child.pid, signal.SIGTERM)
+                try:
+                    rank, kind, payload = events.get(timeout=_LOOK_EVERY)
+                except queue.Empty:
+                    continue
+                if kind == "item" and rank == 0:
+                    yield payload
+                elif kind == "end":
+                    running -= 1
+                elif kind == "error":
+                    raise _cause(payload, events)
+    finally:
+        for child in children:
+            child.close(grace=0.0 if running else 5.0)
+        del store
+
+
+def _cause(error: BaseException, events: "queue.Queue[tuple[int, str, Any]]") -> BaseException:
+    """The error to raise: one that says what is wrong with the work, rather than that a neighbour went away."""
+    deadline = time.monotonic() + _SETTLE
+    while isinstance(error, EngineError) and (left := deadline - time.monotonic()) > 0:
+        try:
+            _, kind, other = events.get(timeout=left)
+        except queue.Empty:
+            break
+        if kind == "error" and (not isinstance(other, EngineError) or "was killed" in str(other)):
+            error = other
+    return error if isinstance(error, QRPOError) else EngineError(str(error))

@@ -1,0 +1,170 @@
+"""The `prompts` stage: read the source, understand each row, hold some prompts out, and cut the rest into parts.
+
+A part's fingerprint is the hash of its rows, so what lies in the source around a part does not matter to it. Where a part ends depends
+on the prompts near its end alone (content-defined chunking, as in rsync and restic): prompts inserted, removed or appended move one
+border, not all that follow.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from qrpo.config import keyed
+from qrpo.data.prompts import Prompt, PromptsConfig, parse_row, read_rows, split_of
+from qrpo.data.sources import is_dataset, source_files
+from qrpo.errors import DataError
+from storage import PartKey, PartRecord, Store, file_digest, fingerprint
+from storage.tables import SCHEMAS
+from tasks.plan import PartPlan, StagePlan, make_family
+from tasks.work import Work
+
+if TYPE_CHECKING:
+    from tasks.config import PipelineConfig
+
+__all__ = ["PromptsPart", "compute", "cut", "plan", "prompt_parts", "prompt_rows", "source_identity"]
+
+VERSION = 1
+
+
+class PromptsPart:
+    """One part as it fills up: its rows, and the rejects met since the last part."""
+
+    def __init__(self, split: str) -> None:
+        self.split = split
+        self.rows: list[dict[str, Any]] = []
+        self.rejects: list[dict[str, Any]] = []
+
+    def plan(self) -> PartPlan:
+        """The part's key and what later stages need to know of it without reading it."""
+        family = make_family("prompts", VERSION, {}, {})
+        key = PartKey("prompts", family, _hash([family, self.split, self.rows, self.rejects]))
+        ids = _hash([row["prompt_id"] for row in self.rows])
+        offline = _hash([[row["prompt_id"], row["offline_completions"]] for row in self.rows])
+        return PartPlan(
+            key, (), {"split": self.split, "rows": len(self.rows), "ids": ids, "offline": offline}
+        )
+
+
+def plan(config: "PipelineConfig", plans: Mapping[str, StagePlan], store: Store) -> StagePlan:
+    """The parts as an earlier run of the same source and settings cut them; none are known where there was none."""
+    paths = {"source", "eval_source"}
+    settings = {name: value for name, value in keyed(config.prompts).items() if name not in paths}
+    settings["part_size"] = config.run.part_size
+    outside = source_identity(config.prompts)
+    family = make_family("prompts", VERSION, settings, outside)
+    empty = StagePlan(
+        "prompts", family, settings, outside, (), {}, artifact=fingerprint(["prompts", family]), known=False
+    )
+    manifest = store.manifest("prompts", empty.fingerprint)
+    if manifest is None:
+        return empty
+    parts = tuple(PartPlan(record.key, (), record.metadata) for record in manifest.parts)
+    return replace(empty, parts=parts, known=True)
+
+
+def prompt_parts(plans: Mapping[str, StagePlan], split: str | None = None) -> list[PartPlan]:
+    """The prompts parts that hold any prompt, of one split or both."""
+    return [
+        part for part in plans["prompts"].parts if part.slice["rows"] and split in (None, part.slice["split"])
+    ]
+
+
+def prompt_rows(work: Work, part: PartPlan, *columns: str) -> dict[str, dict[str, Any]]:
+    """These columns of the prompts that `part` is made from, by prompt id, in the part's order."""
+    table = work.store.read_part(work.input(part, "prompts"), columns=["prompt_id", *columns])
+    return {row["prompt_id"]: row for row in table.to_pylist()}
+
+
+def source_identity(config: PromptsConfig) -> dict[str, Any]:
+    """What the sources are: the digests of their files, or a hub dataset's name as it is given."""
+    named = {"source": config.source, "eval_source": config.eval_source}
+    return {
+        name: source if is_dataset(source) else [file_digest(url) for url in source_files(source)]
+        for name, source in named.items()
+        if source is not None
+    }
+
+
+def _read(config: PromptsConfig) -> Iterator[tuple[str, str, Prompt | DataError]]:
+    """(where, split, prompt or why there is none) for every row of the sources, in order."""
+    yield from _read_source(config, config.source, None)
+    if config.eval_source is not None:
+        yield from _read_source(config, config.eval_source, "eval")
+
+
+def cut(config: PromptsConfig, part_size: int) -> Iterator[PromptsPart]:
+    """The parts of the sources, of about `part_size` prompts each; a repeated prompt is a reject."""
+    parts = {split: PromptsPart(split) for split in ("train", "eval")}
+    seen: dict[str, str] = {}
+    for where, split, prompt in _read(config):
+        if isinstance(prompt, DataError):
+            parts[split].rejects.append({"key": where, "reason": str(prompt)})
+        elif prompt.prompt_id in seen:
+            reason = f"the same prompt as at {seen[prompt.prompt_id]}"
+            parts[split].rejects.append({"key": where, "reason": reason, "prompt_id": prompt.prompt_id})
+        else:
+            seen[prompt.prompt_id] = where
+            parts[split].rows.append(_row(prompt, split, config.name))
+            if _ends_part(prompt.prompt_id, len(parts[split].rows), part_size):
+                yield parts[split]
+                parts[split] = PromptsPart(split)
+    for part in parts.values():
+        if part.rows or part.rejects:
+            yield part
+
+
+def compute(work: Work) -> Iterator[tuple[PartPlan, PartRecord, bool]]:
+    """Read the sources and commit every part that the store does not have: (plan, record, whether it was new)."""
+    for part in cut(work.config.prompts, work.config.run.part_size):
+        started = time.monotonic()
+        part_plan = part.plan()
+        record = work.store.part(part_plan.key)
+        new = record is None
+        if record is None:
+            table = pa.Table.from_pylist(part.rows, schema=SCHEMAS["prompts"])
+            record = work.commit(part_plan, table, started=started, rejects=part.rejects)
+        yield part_plan, record, new
+
+
+def _read_source(
+    config: PromptsConfig, source: str, split: str | None
+) -> Iterator[tuple[str, str, Prompt | DataError]]:
+    for number, (where, row) in enumerate(read_rows(source)):
+        if config.limit is not None and number >= config.limit:
+            return
+        if isinstance(row, DataError):
+            yield where, split or "train", row
+            continue
+        try:
+            prompt = parse_row(row, config)
+        except DataError as error:
+            yield where, split or "train", error
+            continue
+        yield where, split or split_of(prompt.prompt_id, config.eval_fraction), prompt
+
+
+def _ends_part(prompt_id: str, size: int, part_size: int) -> bool:
+    """Cut after a prompt whose id says so, once half of `part_size` is reached: on average at about `part_size`."""
+    half = max(1, part_size // 2)
+    return size >= 2 * part_size or (size >= half and int(prompt_id[:8], 16) % half == 0)
+
+
+def _row(prompt: Prompt, split: str, source: str) -> dict[str, Any]:
+    return {
+        "prompt_id": prompt.prompt_id,
+        "messages": prompt.messages,
+        "split": split,
+        "source": source,
+        "offline_completions": prompt.offline_completions,
+        "metadata": prompt.metadata,
+        "conversational": prompt.conversational,
+    }
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:32]

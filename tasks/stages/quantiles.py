@@ -1,0 +1,239 @@
+"""The `quantiles` stage: per-prompt reference distributions, and the quantile reward of every training completion under them.
+
+Arrays end in `P` prompts, `N` reference rewards (all prompts' in one row, cut by offsets), `K` training completions (likewise).
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from qrpo.config import Section, keyed
+from qrpo.method.quantiles import quantile_bounds, quantile_rewards
+from storage import PartKey, PartRecord, Store, fingerprint
+from storage.tables import SCHEMAS
+from tasks.plan import PartPlan, StagePlan, make_family
+from tasks.stages.completions import parts_by_prompts
+from tasks.stages.prompts import prompt_parts
+from tasks.work import Work
+
+if TYPE_CHECKING:
+    from tasks.config import PipelineConfig
+
+__all__ = ["QuantilesConfig", "compute", "plan"]
+
+VERSION = 1
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+class QuantilesConfig(Section):
+    """Which completions are trained on, and how their rewards become quantiles."""
+
+    train_on: Literal["reference", "offline", "both", "policy"] = "reference"
+    """Train on the reference's own samples, on the dataset's completions, or on both; in a later round, on the policy's samples."""
+    num_completions: int | None = Field(None, ge=1)
+    """How many reference samples of each prompt are trained on; null for all of them."""
+    num_ref: int | None = Field(None, ge=1)
+    """Take the quantiles of training completions among so many reference samples that are not trained on, the first after
+    `num_completions`; null for all samples of the prompt but the completion itself. Shows what more samples are worth."""
+    ties: Literal["weak", "strict", "mid", "randomized"] = "weak"
+    """How equal rewards count: `weak` is the paper's P(s <= r)."""
+    self_exclusion: bool = True
+    """Leave a training completion that is itself a reference sample out of its own reference set."""
+    confidence: float = Field(0.9, gt=0.0, lt=1.0)
+    """Coverage of `quantile_low` to `quantile_high`."""
+
+
+def plan(config: "PipelineConfig", plans: Mapping[str, StagePlan], store: Store) -> StagePlan:
+    """One part for every prompts part, over all its rewards. Held-out prompts have no training completions, so no setting matters."""
+    settings: dict[str, Any] = keyed(config.quantiles)
+    if config.quantiles.ties == "randomized":
+        settings["seed"] = config.seed
+    family = make_family("quantiles", VERSION, settings, {})
+    held_out = make_family("quantiles", VERSION, {}, {})
+    rewards_of = parts_by_prompts(plans["rewards"])
+    parts = []
+    for prompts in prompt_parts(plans):
+        rewards = rewards_of[prompts.key.fingerprint]
+        inputs = [part.key for part in rewards]
+        of = family if prompts.slice["split"] == "train" else held_out
+        key = PartKey("quantiles", of, fingerprint([of, [key.fingerprint for key in inputs]]))
+        common = {"prompts": prompts.key.fingerprint, "split": prompts.slice["split"]}
+        parts.append(PartPlan(key, (prompts.key, *inputs), common))
+    return StagePlan(
+        "quantiles", family, settings, {}, tuple(parts), {"rewards": plans["rewards"].fingerprint}
+    )
+
+
+def compute(work: Work) -> Iterator[PartRecord]:
+    """Compute the group, two parts at a time; light enough to run where it is called."""
+    with ThreadPoolExecutor(_THREADS) as threads:  # Parquet and NumPy leave the interpreter to the other part
+        yield from threads.map(lambda part: _compute_part(work, part), work.parts)
+
+
+def _compute_part(work: Work, part: PartPlan) -> PartRecord:
+    started = time.monotonic()
+    prompts = work.store.read_part(work.input(part, "prompts"), columns=["prompt_id"])["prompt_id"]
+    rewards = pa.concat_tables(
+        work.store.read_part(record, columns=_COLUMNS, encoded=_TEXTS)
+        for record in work.inputs(part, "rewards")
+    )
+    table, rejects = quantile_table(
+        prompts.combine_chunks(), rewards, work.config.quantiles, part.slice["split"], work.config.seed
+    )
+    return work.commit(part, table, started=started, rejects=rejects)
+
+
+_THREADS = 2
+_TEXTS = ["prompt_id", "origin"]
+_COLUMNS = [*_TEXTS, "sample_index", "reward"]
+_ORIGINS = ["offline", "reference", "policy"]
+
+
+@cache
+def _origins() -> pa.Array:
+    return pa.array(_ORIGINS)  # not at import: pyarrow loads pandas for it
+
+
+def quantile_table(
+    prompt_ids: pa.Array, rewards: pa.Table, config: QuantilesConfig, split: str, seed: int
+) -> tuple[pa.Table, list[dict[str, Any]]]:
+    """The quantiles rows of one part, and the prompts left out because too few of their reference samples have a reward.
+
+    `rewards` has `prompt_id`, `origin`, `sample_index` and `reward`, in any order; null rewards and other prompts are passed over.
+    """
+    prompt_B = _positions(rewards["prompt_id"], prompt_ids)
+    origin_B = _positions(rewards["origin"], _origins())
+    reward_B = rewards["reward"].to_numpy()
+    scored_B = (prompt_B >= 0) & ~np.isnan(reward_B)
+    sampled_B = scored_B & (origin_B == 1)
+
+    index_B = rewards["sample_index"].to_numpy()
+    sampled_only = config.train_on in ("reference", "both") and split == "train"
+    if config.num_ref is not None and split == "train":
+        first = (config.num_completions or 0) if sampled_only else 0
+        sampled_B &= (index_B >= first) & (index_B < first + config.num_ref)
+        sampled_only = False
+    needed = 2 if config.self_exclusion and sampled_only else 1
+    num_ref_P = np.bincount(prompt_B[sampled_B], minlength=len(prompt_ids))
+    usable_P = num_ref_P >= needed
+    rejects = [
+        {
+            "key": prompt_ids[p].as_py(),
+            "reason": f"{num_ref_P[p]} of its reference completions have a reward, {needed} needed",
+            "prompt_id": prompt_ids[p].as_py(),
+        }
+        for p in np.flatnonzero(~usable_P)
+    ]
+    scored_B &= usable_P[prompt_B]
+    references_B = scored_B & sampled_B
+    ref_prompt, ref_rewards = _sorted_within(prompt_B[references_B], reward_B[references_B], len(prompt_ids))
+    rows = np.flatnonzero(scored_B & _trained_on(origin_B, index_B, config, split))
+    rows = rows[np.lexsort((index_B[rows], origin_B[rows], prompt_B[rows]))]
+    training = {
+        "prompt": prompt_B[rows],
+        "origin": origin_B[rows],
+        "sample_index": index_B[rows],
+        "reward": reward_B[rows],
+    }
+    return _table(prompt_ids, ref_prompt, ref_rewards, training, usable_P, config, seed), rejects
+
+
+def _trained_on(origin_B: Ints, index_B: Ints, config: QuantilesConfig, split: str) -> npt.NDArray[np.bool_]:
+    if split != "train":
+        return np.zeros(len(origin_B), dtype=bool)
+    few = np.iinfo(np.int64).max if config.num_completions is None else config.num_completions
+    of: dict[str, npt.NDArray[np.bool_]] = {
+        "offline": origin_B == 0,
+        "reference": (origin_B == 1) & (index_B < few),
+        "policy": origin_B == 2,
+    }
+    of["both"] = of["reference"] | of["offline"]
+    return of[config.train_on]
+
+
+def _table(
+    prompt_ids: pa.Array,
+    ref_prompt: Ints,
+    ref_rewards: Floats,
+    training: dict[str, npt.NDArray[Any]],
+    usable_P: npt.NDArray[np.bool_],
+    config: QuantilesConfig,
+    seed: int,
+) -> pa.Table:
+    ref_offsets, offsets = (
+        _offsets(ref_prompt, len(prompt_ids)),
+        _offsets(training["prompt"], len(prompt_ids)),
+    )
+    num_ref_P = np.diff(ref_offsets)
+    sampled = (training["origin"] == 1) & (config.num_ref is None)  # itself among its references
+    quantiles = quantile_rewards(
+        training["reward"],
+        ref_rewards,
+        offsets=offsets,
+        ref_offsets=ref_offsets,
+        ties=config.ties,
+        in_reference=sampled if sampled.any() else None,
+        self_exclusion=config.self_exclusion,
+        seed=seed,
+    )
+    compared = np.repeat(num_ref_P, np.diff(offsets)) - (sampled & config.self_exclusion)
+    low, high = quantile_bounds(quantiles, compared, confidence=config.confidence)
+    num_ref = num_ref_P[usable_P]
+    starts = ref_offsets[:-1][usable_P]
+    mean = np.add.reduceat(ref_rewards, starts, dtype=np.float64) / num_ref if len(starts) else np.empty(0)
+    deviation = (ref_rewards - np.repeat(mean, num_ref)) ** 2
+    variance = np.add.reduceat(deviation, starts) / np.maximum(num_ref - 1, 1) if len(starts) else np.empty(0)
+    kept = np.append(usable_P, True)
+    columns = {
+        "prompt_id": prompt_ids.filter(pa.array(usable_P)),
+        "ref_rewards": _lists(ref_offsets[kept], ref_rewards),
+        "num_ref": num_ref,
+        "ref_mean": mean,
+        "ref_std": pa.array(np.sqrt(variance), mask=num_ref < 2),  # of a sample, as the published code has it
+        "sample_index": _lists(offsets[kept], training["sample_index"]),
+        "origin": _lists(offsets[kept], _origins().take(pa.array(training["origin"]))),
+        "reward": _lists(offsets[kept], training["reward"]),
+        "quantile_reward": _lists(offsets[kept], quantiles),
+        "quantile_low": _lists(offsets[kept], low),
+        "quantile_high": _lists(offsets[kept], high),
+    }
+    schema = SCHEMAS["quantiles"]
+    return pa.Table.from_arrays([pa.array(columns[f.name]).cast(f.type) for f in schema], schema=schema)
+
+
+def _positions(column: pa.ChunkedArray, values: pa.Array) -> Ints:
+    """Where each item of a string column stands in `values`; -1 where it is not among them."""
+    chunks = column.dictionary_encode().chunks
+    found = [pc.fill_null(pc.index_in(chunk.dictionary, value_set=values), -1).to_numpy() for chunk in chunks]
+    places = [place[chunk.indices.to_numpy()] for place, chunk in zip(found, chunks, strict=True)]
+    return np.concatenate(places).astype(np.int64) if places else np.empty(0, dtype=np.int64)
+
+
+def _sorted_within(prompt: Ints, reward: Floats, prompts: int) -> tuple[Ints, Floats]:
+    """Rewards ascending within their prompts, prompts ascending: prompts of one count are sorted as rows of a matrix."""
+    order = np.argsort(prompt.astype(np.min_scalar_type(prompts)), kind="stable")
+    prompt, reward = prompt[order], reward[order] + np.float32(0.0)  # -0.0 becomes 0.0
+    count_P = np.bincount(prompt, minlength=prompts)
+    start_P = np.cumsum(count_P) - count_P
+    for count in np.unique(count_P):
+        places = start_P[count_P == count, None] + np.arange(count)
+        reward[places] = np.sort(reward[places], axis=1)
+    return prompt, reward
+
+
+def _offsets(prompt: Ints, prompts: int) -> Ints:
+    return np.concatenate([[0], np.cumsum(np.bincount(prompt, minlength=prompts))]).astype(np.int64)
+
+
+def _lists(offsets: Ints, values: Any) -> pa.Array:
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values))
