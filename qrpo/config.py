@@ -1,15 +1,20 @@
-"""The base of every configuration section, and the line between what is computed and how fast.
+"""The base class of every configuration section, and the two kinds of fields it has.
 
-A section is frozen and refuses unknown keys. Each section lives beside the code that it configures; the pipeline's
-configuration only composes them. A field declared with `knob` (batch sizes, workers, memory, time-outs) can change
-without changing any result, so it stays out of fingerprints: turning it never throws work away.
+A section is frozen and refuses unknown keys. Each section is declared beside the code it configures; the pipeline's
+configuration composes them. A field is one of
+
+- a setting: it changes results, so it is part of fingerprints;
+- an execution option (`execution_option`): batch sizes, workers, memory, time-outs. It changes no result and no fingerprint.
+
+A setting declared with `json_schema_extra={"fingerprint": False}` changes results but enters fingerprints in another way, which
+its stage's `plan` decides (for example `completions.num_ref`, which selects parts).
 """
 
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Section", "keyed", "knob"]
+__all__ = ["Section", "execution_option", "is_execution_option", "keyed"]
 
 
 class Section(BaseModel):
@@ -18,28 +23,33 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     def idle_fields(self) -> frozenset[str]:
-        """Fields that change nothing as the others are set; left out of fingerprints like knobs."""
+        """Fields that have no effect given the values of the others; fingerprints ignore them."""
         return frozenset()
 
 
-def knob(default: Any, **constraints: Any) -> Any:
-    """A field with this default that does not change results and is left out of fingerprints."""
-    return Field(default, json_schema_extra={"fingerprint": False}, **constraints)
+def execution_option(default: Any, **constraints: Any) -> Any:
+    """A field that changes no result: it is not part of any fingerprint."""
+    return Field(default, json_schema_extra={"fingerprint": False, "execution_option": True}, **constraints)
+
+
+def is_execution_option(section: type[BaseModel], name: str) -> bool:
+    """Whether the field `name` of `section` was declared with `execution_option`."""
+    return _extra(section, name).get("execution_option") is True
 
 
 def keyed(section: BaseModel) -> dict[str, Any]:
-    """The section as plain JSON values without its knobs and idle fields, nested sections included."""
+    """The section's settings as plain JSON values, nested sections included: what fingerprints hash."""
     idle = section.idle_fields() if isinstance(section, Section) else frozenset()
     return {
         name: _plain(getattr(section, name))
         for name in type(section).model_fields
-        if name not in idle and not _is_knob(section, name)
+        if name not in idle and _extra(type(section), name).get("fingerprint") is not False
     }
 
 
-def _is_knob(section: BaseModel, name: str) -> bool:
-    extra = type(section).model_fields[name].json_schema_extra
-    return isinstance(extra, dict) and extra.get("fingerprint") is False
+def _extra(section: type[BaseModel], name: str) -> dict[str, Any]:
+    extra = section.model_fields[name].json_schema_extra
+    return extra if isinstance(extra, dict) else {}
 
 
 def _plain(value: Any) -> Any:

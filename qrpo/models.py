@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from qrpo.config import Section, knob
+from qrpo.config import Section, execution_option
 from qrpo.errors import ModelError
 
 __all__ = [
@@ -34,9 +34,9 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 class ModelConfig(Section):
     """A Hugging Face model: a folder, or a hub id with a revision."""
 
-    path: str = knob(..., min_length=1)
+    path: str = execution_option(..., min_length=1)
     """A folder, or a hub id such as `org/name`. Not in fingerprints by itself: see `model_identity`."""
-    revision: str | None = knob(None)
+    revision: str | None = execution_option(None)
     """Branch, tag or commit of a hub id. Name a commit: a branch moves, and what was computed would not know."""
     dtype: Dtype = "auto"
     """Precision to load in; `auto` is what the model was saved in."""

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from qrpo.config import Section, knob
+from qrpo.config import Section, execution_option
 from qrpo.data.prompts import PromptsConfig
 from qrpo.errors import ConfigError
 from qrpo.rewards import RewardConfig
@@ -31,28 +31,28 @@ __all__ = ["PipelineConfig", "RunConfig", "apply_overrides", "dump_config", "loa
 class RunConfig(Section):
     """How the work is cut and when a run gives up. Nothing here changes a number."""
 
-    part_size: int = knob(256, ge=1)
+    part_size: int = execution_option(256, ge=1)
     """Prompts in one part, the unit of caching and commit."""
-    parts_per_task: int = knob(32, ge=1)
+    parts_per_task: int = execution_option(32, ge=1)
     """Parts that one Prefect task covers."""
-    runner: Literal["local", "process", "dask", "ray"] = knob("local")
+    runner: Literal["local", "process", "dask", "ray"] = execution_option("local")
     """Where tasks run: one after another in this process, or spread over the workers of a process pool, Dask or Ray."""
-    workers: int | None = knob(None, ge=1)
+    workers: int | None = execution_option(None, ge=1)
     """Workers, each with an engine of its own; by default as many as the GPUs allow, without GPUs one for each core."""
-    gpus_per_worker: int | None = knob(None, ge=0)
+    gpus_per_worker: int | None = execution_option(None, ge=0)
     """GPUs of one worker; by default what the engine's tensor and pipeline parallelism take, where there are GPUs."""
-    cluster: str | None = knob(None)
+    cluster: str | None = execution_option(None)
     """Address of a Dask or Ray cluster that runs already (tcp://HOST:8786, ray://HOST:10001); by default each stage starts
     one on this machine and ends it."""
-    cpu_threads: int | None = knob(None, ge=1)
+    cpu_threads: int | None = execution_option(None, ge=1)
     """Threads of training and scoring on a CPU; by default all cores, though a very small model is faster on one."""
-    task_timeout: float | None = knob(None, gt=0.0)
+    task_timeout: float | None = execution_option(None, gt=0.0)
     """Seconds after which one task is taken to hang: its engine is killed and started again, the parts that it committed stay."""
-    lease_ttl: float = knob(60.0, gt=0.0)
+    lease_ttl: float = execution_option(60.0, gt=0.0)
     """Seconds of silence after which another run on the same store takes over what this one was working on."""
-    lease_patience: float = knob(86_400.0, gt=0.0)
+    lease_patience: float = execution_option(86_400.0, gt=0.0)
     """Longest wait, in seconds, for a part that another run works on."""
-    max_reject_fraction: float = knob(0.1, ge=0.0, le=1.0)
+    max_reject_fraction: float = execution_option(0.1, ge=0.0, le=1.0)
     """A stage that loses more than this share of its rows stops the run."""
 
     @model_validator(mode="after")

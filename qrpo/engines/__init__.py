@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from qrpo.config import Section, knob
+from qrpo.config import Section, execution_option
 from qrpo.engines.sampling import Engine, Sample, SampleRequest, SamplingConfig, misfit
 from qrpo.errors import ConfigError, DataError
 from qrpo.models import Dtype, ModelConfig, context_length
@@ -30,24 +30,24 @@ class EngineConfig(Section):
     """Tokens of prompt and completion together; by default the model's context length."""
     options: dict[str, Any] = Field(default_factory=dict)
     """More arguments for `vllm.LLM`, as its documentation names them (`quantization`, `kv_cache_dtype`, ...)."""
-    max_num_seqs: int = knob(256, ge=1)
+    max_num_seqs: int = execution_option(256, ge=1)
     """Completions that are worked on at the same time."""
-    max_num_batched_tokens: int | None = knob(None, ge=1)
+    max_num_batched_tokens: int | None = execution_option(None, ge=1)
     """Tokens in one step of vLLM; by default its own choice."""
-    gpu_memory_utilization: float = knob(0.9, gt=0.0, le=1.0)
+    gpu_memory_utilization: float = execution_option(0.9, gt=0.0, le=1.0)
     """Share of the GPU's memory that vLLM takes."""
-    kv_cache_gib: float | None = knob(None, gt=0.0)
+    kv_cache_gib: float | None = execution_option(None, gt=0.0)
     """Size of the key-value cache in GiB; by default what gpu_memory_utilization leaves, on a CPU room for
     max_num_seqs, at most 4 GiB."""
-    tensor_parallel_size: int = knob(1, ge=1)
+    tensor_parallel_size: int = execution_option(1, ge=1)
     """GPUs that share each layer."""
-    pipeline_parallel_size: int = knob(1, ge=1)
+    pipeline_parallel_size: int = execution_option(1, ge=1)
     """GPUs that share the layers among them."""
-    enforce_eager: bool | None = knob(None)
+    enforce_eager: bool | None = execution_option(None)
     """Start quickly, without compiling or capturing graphs; by default on a CPU only."""
-    separate_process: bool = knob(False)
+    separate_process: bool = execution_option(False)
     """Let vLLM put its core into yet another process: a slower start, and some more speed on a fast GPU."""
-    device: str | None = knob(None)
+    device: str | None = execution_option(None)
     """Where the transformers engine runs: `cpu`, `cuda`, `cuda:1`; by default the first GPU where there is one."""
 
 

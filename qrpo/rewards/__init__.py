@@ -17,7 +17,7 @@ A kind of one's own is one module like the others:
     class LengthConfig(RewardSection):                  # `name` and `weight` are there already
         kind: Literal["length"] = "length"
         longest: int = 100                              # a setting: changing it scores anew
-        batch: int = knob(64)                           # a knob: changing it does not
+        batch: int = execution_option(64)                           # changing it does not
 
         def identity(self):                             # what else could change a score; see the protocol
             return {}

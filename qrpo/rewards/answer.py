@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from qrpo.config import knob
+from qrpo.config import execution_option
 from qrpo.data.chat import Messages
 from qrpo.errors import ConfigError, RewardError
 from qrpo.rewards.protocol import Answers, Columns, Reward, RewardSection, Score
@@ -44,11 +44,11 @@ class AnswerRewardConfig(RewardSection):
     """Reward of any other."""
     digits: int = Field(6, ge=0)
     """Decimal places in which numbers must agree (`math`)."""
-    batch_size: int = knob(64, ge=1)
+    batch_size: int = execution_option(64, ge=1)
     """Completions per call."""
-    workers: int = knob(1, ge=1)
+    workers: int = execution_option(1, ge=1)
     """Processes that work side by side."""
-    timeout: float = knob(60.0, gt=0.0)
+    timeout: float = execution_option(60.0, gt=0.0)
     """Longest time for one call, in seconds; longer, and its rows are tried one by one."""
 
     def identity(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from qrpo.config import knob
+from qrpo.config import execution_option
 from qrpo.data.chat import Messages
 from qrpo.errors import DataError
 from qrpo.rewards.protocol import Answers, Columns, RewardSection, Score
@@ -51,7 +51,7 @@ class CodeRewardConfig(RewardSection):
     packages: tuple[str, ...] = ()
     """What solutions and tests may import beside the standard library: names of modules that are installed here, and need
     no others."""
-    workers: int | None = knob(None, ge=1)
+    workers: int | None = execution_option(None, ge=1)
     """How many solutions run at once, by default one a core."""
     allow_unsandboxed: bool = False
     """Run the code WITHOUT the sandbox, with all rights of this user. Never for what a model wrote."""

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
-from qrpo.config import knob
+from qrpo.config import execution_option
 from qrpo.data.chat import Messages
 from qrpo.errors import ConfigError, QRPOError, RewardError
 from qrpo.rewards.callables import load_callable, source_digests, split_target
@@ -35,15 +35,15 @@ class FunctionRewardConfig(RewardSection):
 
     kind: Literal["function"] = "function"
     """Says that this reward is a Python function."""
-    function: str = knob(...)
+    function: str = execution_option(...)
     """`path/to/file.py:function` or `package.module:function`. Its source is in fingerprints, its path is not."""
     version: str = ""
     """Change it when the function's answers change for a reason outside its source: a data file, a package."""
-    batch_size: int = knob(256, ge=1)
+    batch_size: int = execution_option(256, ge=1)
     """Most completions per call."""
-    workers: int = knob(1, ge=1)
+    workers: int = execution_option(1, ge=1)
     """Processes that work side by side, each with the function imported for itself."""
-    timeout: float = knob(60.0, gt=0.0)
+    timeout: float = execution_option(60.0, gt=0.0)
     """Longest time for one call, in seconds; longer, and its rows are tried one by one."""
 
     @field_validator("function")

@@ -27,7 +27,7 @@ from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from pydantic import Field, field_validator, model_validator
 
-from qrpo.config import knob
+from qrpo.config import execution_option
 from qrpo.data.chat import Messages
 from qrpo.errors import ConfigError, RewardError
 from qrpo.rewards.chat_server import ChatServer, Unanswered
@@ -67,13 +67,13 @@ class JudgeRewardConfig(RewardSection):
 
     kind: Literal["judge"] = "judge"
     """Says that this reward is a language model that grades."""
-    base_url: str = knob(...)
+    base_url: str = execution_option(...)
     """The server, as OpenAI's clients want it: `http://localhost:8000/v1`. Not in fingerprints: see `version`."""
     model: str = Field(min_length=1)
     """The model's name at that server."""
     version: str = ""
     """Change it when the same name means another model: another revision, quantization or server."""
-    api_key_env: str | None = knob(None)
+    api_key_env: str | None = execution_option(None)
     """The environment variable that holds the API key. The key itself is never written anywhere."""
     rubric: str = Field(min_length=1)
     """What makes a good completion, in words. The template shows it to the judge."""
@@ -99,17 +99,17 @@ class JudgeRewardConfig(RewardSection):
     """For sampling the answer."""
     extra: dict[str, Any] = Field(default_factory=dict)
     """More of the request's body (`seed`, `reasoning_effort`, `chat_template_kwargs`, ...); null takes a field out."""
-    concurrency: int = knob(32, ge=1)
+    concurrency: int = execution_option(32, ge=1)
     """Requests at the same time."""
-    timeout: float = knob(120.0, gt=0.0)
+    timeout: float = execution_option(120.0, gt=0.0)
     """Longest wait for one answer, in seconds."""
-    attempts: int = knob(8, ge=1)
+    attempts: int = execution_option(8, ge=1)
     """How often a request is tried where the server is busy or breaks."""
-    backoff: float = knob(1.0, gt=0.0)
+    backoff: float = execution_option(1.0, gt=0.0)
     """The first wait between attempts, in seconds; it doubles up to a minute. Retry-After is obeyed besides."""
-    max_calls: int | None = knob(None, ge=0)
+    max_calls: int | None = execution_option(None, ge=0)
     """Most answers to pay for. Those kept in the store count, so that a run started again does not begin anew."""
-    max_total_tokens: int | None = knob(None, ge=0)
+    max_total_tokens: int | None = execution_option(None, ge=0)
     """Most tokens, of requests and answers together, to pay for; the calls under way when it is reached may go past it."""
 
     @field_validator("base_url")

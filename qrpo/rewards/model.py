@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from qrpo.config import knob
+from qrpo.config import execution_option
 from qrpo.data.chat import Messages, encode_conversations, load_tokenizer
 from qrpo.errors import DataError, ModelError
 from qrpo.models import ModelConfig, context_length, load_reward_model, model_identity
@@ -46,13 +46,13 @@ class ModelRewardConfig(RewardSection):
     """More arguments for `vllm.LLM` (`quantization`, `hf_overrides`, ...); for that engine alone."""
     max_length: int | None = Field(None, ge=1)
     """Longest conversation in tokens, by default the model's context; longer ones fail rather than lose their end."""
-    batch_tokens: int = knob(16384, ge=1)
+    batch_tokens: int = execution_option(16384, ge=1)
     """Tokens per batch, padding included; halved when memory runs out. For vLLM, tokens in one step."""
-    device: str | None = knob(None)
+    device: str | None = execution_option(None)
     """Where transformers runs it: `cpu`, `cuda`, `cuda:1`; by default the first GPU where there is one."""
-    gpu_memory_utilization: float = knob(0.9, gt=0.0, le=1.0)
+    gpu_memory_utilization: float = execution_option(0.9, gt=0.0, le=1.0)
     """Share of the GPU's memory that vLLM takes."""
-    tensor_parallel_size: int = knob(1, ge=1)
+    tensor_parallel_size: int = execution_option(1, ge=1)
     """GPUs that share the model under vLLM."""
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from qrpo.config import Section, knob
+from qrpo.config import Section, execution_option
 from qrpo.errors import ConfigError
 from qrpo.method.transforms import get_transform
 
@@ -44,19 +44,19 @@ class OptimizationConfig(Section):
     """A loss this many times the largest of the first 10 logged has exploded; null for never."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the matrix products. Weights, gradients and the optimizer stay in float32 (mixed precision)."""
-    token_budget: int = knob(8192, ge=1)
+    token_budget: int = execution_option(8192, ge=1)
     """Most tokens of one forward pass, padding included. Bounds the memory."""
-    share_prompts: bool = knob(True)
+    share_prompts: bool = execution_option(True)
     """Compute a prompt once for all its completions where that changes nothing but rounding and saves a tenth of the tokens."""
-    gradient_checkpointing: bool = knob(False)
+    gradient_checkpointing: bool = execution_option(False)
     """Recompute activations in the backward pass: less memory, a third more time."""
-    save_steps: int = knob(50, ge=1)
+    save_steps: int = execution_option(50, ge=1)
     """Steps between checkpoints."""
-    keep_checkpoints: int = knob(2, ge=1)
+    keep_checkpoints: int = execution_option(2, ge=1)
     """Newest checkpoints kept."""
-    logging_steps: int = knob(1, ge=1)
+    logging_steps: int = execution_option(1, ge=1)
     """Steps between rows of metrics."""
-    report_to: tuple[str, ...] = knob(())
+    report_to: tuple[str, ...] = execution_option(())
     """Trackers that transformers knows: `tensorboard`, `wandb`, `mlflow`, `trackio`, ..."""
 
     _seed: int = PrivateAttr(default=0)
@@ -154,9 +154,9 @@ class PolicyConfig(OptimizationConfig):
     """Peak learning rate of AdamW."""
     seed: int | None = None
     """Seed of the training run alone; null for the run's own. With another one the same shards are trained on again."""
-    processes: int = knob(1, ge=1)
+    processes: int = execution_option(1, ge=1)
     """Processes of this machine to train with, one for each GPU; `prompts_per_step` is over all of them."""
-    fsdp: bool = knob(False)
+    fsdp: bool = execution_option(False)
     """Shard weights, gradients and optimizer over the processes (FSDP) instead of each having all (DDP)."""
     lora: LoraConfig | None = None
     """Train low-rank adapters (`pip install 'qrpo-pipeline[peft]'`) instead of the weights; the policy is saved merged, an ordinary model
@@ -170,7 +170,7 @@ class PolicyConfig(OptimizationConfig):
     """Stop after this many reports in a row without a lower `eval_loss`; the policy is the one that had the lowest. Null: never."""
     checkpoint_steps: int | None = Field(default=None, ge=1)
     """Steps between models on the way that stay in the policy's artifact, for `qrpo evaluate --checkpoint`; null: none stay."""
-    max_initial_log_ratio: float | None = knob(None, gt=0)
+    max_initial_log_ratio: float | None = execution_option(None, gt=0)
     """Largest mean |log pi - log ref| per square root of a token before the first step; by default, what rounding
     explains in the dtype."""
 

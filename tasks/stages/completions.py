@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from pydantic import Field
 
-from qrpo.config import Section, keyed, knob
+from qrpo.config import Section, execution_option, keyed
 from qrpo.data.chat import encode_completion, encode_prompt, load_tokenizer
 from qrpo.engines import EngineConfig
 from qrpo.engines.sampling import Engine, Sample, SampleRequest, SamplingConfig, misfit, sample_seed
@@ -41,7 +41,7 @@ class CompletionsConfig(Section):
 
     num_ref: int = Field(10, ge=1, json_schema_extra={"fingerprint": False})
     """Reference completions per prompt. Raising it samples only the new ones."""
-    samples_per_part: int = knob(16, ge=1)
+    samples_per_part: int = execution_option(16, ge=1)
     """Samples of each prompt that one part holds."""
     engine: EngineConfig = EngineConfig()
     """What generates: vLLM or transformers."""

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from qrpo.config import Section, keyed, knob
+from qrpo.config import Section, execution_option, keyed
 from qrpo.data.chat import encode_prompt, load_tokenizer
 from qrpo.models import ModelConfig
 from storage import PartKey, PartRecord, Store, fingerprint
@@ -40,7 +40,7 @@ class ShardsConfig(Section):
 
     max_length: int = Field(4096, ge=2)
     """Longest prompt and completion together, in tokens; a longer completion is a reject."""
-    token_budget: int = knob(8192, ge=1)
+    token_budget: int = execution_option(8192, ge=1)
     """Tokens of one forward, padding included."""
 
 

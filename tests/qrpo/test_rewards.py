@@ -213,7 +213,7 @@ def test_functions_that_cannot_be_loaded_say_why(tmp_path: Path) -> None:
 def test_functions_of_installed_modules_are_found() -> None:
     found = identity(FunctionRewardConfig(function="qrpo.engines.sampling:fits"))
     assert found["function"] == "fits"
-    assert {"qrpo/__init__.py", "qrpo/sampling.py", "qrpo/config.py"} <= set(found["sources"])
+    assert {"qrpo/__init__.py", "qrpo/engines/sampling.py", "qrpo/config.py"} <= set(found["sources"])
 
 
 # ------------------------------------------------------------------------------------------- identity

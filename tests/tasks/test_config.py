@@ -94,7 +94,7 @@ def test_more_training_completions_than_reference_samples_are_refused():
         parse_config(apply_overrides(MINIMAL, ["completions.num_ref=4", "quantiles.num_completions=8"]))
 
 
-def test_knobs_stay_out_of_fingerprints():
+def test_execution_options_stay_out_of_fingerprints():
     slow = parse_config(
         apply_overrides(MINIMAL, ["completions.engine.max_num_seqs=1", "policy.token_budget=1000"])
     )

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from qrpo.config import Section, knob
+from qrpo.config import Section, execution_option
 from qrpo.errors import ConfigError, DataError, EngineError
 from qrpo.evaluation.suites.files import read_rows
 from qrpo.processes.child import Child
@@ -38,11 +38,11 @@ class AlpacaEvalJudge(Section):
     """The judge's name at its server; by default the configuration's own."""
     url: str | None = None
     """An OpenAI-compatible address such as http://localhost:8000/v1; by default OpenAI's."""
-    api_key: str = knob("OPENAI_API_KEY")
+    api_key: str = execution_option("OPENAI_API_KEY")
     """The environment variable with the key; a local server needs none."""
     options: dict[str, Any] = Field(default_factory=dict)
     """More arguments of a judging request: `temperature`, `top_logprobs`, ..."""
-    concurrency: int = knob(5, ge=1)
+    concurrency: int = execution_option(5, ge=1)
     """Requests under way at once."""
 
 
