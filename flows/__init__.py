@@ -13,18 +13,9 @@ from importlib import import_module
 from typing import Any
 
 from flows.environment import set_defaults
+from tasks.stages import STAGE_NAMES
 
-__all__ = [
-    "completions",
-    "evaluation",
-    "pipeline",
-    "policy",
-    "prompts",
-    "quantiles",
-    "reference",
-    "rewards",
-    "shards",
-]
+__all__ = ["pipeline", *STAGE_NAMES]
 
 set_defaults()
 

@@ -1,14 +1,15 @@
 """All stages as one flow."""
 
-from typing import Any, get_args
+from typing import Any
 
 from prefect import flow, tags
 
 from flows.stages import DEFAULT_STORE, STAGE_FLOWS, StageName
 from tasks.config import PipelineConfig
+from tasks.planner import planner_of, planning
 from tasks.rounds import rounds_until
 from tasks.run_stage import StageResult
-from tasks.stages import STAGES
+from tasks.stages import STAGE_NAMES, STAGES
 
 __all__ = ["pipeline", "stage_span"]
 
@@ -43,7 +44,7 @@ def pipeline(
     results: dict[str, StageResult] = {}
     for number, of_round in enumerate(rounds_until(last, config)):
         results = {}
-        with tags(f"run:{of_round.name}"):
+        with tags(f"run:{of_round.name}"), planning(planner_of(of_round, store)):
             for stage in stage_span(first if number == 0 else "prompts", last):
                 stage_flow: Any = STAGE_FLOWS[stage]  # the annotation of its call does not know `wait_for`
                 parents = [results[parent] for parent in STAGES[stage].parents if parent in results]
@@ -53,5 +54,4 @@ def pipeline(
 
 def stage_span(first: StageName = "prompts", last: StageName = "evaluation") -> tuple[StageName, ...]:
     """The stages from `first` to `last`, both included."""
-    names = get_args(StageName)
-    return names[names.index(first) : names.index(last) + 1]
+    return STAGE_NAMES[STAGE_NAMES.index(first) : STAGE_NAMES.index(last) + 1]

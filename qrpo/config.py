@@ -10,11 +10,12 @@ A setting declared with `json_schema_extra={"fingerprint": False}` changes resul
 its stage's `plan` decides (for example `completions.num_ref`, which selects parts).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Section", "execution_option", "is_execution_option", "keyed"]
+__all__ = ["Section", "effective", "execution_option", "is_execution_option", "keyed"]
 
 
 class Section(BaseModel):
@@ -41,9 +42,19 @@ def keyed(section: BaseModel) -> dict[str, Any]:
     """The section's settings as plain JSON values, nested sections included: what fingerprints hash."""
     idle = section.idle_fields() if isinstance(section, Section) else frozenset()
     return {
-        name: _plain(getattr(section, name))
+        name: _plain(getattr(section, name), keyed)
         for name in type(section).model_fields
         if name not in idle and _extra(type(section), name).get("fingerprint") is not False
+    }
+
+
+def effective(section: BaseModel) -> dict[str, Any]:
+    """Every field that can change results as the section is set: no execution option, no idle field. Plain JSON values."""
+    idle = section.idle_fields() if isinstance(section, Section) else frozenset()
+    return {
+        name: _plain(getattr(section, name), effective)
+        for name in type(section).model_fields
+        if name not in idle and not is_execution_option(type(section), name)
     }
 
 
@@ -52,11 +63,11 @@ def _extra(section: type[BaseModel], name: str) -> dict[str, Any]:
     return extra if isinstance(extra, dict) else {}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, of_section: Callable[[BaseModel], dict[str, Any]]) -> Any:
     if isinstance(value, BaseModel):
-        return keyed(value)
+        return of_section(value)
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_plain(item, of_section) for item in value]
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item, of_section) for key, item in value.items()}
     return value

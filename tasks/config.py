@@ -7,18 +7,17 @@ file are taken from the current folder, as in a shell.
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from qrpo.config import Section, execution_option
+from qrpo.config import Section
 from qrpo.data.prompts import PromptsConfig
 from qrpo.errors import ConfigError
 from qrpo.rewards import RewardConfig
 from qrpo.training.settings import PolicyConfig
-from tasks.comparison import CompareConfig
-from tasks.rounds import RoundsConfig
+from tasks.sections import CompareConfig, RoundsConfig, RunConfig
 from tasks.stages.completions import CompletionsConfig
 from tasks.stages.evaluation import EvaluationConfig
 from tasks.stages.quantiles import QuantilesConfig
@@ -26,40 +25,6 @@ from tasks.stages.reference import ReferenceConfig
 from tasks.stages.shards import ShardsConfig
 
 __all__ = ["PipelineConfig", "RunConfig", "apply_overrides", "dump_config", "load_config", "parse_config"]
-
-
-class RunConfig(Section):
-    """How the work is cut and when a run gives up. Nothing here changes a number."""
-
-    part_size: int = execution_option(256, ge=1)
-    """Prompts in one part, the unit of caching and commit."""
-    parts_per_task: int = execution_option(32, ge=1)
-    """Parts that one Prefect task covers."""
-    runner: Literal["local", "process", "dask", "ray"] = execution_option("local")
-    """Where tasks run: one after another in this process, or spread over the workers of a process pool, Dask or Ray."""
-    workers: int | None = execution_option(None, ge=1)
-    """Workers, each with an engine of its own; by default as many as the GPUs allow, without GPUs one for each core."""
-    gpus_per_worker: int | None = execution_option(None, ge=0)
-    """GPUs of one worker; by default what the engine's tensor and pipeline parallelism take, where there are GPUs."""
-    cluster: str | None = execution_option(None)
-    """Address of a Dask or Ray cluster that runs already (tcp://HOST:8786, ray://HOST:10001); by default each stage starts
-    one on this machine and ends it."""
-    cpu_threads: int | None = execution_option(None, ge=1)
-    """Threads of training and scoring on a CPU; by default all cores, though a very small model is faster on one."""
-    task_timeout: float | None = execution_option(None, gt=0.0)
-    """Seconds after which one task is taken to hang: its engine is killed and started again, the parts that it committed stay."""
-    lease_ttl: float = execution_option(60.0, gt=0.0)
-    """Seconds of silence after which another run on the same store takes over what this one was working on."""
-    lease_patience: float = execution_option(86_400.0, gt=0.0)
-    """Longest wait, in seconds, for a part that another run works on."""
-    max_reject_fraction: float = execution_option(0.1, ge=0.0, le=1.0)
-    """A stage that loses more than this share of its rows stops the run."""
-
-    @model_validator(mode="after")
-    def _cluster_of_a_kind(self) -> "RunConfig":
-        if self.cluster is not None and self.runner not in ("dask", "ray"):
-            raise ValueError(f"cluster is {self.cluster!r}: set runner to dask or ray, got {self.runner!r}")
-        return self
 
 
 class PipelineConfig(Section):

@@ -8,8 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -18,17 +17,16 @@ from prefect.utilities.annotations import quote
 from qrpo.processes.child import Child
 from storage import PartKey, PartRecord, Store
 from storage.leases import Leases
+from tasks.config import PipelineConfig
 from tasks.engines import close_engine, keep
 from tasks.plan import PartPlan, StagePlan
 from tasks.progress import Reporter, reporting
 from tasks.retries import RETRY_DELAYS, worth_another_try
 from tasks.reuse import with_candidates
 from tasks.runners import Errand, Workers, uses_workers
-from tasks.stages import evaluation
+from tasks.stage import Stage
+from tasks.stages import STAGES
 from tasks.work import Progress, Work
-
-if TYPE_CHECKING:
-    from tasks.config import PipelineConfig
 
 __all__ = ["compute_missing", "compute_parts"]
 
@@ -36,22 +34,21 @@ log = logging.getLogger("qrpo")
 
 Group = tuple[str, Sequence[PartPlan]]  # a label and the parts of one task
 
-_IN_CHILD = {"reference", "shards", "policy"}  # each loads a model, whose memory must come back
-_TRAINS = {"reference", "policy"}  # each saves a checkpoint when it is told to end
-_PATIENCE = 300.0  # seconds that it has for this
+_CHECKPOINT_SECONDS = 300.0  # for a stage that trains to save a checkpoint when it is told to end
 
 
-def compute_missing(plan: StagePlan, config: "PipelineConfig", store: Store, force: bool) -> int:
-    """Compute what is missing, but for what another run on this store is working on: that is waited for. How many were computed."""
+def compute_missing(plan: StagePlan, config: PipelineConfig, store: Store, force: bool) -> list[PartKey]:
+    """Compute what is missing, and wait for what another run on this store is working on. Returns what was computed here."""
     missing = plan.parts if force else plan.missing
     if not missing:
-        return 0
+        return []
+    stage = STAGES[plan.stage]
     present = store.find_parts([part.key for part in missing])
     parts = tuple(replace(part, replace=part.key.fingerprint in present) for part in missing)
     if not force:
-        parts = with_candidates(store, plan, parts)
+        parts = with_candidates(store, stage, plan, parts)
     theirs: dict[PartKey, PartPlan] = {}
-    computed = 0
+    computed: list[PartKey] = []
     with ExitStack() as stack:
         reporter = stack.enter_context(reporting(plan.stage, len(parts)))
         leases = stack.enter_context(Leases(store, config.run.lease_ttl))
@@ -75,19 +72,21 @@ def compute_missing(plan: StagePlan, config: "PipelineConfig", store: Store, for
 
         for coming in (ours, taken_over):
             for _, group in compute(coming()):
-                computed += len(group)
+                computed += [part.key for part in group]
                 for part in group:
                     leases.release(part.key)
     return computed
 
 
 def _computing(
-    stage: str, config: "PipelineConfig", store: Store, parts: int, reporter: Reporter, stack: ExitStack
+    stage: str, config: PipelineConfig, store: Store, parts: int, reporter: Reporter, stack: ExitStack
 ) -> tuple[int, Callable[[Iterable[Group]], Iterator[Group]]]:
     """How many parts a group should have, and what computes groups, giving each back when it is done: here, or on workers."""
 
-    def work(group: Group) -> Work:
-        return Work(stage, config, store.url, tuple(group[1]))
+    whole = Work(stage, STAGES[stage].settings_of(config), config.run, config.name, store, ())
+
+    def work(group: Group) -> Work[Any]:
+        return whole.only(group[1])
 
     timed = compute_parts.with_options(timeout_seconds=config.run.task_timeout)
 
@@ -132,7 +131,7 @@ def _share(leases: Leases, group: Sequence[PartPlan]) -> tuple[list[PartPlan], l
     retry_jitter_factor=0.2,
     retry_condition_fn=worth_another_try,
 )
-def compute_parts(label: str, work: Work | Errand, reporter: Reporter | None = None) -> list[str]:
+def compute_parts(label: str, work: Work[Any] | Errand, reporter: Reporter | None = None) -> list[str]:
     """Compute and commit one group of parts; the fingerprints of those that were computed in this attempt.
 
     A worker, which gets its work as an errand, reports nothing in between: the driver counts its groups.
@@ -154,25 +153,22 @@ def compute_parts(label: str, work: Work | Errand, reporter: Reporter | None = N
     return committed
 
 
-def _items(work: Work) -> Iterator[PartRecord | Progress]:
-    module = f"tasks.stages.{work.stage}"
-    if work.stage == "evaluation":
-        yield from _in_child(f"{module}:compute", work, evaluation.sample(work))
-    elif work.stage in _IN_CHILD:
-        yield from _in_child(f"{module}:compute", work)
+def _items(work: Work[Any]) -> Iterator[PartRecord | Progress]:
+    stage = STAGES[work.stage]
+    prepared = (stage.prepare(work),) if stage.prepare is not None else ()
+    if stage.in_child:
+        yield from _in_child(stage, work, *prepared)
     else:
-        yield from import_module(module).compute(work)
+        yield from stage.compute(work, *prepared)
 
 
-def _in_child(target: str, work: Work, *more: Any) -> Iterator[PartRecord | Progress]:
-    """What the generator function yields in a child process, which is kept for the stage's next group."""
+def _in_child(stage: Stage[Any], work: Work[Any], *prepared: Any) -> Iterator[PartRecord | Progress]:
+    """What the stage's `compute` yields in a child process, which is kept for the stage's next group."""
     if work.store.url.startswith("memory://"):  # that store is this process's alone
-        module, _, function = target.partition(":")
-        return getattr(import_module(module), function)(work, *more)  # type: ignore[no-any-return]
-    threads = work.config.run.cpu_threads
+        return stage.compute(work, *prepared)
+    threads = work.run.cpu_threads
     environment = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-    log = work.log
-    patience = _PATIENCE if work.stage in _TRAINS else 0.0
+    log, target = work.log, stage.target
     child = keep(
         (target, log, threads),
         lambda: Child(
@@ -181,7 +177,7 @@ def _in_child(target: str, work: Work, *more: Any) -> Iterator[PartRecord | Prog
             name=target,
             log=log,
             env=environment,
-            patience=patience,
+            patience=_CHECKPOINT_SECONDS if stage.trains else 0.0,
         ),
     )
-    return child.stream("run", work, *more)
+    return child.stream("run", work, *prepared)

@@ -1,82 +1,223 @@
-"""Rows that were computed before under another cut: prompts appended, removed or reordered, `num_ref` changed, parts of another size.
+"""Rows that were computed before, in parts that are cut differently or were asked for less.
 
-A part's fingerprint covers its whole slice, so a changed cut makes new parts. Their rows need not be new: every part of one family was
-made with the same settings, model and code, hence a row of the family answers for its key wherever it lies. Before a stage starts,
-`with_candidates` names for each missing part the committed parts that hold some of its prompts; the computation then takes the
-rows whose keys match and computes only the rest.
+A part's fingerprint covers its whole slice, so another cut (prompts appended or removed, `num_ref` raised, another part size) makes
+new parts. Their rows need not be new: a row of the same family answers for its name wherever it is. Rows of another family serve where
+the stage says so (`RowReuse.serves`): a score does not depend on its weight.
+
+`with_candidates` names for each missing part the committed parts that hold some of its prompts. The stage's `compute` takes the rows
+that match and computes the rest; `count_rows` tells the plan how many those are.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
 
 from storage import PartKey, PartRecord, Store
+from storage.fingerprints import canonical_json
 from tasks.plan import PartPlan, StagePlan
+from tasks.stage import RowReuse, Stage
 from tasks.work import Work
 
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["reusable_rows", "with_candidates"]
+__all__ = ["RowCount", "count_rows", "note_family", "noted_family", "reusable_rows", "with_candidates"]
 
-_SALVAGED = {
-    "completions",
-    "rewards",
-    "shards",
-}  # the other stages are a folder, or quicker to compute than to look up
+Name = tuple[Any, ...]
 
 
-def with_candidates(store: Store, plan: StagePlan, missing: Sequence[PartPlan]) -> tuple[PartPlan, ...]:
-    """The missing parts, each with the committed parts of its family that hold any of its prompts and samples.
+@dataclass(frozen=True)
+class RowCount:
+    """What a stage's missing parts cost: units to compute, and units that committed rows save."""
 
-    Reads one column of the family's other parts, once a stage; nothing where the family has none, or where the stage
-    does not take rows over.
+    unit: str
+    compute: int
+    reuse: int
+
+
+def note_family(store: Store, stage: Stage[Any], plan: StagePlan) -> None:
+    """Write what a family's name is the hash of, before its first part: `families/<stage>/<family>.json`."""
+    key = _family_key(stage.name, plan.family)
+    if not store.exists(key):
+        store.write_bytes(key, canonical_json(_family_of(stage, plan)))
+
+
+def noted_family(store: Store, stage: str, family: str) -> dict[str, Any] | None:
+    """What was noted of a family: `version`, `settings`, `outside`. None for one that an earlier version wrote."""
+    try:
+        noted = json.loads(store.read_bytes(_family_key(stage, family)))
+    except FileNotFoundError:
+        return None
+    assert isinstance(noted, dict)
+    return noted
+
+
+def with_candidates(
+    store: Store, stage: Stage[Any], plan: StagePlan, missing: Sequence[PartPlan]
+) -> tuple[PartPlan, ...]:
+    """The missing parts, each with the committed parts whose rows may serve in it.
+
+    Reads one column of those parts, once a stage; nothing where there are none, or where the stage reuses no rows.
     """
-    if plan.stage not in _SALVAGED:
+    if stage.reuse is None or not missing:
         return tuple(missing)
-    missing_keys = {part.key.fingerprint for part in missing}
-    holders: dict[str, dict[str, list[PartRecord]]] = {}
-    for family in {part.key.family for part in missing}:
-        by_prompt: dict[str, list[PartRecord]] = {}
-        for record in store.family_parts(plan.stage, family):
-            if record.fingerprint in missing_keys:
-                continue  # stale: made from other bytes of its parents, or being forced
-            for prompt_id in set(store.read_part(record, columns=["prompt_id"])["prompt_id"].to_pylist()):
-                by_prompt.setdefault(prompt_id, []).append(record)
-        if by_prompt:
-            holders[family] = by_prompt
-    if not holders:
+    by_prompt: dict[str, list[PartRecord]] = {}
+    for record in _servants(store, stage, plan, missing):
+        names = store.read_part(record, columns=["prompt_id"])["prompt_id"].unique().to_pylist()
+        for prompt_id in names:
+            by_prompt.setdefault(prompt_id, []).append(record)
+    if not by_prompt:
         return tuple(missing)
+    prompts = _Prompts(store)
     return tuple(
-        replace(part, reuse=_candidates(store, part, holders.get(part.key.family, {}))) for part in missing
+        replace(part, reuse=_candidates(stage.reuse, plan, part, prompts.of(part), by_prompt))
+        for part in missing
     )
 
 
-def reusable_rows(work: Work, part: PartPlan, on: Sequence[str]) -> "pl.DataFrame":
+def reusable_rows(work: Work[Any], part: PartPlan, on: Sequence[str]) -> "pl.DataFrame":
     """Rows of the candidate parts for this part's slice, unique by the columns `on`; an empty frame where there are none."""
     import polars as pl
 
     records = [record for record in (work.store.part(key) for key in part.reuse) if record is not None]
     if not records:
         return pl.DataFrame()
-    return work.store.scan(records).unique(subset=list(on), keep="first", maintain_order=True).collect()
+    frames = [work.store.scan([record]).with_columns(family=pl.lit(record.family)) for record in records]
+    rows = pl.concat(frames, how="diagonal")
+    return rows.unique(subset=["family", *on], keep="first", maintain_order=True).collect()
 
 
-def _candidates(store: Store, part: PartPlan, by_prompt: dict[str, list[PartRecord]]) -> tuple[PartKey, ...]:
-    prompts = next(key for key in part.inputs if key.stage == "prompts")
-    record = store.part(prompts)
-    assert record is not None
+def count_rows(store: Store, stage: Stage[Any], settings: Any, plan: StagePlan) -> RowCount | None:
+    """What the missing parts of a plan cost; None where the stage's rows cost next to nothing."""
+    reuse = stage.reuse
+    if reuse is None:
+        return None
+    ours = _family_of(stage, plan)
+    own = {part.key.family for part in plan.parts}
+    prompts = _Prompts(store)
+
+    @cache
+    def price(family: str | None) -> int:
+        if family is None or family in own:
+            return reuse.costs(ours, ours if family else None)
+        return reuse.costs(ours, noted_family(store, stage.name, family))
+
+    @cache
+    def names(key: PartKey) -> frozenset[Name]:
+        record = store.part(key)
+        return frozenset() if record is None else frozenset(_names(store, record, reuse))
+
+    to_compute = saved = 0
+    for part in with_candidates(store, stage, plan, plan.missing):
+        cheapest_first = sorted(part.reuse, key=lambda key: price(key.family))
+        for name in reuse.wanted(settings, part, prompts.of(part)):
+            donor = next((key for key in cheapest_first if name in names(key)), None)
+            cost = price(donor.family if donor is not None else None)
+            to_compute += cost
+            saved += price(None) - cost
+    return RowCount(reuse.unit, to_compute, saved)
+
+
+class _Prompts:
+    """The prompts of prompts parts, read once: prompt_id -> number of the dataset's own completions."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._read: dict[PartKey, dict[str, int]] = {}
+
+    def of(self, part: PartPlan) -> dict[str, int]:
+        key = next(key for key in part.inputs if key.stage == "prompts")
+        if key not in self._read:
+            record = self._store.part(key)
+            if record is None:  # the source was read for a plan, and nothing is committed yet
+                return {}
+            table = self._store.read_part(record, columns=["prompt_id", "offline_completions"])
+            counts = [len(texts) for texts in table["offline_completions"].to_pylist()]
+            self._read[key] = dict(zip(table["prompt_id"].to_pylist(), counts, strict=True))
+        return self._read[key]
+
+
+def _servants(
+    store: Store, stage: Stage[Any], plan: StagePlan, missing: Sequence[PartPlan]
+) -> Iterable[PartRecord]:
+    """Committed parts of every family whose rows may serve, without those that are about to be computed."""
+    assert stage.reuse is not None
+    replaced = {part.key for part in missing}
+    families = {part.key.family for part in missing}
+    if plan.family in families:
+        families |= _serving_families(store, stage, plan)
+    for family in sorted(families):
+        for record in store.family_parts(stage.name, family):
+            if record.key not in replaced:  # else stale: made from other bytes of its parents, or forced
+                yield record
+
+
+def _serving_families(store: Store, stage: Stage[Any], plan: StagePlan) -> set[str]:
+    assert stage.reuse is not None
+    ours = _family_of(stage, plan)
+    prefix = f"families/{stage.name}"
+    found = set()
+    for key in store.list(prefix):
+        family = key.removeprefix(f"{prefix}/").removesuffix(".json")
+        theirs = noted_family(store, stage.name, family)
+        if theirs is not None and theirs["version"] == stage.version and stage.reuse.serves(theirs, ours):
+            found.add(family)
+    return found
+
+
+def _candidates(
+    reuse: RowReuse[Any],
+    plan: StagePlan,
+    part: PartPlan,
+    prompts: Mapping[str, int],
+    by_prompt: Mapping[str, Sequence[PartRecord]],
+) -> tuple[PartKey, ...]:
     found: dict[str, PartKey] = {}
-    for prompt_id in store.read_part(record, columns=["prompt_id"])["prompt_id"].to_pylist():
-        for holder in by_prompt.get(prompt_id, ()):
-            if _overlaps(part, holder):
-                found[holder.fingerprint] = PartKey(holder.stage, holder.family, holder.fingerprint)
-    return tuple(found[key] for key in sorted(found))
+    for prompt_id in prompts:
+        for record in by_prompt.get(prompt_id, ()):
+            foreign = record.family != part.key.family and part.key.family != plan.family
+            if not foreign and _overlaps(part, record) and reuse.matches(part, record.metadata):
+                found[record.fingerprint] = record.key
+    return tuple(found[name] for name in sorted(found))
 
 
-def _overlaps(part: PartPlan, holder: PartRecord) -> bool:
-    if "start" not in part.slice or "start" not in holder.metadata:
-        return bool(part.slice.get("origin") == holder.metadata.get("origin"))
-    return bool(
-        part.slice["start"] < holder.metadata["stop"] and holder.metadata["start"] < part.slice["stop"]
-    )
+def _overlaps(part: PartPlan, record: PartRecord) -> bool:
+    """Whether a committed part holds samples of the same kind, and of the same indices where these are cut too."""
+    theirs, ours = record.metadata, part.slice
+    if any(theirs.get(name) != ours.get(name) for name in ("origin", "model")):
+        return False
+    if "start" not in ours or "start" not in theirs:
+        return True
+    return bool(ours["start"] < theirs["stop"] and theirs["start"] < ours["stop"])
+
+
+def _names(store: Store, record: PartRecord, reuse: RowReuse[Any]) -> Iterable[Name]:
+    """The names of a committed part's rows that may serve."""
+    columns = list(reuse.columns) + ([reuse.unless] if reuse.unless else [])
+    table: pa.Table = store.read_part(record, columns=columns)
+    for row in table.to_pylist():
+        if reuse.unless and row[reuse.unless] is not None:
+            continue
+        values = [row[column] for column in reuse.columns]
+        if any(isinstance(value, list) for value in values):
+            yield from zip(
+                *[v if isinstance(v, list) else [v] * _length(values) for v in values], strict=True
+            )
+        else:
+            yield tuple(values)
+
+
+def _length(values: Sequence[Any]) -> int:
+    return next(len(value) for value in values if isinstance(value, list))
+
+
+def _family_of(stage: Stage[Any], plan: StagePlan) -> dict[str, Any]:
+    return {"version": stage.version, "settings": dict(plan.settings), "outside": dict(plan.outside)}
+
+
+def _family_key(stage: str, family: str) -> str:
+    return f"families/{stage}/{family}.json"

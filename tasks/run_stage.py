@@ -8,18 +8,19 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qrpo.errors import DataError
 from storage import Manifest, PartRecord, Store, manifest_of
 from storage.manifest import now
+from tasks.config import PipelineConfig
 from tasks.plan import StagePlan
+from tasks.planner import Planner, planner_of
 from tasks.progress import reporting
-from tasks.stages import STAGES, evaluation, plan_pipeline, prompts, require_parents
+from tasks.reuse import note_family
+from tasks.stage import Stage
+from tasks.stages import STAGE_NAMES, STAGES
 from tasks.work import Work
-
-if TYPE_CHECKING:
-    from tasks.config import PipelineConfig
 
 __all__ = ["StageResult", "run_stage"]
 
@@ -36,52 +37,58 @@ class StageResult:
     rejects: int
     parts_computed: int
     parts_cached: int
+    rows_computed: int
+    """Units of paid work: samples, scores, log-probabilities."""
+    rows_reused: int
+    """The same, taken from rows of committed parts."""
     seconds: float
 
 
 def run_stage(
-    stage: str,
-    config: "PipelineConfig",
-    store_url: str,
-    *,
-    force: bool = False,
-    plans: dict[str, StagePlan] | None = None,
+    stage: str, config: PipelineConfig, store_url: str, *, force: bool = False, planner: Planner | None = None
 ) -> StageResult:
     """Compute what is missing of `stage` (all of it where `force`), commit its manifest, note it in the run.
 
-    Call it within a Prefect flow where anything is to be computed. `plans` are those of `plan_pipeline`, if they were made just
-    now. Raises ConfigError where a parent stage is not complete, DataError where the stage
-    loses more rows than `run.max_reject_fraction`; every part that was committed stays.
+    Call it within a Prefect flow where anything is to be computed. Raises ConfigError where a parent stage is not complete,
+    DataError where the stage loses more rows than `run.max_reject_fraction`; every part that was committed stays.
     """
     started = time.monotonic()
-    store = Store(store_url)
-    plans = plans or plan_pipeline(config, store, until=stage)
-    plan = plans[stage]
-    require_parents(stage, plans)
-    if stage == "prompts":
-        plan, computed = _read_prompts(plan, config, store, force)
-    else:
-        computed = 0
-        if force or plan.missing:
-            from tasks.groups import compute_missing
+    planner = planner or planner_of(config, store_url)
+    store = planner.store
+    of = STAGES[stage]
+    plan = planner.plan(stage)
+    planner.require_parents(stage)
+    computed: tuple[PartRecord, ...] = ()
+    if of.read is not None:
+        if force or not plan.complete:
+            plan, computed = _read(of, plan, planner)
+    elif force or plan.missing:
+        from tasks.groups import compute_missing
 
-            computed = compute_missing(plan, config, store, force)
-            # anew, even where nothing was computed here: another run may have done it all
-            plan = plan_pipeline(config, store, until=stage)[stage]
+        if force:
+            plan = planner.cut_anew(stage)
+        note_family(store, of, plan)
+        done = compute_missing(plan, config, store, force)
+        plan = planner.computed(
+            plan
+        )  # even where nothing was computed here: another run may have done it all
         assert plan.complete, f"{stage}: {len(plan.missing)} parts are missing after they were computed"
-    manifest = _commit_manifest(plan, config, store, time.monotonic() - started)
+        computed = tuple(plan.records[key.fingerprint] for key in done)
+    manifest = _commit_manifest(of, plan, config, store, time.monotonic() - started)
     result = StageResult(
-        stage,
-        plan.fingerprint,
-        manifest.rows,
-        manifest.rejects,
-        computed,
-        len(plan.parts) - computed,
-        round(time.monotonic() - started, 3),
+        stage=stage,
+        fingerprint=plan.fingerprint,
+        rows=manifest.rows,
+        rejects=manifest.rejects,
+        parts_computed=len(computed),
+        parts_cached=len(plan.parts) - len(computed),
+        rows_computed=sum(record.metadata.get("computed", 0) for record in computed),
+        rows_reused=sum(record.metadata.get("reused", 0) for record in computed),
+        seconds=round(time.monotonic() - started, 3),
     )
     _note_run(config, store, result)
     log.info("%s", _line(result))
-    _check_rejects(manifest, config, store)
+    _check_rejects(of, manifest, config, store)
     return result
 
 
@@ -92,34 +99,31 @@ def _line(result: StageResult) -> str:
     return f"{result.stage:<12} {parts}; {result.rows:,} rows, {result.seconds:.1f} s"
 
 
-def _read_prompts(
-    plan: StagePlan, config: "PipelineConfig", store: Store, force: bool
-) -> tuple[StagePlan, int]:
-    if plan.known and plan.complete and not force:
-        return plan, 0
-    parts, records, computed = [], {}, 0
-    with reporting("prompts", 0) as reporter:
-        for part, record, new in prompts.compute(Work("prompts", config, store.url, ())):
-            parts.append(part)
-            records[part.key.fingerprint] = record
-            computed += new
-            reporter.update(len(parts), f"{sum(r.rows for r in records.values())} prompts", total=len(parts))
-    if not any(record.rows for record in records.values()):
-        reasons = _top_reasons(store, list(records.values()))
-        raise DataError(f"prompts: no usable prompt in {config.prompts.source}{reasons}")
-    return replace(plan, parts=tuple(parts), records=records, known=True), computed
+def _read(stage: Stage[Any], plan: StagePlan, planner: Planner) -> tuple[StagePlan, tuple[PartRecord, ...]]:
+    """Run a stage that finds its parts by reading: its plan, and the parts that are new."""
+    config, store = planner.config, planner.store
+    work = Work(stage.name, stage.settings_of(config), config.run, config.name, store, ())
+    records, new = [], []
+    with reporting(stage.name, 0) as reporter:
+        for record, is_new in stage.compute(work):
+            records.append(record)
+            new += [record] if is_new else []
+            rows = sum(known.rows for known in records)
+            reporter.update(len(records), f"{rows} {stage.unit}", total=len(records))
+    if not any(record.rows for record in records):
+        reasons = _top_reasons(store, records)
+        raise DataError(f"{stage.name}: no usable row in {config.prompts.source}{reasons}")
+    return planner.read(plan, tuple(records)), tuple(new)
 
 
-def _commit_manifest(plan: StagePlan, config: "PipelineConfig", store: Store, seconds: float) -> Manifest:
+def _commit_manifest(
+    stage: Stage[Any], plan: StagePlan, config: PipelineConfig, store: Store, seconds: float
+) -> Manifest:
     records = tuple(plan.records[part.key.fingerprint] for part in plan.parts)
     existing = store.manifest(plan.stage, plan.fingerprint)
     if existing is not None and existing.parts == records:
         return existing
-    metadata: dict[str, Any] = {}
-    if plan.stage == "prompts":
-        metadata = {"source": config.prompts.source, "eval_source": config.prompts.eval_source}
-    elif plan.stage == "evaluation" and records:
-        metadata = {"summary": evaluation.summary(config, store, plan)}
+    described = stage.describe(stage.settings_of(config), store, plan) if stage.describe else {}
     manifest = manifest_of(
         plan.stage,
         plan.family,
@@ -128,12 +132,12 @@ def _commit_manifest(plan: StagePlan, config: "PipelineConfig", store: Store, se
         inputs=dict(plan.outside),
         parents=dict(plan.parents),
         seconds=seconds,
-        metadata=metadata,
+        metadata={**described, "version": stage.version, "reads": stage.read_values(config)},
     )
     return store.commit_manifest(replace(manifest, fingerprint=plan.fingerprint))
 
 
-def _note_run(config: "PipelineConfig", store: Store, result: StageResult) -> None:
+def _note_run(config: PipelineConfig, store: Store, result: StageResult) -> None:
     """Name the artifact in `runs/<name>.json`.
 
     Later stages keep what was noted for them only while it belongs to this configuration and was made from this artifact.
@@ -145,7 +149,7 @@ def _note_run(config: "PipelineConfig", store: Store, result: StageResult) -> No
         noted.get("config") == settings
         and before.get(result.stage, {}).get("fingerprint") == result.fingerprint
     )
-    order = list(STAGES)
+    order = list(STAGE_NAMES)
     kept = order if same else order[: order.index(result.stage)]
     stages = {name: entry for name, entry in before.items() if name in kept}
     stages[result.stage] = {
@@ -160,10 +164,10 @@ def _note_run(config: "PipelineConfig", store: Store, result: StageResult) -> No
         )
 
 
-def _check_rejects(manifest: Manifest, config: "PipelineConfig", store: Store) -> None:
+def _check_rejects(stage: Stage[Any], manifest: Manifest, config: PipelineConfig, store: Store) -> None:
     if not manifest.rejects:
         return
-    lost, total = _lost_rows(manifest, store)
+    lost, total = stage.lost_rows(manifest, store)
     share = lost / total if total else 0.0
     where = store.url_of(manifest.rejects_key)
     if share > config.run.max_reject_fraction:
@@ -173,23 +177,6 @@ def _check_rejects(manifest: Manifest, config: "PipelineConfig", store: Store) -
             f"They are in {where}; mend the data, or raise run.max_reject_fraction to go on without them"
         )
     log.warning("%s: %d of %d rows cannot be used; reasons in %s", manifest.stage, lost, total, where)
-
-
-def _lost_rows(manifest: Manifest, store: Store) -> tuple[int, int]:
-    """How many of the stage's rows are lost, and how many there would be: a reject is not always one row."""
-    if manifest.stage == "rewards":  # a completion without a reward keeps its row
-        return manifest.rejects, manifest.rows
-    if manifest.stage == "completions":  # a prompt that cannot be asked loses every sample of the part
-        blocks = [
-            record.metadata.get("stop", 1) - record.metadata.get("start", 0) for record in manifest.parts
-        ]
-        lost = sum(record.rejects * block for record, block in zip(manifest.parts, blocks, strict=True))
-    elif manifest.stage == "shards":  # one completion may be left out and its prompt's row stays
-        rejects = [store.read_rejects(record) for record in manifest.parts if record.rejects]
-        lost = sum(row["key"] == row["prompt_id"] for table in rejects for row in table.to_pylist())
-    else:
-        lost = manifest.rejects
-    return lost, manifest.rows + lost
 
 
 def _top_reasons(store: Store, records: Sequence[PartRecord], most: int = 3) -> str:

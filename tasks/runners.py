@@ -27,17 +27,16 @@ from dataclasses import dataclass
 from glob import glob
 from importlib import import_module
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 from prefect.futures import PrefectFuture, as_completed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
 
 from qrpo.errors import ConfigError, EngineError, QRPOError
+from tasks.config import PipelineConfig
 from tasks.engines import close_engine
+from tasks.stages import STAGES
 from tasks.work import Work
-
-if TYPE_CHECKING:
-    from tasks.config import PipelineConfig
 
 __all__ = ["Errand", "Place", "Workers", "uses_workers"]
 
@@ -47,7 +46,6 @@ _AHEAD = 2  # groups for each worker that are handed out: one at work, one waiti
 _MOST_DEATHS = (
     3  # of process pool workers with no group finished in between; Dask and Ray have the same by default
 )
-_NO_GPU = {"quantiles"}
 
 
 @dataclass(frozen=True)
@@ -77,10 +75,10 @@ class Place:
 class Errand:
     """Work on its way to a worker. A plain object, since Prefect and Dask take tuples and dataclasses apart."""
 
-    def __init__(self, work: Work, place: Place) -> None:
+    def __init__(self, work: Work[Any], place: Place) -> None:
         self._work, self._place = work, place
 
-    def arrive(self) -> Work:
+    def arrive(self) -> Work[Any]:
         """The work, once the worker is ready for it. A retry comes here again; it does not outlive its run."""
         if self._place.stage in _ended:
             raise QRPOError("the run that this work is for has ended")
@@ -115,7 +113,7 @@ def _end_with(driver: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)  # and what it started goes with it, see qrpo.processes.child
 
 
-def uses_workers(config: "PipelineConfig", parts: int) -> bool:
+def uses_workers(config: PipelineConfig, parts: int) -> bool:
     """Whether this many parts are for workers: on this machine only where there is something to share out.
 
     A single part (a training run) then stays in this process, where it sees all GPUs.
@@ -129,7 +127,7 @@ class Workers:
     Raises ConfigError where the runner's package is not installed, its cluster does not answer, or the store is this process's alone.
     """
 
-    def __init__(self, stage: str, config: "PipelineConfig", store_url: str) -> None:
+    def __init__(self, stage: str, config: PipelineConfig, store_url: str) -> None:
         run = config.run
         if store_url.startswith("memory://"):
             raise ConfigError(
@@ -142,7 +140,7 @@ class Workers:
         self.gpus_per_worker = (
             run.gpus_per_worker if run.gpus_per_worker is not None else wanted if gpus else 0
         )
-        if stage in _NO_GPU:
+        if not STAGES[stage].uses_gpu:
             self.gpus_per_worker = 0
         share = len(gpus) // self.gpus_per_worker if self.gpus_per_worker else os.cpu_count() or 1
         self.count = run.workers or (0 if run.cluster else max(1, share))

@@ -1,6 +1,6 @@
 """What one Prefect task gets: a group of parts of one stage, and how to commit each.
 
-A `Work` is plain picklable data, so the same group can be computed in this process, in a child process or on another machine.
+A `Work` can be pickled, so the same group can be computed in this process, in a child process or on another machine.
 """
 
 import queue
@@ -8,9 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 
@@ -19,11 +18,11 @@ from storage import PartKey, PartRecord, Store
 from storage.read import cache_folder
 from storage.tables import rejects_table
 from tasks.plan import PartPlan
-
-if TYPE_CHECKING:
-    from tasks.config import PipelineConfig
+from tasks.sections import RunConfig
 
 __all__ = ["Progress", "Work", "progress_of"]
+
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -36,31 +35,25 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Work:
-    """Parts of one stage to compute now, with everything that this needs."""
+class Work(Generic[S]):
+    """Parts of one stage to compute now, with everything that this needs. `S` is the stage's `Settings`."""
 
     stage: str
-    config: "PipelineConfig"
-    store_url: str
+    settings: S
+    run: RunConfig
+    run_name: str
+    store: Store
     parts: tuple[PartPlan, ...]
-
-    @cached_property
-    def store(self) -> Store:
-        """The store, opened in whichever process this is."""
-        return Store(self.store_url)
 
     @property
     def log(self) -> Path:
-        """Where child processes write: beside a local store's data, else in the user's cache folder."""
-        name = f"logs/{self.config.name}/{self.stage}.log"
+        """Where child processes write: next to a local store's data, else in the user's cache folder."""
+        name = f"logs/{self.run_name}/{self.stage}.log"
         path = self.store.local_path(name) or cache_folder() / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "store"}
-
-    def only(self, parts: Sequence[PartPlan]) -> "Work":
+    def only(self, parts: Sequence[PartPlan]) -> "Work[S]":
         """The same work for fewer parts."""
         return replace(self, parts=tuple(parts))
 

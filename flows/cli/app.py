@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
-from flows.stage_order import STAGE_ORDER
+from tasks.stages import STAGE_NAMES
 
 __all__ = [
     "AsJson",
@@ -53,14 +53,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def complete_stage(incomplete: str) -> list[str]:
     """For the shell's completion."""
-    return [stage for stage in STAGE_ORDER if stage.startswith(incomplete)]
+    return [stage for stage in STAGE_NAMES if stage.startswith(incomplete)]
 
 
 def known_stage(given: Any) -> Any:
     """A stage, several or none as they were given; raises BadParameter for one that does not exist."""
     for name in given if isinstance(given, list) else [given]:
-        if name is not None and name not in STAGE_ORDER:
-            raise typer.BadParameter(f"no stage {name!r}; the stages are {', '.join(STAGE_ORDER)}")
+        if name is not None and name not in STAGE_NAMES:
+            raise typer.BadParameter(f"no stage {name!r}; the stages are {', '.join(STAGE_NAMES)}")
     return given
 
 

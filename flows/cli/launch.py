@@ -12,10 +12,10 @@ from flows.service.logs import log_file, logging_to
 from flows.service.server import start_server
 from storage import Store
 from tasks.config import PipelineConfig
-from tasks.plan import StagePlan
+from tasks.planner import Planner, planning
 from tasks.rounds import rounds_until
 from tasks.run_stage import run_stage
-from tasks.stages import STAGES, plan_pipeline, require_parents
+from tasks.stages import STAGE_NAMES
 
 __all__ = ["launch", "print_summary"]
 
@@ -46,9 +46,9 @@ def _launch(
 ) -> dict[str, Any]:
     started = time.monotonic()
     store = Store(store_url)
-    plans = plan_pipeline(config, store, until=last)
-    require_parents(first, plans)  # told before a server is started
-    results = _from_cache(plans, config, store, first, last) if not force else None
+    planner = Planner(config, store)
+    planner.require_parents(first)  # before a server is started
+    results = _from_cache(planner, first, last) if not force else None
     if results is None:
         if "PREFECT_API_URL" not in os.environ:
             console.print(
@@ -58,7 +58,7 @@ def _launch(
         from flows.algorithm import pipeline
 
         server_answers()
-        results = _through_prefect(config, store, first, last, force, pipeline, console)
+        results = _through_prefect(planner, first, last, force, pipeline, console)
     stages = {
         result.stage: {
             "fingerprint": result.fingerprint,
@@ -80,8 +80,7 @@ def _launch(
 
 
 def _through_prefect(
-    config: PipelineConfig,
-    store: Store,
+    planner: Planner,
     first: str,
     last: str,
     force: tuple[str, ...],
@@ -95,7 +94,8 @@ def _through_prefect(
 
     setup_logging()
     run = CancellableRun()
-    with logging_to(log_file(store, config.name), console):
+    config, store = planner.config, planner.store
+    with logging_to(log_file(store, config.name), console), planning(planner):
         try:
             return pipeline.with_options(on_running=[run.started])(config, store.url, first, last, force)
         except KeyboardInterrupt:
@@ -143,12 +143,9 @@ def _default_store() -> str:
     return Store("artifacts").url
 
 
-def _from_cache(
-    plans: dict[str, StagePlan], config: PipelineConfig, store: Store, first: str, last: str
-) -> list[Any] | None:
+def _from_cache(planner: Planner, first: str, last: str) -> list[Any] | None:
     """The results of a run that has nothing to compute, without a Prefect server; None where there is work."""
-    names = list(STAGES)
-    span = names[names.index(first) : names.index(last) + 1]
-    if not all(plans[name].complete for name in span):
+    span = STAGE_NAMES[STAGE_NAMES.index(first) : STAGE_NAMES.index(last) + 1]
+    if not all(planner.plan(name).complete for name in span):
         return None
-    return [run_stage(name, config, store.url, plans=plans) for name in span]
+    return [run_stage(name, planner.config, planner.store.url, planner=planner) for name in span]

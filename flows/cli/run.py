@@ -19,7 +19,7 @@ from flows.cli.app import (
     print_json,
     tell,
 )
-from flows.stage_order import STAGE_ORDER
+from tasks.stages import STAGE_NAMES
 
 
 @command()
@@ -92,13 +92,13 @@ def run(
         return
     if only is not None and (first is not None or last is not None):
         raise typer.BadParameter("--only STAGE stands alone: it means --from STAGE --until STAGE")
-    if first and last and STAGE_ORDER.index(first) > STAGE_ORDER.index(last):
+    if first and last and STAGE_NAMES.index(first) > STAGE_NAMES.index(last):
         raise typer.BadParameter(f"--from {first} comes after --until {last}, so no stage is left to run")
     _run(
         loaded,
         store,
-        first=only or first or STAGE_ORDER[0],
-        last=only or last or STAGE_ORDER[-1],
+        first=only or first or STAGE_NAMES[0],
+        last=only or last or STAGE_NAMES[-1],
         force=tuple(force or ()),
         as_json=as_json,
     )
@@ -160,8 +160,8 @@ def _run(
     config: Any,
     store: str,
     *,
-    first: str = STAGE_ORDER[0],
-    last: str = STAGE_ORDER[-1],
+    first: str = STAGE_NAMES[0],
+    last: str = STAGE_NAMES[-1],
     force: tuple[str, ...] = (),
     as_json: bool,
 ) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 from rich.table import Table
 
-from flows.stage_order import STAGE_ORDER
 from qrpo.errors import ConfigError, DataError
 from storage import Manifest, Store
+from tasks.stages import STAGE_NAMES
 
 __all__ = ["artifact_table", "describe", "find_manifest", "lineage", "list_runs", "runs_table", "stages_of"]
 
@@ -36,7 +36,7 @@ def list_runs(store: Store) -> dict[str, Any]:
 def stages_of(noted: Mapping[str, Any]) -> dict[str, Any]:
     """What a run noted of its stages, in the order in which a run goes through them."""
     entries = noted.get("stages", {})
-    return {stage: entries[stage] for stage in STAGE_ORDER if stage in entries}
+    return {stage: entries[stage] for stage in STAGE_NAMES if stage in entries}
 
 
 def runs_table(listing: dict[str, Any]) -> Table | str:

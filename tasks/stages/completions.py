@@ -7,7 +7,8 @@ committed while the engine goes on with the next.
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 from pydantic import Field
@@ -18,20 +19,27 @@ from qrpo.engines import EngineConfig
 from qrpo.engines.sampling import Engine, Sample, SampleRequest, SamplingConfig, misfit, sample_seed
 from qrpo.errors import DataError
 from qrpo.models import ModelConfig
-from storage import PartKey, PartRecord, Store, fingerprint
+from storage import Manifest, PartRecord, Store, fingerprint
 from storage.tables import SCHEMAS
 from tasks.engines import engine_for
-from tasks.plan import PartPlan, StagePlan, make_family
+from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key
 from tasks.reuse import reusable_rows
-from tasks.rounds import previous_policy
-from tasks.stages.prompts import prompt_parts, prompt_rows
-from tasks.stages.reference import model_for, reference_identity, reference_inputs, reference_parent
+from tasks.stage import RowReuse, Stage, setting
+from tasks.stages.prompts import content, prompt_rows
+from tasks.stages.quantiles import TrainOn
+from tasks.stages.reference import model_for
 from tasks.work import Work
 
-if TYPE_CHECKING:
-    from tasks.config import PipelineConfig
-
-__all__ = ["CompletionsConfig", "compute", "parts_by_prompts", "plan", "sample_requests", "sample_row"]
+__all__ = [
+    "STAGE",
+    "CompletionsConfig",
+    "Settings",
+    "compute",
+    "plan",
+    "sample_requests",
+    "sample_row",
+    "samples_of",
+]
 
 VERSION = 1
 
@@ -49,53 +57,78 @@ class CompletionsConfig(Section):
     """Temperature, length limit and the like."""
 
 
-def plan(config: "PipelineConfig", plans: Mapping[str, StagePlan], store: Store) -> StagePlan:
+@dataclass(frozen=True)
+class Settings:
+    """What this stage reads of the configuration."""
+
+    section: CompletionsConfig = setting("completions")
+    seed: int = setting("seed")
+    model: ModelConfig = setting("reference.model")
+    train_on: TrainOn = setting("quantiles.train_on")
+    policy_samples: int = setting("rounds.num_completions")
+    from_run: str | None = setting("rounds.from_run")
+
+
+def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     """Blocks of samples for every prompts part, and one offline part where the dataset's completions are trained on.
 
     In a later round, also blocks of the policy's own samples for the prompts that are trained on.
     """
-    section = config.completions
-    settings = {"engine": keyed(section.engine), "sampling": keyed(section.sampling), "seed": config.seed}
-    outside = {"model": reference_identity(config, plans)}
-    family = make_family("completions", VERSION, settings, outside)
+    section = settings.section
+    hashed = {"engine": keyed(section.engine), "sampling": keyed(section.sampling), "seed": settings.seed}
+    outside = {"model": upstream.reference_identity}
+    family = make_family("completions", VERSION, hashed, outside)
     offline_family = make_family("completions", VERSION, {"origin": "offline"}, outside)
-    before = previous_policy(config, store)
+    before = upstream.previous_policy
     from_policy = {"model": {"artifact": before.fingerprint}} if before else {}
-    policy_family = make_family("completions", VERSION, settings, from_policy)
-    from_model = reference_inputs(plans)
+    policy_family = make_family("completions", VERSION, hashed, from_policy)
+    trains_offline = settings.train_on in ("offline", "both")
     parts: list[PartPlan] = []
-    for prompts in prompt_parts(plans):
-        common = {"prompts": prompts.key.fingerprint, "split": prompts.slice["split"]}
-        inputs = (prompts.key, *from_model)
-        if config.quantiles.train_on in ("offline", "both") and prompts.slice["split"] == "train":
-            key = PartKey(
-                "completions", offline_family, fingerprint([offline_family, prompts.slice["offline"]])
-            )
+    for prompts in upstream.prompt_parts():
+        split = prompts.slice["split"]
+        common = {"prompts": prompts.key.fingerprint, "split": split}
+        inputs = (prompts.key, *upstream.reference_inputs)
+        if trains_offline and split == "train":
+            key = part_key("completions", offline_family, prompts.slice["offline"])
             parts.append(PartPlan(key, inputs, {**common, "origin": "offline"}))
         blocks = [("reference", family, inputs, section.num_ref)]
-        if before is not None and prompts.slice["split"] == "train":
-            sampled = config.rounds.num_completions
-            blocks.append(("policy", policy_family, (prompts.key, before.key), sampled))
+        if before is not None and split == "train":
+            blocks.append(("policy", policy_family, (prompts.key, before.key), settings.policy_samples))
         for origin, of, sources, samples in blocks:
             for start in range(0, samples, section.samples_per_part):
                 stop = min(start + section.samples_per_part, samples)
-                key = PartKey("completions", of, fingerprint([of, prompts.slice["ids"], start, stop]))
+                key = part_key("completions", of, prompts.slice["ids"], start, stop)
                 parts.append(
                     PartPlan(key, sources, {**common, "origin": origin, "start": start, "stop": stop})
                 )
-    parents = {"prompts": plans["prompts"].fingerprint, **reference_parent(plans)}
-    return StagePlan("completions", family, settings, outside, tuple(parts), parents)
+    sampled = [family, section.num_ref]
+    rows = {
+        "train": fingerprint(
+            [
+                *sampled,
+                content(upstream, "train"),
+                offline_family if trains_offline else None,
+                [policy_family, settings.policy_samples] if before else None,
+            ]
+        ),
+        "eval": fingerprint([*sampled, content(upstream, "eval")]),
+    }
+    parents = upstream.parents("prompts", "reference")
+    return StagePlan("completions", family, hashed, outside, tuple(parts), parents, rows)
 
 
-def parts_by_prompts(plan: StagePlan) -> dict[str, list[PartPlan]]:
-    """The parts of a completions or rewards plan by the fingerprint of the prompts part that they belong to."""
-    parts: dict[str, list[PartPlan]] = {}
-    for part in plan.parts:
-        parts.setdefault(part.slice["prompts"], []).append(part)
-    return parts
+def samples_of(part: PartPlan, prompts: Mapping[str, int]) -> list[tuple[str, str, int]]:
+    """The rows of a completions or rewards part: (prompt_id, origin, sample_index)."""
+    origin = part.slice["origin"]
+    span = range(part.slice["start"], part.slice["stop"]) if origin != "offline" else None
+    return [
+        (prompt_id, origin, index)
+        for prompt_id, offline in prompts.items()
+        for index in (range(offline) if span is None else span)
+    ]
 
 
-def compute(work: Work) -> Iterator[PartRecord]:
+def compute(work: Work[Settings]) -> Iterator[PartRecord]:
     """Compute the group's parts, yielding each as soon as it is committed."""
     offline = [part for part in work.parts if part.slice["origin"] == "offline"]
     for part in offline:
@@ -106,9 +139,9 @@ def compute(work: Work) -> Iterator[PartRecord]:
             yield from _sample(work.only(sampled), origin)
 
 
-def _encode_offline(work: Work, part: PartPlan) -> PartRecord:
+def _encode_offline(work: Work[Settings], part: PartPlan) -> PartRecord:
     started = time.monotonic()
-    tokenizer = load_tokenizer(model_for(work, part))
+    tokenizer = load_tokenizer(model_for(work, part, work.settings.model))
     rows: list[dict[str, Any]] = []
     rejects = []
     for prompt in prompt_rows(work, part, "messages", "offline_completions").values():
@@ -123,65 +156,66 @@ def _encode_offline(work: Work, part: PartPlan) -> PartRecord:
     return work.commit(part, _table(rows), started=started, rejects=rejects)
 
 
-class _Filling:
+class _PartInProgress:
     """A part that is being sampled: its rows so far, and the prompts that it still waits for."""
 
-    def __init__(self, work: Work, part: PartPlan) -> None:
+    def __init__(self, work: Work[Settings], part: PartPlan) -> None:
         self.part = part
         self.span = range(part.slice["start"], part.slice["stop"])
         self.prompts = prompt_rows(work, part, "messages")
         reusable = reusable_rows(work, part, on=["prompt_id", "sample_index"]).to_dicts()
         self.rows = [r for r in reusable if r["prompt_id"] in self.prompts and r["sample_index"] in self.span]
+        self.reused = len(self.rows)
         self.rejects: list[dict[str, Any]] = []
         there = {(row["prompt_id"], row["sample_index"]) for row in self.rows}
         lacking = {p: [index for index in self.span if (p, index) not in there] for p in self.prompts}
         self.waiting = {prompt_id: indices for prompt_id, indices in lacking.items() if indices}
 
 
-def _sample(work: Work, origin: str) -> Iterator[PartRecord]:
+def _sample(work: Work[Settings], origin: str) -> Iterator[PartRecord]:
     """Sample all parts of the group in one stream, prompt by prompt, and commit each part when its last prompt is done.
 
     `origin` is the stage whose model is asked: `reference`, or `policy` for that of the round before.
     """
     started = time.monotonic()
-    model = model_for(work, work.parts[0], stage=origin)
-    engine = engine_for(work.config.completions.engine, model, work.log)
-    waiting: dict[str, list[_Filling]] = {}
-    for filling in [_Filling(work, part) for part in work.parts]:
-        for prompt_id in filling.waiting:
-            waiting.setdefault(prompt_id, []).append(filling)
-        if not filling.waiting:
-            yield _commit(work, filling, started)
-    prompts = [fillings[0].prompts[prompt_id] for prompt_id, fillings in waiting.items()]
-    wanted = {
-        p: [index for filling in fillings for index in filling.waiting[p]] for p, fillings in waiting.items()
-    }
-    requests, refused = sample_requests(engine, model, prompts, wanted, work.config, namespace=origin)
+    model = model_for(work, work.parts[0], work.settings.model, stage=origin)
+    engine = engine_for(work.settings.section.engine, model, work.log)
+    waiting: dict[str, list[_PartInProgress]] = {}
+    for part in [_PartInProgress(work, part) for part in work.parts]:
+        for prompt_id in part.waiting:
+            waiting.setdefault(prompt_id, []).append(part)
+        if not part.waiting:
+            yield _commit(work, part, started)
+    prompts = [parts[0].prompts[prompt_id] for prompt_id, parts in waiting.items()]
+    wanted = {p: [index for part in parts for index in part.waiting[p]] for p, parts in waiting.items()}
+    sampling, seed = work.settings.section.sampling, work.settings.seed
+    requests, refused = sample_requests(engine, model, prompts, wanted, sampling, seed, namespace=origin)
     for prompt_id, reason in refused.items():
-        for filling in waiting[prompt_id]:
-            filling.rejects.append({"key": prompt_id, "reason": reason, "prompt_id": prompt_id})
+        for part in waiting[prompt_id]:
+            part.rejects.append({"key": prompt_id, "reason": reason, "prompt_id": prompt_id})
         yield from _done_with(work, prompt_id, waiting, started)
-    for prompt_id, samples in engine.sample(requests, work.config.completions.sampling):
-        for filling in waiting[prompt_id]:
-            filling.rows += [
-                sample_row(prompt_id, sample, origin) for sample in samples if sample.index in filling.span
+    for prompt_id, samples in engine.sample(requests, sampling):
+        for part in waiting[prompt_id]:
+            part.rows += [
+                sample_row(prompt_id, sample, origin) for sample in samples if sample.index in part.span
             ]
         yield from _done_with(work, prompt_id, waiting, started)
     assert not waiting, f"the engine returned nothing for {len(waiting)} prompts"
 
 
 def _done_with(
-    work: Work, prompt_id: str, waiting: dict[str, list[_Filling]], started: float
+    work: Work[Settings], prompt_id: str, waiting: dict[str, list[_PartInProgress]], started: float
 ) -> Iterator[PartRecord]:
     """No part waits for this prompt any longer; those that wait for nothing else are committed."""
-    for filling in waiting.pop(prompt_id):
-        del filling.waiting[prompt_id]
-        if not filling.waiting:
-            yield _commit(work, filling, started)
+    for part in waiting.pop(prompt_id):
+        del part.waiting[prompt_id]
+        if not part.waiting:
+            yield _commit(work, part, started)
 
 
-def _commit(work: Work, filling: _Filling, started: float) -> PartRecord:
-    return work.commit(filling.part, _table(filling.rows), started=started, rejects=filling.rejects)
+def _commit(work: Work[Settings], part: _PartInProgress, started: float) -> PartRecord:
+    counts = {"computed": len(part.rows) - part.reused, "reused": part.reused}
+    return work.commit(part.part, _table(part.rows), started=started, rejects=part.rejects, metadata=counts)
 
 
 def sample_requests(
@@ -189,11 +223,11 @@ def sample_requests(
     model: ModelConfig,
     prompts: Sequence[Mapping[str, Any]],
     wanted: Mapping[str, Sequence[int]],
-    config: "PipelineConfig",
+    sampling: SamplingConfig,
+    seed: int,
     namespace: str,
 ) -> tuple[list[SampleRequest], dict[str, str]]:
     """Requests for the wanted sample indices of each prompt, and the prompts that cannot be asked with the reason."""
-    section = config.completions
     tokenizer = load_tokenizer(model)
     requests, refused = [], {}
     for prompt in prompts:
@@ -203,13 +237,11 @@ def sample_requests(
         except DataError as error:
             refused[prompt_id] = str(error)
             continue
-        problem = misfit(token_ids, engine.max_model_len, section.sampling.max_tokens)
+        problem = misfit(token_ids, engine.max_model_len, sampling.max_tokens)
         if problem:
             refused[prompt_id] = problem
             continue
-        seeds = tuple(
-            (index, sample_seed(config.seed, prompt_id, index, namespace)) for index in wanted[prompt_id]
-        )
+        seeds = tuple((index, sample_seed(seed, prompt_id, index, namespace)) for index in wanted[prompt_id])
         requests.append(SampleRequest(prompt_id, token_ids, seeds))
     return requests, refused
 
@@ -243,3 +275,29 @@ def _row(
         "finish_reason": finish_reason,
         "sampled_logprob": sampled_logprob,
     }
+
+
+def _lost_rows(manifest: Manifest, store: Store) -> tuple[int, int]:
+    """A prompt that cannot be asked loses every sample of its part."""
+    blocks = [record.metadata.get("stop", 1) - record.metadata.get("start", 0) for record in manifest.parts]
+    lost = sum(record.rejects * block for record, block in zip(manifest.parts, blocks, strict=True))
+    return lost, manifest.rows + lost
+
+
+def _to_sample(settings: Settings, part: PartPlan, prompts: Mapping[str, int]) -> list[tuple[str, str, int]]:
+    return samples_of(part, prompts) if part.slice["origin"] != "offline" else []  # these are only encoded
+
+
+STAGE = Stage(
+    name="completions",
+    version=VERSION,
+    summary="Sample y_1 .. y_n from the reference policy for every prompt.",
+    unit="completions",
+    parents=("prompts", "reference"),
+    settings=Settings,
+    section=CompletionsConfig,
+    plan=plan,
+    compute=compute,
+    reuse=RowReuse("completions to sample", _to_sample, ("prompt_id", "origin", "sample_index")),
+    lost_rows=_lost_rows,
+)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,24 +20,44 @@ from pydantic import Field, field_validator
 
 from qrpo.config import Section, keyed
 from qrpo.data.chat import load_tokenizer
+from qrpo.engines import EngineConfig
+from qrpo.engines.sampling import SamplingConfig
 from qrpo.errors import ConfigError
 from qrpo.method.quantiles import quantile_rewards
 from qrpo.models import ModelConfig, model_identity
-from storage import PartKey, PartRecord, Store, fingerprint
+from qrpo.rewards import RewardConfig
+from qrpo.training.settings import PolicyConfig
+from storage import PartRecord, Store, fingerprint
 from storage.tables import SCHEMAS
 from tasks.engines import close_engine, engine_for
-from tasks.plan import PartPlan, StagePlan, make_family
+from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key
+from tasks.reuse import reusable_rows
+from tasks.stage import RowReuse, Stage, setting
 from tasks.stages.completions import sample_requests, sample_row
-from tasks.stages.prompts import prompt_parts, prompt_rows
-from tasks.stages.reference import model_for, reference_identity, reference_inputs, reference_parent
-from tasks.stages.rewards import Scorer, reward_settings
+from tasks.stages.prompts import prompt_rows
+from tasks.stages.reference import model_for
+from tasks.stages.rewards import (
+    Scorer,
+    input_digest,
+    known_scores,
+    missing_rewards,
+    reward_settings,
+    sees_tokens,
+)
 from tasks.stages.shards import LogprobScorer
 from tasks.work import Work
 
-if TYPE_CHECKING:
-    from tasks.config import PipelineConfig
-
-__all__ = ["EvaluationConfig", "Samples", "checkpoint_model", "compute", "plan", "sample", "summary"]
+__all__ = [
+    "STAGE",
+    "EvaluationConfig",
+    "Samples",
+    "Settings",
+    "checkpoint_model",
+    "compute",
+    "plan",
+    "sample",
+    "summary",
+]
 
 VERSION = 3
 
@@ -65,99 +85,146 @@ class EvaluationConfig(Section):
         return models
 
 
-def plan(config: "PipelineConfig", plans: Mapping[str, StagePlan], store: Store) -> StagePlan:
+@dataclass(frozen=True)
+class Settings:
+    """What this stage reads of the configuration."""
+
+    section: EvaluationConfig = setting("evaluation")
+    model: ModelConfig = setting("reference.model")
+    engine: EngineConfig = setting("completions.engine")
+    sampling: SamplingConfig = setting("completions.sampling")
+    num_ref: int = setting("completions.num_ref")
+    rewards: tuple[RewardConfig, ...] = setting("rewards")
+    policy: PolicyConfig = setting("policy")
+    token_budget: int = setting("shards.token_budget")
+    seed: int = setting("seed")
+
+
+def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     """One part for every model and eval prompts part; none where no prompt is held out or nothing is trained."""
-    completions = config.completions
-    rewards, reward_identity = reward_settings(config)
-    settings = {
-        **keyed(config.evaluation),
-        "seed": config.seed,
-        "engine": keyed(completions.engine),
-        "sampling": keyed(completions.sampling),
+    rewards, reward_identity = reward_settings(settings.rewards)
+    hashed = {
+        **keyed(settings.section),
+        "seed": settings.seed,
+        "engine": keyed(settings.engine),
+        "sampling": keyed(settings.sampling),
         "rewards": rewards,
-        "dtype": config.policy.dtype,
+        "dtype": settings.policy.dtype,
     }
-    outside = {"model": reference_identity(config, plans), "rewards": reward_identity}
-    family = make_family("evaluation", VERSION, settings, outside)
-    policy = plans["policy"]
-    others = {name: model_identity(model) for name, model in config.evaluation.models.items()}
-    on_the_way = {f"step-{step}": [policy.fingerprint, step] for step in config.evaluation.checkpoints}
+    outside = {"model": upstream.reference_identity, "rewards": reward_identity}
+    family = make_family("evaluation", VERSION, hashed, outside)
+    policy = upstream["policy"]
+    others = {name: model_identity(model) for name, model in settings.section.models.items()}
+    on_the_way = {f"step-{step}": [policy.fingerprint, step] for step in settings.section.checkpoints}
     models = {"policy": policy.fingerprint, "reference": None, **on_the_way, **others}
-    by_prompts = {part.slice["prompts"]: part for part in plans["quantiles"].parts}
+    quantiles_of = upstream["quantiles"].by_prompts()
     parts = []
     for name, identity in models.items() if policy.parts else ():
-        for prompts in prompt_parts(plans, "eval"):
-            quantiles = by_prompts[prompts.key.fingerprint]
-            key = PartKey(
-                "evaluation", family, fingerprint([family, name, identity, quantiles.key.fingerprint])
-            )
+        for prompts in upstream.prompt_parts("eval"):
+            (quantiles,) = quantiles_of[prompts.key.fingerprint]
+            key = part_key("evaluation", family, name, identity, quantiles.key.fingerprint)
             trained = [part.key for part in policy.parts] if name == "policy" or name in on_the_way else []
-            inputs = (prompts.key, quantiles.key, *trained, *reference_inputs(plans))
-            slice_ = {"prompts": prompts.key.fingerprint, "split": "eval", "model": name}
-            parts.append(PartPlan(key, inputs, slice_))
-    parents = {
-        "policy": policy.fingerprint,
-        "quantiles": plans["quantiles"].fingerprint,
-        **reference_parent(plans),
-    }
-    outside |= {"models": others} if others else {}
-    return StagePlan("evaluation", family, settings, outside, tuple(parts), parents)
+            inputs = (prompts.key, quantiles.key, *trained, *upstream.reference_inputs)
+            common = {"prompts": prompts.key.fingerprint, "split": "eval", "model": name}
+            parts.append(PartPlan(key, inputs, {**common, "identity": fingerprint([identity])}))
+    rows = {"eval": fingerprint([family, models, upstream["quantiles"].rows["eval"]])}
+    parents = upstream.parents("policy", "quantiles", "reference")
+    return StagePlan("evaluation", family, hashed, outside, tuple(parts), parents, rows)
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Fresh samples: rows to score, and the reasons why a prompt could not be asked, by (model, prompt)."""
+    """Samples to evaluate, and the reasons why a prompt could not be asked, by (model, prompt).
 
-    rows: list[dict[str, Any]]
+    `fresh` were drawn now. `kept` are rows of committed parts, with the log-probabilities they have.
+    """
+
+    fresh: list[dict[str, Any]]
+    kept: list[dict[str, Any]]
     refused: dict[tuple[str, str], str]
 
 
-def sample(work: Work) -> Samples:
-    """Fresh samples for the group's parts, one model's engine after the other's."""
-    rows: list[dict[str, Any]] = []
-    refused: dict[tuple[str, str], str] = {}
+def sample(work: Work[Settings]) -> Samples:
+    """Samples for the group's parts, one model's engine after the other's; only what no committed part has is drawn."""
+    settings = work.settings
+    samples = Samples([], [], {})
     for name, parts in _by_model(work).items():
+        kept = [row for part in parts for row in _committed(work, part)]
+        there = {(row["prompt_id"], row["sample_index"]) for row in kept}
+        samples.kept.extend(kept)
         prompts = [row for part in parts for row in prompt_rows(work, part, "messages").values()]
-        wanted = {prompt["prompt_id"]: range(work.config.evaluation.num_samples) for prompt in prompts}
-        model = _model(work, parts[0])
-        engine = engine_for(work.config.completions.engine, model, work.log)
-        requests, reasons = sample_requests(engine, model, prompts, wanted, work.config, f"evaluation/{name}")
-        refused |= {(name, prompt_id): reason for prompt_id, reason in reasons.items()}
-        tokens = {request.key: list(request.prompt_token_ids) for request in requests}
-        for prompt_id, samples in engine.sample(requests, work.config.completions.sampling):
-            asked = {"prompt_token_ids": tokens[prompt_id], "model": name}
-            rows += [{**sample_row(prompt_id, drawn, name), **asked} for drawn in samples]
-        close_engine()
-    return Samples(rows, refused)
+        lacking = {
+            prompt["prompt_id"]: [
+                index
+                for index in range(settings.section.num_samples)
+                if (prompt["prompt_id"], index) not in there
+            ]
+            for prompt in prompts
+        }
+        wanted = {prompt_id: indices for prompt_id, indices in lacking.items() if indices}
+        if wanted:
+            _draw(work, name, [row for row in prompts if row["prompt_id"] in wanted], wanted, samples)
+    return samples
 
 
-def compute(work: Work, samples: Samples) -> Iterator[PartRecord]:
+def _committed(work: Work[Settings], part: PartPlan) -> list[dict[str, Any]]:
+    rows = reusable_rows(work, part, on=["prompt_id", "sample_index"])
+    if rows.is_empty():
+        return []
+    prompts = prompt_rows(work, part)
+    rows = rows.unique(subset=["prompt_id", "sample_index"], keep="first", maintain_order=True)
+    few = work.settings.section.num_samples
+    return [row for row in rows.to_dicts() if row["prompt_id"] in prompts and row["sample_index"] < few]
+
+
+def _draw(
+    work: Work[Settings],
+    name: str,
+    prompts: Sequence[Mapping[str, Any]],
+    wanted: Mapping[str, Sequence[int]],
+    samples: Samples,
+) -> None:
+    settings = work.settings
+    part = next(part for part in work.parts if part.slice["model"] == name)
+    model = _model(work, part)
+    engine = engine_for(settings.engine, model, work.log)
+    requests, reasons = sample_requests(
+        engine, model, prompts, wanted, settings.sampling, settings.seed, f"evaluation/{name}"
+    )
+    samples.refused.update({(name, prompt_id): reason for prompt_id, reason in reasons.items()})
+    tokens = {request.key: list(request.prompt_token_ids) for request in requests}
+    for prompt_id, drawn in engine.sample(requests, settings.sampling):
+        asked = {"prompt_token_ids": tokens[prompt_id], "model": name}
+        samples.fresh.extend({**sample_row(prompt_id, one, name), **asked} for one in drawn)
+    close_engine()
+
+
+def compute(work: Work[Settings], samples: Samples) -> Iterator[PartRecord]:
     """Score the samples of `sample` with the rewards and their models, and commit. Runs in a child process."""
     started = time.monotonic()
-    rows = [{**row, "completion_token_ids": [row["token_ids"]]} for row in samples.rows]
-    _score_logprobs(work, rows)
-    with Scorer(work.config, work.log, work.store) as scorer:
+    fresh = [{**row, "completion_token_ids": [row["token_ids"]]} for row in samples.fresh]
+    _score_logprobs(work, fresh)
+    samples = Samples(fresh, samples.kept, samples.refused)
+    with Scorer(work.settings.rewards, work.log, work.store) as scorer:
         for part in work.parts:
-            yield _score_part(work, part, Samples(rows, samples.refused), scorer, started)
+            yield _score_part(work, part, samples, scorer, started)
 
 
-def _by_model(work: Work) -> dict[str, list[PartPlan]]:
+def _by_model(work: Work[Settings]) -> dict[str, list[PartPlan]]:
     parts: dict[str, list[PartPlan]] = {}
     for part in work.parts:
         parts.setdefault(part.slice["model"], []).append(part)
     return parts
 
 
-def _model(work: Work, part: PartPlan) -> ModelConfig:
+def _model(work: Work[Settings], part: PartPlan) -> ModelConfig:
     name = part.slice["model"]
     step = name.removeprefix("step-")
-    if name in work.config.evaluation.models:
-        return work.config.evaluation.models[name]
-    return (
-        model_for(work, part, stage=name)
-        if step == name
-        else checkpoint_model(model_for(work, part, "policy"), int(step))
-    )
+    if name in work.settings.section.models:
+        return work.settings.section.models[name]
+    if step == name:
+        return model_for(work, part, work.settings.model, stage=name)
+    return checkpoint_model(model_for(work, part, work.settings.model, "policy"), int(step))
 
 
 def checkpoint_model(policy: ModelConfig, step: int) -> ModelConfig:
@@ -172,23 +239,30 @@ def checkpoint_model(policy: ModelConfig, step: int) -> ModelConfig:
     return policy.model_copy(update={"path": str(folder / str(step))})
 
 
-def _score_logprobs(work: Work, rows: Sequence[dict[str, Any]]) -> None:
+def _score_logprobs(work: Work[Settings], rows: Sequence[dict[str, Any]]) -> None:
     """Log-probabilities of every sample and its tokens under the model that drew it and under the reference.
 
     All stay unknown for a model whose tokens are not the reference's.
     """
-    reference = model_for(work, work.parts[0])
+    if not rows:
+        return
+    settings = work.settings
+    reference = model_for(work, work.parts[0], settings.model)
     vocabulary = load_tokenizer(reference).get_vocab()
     comparable: list[dict[str, Any]] = []
     for name, parts in _by_model(work).items():
         own, model = [row for row in rows if row["model"] == name], _model(work, parts[0])
-        if own and name in work.config.evaluation.models and load_tokenizer(model).get_vocab() != vocabulary:
+        if own and name in settings.section.models and load_tokenizer(model).get_vocab() != vocabulary:
             continue
         comparable += own
         if own and name != "reference":
-            LogprobScorer(model, work.config).score_tokens(own, "model_token_logprobs")
+            LogprobScorer(model, settings.policy.dtype, settings.token_budget).score_tokens(
+                own, "model_token_logprobs"
+            )
     if comparable:
-        LogprobScorer(reference, work.config).score_tokens(comparable, "ref_token_logprobs")
+        LogprobScorer(reference, settings.policy.dtype, settings.token_budget).score_tokens(
+            comparable, "ref_token_logprobs"
+        )
     for row in comparable:
         row.setdefault("model_token_logprobs", row["ref_token_logprobs"])
         row["model_logprob"], row["ref_logprob"] = (
@@ -197,36 +271,58 @@ def _score_logprobs(work: Work, rows: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def _score_part(work: Work, part: PartPlan, samples: Samples, scorer: Scorer, started: float) -> PartRecord:
+_COMPONENTS = pa.list_(
+    pa.struct([pa.field("name", pa.string(), nullable=False), pa.field("value", pa.float32())])
+)
+_SCHEMA = pa.schema(
+    [*SCHEMAS["evaluation"], pa.field("components", _COMPONENTS), pa.field("input_digest", pa.string())]
+)
+
+
+def _score_part(
+    work: Work[Settings], part: PartPlan, samples: Samples, scorer: Scorer, started: float
+) -> PartRecord:
+    settings, name = work.settings, part.slice["model"]
     prompts = prompt_rows(work, part, "messages", "conversational", "metadata")
     quantiles = work.store.read_part(work.input(part, "quantiles"), columns=["prompt_id", "ref_rewards"])
     references = {row["prompt_id"]: row["ref_rewards"] for row in quantiles.to_pylist()}
-    name = part.slice["model"]
     own = [
-        {**prompts[row["prompt_id"]], **row}
-        for row in samples.rows
+        {**prompts[row["prompt_id"]], **row, "origin": name}
+        for row in (*samples.kept, *samples.fresh)
         if row["model"] == name and row["prompt_id"] in prompts
     ]
     own.sort(key=lambda row: (row["prompt_id"], row["sample_index"]))
+    for row in own:
+        row["input_digest"] = input_digest(row, tokens=sees_tokens(settings.rewards))
+    committed = reusable_rows(work, part, on=["input_digest"])
+    known = known_scores(settings.rewards, own, committed, work.store, "evaluation")
     rejects = [
         {"key": f"{prompt_id}/{name}", "reason": reason, "prompt_id": prompt_id}
         for (model, prompt_id), reason in samples.refused.items()
         if model == name and prompt_id in prompts
     ]
-    kept = []
-    for row, score in zip(own, scorer.score(own), strict=True):
+    rows = []
+    for row, score in zip(own, scorer.score(own, known), strict=True):
         reason = score.error
         if reason is None and row["prompt_id"] not in references:
             reason = "the prompt has no reference rewards"
         if reason is None:
-            kept.append({**row, "reward": score.reward})
+            components = [{"name": reward, "value": value} for reward, value in score.components]
+            rows.append({**row, "reward": score.reward, "components": components})
         else:
             key = f"{row['prompt_id']}/{row['model']}/{row['sample_index']}"
             rejects.append({"key": key, "reason": reason, "prompt_id": row["prompt_id"]})
-    for row, quantile in zip(kept, _quantiles(kept, references), strict=True):
+    for row, quantile in zip(rows, _quantiles(rows, references), strict=True):
         row["quantile_reward"] = quantile
+    kept = sum(row["model"] == name and row["prompt_id"] in prompts for row in samples.kept)
+    reused = kept + sum(map(len, known))
+    total = len(own) * (1 + len(settings.rewards))
     return work.commit(
-        part, pa.Table.from_pylist(kept, schema=SCHEMAS["evaluation"]), started=started, rejects=rejects
+        part,
+        pa.Table.from_pylist(rows, schema=_SCHEMA),
+        started=started,
+        rejects=rejects,
+        metadata={"computed": total - reused, "reused": reused},
     )
 
 
@@ -244,11 +340,63 @@ def _quantiles(rows: Sequence[Mapping[str, Any]], references: Mapping[str, Seque
     return [float(quantile) for quantile in quantiles]
 
 
-def summary(config: "PipelineConfig", store: Store, stage_plan: StagePlan) -> dict[str, Any]:
+def summary(settings: Settings, store: Store, stage_plan: StagePlan) -> dict[str, Any]:
     """The comparison over all parts, with what QRPO's closed-form optimum promises for this transform and beta."""
     from qrpo.evaluation.summary import COLUMNS, summarise
 
+    if not stage_plan.parts:
+        return {}
     parts = [stage_plan.records[part.key.fingerprint] for part in stage_plan.parts]
     table = store.scan(parts).select(COLUMNS).collect()
-    promising = config.policy if config.policy.loss == "qrpo" else None
-    return summarise(table.to_arrow(), promising, num_ref=config.completions.num_ref, seed=config.seed)
+    promising = settings.policy if settings.policy.loss == "qrpo" else None
+    return {"summary": summarise(table.to_arrow(), promising, num_ref=settings.num_ref, seed=settings.seed)}
+
+
+def _to_sample(settings: Settings, part: PartPlan, prompts: Mapping[str, int]) -> list[tuple[str, str, int]]:
+    samples = range(settings.section.num_samples)
+    return [(prompt_id, part.slice["model"], index) for prompt_id in prompts for index in samples]
+
+
+def _serves(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+    """Samples do not depend on the rewards, nor on how many of them there are."""
+    return _sampled(theirs) == _sampled(ours)
+
+
+def _sampled(family: Mapping[str, Any]) -> list[dict[str, Any]]:
+    ignored = ("rewards", "num_samples")
+    both: list[Mapping[str, Any]] = [family["settings"], family["outside"]]
+    return [{name: value for name, value in of.items() if name not in ignored} for of in both]
+
+
+def _costs(ours: Mapping[str, Any], theirs: Mapping[str, Any] | None) -> int:
+    """One sample, and one score of each reward."""
+    of_rewards = [
+        family and {"settings": family["settings"]["rewards"], "outside": family["outside"]["rewards"]}
+        for family in (ours, theirs)
+    ]
+    return int(theirs is None) + missing_rewards(*of_rewards)
+
+
+STAGE = Stage(
+    name="evaluation",
+    version=VERSION,
+    summary="Compare fresh samples of policy and reference on the held-out prompts.",
+    unit="completions",
+    parents=("quantiles", "policy"),
+    settings=Settings,
+    section=EvaluationConfig,
+    plan=plan,
+    prepare=sample,
+    compute=compute,
+    in_child=True,
+    reuse=RowReuse(
+        "samples and scores",
+        _to_sample,
+        ("prompt_id", "model", "sample_index"),
+        serves=_serves,
+        matches=lambda part, metadata: metadata.get("identity") == part.slice["identity"],
+        costs=_costs,
+    ),
+    describe=summary,
+    why_empty="no prompt is held out: set prompts.eval_fraction or prompts.eval_source",
+)

@@ -3,55 +3,100 @@
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qrpo.training.arguments import held_out
 
 from qrpo.config import keyed
 from qrpo.errors import ConfigError, DataError
 from qrpo.method.transforms import get_transform
+from qrpo.models import ModelConfig
 from qrpo.training.ranks import stream_ranks
-from storage import PartKey, PartRecord, ShardReader, Store, fingerprint
-from tasks.plan import PartPlan, StagePlan, make_family
-from tasks.rounds import previous_policy
-from tasks.stages.reference import model_for, reference_identity, reference_inputs, reference_parent
+from qrpo.training.settings import PolicyConfig
+from storage import PartRecord, ShardReader, Store
+from tasks.plan import PartPlan, StagePlan, Upstream, add_digests, make_family, part_key, single_part
+from tasks.stage import Stage, setting
+from tasks.stages.reference import model_for
+from tasks.stages.shards import TABLE as SHARDS
+from tasks.training_files import training_files
 from tasks.work import Progress, Work, progress_of
 
-if TYPE_CHECKING:
-    from tasks.config import PipelineConfig
+__all__ = ["STAGE", "Settings", "compute", "plan", "train"]
 
-__all__ = ["compute", "plan", "train"]
-
-VERSION = 3
+VERSION = 4
 
 
-def plan(config: "PipelineConfig", plans: Mapping[str, StagePlan], store: Store) -> StagePlan:
+@dataclass(frozen=True)
+class Settings:
+    """What this stage reads of the configuration."""
+
+    section: PolicyConfig = setting("policy")
+    model: ModelConfig = setting("reference.model")
+    run_seed: int = setting("seed")
+    from_run: str | None = setting("rounds.from_run")
+
+    @property
+    def seed(self) -> int:
+        """`policy.seed`, or the run's."""
+        return self.run_seed if self.section.seed is None else self.section.seed
+
+
+def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     """One part, the policy's folder, from all shards."""
-    settings: dict[str, Any] = {**keyed(config.policy), "seed": _seed(config)}
-    outside = {"model": reference_identity(config, plans)}
-    before = previous_policy(config, store)
+    hashed: dict[str, Any] = {**keyed(settings.section), "seed": settings.seed}
+    outside = {"model": upstream.reference_identity}
+    before = upstream.previous_policy
     if before is not None:
         outside["start"] = {"artifact": before.fingerprint}
-    family = make_family("policy", VERSION, settings, outside)
-    shards = [part.key for part in plans["shards"].parts]
-    parts: tuple[PartPlan, ...] = ()
-    if shards:
-        key = PartKey("policy", family, fingerprint([family, [shard.fingerprint for shard in shards]]))
-        parts = (PartPlan(key, (*shards, *reference_inputs(plans), *((before.key,) if before else ()))),)
-    parents = {"shards": plans["shards"].fingerprint, **reference_parent(plans)}
-    return StagePlan("policy", family, settings, outside, parts, parents)
+    family = make_family("policy", VERSION, hashed, outside)
+    shards = upstream["shards"]
+    parents = upstream.parents("shards", "reference")
+    if not shards.parts:
+        return StagePlan("policy", family, hashed, outside, (), parents)
+    earlier = part_key(
+        "policy",
+        make_family("policy", 3, _version_3(hashed), outside),
+        [part.key.fingerprint for part in shards.parts],
+    )
+    key, artifact = single_part("policy", family, upstream.store, shards.rows["train"], earlier=earlier)
+    inputs = (
+        *(part.key for part in shards.parts),
+        *upstream.reference_inputs,
+        *((before.key,) if before else ()),
+    )
+    reads = (
+        _row_sum([shards.records[part.key.fingerprint] for part in shards.parts]) if shards.complete else None
+    )
+    part = PartPlan(key, inputs, {"reads": reads} if reads else {})
+    return StagePlan("policy", family, hashed, outside, (part,), parents, artifact=artifact, reads=reads)
 
 
-def compute(work: Work) -> Iterator[PartRecord | Progress]:
+def _row_sum(shards: Sequence[PartRecord]) -> str | None:
+    """The digest of all shards' rows in any cut; None where an earlier version wrote one."""
+    sums = [record.metadata.get("row_sum") for record in shards]
+    return add_digests(sums) if all(sums) else None
+
+
+def _version_3(hashed: dict[str, Any]) -> dict[str, Any]:
+    """The settings as version 3 of this stage hashed them."""
+    before = {name: value for name, value in hashed.items() if name != "eval_fraction"}
+    return {**before, "eval_shards": 0} if not hashed.get("eval_fraction") else hashed
+
+
+def compute(work: Work[Settings]) -> Iterator[PartRecord | Progress]:
     """Train and commit the policy's folder. Runs in a child process; checkpoints lie in the store's work folder."""
     (part,) = work.parts
     started = time.monotonic()
-    training, _ = _cut(work, part)
+    _, training, _ = _files(work, part)
     rows = sum(record.rows for record in training)
     if not rows:
         raise DataError(
-            "policy: the shards hold no rows; `qrpo inspect CONFIG shards` and its rejects say why"
+            "policy: no row is left to train on; `qrpo inspect RUN shards` and its rejects say why, and "
+            "policy.eval_fraction how many are held out"
         )
-    processes = work.config.policy.processes
+    processes = work.settings.section.processes
     if processes == 1:
         yield from train(work)
     elif work.store.url.startswith("memory://"):
@@ -64,63 +109,76 @@ def compute(work: Work) -> Iterator[PartRecord | Progress]:
     shutil.copy(scratch / "metrics.parquet", scratch / "final" / "metrics.parquet")
     if (scratch / "checkpoints").is_dir():
         shutil.copytree(scratch / "checkpoints", scratch / "final" / "checkpoints", dirs_exist_ok=True)
+    reads = _row_sum(work.inputs(part, "shards"))
     yield work.store.commit_folder(
         part.key,
         scratch / "final",
         rows=rows,
         parents=work.parent_digests(part),
+        metadata={"reads": reads} if reads else {},
         seconds=time.monotonic() - started,
         replace=part.replace,
     )
     work.store.clear_work(part.key)
 
 
-def train(work: Work) -> Iterator[Progress]:
+def train(work: Work[Settings]) -> Iterator[Progress]:
     """Train into the work folder: the whole run, or one rank's part of it where `qrpo.training.ranks` started this process."""
     from qrpo.training.runs import train_policy
 
     (part,) = work.parts
-    section = work.config.policy
+    section, seed = work.settings.section, work.settings.seed
+    files, training, held = _files(work, part)
 
     def read(records: Sequence[PartRecord]) -> ShardReader:
-        return ShardReader(work.store, records, seed=_seed(work.config), columns=section.columns())
+        return ShardReader(files, records, seed=seed, columns=section.columns())
 
-    training, held_out = _cut(work, part)
-    reader, eval_rows = read(training), list(read(held_out).iterate(0)) if held_out else None
-    settings = section.with_seed(_seed(work.config))
-    if work.config.rounds.from_run is None:
-        model = model_for(work, part)
+    reader, eval_rows = read(training), list(read(held).iterate(0)) if held else None
+    arguments = section.with_seed(seed)
+    if work.settings.from_run is None:
+        model = model_for(work, part, work.settings.model)
     else:  # a later round starts where the one before ended, away from the reference
-        model = model_for(work, part, stage="policy")
-        settings = settings.model_copy(update={"max_initial_log_ratio": math.inf})
+        model = model_for(work, part, work.settings.model, stage="policy")
+        arguments = arguments.model_copy(update={"max_initial_log_ratio": math.inf})
     scaled = "transform" not in section.idle_fields() and get_transform(section.transform).needs_scale
     spread = _mean_ref_std(work, part) if scaled else None
     folder = work.store.work_dir(part.key)
     yield from progress_of(
         lambda report: train_policy(
-            model, reader, settings, folder, eval_rows=eval_rows, mean_ref_std=spread, on_progress=report
+            model, reader, arguments, folder, eval_rows=eval_rows, mean_ref_std=spread, on_progress=report
         )
     )
 
 
-def _cut(work: Work, part: PartPlan) -> tuple[Sequence[PartRecord], Sequence[PartRecord]]:
-    """The shards to train on, and the last ones, which are held out."""
-    shards, held_out = work.inputs(part, "shards"), work.config.policy.eval_shards
-    if held_out and len(shards) <= held_out:
-        raise ConfigError(
-            f"policy.eval_shards is {held_out} and there are {len(shards)} shards, none to train on: lower it, or make "
-            "parts smaller (run.part_size)"
-        )
-    return shards[: len(shards) - held_out], shards[len(shards) - held_out :]
+def _files(work: Work[Settings], part: PartPlan) -> tuple[Store, list[PartRecord], list[PartRecord]]:
+    """The training files in the work folder, and those held out."""
+    settings = work.settings
+    return training_files(
+        work.store,
+        work.inputs(part, "shards"),
+        SHARDS,
+        work.store.work_dir(part.key) / "training-files",
+        settings.seed,
+        lambda prompt_id: held_out(prompt_id, settings.section.eval_fraction, settings.seed),
+    )
 
 
-def _seed(config: "PipelineConfig") -> int:
-    return config.seed if config.policy.seed is None else config.policy.seed
-
-
-def _mean_ref_std(work: Work, part: PartPlan) -> float:
+def _mean_ref_std(work: Work[Settings], part: PartPlan) -> float:
     """The mean spread of reference rewards over all prompts, by which scaled transforms divide each prompt's own."""
-    import polars as pl
+    stds = work.store.scan(work.inputs(part, "shards")).select("ref_std").drop_nulls().collect()["ref_std"]
+    return math.fsum(stds) / len(stds)  # exact, so the same in any order
 
-    shards = work.store.scan(work.inputs(part, "shards"))
-    return float(shards.select(pl.col("ref_std").mean()).collect().item())
+
+STAGE = Stage(
+    name="policy",
+    version=VERSION,
+    summary="Fit the policy by regression: (f(q) - beta log Z - beta log(policy / reference))^2.",
+    unit="prompts",
+    parents=("shards",),
+    settings=Settings,
+    section=PolicyConfig,
+    plan=plan,
+    compute=compute,
+    in_child=True,
+    trains=True,
+)

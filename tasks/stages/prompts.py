@@ -8,9 +8,9 @@ border, not all that follow.
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pyarrow as pa
 
@@ -20,15 +20,21 @@ from qrpo.data.sources import is_dataset, source_files
 from qrpo.errors import DataError
 from storage import PartKey, PartRecord, Store, file_digest, fingerprint
 from storage.tables import SCHEMAS
-from tasks.plan import PartPlan, StagePlan, make_family
+from tasks.plan import PartPlan, StagePlan, Upstream, add_digests, make_family
+from tasks.stage import Stage, setting
 from tasks.work import Work
 
-if TYPE_CHECKING:
-    from tasks.config import PipelineConfig
-
-__all__ = ["PromptsPart", "compute", "cut", "plan", "prompt_parts", "prompt_rows", "source_identity"]
+__all__ = ["STAGE", "PromptsPart", "Settings", "compute", "content", "plan", "prompt_rows", "row_hash"]
 
 VERSION = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What this stage reads of the configuration."""
+
+    section: PromptsConfig = setting("prompts")
+    part_size: int = setting("run.part_size")
 
 
 class PromptsPart:
@@ -42,39 +48,42 @@ class PromptsPart:
     def plan(self) -> PartPlan:
         """The part's key and what later stages need to know of it without reading it."""
         family = make_family("prompts", VERSION, {}, {})
-        key = PartKey("prompts", family, _hash([family, self.split, self.rows, self.rejects]))
-        ids = _hash([row["prompt_id"] for row in self.rows])
-        offline = _hash([[row["prompt_id"], row["offline_completions"]] for row in self.rows])
-        return PartPlan(
-            key, (), {"split": self.split, "rows": len(self.rows), "ids": ids, "offline": offline}
-        )
+        key = PartKey("prompts", family, row_hash([family, self.split, self.rows, self.rejects]))
+        ids = row_hash([row["prompt_id"] for row in self.rows])
+        offline = row_hash([[row["prompt_id"], row["offline_completions"]] for row in self.rows])
+        named = {"split": self.split, "rows": len(self.rows), "ids": ids, "offline": offline}
+        return PartPlan(key, (), {**named, **_content(self.rows)})
 
 
-def plan(config: "PipelineConfig", plans: Mapping[str, StagePlan], store: Store) -> StagePlan:
+def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     """The parts as an earlier run of the same source and settings cut them; none are known where there was none."""
     paths = {"source", "eval_source"}
-    settings = {name: value for name, value in keyed(config.prompts).items() if name not in paths}
-    settings["part_size"] = config.run.part_size
-    outside = source_identity(config.prompts)
-    family = make_family("prompts", VERSION, settings, outside)
-    empty = StagePlan(
-        "prompts", family, settings, outside, (), {}, artifact=fingerprint(["prompts", family]), known=False
-    )
-    manifest = store.manifest("prompts", empty.fingerprint)
+    section = {name: value for name, value in keyed(settings.section).items() if name not in paths}
+    outside = source_identity(settings.section)
+    family = make_family("prompts", VERSION, section, outside)
+    artifact = fingerprint(["prompts", family])
+    empty = StagePlan("prompts", family, section, outside, (), {}, artifact=artifact, known=False)
+    manifest = upstream.store.manifest("prompts", artifact)
     if manifest is None:
         return empty
     parts = tuple(PartPlan(record.key, (), record.metadata) for record in manifest.parts)
     return replace(empty, parts=parts, known=True)
 
 
-def prompt_parts(plans: Mapping[str, StagePlan], split: str | None = None) -> list[PartPlan]:
-    """The prompts parts that hold any prompt, of one split or both."""
-    return [
-        part for part in plans["prompts"].parts if part.slice["rows"] and split in (None, part.slice["split"])
-    ]
+def content(upstream: Upstream, split: str, columns: str = "row_sum") -> str:
+    """The digest of all prompts of a split, in any order and any cut: of whole rows, or of what fine-tuning reads (`offline_sum`)."""
+    sums = []
+    for part in upstream.prompt_parts(split):
+        if columns in part.slice:
+            sums.append(part.slice[columns])
+        else:  # written by an earlier version
+            record = upstream.store.part(part.key)
+            assert record is not None, f"{part.key} is in the plan, and not in the store"
+            sums.append(_content(upstream.store.read_part(record).to_pylist())[columns])
+    return add_digests(sums)
 
 
-def prompt_rows(work: Work, part: PartPlan, *columns: str) -> dict[str, dict[str, Any]]:
+def prompt_rows(work: Work[Any], part: PartPlan, *columns: str) -> dict[str, dict[str, Any]]:
     """These columns of the prompts that `part` is made from, by prompt id, in the part's order."""
     table = work.store.read_part(work.input(part, "prompts"), columns=["prompt_id", *columns])
     return {row["prompt_id"]: row for row in table.to_pylist()}
@@ -90,7 +99,7 @@ def source_identity(config: PromptsConfig) -> dict[str, Any]:
     }
 
 
-def _read(config: PromptsConfig) -> Iterator[tuple[str, str, Prompt | DataError]]:
+def _read_all(config: PromptsConfig) -> Iterator[tuple[str, str, Prompt | DataError]]:
     """(where, split, prompt or why there is none) for every row of the sources, in order."""
     yield from _read_source(config, config.source, None)
     if config.eval_source is not None:
@@ -101,7 +110,7 @@ def cut(config: PromptsConfig, part_size: int) -> Iterator[PromptsPart]:
     """The parts of the sources, of about `part_size` prompts each; a repeated prompt is a reject."""
     parts = {split: PromptsPart(split) for split in ("train", "eval")}
     seen: dict[str, str] = {}
-    for where, split, prompt in _read(config):
+    for where, split, prompt in _read_all(config):
         if isinstance(prompt, DataError):
             parts[split].rejects.append({"key": where, "reason": str(prompt)})
         elif prompt.prompt_id in seen:
@@ -118,17 +127,22 @@ def cut(config: PromptsConfig, part_size: int) -> Iterator[PromptsPart]:
             yield part
 
 
-def compute(work: Work) -> Iterator[tuple[PartPlan, PartRecord, bool]]:
-    """Read the sources and commit every part that the store does not have: (plan, record, whether it was new)."""
-    for part in cut(work.config.prompts, work.config.run.part_size):
+def compute(work: Work[Settings]) -> Iterator[tuple[PartRecord, bool]]:
+    """Read the sources and commit every part that the store does not have: (record, whether it is new)."""
+    for part in cut(work.settings.section, work.settings.part_size):
         started = time.monotonic()
-        part_plan = part.plan()
-        record = work.store.part(part_plan.key)
+        planned = part.plan()
+        record = work.store.part(planned.key)
         new = record is None
         if record is None:
             table = pa.Table.from_pylist(part.rows, schema=SCHEMAS["prompts"])
-            record = work.commit(part_plan, table, started=started, rejects=part.rejects)
-        yield part_plan, record, new
+            record = work.commit(planned, table, started=started, rejects=part.rejects)
+        yield record, new
+
+
+def _read(settings: Settings) -> Iterator[PartPlan]:
+    for part in cut(settings.section, settings.part_size):
+        yield part.plan()
 
 
 def _read_source(
@@ -166,5 +180,37 @@ def _row(prompt: Prompt, split: str, source: str) -> dict[str, Any]:
     }
 
 
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:32]
+def row_hash(value: Any) -> str:
+    """32 hex digits of a row's content. Keeps text as it is, where `storage.fingerprint` escapes it; part names depend on it."""
+    return _sha256(value)[:32]
+
+
+def _content(rows: list[dict[str, Any]]) -> dict[str, str]:
+    return {
+        "row_sum": add_digests(_sha256(row) for row in rows),
+        "offline_sum": add_digests(_sha256([row["prompt_id"], row["offline_completions"]]) for row in rows),
+    }
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+
+
+def _describe(settings: Settings, store: Store, plan: StagePlan) -> dict[str, Any]:
+    return {"source": settings.section.source, "eval_source": settings.section.eval_source}
+
+
+STAGE = Stage(
+    name="prompts",
+    version=VERSION,
+    summary="Read the prompts x, hold some out for evaluation, and cut the rest into parts.",
+    unit="prompts",
+    parents=(),
+    settings=Settings,
+    section=PromptsConfig,
+    plan=plan,
+    compute=compute,
+    read=_read,
+    uses_gpu=False,
+    describe=_describe,
+)

@@ -4,10 +4,11 @@ Arrays end in `P` prompts, `N` reference rewards (all prompts' in one row, cut b
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,17 +18,13 @@ from pydantic import Field
 
 from qrpo.config import Section, keyed
 from qrpo.method.quantiles import quantile_bounds, quantile_rewards
-from storage import PartKey, PartRecord, Store, fingerprint
+from storage import PartRecord, fingerprint
 from storage.tables import SCHEMAS
-from tasks.plan import PartPlan, StagePlan, make_family
-from tasks.stages.completions import parts_by_prompts
-from tasks.stages.prompts import prompt_parts
+from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key
+from tasks.stage import Stage, setting
 from tasks.work import Work
 
-if TYPE_CHECKING:
-    from tasks.config import PipelineConfig
-
-__all__ = ["QuantilesConfig", "compute", "plan"]
+__all__ = ["STAGE", "QuantilesConfig", "Settings", "TrainOn", "compute", "plan", "quantile_table"]
 
 VERSION = 1
 
@@ -35,10 +32,13 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 
+TrainOn = Literal["reference", "offline", "both", "policy"]
+
+
 class QuantilesConfig(Section):
     """Which completions are trained on, and how their rewards become quantiles."""
 
-    train_on: Literal["reference", "offline", "both", "policy"] = "reference"
+    train_on: TrainOn = "reference"
     """Train on the reference's own samples, on the dataset's completions, or on both; in a later round, on the policy's samples."""
     num_completions: int | None = Field(None, ge=1)
     """How many reference samples of each prompt are trained on; null for all of them."""
@@ -53,34 +53,44 @@ class QuantilesConfig(Section):
     """Coverage of `quantile_low` to `quantile_high`."""
 
 
-def plan(config: "PipelineConfig", plans: Mapping[str, StagePlan], store: Store) -> StagePlan:
+@dataclass(frozen=True)
+class Settings:
+    """What this stage reads of the configuration."""
+
+    section: QuantilesConfig = setting("quantiles")
+    seed: int = setting("seed")
+
+
+def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     """One part for every prompts part, over all its rewards. Held-out prompts have no training completions, so no setting matters."""
-    settings: dict[str, Any] = keyed(config.quantiles)
-    if config.quantiles.ties == "randomized":
-        settings["seed"] = config.seed
-    family = make_family("quantiles", VERSION, settings, {})
+    hashed: dict[str, Any] = keyed(settings.section)
+    if settings.section.ties == "randomized":
+        hashed["seed"] = settings.seed
+    family = make_family("quantiles", VERSION, hashed, {})
     held_out = make_family("quantiles", VERSION, {}, {})
-    rewards_of = parts_by_prompts(plans["rewards"])
+    rewards = upstream["rewards"]
+    rewards_of = rewards.by_prompts()
     parts = []
-    for prompts in prompt_parts(plans):
-        rewards = rewards_of[prompts.key.fingerprint]
-        inputs = [part.key for part in rewards]
-        of = family if prompts.slice["split"] == "train" else held_out
-        key = PartKey("quantiles", of, fingerprint([of, [key.fingerprint for key in inputs]]))
-        common = {"prompts": prompts.key.fingerprint, "split": prompts.slice["split"]}
+    for prompts in upstream.prompt_parts():
+        split = prompts.slice["split"]
+        inputs = [part.key for part in rewards_of[prompts.key.fingerprint]]
+        of = family if split == "train" else held_out
+        key = part_key("quantiles", of, [key.fingerprint for key in inputs])
+        common = {"prompts": prompts.key.fingerprint, "split": split}
         parts.append(PartPlan(key, (prompts.key, *inputs), common))
-    return StagePlan(
-        "quantiles", family, settings, {}, tuple(parts), {"rewards": plans["rewards"].fingerprint}
-    )
+    families = {"train": family, "eval": held_out}
+    rows = {split: fingerprint([of, rewards.rows[split]]) for split, of in families.items()}
+    parents = upstream.parents("rewards")
+    return StagePlan("quantiles", family, hashed, {}, tuple(parts), parents, rows)
 
 
-def compute(work: Work) -> Iterator[PartRecord]:
+def compute(work: Work[Settings]) -> Iterator[PartRecord]:
     """Compute the group, two parts at a time; light enough to run where it is called."""
     with ThreadPoolExecutor(_THREADS) as threads:  # Parquet and NumPy leave the interpreter to the other part
         yield from threads.map(lambda part: _compute_part(work, part), work.parts)
 
 
-def _compute_part(work: Work, part: PartPlan) -> PartRecord:
+def _compute_part(work: Work[Settings], part: PartPlan) -> PartRecord:
     started = time.monotonic()
     prompts = work.store.read_part(work.input(part, "prompts"), columns=["prompt_id"])["prompt_id"]
     rewards = pa.concat_tables(
@@ -88,7 +98,7 @@ def _compute_part(work: Work, part: PartPlan) -> PartRecord:
         for record in work.inputs(part, "rewards")
     )
     table, rejects = quantile_table(
-        prompts.combine_chunks(), rewards, work.config.quantiles, part.slice["split"], work.config.seed
+        prompts.combine_chunks(), rewards, work.settings.section, part.slice["split"], work.settings.seed
     )
     return work.commit(part, table, started=started, rejects=rejects)
 
@@ -237,3 +247,17 @@ def _offsets(prompt: Ints, prompts: int) -> Ints:
 
 def _lists(offsets: Ints, values: Any) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values))
+
+
+STAGE = Stage(
+    name="quantiles",
+    version=VERSION,
+    summary="Turn the rewards of training completions into their quantiles among the reference rewards of the same prompt.",
+    unit="prompts",
+    parents=("rewards",),
+    settings=Settings,
+    section=QuantilesConfig,
+    plan=plan,
+    compute=compute,
+    uses_gpu=False,
+)

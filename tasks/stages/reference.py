@@ -4,33 +4,25 @@ Without `reference.sft` there is no such stage: the given model is the reference
 """
 
 import time
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 from qrpo.config import Section, keyed
 from qrpo.data.chat import encode_completion, encode_prompt, load_tokenizer
 from qrpo.errors import DataError
 from qrpo.models import ModelConfig, model_identity
+from qrpo.seeds import seeded_hash
 from qrpo.training.settings import SftConfig
-from storage import PartKey, PartRecord, Store, fingerprint
-from tasks.plan import PartPlan, StagePlan, make_family
-from tasks.stages.prompts import prompt_parts
+from storage import PartRecord
+from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key, single_part
+from tasks.stage import Stage, setting
+from tasks.stages.prompts import content
 from tasks.work import Progress, Work, progress_of
 
-if TYPE_CHECKING:
-    from tasks.config import PipelineConfig
+__all__ = ["STAGE", "ReferenceConfig", "Settings", "compute", "model_for", "plan"]
 
-__all__ = [
-    "ReferenceConfig",
-    "compute",
-    "model_for",
-    "plan",
-    "reference_identity",
-    "reference_inputs",
-    "reference_parent",
-]
-
-VERSION = 1
+VERSION = 2
 
 
 class ReferenceConfig(Section):
@@ -42,54 +34,49 @@ class ReferenceConfig(Section):
     """Fine-tune the model on the chosen completions first (the paper's SFT on chosen); null to take it as it is."""
 
 
-def plan(config: "PipelineConfig", plans: Mapping[str, StagePlan], store: Store) -> StagePlan:
+@dataclass(frozen=True)
+class Settings:
+    """What this stage reads of the configuration."""
+
+    model: ModelConfig = setting("reference.model")
+    sft: SftConfig | None = setting("reference.sft")
+    seed: int = setting("seed")
+
+
+def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     """One part, the model folder; no part where no fine-tuning is asked for."""
-    sft = config.reference.sft
-    settings = {"sft": keyed(sft), "seed": config.seed} if sft else {"sft": None}
-    outside = {"model": model_identity(config.reference.model)}
-    family = make_family("reference", VERSION, settings, outside)
-    parts: tuple[PartPlan, ...] = ()
-    if sft is not None:
-        prompts = prompt_parts(plans, "train")
-        key = PartKey("reference", family, fingerprint([family, [part.slice["offline"] for part in prompts]]))
-        parts = (PartPlan(key, tuple(part.key for part in prompts)),)
-    return StagePlan("reference", family, settings, outside, parts, {"prompts": plans["prompts"].fingerprint})
+    sft = settings.sft
+    hashed = {"sft": keyed(sft), "seed": settings.seed} if sft else {"sft": None}
+    outside = {"model": model_identity(settings.model)}
+    family = make_family("reference", VERSION, hashed, outside)
+    parents = upstream.parents("prompts")
+    if sft is None:
+        return StagePlan("reference", family, hashed, outside, (), parents)
+    prompts = upstream.prompt_parts("train")
+    before = make_family("reference", 1, hashed, outside)
+    earlier = part_key("reference", before, [part.slice["offline"] for part in prompts])
+    examples = content(upstream, "train", "offline_sum")
+    key, artifact = single_part("reference", family, upstream.store, examples, earlier=earlier)
+    parts = (PartPlan(key, tuple(part.key for part in prompts)),)
+    return StagePlan("reference", family, hashed, outside, parts, parents, artifact=artifact)
 
 
-def reference_identity(config: "PipelineConfig", plans: Mapping[str, StagePlan]) -> dict[str, Any]:
-    """What identifies the reference policy: the fine-tuned artifact, or the given model's files."""
-    if config.reference.sft is not None:
-        return {"artifact": plans["reference"].fingerprint}
-    return dict(plans["reference"].outside["model"])
-
-
-def reference_inputs(plans: Mapping[str, StagePlan]) -> tuple[PartKey, ...]:
-    """The reference's part, for the inputs of stages that use the model."""
-    return tuple(part.key for part in plans["reference"].parts)
-
-
-def reference_parent(plans: Mapping[str, StagePlan]) -> dict[str, str]:
-    """The reference's artifact by its stage, for the lineage of stages that use the model; none where it is the given model."""
-    return {"reference": plans["reference"].fingerprint} if plans["reference"].parts else {}
-
-
-def model_for(work: Work, part: PartPlan, stage: str = "reference") -> ModelConfig:
-    """The model that `part` uses: the folder that `stage` made, or the configured model where that stage made none."""
-    section = work.config.reference.model
+def model_for(work: Work[Any], part: PartPlan, model: ModelConfig, stage: str = "reference") -> ModelConfig:
+    """The model that `part` uses: the folder that `stage` made, or the configured `model` where that stage made none."""
     for key in part.inputs:
         if key.stage == stage:
             folder = work.store.fetch_folder(work.record(key))
-            return section.model_copy(update={"path": str(folder), "revision": None})
+            return model.model_copy(update={"path": str(folder), "revision": None})
     assert stage == "reference", f"{work.stage} asked for the model of {stage}, which is not among its inputs"
-    return section
+    return model
 
 
-def compute(work: Work) -> Iterator[PartRecord | Progress]:
+def compute(work: Work[Settings]) -> Iterator[PartRecord | Progress]:
     """Fine-tune and commit the model folder. Runs in a child process."""
     from qrpo.training.runs import train_sft
 
     (part,) = work.parts
-    sft = work.config.reference.sft
+    sft = work.settings.sft
     assert sft is not None
     started = time.monotonic()
     rows, unusable = _examples(work, part)
@@ -99,8 +86,8 @@ def compute(work: Work) -> Iterator[PartRecord | Progress]:
             "give the data a `chosen` or `completion` column (prompts.columns maps names), or set reference.sft to null"
         )
     scratch = work.store.work_dir(part.key)
-    model, settings = work.config.reference.model, sft.with_seed(work.config.seed)
-    yield from progress_of(lambda report: train_sft(model, rows, settings, scratch, on_progress=report))
+    model, training = work.settings.model, sft.with_seed(work.settings.seed)
+    yield from progress_of(lambda report: train_sft(model, rows, training, scratch, on_progress=report))
     yield work.store.commit_folder(
         part.key,
         scratch / "final",
@@ -113,9 +100,12 @@ def compute(work: Work) -> Iterator[PartRecord | Progress]:
     work.store.clear_work(part.key)
 
 
-def _examples(work: Work, part: PartPlan) -> tuple[list[dict[str, Any]], int]:
-    """Every prompt with its first offline completion (the chosen one), and how many could not be encoded."""
-    tokenizer = load_tokenizer(work.config.reference.model)
+def _examples(work: Work[Settings], part: PartPlan) -> tuple[list[dict[str, Any]], int]:
+    """Every prompt with its first offline completion (the chosen one), and how many could not be encoded.
+
+    In the order of a hash of seed and prompt, which no cut into parts changes.
+    """
+    tokenizer = load_tokenizer(work.settings.model)
     rows, unusable = [], 0
     for record in work.inputs(part, "prompts"):
         table = work.store.read_part(record, columns=["prompt_id", "messages", "offline_completions"])
@@ -134,4 +124,21 @@ def _examples(work: Work, part: PartPlan) -> tuple[list[dict[str, Any]], int]:
                         "completion_token_ids": [completion],
                     }
                 )
+    rows.sort(key=lambda row: seeded_hash("sft", work.settings.seed, row["prompt_id"]))
     return rows, unusable
+
+
+STAGE = Stage(
+    name="reference",
+    version=VERSION,
+    summary="Fine-tune the reference policy on the chosen completions, where the configuration asks for it.",
+    unit="examples",
+    parents=("prompts",),
+    settings=Settings,
+    section=ReferenceConfig,
+    plan=plan,
+    compute=compute,
+    in_child=True,
+    trains=True,
+    why_empty="reference.sft is null: the model is taken as it is",
+)

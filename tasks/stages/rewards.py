@@ -4,56 +4,99 @@ Several small parts are scored together, as a reward model's batches are fuller 
 committed on its own all the same.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import pyarrow as pa
 
 from qrpo.config import keyed
-from qrpo.rewards import Reward, Score, combine, identity, open_reward
-from storage import PartKey, PartRecord, Store, fingerprint
+from qrpo.rewards import Reward, RewardConfig, Score, combine, identity, open_reward
+from storage import Manifest, PartRecord, Store, fingerprint
 from storage.tables import SCHEMAS
 from tasks.answers import StoredAnswers
 from tasks.engines import keep
-from tasks.plan import PartPlan, StagePlan, make_family
-from tasks.reuse import reusable_rows
-from tasks.stages.prompts import prompt_rows
+from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key
+from tasks.reuse import noted_family, reusable_rows
+from tasks.stage import RowReuse, Stage
+from tasks.stages.completions import samples_of
+from tasks.stages.prompts import prompt_rows, row_hash
 from tasks.work import Work
 
 if TYPE_CHECKING:
-    from tasks.config import PipelineConfig
+    import polars as pl
 
-__all__ = ["Scorer", "compute", "plan", "reward_settings"]
+__all__ = [
+    "STAGE",
+    "Scorer",
+    "Settings",
+    "compute",
+    "input_digest",
+    "known_scores",
+    "missing_rewards",
+    "plan",
+    "reward_identities",
+    "reward_settings",
+    "sees_tokens",
+]
 
 VERSION = 1
 
+Known = Mapping[str, float | None]
+"""Values that one row's rewards had before, by the reward's name; None where the reward did not apply."""
 
-def plan(config: "PipelineConfig", plans: Mapping[str, StagePlan], store: Store) -> StagePlan:
+
+@dataclass(frozen=True)
+class Settings:
+    """What this stage reads of the configuration."""
+
+    rewards: tuple[RewardConfig, ...]
+
+
+def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     """One part for every completions part."""
-    settings, outside = reward_settings(config)
-    family = make_family("rewards", VERSION, settings, outside)
-    completions = plans["completions"]
+    hashed, outside = reward_settings(settings.rewards)
+    family = make_family("rewards", VERSION, hashed, outside)
+    completions = upstream["completions"]
+    prompts = {part.key.fingerprint: part.key for part in upstream.prompt_parts()}
     parts = tuple(
         PartPlan(
-            PartKey("rewards", family, fingerprint([family, part.key.fingerprint, part.slice["prompts"]])),
-            (part.key, next(key for key in part.inputs if key.stage == "prompts")),
+            part_key("rewards", family, part.key.fingerprint, part.slice["prompts"]),
+            (part.key, prompts[part.slice["prompts"]]),
             part.slice,
         )
         for part in completions.parts
     )
-    return StagePlan("rewards", family, settings, outside, parts, {"completions": completions.fingerprint})
+    rows = {split: fingerprint([family, asked]) for split, asked in completions.rows.items()}
+    return StagePlan("rewards", family, hashed, outside, parts, upstream.parents("completions"), rows)
 
 
-def reward_settings(config: "PipelineConfig") -> tuple[dict[str, Any], dict[str, Any]]:
+def reward_settings(rewards: Sequence[RewardConfig]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings of the rewards, and the identity of what they call: a function's source, a model's files."""
-    settings = {reward.name: keyed(reward) for reward in config.rewards}
-    return settings, {reward.name: identity(reward) for reward in config.rewards}
+    return {reward.name: keyed(reward) for reward in rewards}, {
+        reward.name: identity(reward) for reward in rewards
+    }
+
+
+def reward_identities(settings: Mapping[str, Any], outside: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> hash of what decides a reward's values: not its weight, and not its name."""
+    return {
+        name: fingerprint(
+            [{key: value for key, value in section.items() if key not in ("name", "weight")}, outside[name]]
+        )
+        for name, section in settings.items()
+    }
+
+
+def missing_rewards(ours: Mapping[str, Any], theirs: Mapping[str, Any] | None) -> int:
+    """How many of our rewards a row of the other family has no value of. Both are `{"settings", "outside"}` of rewards."""
+    values = set(reward_identities(theirs["settings"], theirs["outside"]).values()) if theirs else set()
+    return sum(value not in values for value in reward_identities(ours["settings"], ours["outside"]).values())
 
 
 class Scorer:
@@ -62,11 +105,11 @@ class Scorer:
     Answers that cost money are kept in `store`, where there is one.
     """
 
-    def __init__(self, config: "PipelineConfig", log: Path, store: Store | None = None) -> None:
+    def __init__(self, rewards: Sequence[RewardConfig], log: Path, store: Store | None = None) -> None:
         answers = StoredAnswers(store) if store is not None else None
-        self._rewards = [open_reward(reward, log=log, answers=answers) for reward in config.rewards]
-        self._names = [reward.name for reward in config.rewards]
-        self._weights = [reward.weight for reward in config.rewards]
+        self._rewards = [open_reward(reward, log=log, answers=answers) for reward in rewards]
+        self._names = [reward.name for reward in rewards]
+        self._weights = [reward.weight for reward in rewards]
 
     def __enter__(self) -> Self:
         return self
@@ -79,26 +122,41 @@ class Scorer:
         for reward in self._rewards:
             reward.close()
 
-    def score(self, rows: Sequence[Mapping[str, Any]]) -> list[Score]:
-        """One score a row; a row has `messages`, `conversational`, `metadata` (JSON), `text` and maybe `token_ids`."""
+    def score(self, rows: Sequence[Mapping[str, Any]], known: Sequence[Known] | None = None) -> list[Score]:
+        """One score a row; a row has `messages`, `conversational`, `metadata` (JSON), `text` and maybe `token_ids`.
+
+        `known` has for every row the values that need not be computed again.
+        """
         if not rows:
             return []
-        columns = _columns([json.loads(row["metadata"]) for row in rows])
-        if "token_ids" in rows[0]:
-            columns["completion_ids"] = [row["token_ids"] for row in rows]  # TRL's name
-        prompts = [row["messages"] for row in rows]
-        texts = [row["text"] for row in rows]
-        forms = [row["conversational"] for row in rows]
+        known = known or [{}] * len(rows)
 
-        def ask(reward: Reward) -> list[Score]:
-            return reward.score(prompts, texts, columns, conversational=forms)
+        def ask(reward: Reward, name: str) -> list[Score]:
+            fresh = [row for row, values in zip(rows, known, strict=True) if name not in values]
+            scores = iter(_ask(reward, fresh) if fresh else ())
+            column = [Score(values[name]) if name in values else next(scores) for values in known]
+            return [_as_stored(score) for score in column]
 
         if len(self._rewards) == 1:
-            scores = [ask(self._rewards[0])]
+            scores = [ask(self._rewards[0], self._names[0])]
         else:  # side by side: a judge only waits, while a model computes
             with ThreadPoolExecutor(len(self._rewards), thread_name_prefix="rewards") as threads:
-                scores = list(threads.map(ask, self._rewards))
+                scores = list(threads.map(ask, self._rewards, self._names))
         return combine(list(zip(self._names, self._weights, scores, strict=True)))
+
+
+def _as_stored(score: Score) -> Score:
+    """A value as its column holds it, so that a sum is the same from stored values as from fresh ones."""
+    return score if score.reward is None else replace(score, reward=float(np.float32(score.reward)))
+
+
+def _ask(reward: Reward, rows: Sequence[Mapping[str, Any]]) -> list[Score]:
+    columns = _columns([json.loads(row["metadata"]) for row in rows])
+    if "token_ids" in rows[0]:
+        columns["completion_ids"] = [row["token_ids"] for row in rows]  # TRL's name
+    prompts = [row["messages"] for row in rows]
+    texts = [row["text"] for row in rows]
+    return reward.score(prompts, texts, columns, conversational=[row["conversational"] for row in rows])
 
 
 _TOGETHER = 4096  # completions to score in one call, so many at least while there are parts left
@@ -106,99 +164,145 @@ _TOGETHER = 4096  # completions to score in one call, so many at least while the
 
 @dataclass(frozen=True)
 class _Part:
-    """A part with its rows, and those of its rewards that were computed before, by the row's digest."""
+    """A part with its rows, and for each the values of its rewards that were computed before."""
 
     plan: PartPlan
     started: float
     rows: list[dict[str, Any]]
-    kept: dict[str, dict[str, Any]]
-
-    @property
-    def fresh(self) -> list[dict[str, Any]]:
-        return [row for row in self.rows if row["input_digest"] not in self.kept]
+    known: list[Known]
 
 
-def compute(work: Work) -> Iterator[PartRecord]:
+def compute(work: Work[Settings]) -> Iterator[PartRecord]:
     """Score the group, some parts together, and commit each part. The rewards are kept for the next group."""
-    scorer = keep(
-        (work.config.rewards, work.store.url, work.log), lambda: Scorer(work.config, work.log, work.store)
-    )
+    rewards = work.settings.rewards
+    scorer = keep((rewards, work.store.url, work.log), lambda: Scorer(rewards, work.log, work.store))
     waiting: list[_Part] = []
+    to_score = 0
     for plan in work.parts:
-        waiting.append(_read_part(work, plan))
-        if sum(len(part.fresh) for part in waiting) >= _TOGETHER:
+        part = _read_part(work, plan)
+        waiting.append(part)
+        to_score += sum(len(values) < len(rewards) for values in part.known)
+        if to_score >= _TOGETHER:
             yield from _score_parts(work, waiting, scorer)
-            waiting = []
+            waiting, to_score = [], 0
     yield from _score_parts(work, waiting, scorer)
 
 
-def _read_part(work: Work, part: PartPlan) -> _Part:
+def _read_part(work: Work[Settings], part: PartPlan) -> _Part:
     started = time.monotonic()
-    kept: dict[str, dict[str, Any]] = {}
+    rows = _inputs(work, part)
     reusable = reusable_rows(work, part, on=["input_digest"])
-    if not reusable.is_empty():
-        kept = {row["input_digest"]: row for row in reusable.to_dicts() if row["error"] is None}
-    return _Part(part, started, _inputs(work, part), kept)
+    return _Part(
+        part, started, rows, known_scores(work.settings.rewards, rows, reusable, work.store, "rewards")
+    )
 
 
-def _score_parts(work: Work, parts: Sequence[_Part], scorer: Scorer) -> Iterator[PartRecord]:
-    fresh = [row for part in parts for row in part.fresh]
-    scores = dict(zip((row["input_digest"] for row in fresh), scorer.score(fresh), strict=True))
+def known_scores(
+    rewards: Sequence[RewardConfig],
+    rows: Sequence[Mapping[str, Any]],
+    committed: "pl.DataFrame",
+    store: Store,
+    stage: str,
+) -> list[Known]:
+    """For every row, the values of these rewards that committed rows of any family have (`reusable_rows`).
+
+    A function may see the tokens of a completion, so its values hold for equal tokens; other rewards see the text alone.
+    """
+    known = _committed_scores(rewards, committed, store, stage)
+    if not known:
+        return [{}] * len(rows)
+    see_tokens = {reward.name for reward in rewards if reward.kind == "function"}
+    found: list[Known] = []
+    for row in rows:
+        by_text = known.get(input_digest(row, tokens=False), {})
+        by_tokens = known.get(input_digest(row, tokens=True), {})
+        found.append({name: value for name, value in by_text.items() if name not in see_tokens} | by_tokens)
+    return found
+
+
+def _committed_scores(
+    rewards: Sequence[RewardConfig], rows: "pl.DataFrame", store: Store, stage: str
+) -> dict[str, dict[str, float | None]]:
+    """Values of these rewards by `input_digest` and the reward's present name.
+
+    A row that failed says nothing. In the others, a component that is missing did not apply.
+    """
+    known: dict[str, dict[str, float | None]] = {}
+    if rows.is_empty():
+        return known
+    ours = reward_identities(*reward_settings(rewards))
+    scored = rows.filter(rows["error"].is_null()) if "error" in rows.columns else rows
+    for (family,), group in scored.group_by("family"):
+        noted = noted_family(store, stage, str(family)) or {}
+        theirs = reward_identities(*_rewards_of(noted)) if noted else ours
+        names = {name: [other for other, value in theirs.items() if value == ours[name]] for name in ours}
+        for row in group.select("input_digest", "components").iter_rows(named=True):
+            values = {item["name"]: item["value"] for item in row["components"] or ()}
+            found = known.setdefault(row["input_digest"], {})
+            found |= {name: values.get(others[0]) for name, others in names.items() if others}
+    return known
+
+
+def _rewards_of(family: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The rewards' settings and identities in the note of a rewards or evaluation family."""
+    settings, outside = family["settings"], family["outside"]
+    return settings.get("rewards", settings), outside.get("rewards", outside)
+
+
+def _score_parts(work: Work[Settings], parts: Sequence[_Part], scorer: Scorer) -> Iterator[PartRecord]:
+    rows = [row for part in parts for row in part.rows]
+    scores = iter(scorer.score(rows, [values for part in parts for values in part.known]))
     for part in parts:
-        yield _commit(work, part, scores)
+        yield _commit(work, part, [next(scores) for _ in part.rows])
 
 
-def _commit(work: Work, part: _Part, scores: Mapping[str, Score]) -> PartRecord:
+def _commit(work: Work[Settings], part: _Part, scores: Sequence[Score]) -> PartRecord:
     table, rejects = [], []
-    for row in part.rows:
-        old = part.kept.get(row["input_digest"])
-        score = _score_of(old) if old is not None else scores[row["input_digest"]]
+    for row, score in zip(part.rows, scores, strict=True):
         table.append(_row(row, score))
         if score.error is not None:
             key = f"{row['prompt_id']}/{row['origin']}/{row['sample_index']}"
             rejects.append({"key": key, "reason": score.error, "prompt_id": row["prompt_id"]})
+    reused = sum(map(len, part.known))
     return work.commit(
-        part.plan, pa.Table.from_pylist(table, schema=_SCHEMA), started=part.started, rejects=rejects
+        part.plan,
+        pa.Table.from_pylist(table, schema=_SCHEMA),
+        started=part.started,
+        rejects=rejects,
+        metadata={"computed": len(part.rows) * len(work.settings.rewards) - reused, "reused": reused},
     )
 
 
 _SCHEMA = SCHEMAS["rewards"].append(pa.field("input_digest", pa.string(), nullable=False))
 
 
-def _inputs(work: Work, part: PartPlan) -> list[dict[str, Any]]:
+def _inputs(work: Work[Settings], part: PartPlan) -> list[dict[str, Any]]:
     columns = ["prompt_id", "sample_index", "origin", "text"]
-    if any(reward.kind == "function" for reward in work.config.rewards):  # TRL passes them to functions
+    see_tokens = sees_tokens(work.settings.rewards)
+    if see_tokens or part.reuse:
         columns.append("token_ids")
     completions = work.store.read_part(work.input(part, "completions"), columns=columns).to_pylist()
     prompts = prompt_rows(work, part, "messages", "conversational", "metadata")
     rows = [{**prompts[row["prompt_id"]], **row} for row in completions]
     for row in rows:
-        row["input_digest"] = _digest(row)
+        row["input_digest"] = input_digest(row, tokens=see_tokens)
     return rows
 
 
-def _digest(row: Mapping[str, Any]) -> str:
+def sees_tokens(rewards: Sequence[RewardConfig]) -> bool:
+    """Whether any reward is a function, which gets the tokens as TRL passes them."""
+    return any(reward.kind == "function" for reward in rewards)
+
+
+def input_digest(row: Mapping[str, Any], tokens: bool) -> str:
     """What a reward can see of a row; two rows with the same digest have the same reward."""
-    seen = [
-        row["prompt_id"],
-        row["conversational"],
-        row["metadata"],
-        row["text"],
-        row["origin"],
-        row["sample_index"],
-    ]
-    if "token_ids" in row:
-        seen.append(row["token_ids"])
-    return hashlib.sha256(json.dumps(seen, ensure_ascii=False).encode()).hexdigest()[:32]
+    names = ("prompt_id", "conversational", "metadata", "text", "origin", "sample_index")
+    return row_hash([*(row[name] for name in names), *([row["token_ids"]] if tokens else [])])
 
 
 def _columns(metadata: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     names = {name for row in metadata for name in row}
     return {name: [row.get(name) for row in metadata] for name in sorted(names)}
-
-
-def _score_of(row: Mapping[str, Any]) -> Score:
-    return Score(row["reward"], None, tuple((c["name"], c["value"]) for c in row["components"]))
 
 
 def _row(row: Mapping[str, Any], score: Score) -> dict[str, Any]:
@@ -211,3 +315,29 @@ def _row(row: Mapping[str, Any], score: Score) -> dict[str, Any]:
         "error": score.error,
         "input_digest": row["input_digest"],
     }
+
+
+def _lost_rows(manifest: Manifest, store: Store) -> tuple[int, int]:
+    """A completion without a reward keeps its row."""
+    return manifest.rejects, manifest.rows
+
+
+STAGE = Stage(
+    name="rewards",
+    version=VERSION,
+    summary="Score every completion: r(x, y).",
+    unit="completions",
+    parents=("completions",),
+    settings=Settings,
+    plan=plan,
+    compute=compute,
+    reuse=RowReuse(
+        "scores",
+        lambda settings, part, prompts: samples_of(part, prompts),
+        ("prompt_id", "origin", "sample_index"),
+        unless="error",
+        serves=lambda theirs, ours: missing_rewards(ours, theirs) < missing_rewards(ours, None),
+        costs=missing_rewards,
+    ),
+    lost_rows=_lost_rows,
+)

@@ -5,10 +5,10 @@ that at step 0 the log ratio is zero up to rounding. Rows of a part are shuffled
 epoch over all parts is the reader's.
 """
 
-import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,20 +17,19 @@ from pydantic import Field
 from qrpo.config import Section, execution_option, keyed
 from qrpo.data.chat import encode_prompt, load_tokenizer
 from qrpo.models import ModelConfig
-from storage import PartKey, PartRecord, Store, fingerprint
+from qrpo.seeds import seeded_hash
+from storage import Manifest, PartRecord, Store, fingerprint, row_digest
 from storage.tables import SCHEMAS
 from tasks.engines import keep
-from tasks.plan import PartPlan, StagePlan, make_family
+from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key
 from tasks.reuse import reusable_rows
-from tasks.stages.completions import parts_by_prompts
-from tasks.stages.prompts import prompt_parts, prompt_rows
-from tasks.stages.reference import model_for, reference_identity, reference_inputs, reference_parent
+from tasks.stage import RowReuse, Stage, setting
+from tasks.stages.prompts import prompt_rows
+from tasks.stages.quantiles import QuantilesConfig
+from tasks.stages.reference import model_for
 from tasks.work import Work
 
-if TYPE_CHECKING:
-    from tasks.config import PipelineConfig
-
-__all__ = ["LogprobScorer", "ShardsConfig", "compute", "plan"]
+__all__ = ["STAGE", "LogprobScorer", "Settings", "ShardsConfig", "compute", "plan"]
 
 VERSION = 1
 
@@ -44,64 +43,107 @@ class ShardsConfig(Section):
     """Tokens of one forward, padding included."""
 
 
-def plan(config: "PipelineConfig", plans: Mapping[str, StagePlan], store: Store) -> StagePlan:
+@dataclass(frozen=True)
+class Settings:
+    """What this stage reads of the configuration."""
+
+    section: ShardsConfig = setting("shards")
+    quantiles: QuantilesConfig = setting("quantiles")
+    model: ModelConfig = setting("reference.model")
+    dtype: str = setting("policy.dtype")
+    share_prompts: bool = setting("policy.share_prompts")
+    seed: int = setting("seed")
+    num_ref: int = setting("completions.num_ref")
+    policy_samples: int = setting("rounds.num_completions")
+
+
+def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     """One part for every train prompts part."""
-    settings = {**keyed(config.shards), "dtype": config.policy.dtype, "seed": config.seed}
-    outside = {"model": reference_identity(config, plans)}
-    family = make_family("shards", VERSION, settings, outside)
-    by_prompts = {part.slice["prompts"]: part for part in plans["quantiles"].parts}
-    completions = parts_by_prompts(plans["completions"])
+    hashed = {**keyed(settings.section), "dtype": settings.dtype, "seed": settings.seed}
+    outside = {"model": upstream.reference_identity}
+    family = make_family("shards", VERSION, hashed, outside)
+    quantiles_of = upstream["quantiles"].by_prompts()
+    completions_of = upstream["completions"].by_prompts()
     parts = []
-    for prompts in prompt_parts(plans, "train"):
-        quantiles = by_prompts[prompts.key.fingerprint]
-        sources = [part for part in completions[prompts.key.fingerprint] if _trained_on(part, config)]
-        key = PartKey("shards", family, fingerprint([family, quantiles.key.fingerprint]))
-        inputs = (prompts.key, quantiles.key, *(part.key for part in sources), *reference_inputs(plans))
-        parts.append(PartPlan(key, inputs, {"prompts": prompts.key.fingerprint, "split": "train"}))
-    parents = {"quantiles": plans["quantiles"].fingerprint, **reference_parent(plans)}
-    return StagePlan("shards", family, settings, outside, tuple(parts), parents)
+    for prompts in upstream.prompt_parts("train"):
+        (quantiles,) = quantiles_of[prompts.key.fingerprint]
+        sources = [
+            part for part in completions_of[prompts.key.fingerprint] if _trained_on(part, settings.quantiles)
+        ]
+        key = part_key("shards", family, quantiles.key.fingerprint)
+        inputs = (prompts.key, quantiles.key, *(part.key for part in sources), *upstream.reference_inputs)
+        samples = fingerprint(sorted({part.key.family for part in sources}))
+        common = {"prompts": prompts.key.fingerprint, "split": "train", "samples": samples}
+        parts.append(PartPlan(key, inputs, common))
+    rows = {"train": fingerprint([family, upstream["quantiles"].rows["train"]])}
+    parents = upstream.parents("quantiles", "reference")
+    return StagePlan("shards", family, hashed, outside, tuple(parts), parents, rows)
 
 
-def compute(work: Work) -> Iterator[PartRecord]:
+def compute(work: Work[Settings]) -> Iterator[PartRecord]:
     """Compute the group part by part. Runs in a child process, since it loads the reference model, and keeps it."""
-    model_config = model_for(work, work.parts[0])
+    settings = work.settings
+    model_config = model_for(work, work.parts[0], settings.model)
     tokenizer = load_tokenizer(model_config)
+
+    def scorer() -> LogprobScorer:
+        return LogprobScorer(
+            model_config, settings.dtype, settings.section.token_budget, share_prompts=settings.share_prompts
+        )
+
     for part in work.parts:
         started = time.monotonic()
         rows, rejects = _rows(work, part, tokenizer)
         known = _known_logprobs(work, part)
-        for row in rows:
-            row["ref_logprob"] = known.get(_tokens_key(row))
-        unknown = [row for row in rows if row["ref_logprob"] is None]
+        reused = sum(_take(row, known) for row in rows)
+        unknown = [row for row in rows if None in row["ref_logprob"]]
         if unknown:
-            scorer = keep(
-                (model_config, "log-probabilities"), lambda: LogprobScorer(model_config, work.config)
-            )
-            scorer.score(unknown, "ref_logprob")
-        rows.sort(key=lambda row: _shuffle_key(work.config.seed, row["prompt_id"]))
+            _score_unknown(unknown, keep((model_config, "log-probabilities"), scorer))
+        rows.sort(key=lambda row: seeded_hash("shards", settings.seed, row["prompt_id"]))
         table = pa.Table.from_pylist(rows, schema=SCHEMAS["shards"])
-        yield work.commit(
-            part,
-            table,
-            started=started,
-            rejects=rejects,
-            metadata={"logprobs_reused": len(rows) - len(unknown)},
-        )
+        total = sum(len(row["ref_logprob"]) for row in rows)
+        counts = {"computed": total - reused, "reused": reused, "row_sum": f"{row_digest(table):064x}"}
+        yield work.commit(part, table, started=started, rejects=rejects, metadata=counts)
+
+
+def _take(row: dict[str, Any], known: Mapping[tuple[Any, ...], float]) -> int:
+    """Set the row's log-probabilities to those that are known, else None; returns how many are."""
+    prompt = tuple(row["prompt_token_ids"])
+    row["ref_logprob"] = [known.get((prompt, tuple(tokens))) for tokens in row["completion_token_ids"]]
+    return sum(logprob is not None for logprob in row["ref_logprob"])
+
+
+def _score_unknown(rows: Sequence[dict[str, Any]], scorer: "LogprobScorer") -> None:
+    """Score the completions of rows whose log-probability is None."""
+    lacking = [[k for k, logprob in enumerate(row["ref_logprob"]) if logprob is None] for row in rows]
+    asked = [
+        {
+            "prompt_token_ids": row["prompt_token_ids"],
+            "completion_token_ids": [row["completion_token_ids"][k] for k in places],
+        }
+        for row, places in zip(rows, lacking, strict=True)
+    ]
+    scorer.score(asked, "ref_logprob")
+    for row, places, answer in zip(rows, lacking, asked, strict=True):
+        for k, logprob in zip(places, answer["ref_logprob"], strict=True):
+            row["ref_logprob"][k] = logprob
 
 
 class LogprobScorer:
     """A model loaded as training loads it, to score rows with the forward that training uses."""
 
-    def __init__(self, model: ModelConfig, config: "PipelineConfig") -> None:
+    def __init__(
+        self, model: ModelConfig, dtype: str, token_budget: int, *, share_prompts: bool = False
+    ) -> None:
         import torch
 
         from qrpo.training.runs import load_policy
         from qrpo.training.sharing import can_share
 
         self._model = load_policy(model)
-        self._share = config.policy.share_prompts and can_share(self._model)
-        self._dtype = getattr(torch, config.policy.dtype)
-        self._token_budget = config.shards.token_budget
+        self._share = share_prompts and can_share(self._model)
+        self._dtype = getattr(torch, dtype)
+        self._token_budget = token_budget
 
     def score(self, rows: Sequence[dict[str, Any]], column: str) -> None:
         """Set `column` of each row to the log-probabilities (K,) of its `completion_token_ids`."""
@@ -126,8 +168,8 @@ class LogprobScorer:
         del self._model
 
 
-def _trained_on(part: PartPlan, config: "PipelineConfig") -> bool:
-    section = config.quantiles
+def _trained_on(part: PartPlan, section: QuantilesConfig) -> bool:
+    """Whether a completions part holds any completion that is trained on."""
     if part.slice["origin"] == "offline":
         return section.train_on in ("offline", "both")
     if part.slice["origin"] == "policy":
@@ -140,7 +182,9 @@ def _trained_on(part: PartPlan, config: "PipelineConfig") -> bool:
 _PER_COMPLETION = ("origin", "sample_index", "reward", "quantile_reward", "quantile_low", "quantile_high")
 
 
-def _rows(work: Work, part: PartPlan, tokenizer: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _rows(
+    work: Work[Settings], part: PartPlan, tokenizer: Any
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The part's rows but for their log-probabilities, and what was left out with the reason."""
     prompts = prompt_rows(work, part, "messages")
     tokens = _completion_tokens(work, part)
@@ -148,15 +192,15 @@ def _rows(work: Work, part: PartPlan, tokenizer: Any) -> tuple[list[dict[str, An
     columns = ["prompt_id", "num_ref", "ref_mean", "ref_std", *_PER_COMPLETION]
     for group in work.store.read_part(work.input(part, "quantiles"), columns=columns).to_pylist():
         prompt_token_ids = encode_prompt(tokenizer, prompts[group["prompt_id"]]["messages"])
-        row, refused = _row(work.config, group, prompt_token_ids, tokens)
+        row, refused = _row(work.settings, group, prompt_token_ids, tokens)
         rejects += refused
         rows += [row] if row is not None else []
     return rows, rejects
 
 
-def _completion_tokens(work: Work, part: PartPlan) -> dict[tuple[str, str, int], list[int]]:
+def _completion_tokens(work: Work[Settings], part: PartPlan) -> dict[tuple[str, str, int], list[int]]:
     """Token ids of the completions that are trained on, by prompt, origin and sample index."""
-    keep = work.config.quantiles.num_completions
+    keep = work.settings.quantiles.num_completions
     trained = pc.field("origin") != "reference"
     trained |= pc.scalar(True) if keep is None else pc.field("sample_index") < keep
     columns = ["prompt_id", "origin", "sample_index", "token_ids"]
@@ -168,13 +212,13 @@ def _completion_tokens(work: Work, part: PartPlan) -> dict[tuple[str, str, int],
 
 
 def _row(
-    config: "PipelineConfig",
+    settings: Settings,
     group: Mapping[str, Any],
     prompt_token_ids: list[int],
     tokens: Mapping[tuple[str, str, int], list[int]],
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """One prompt's row, without the completions that are empty or too long; None where none is left."""
-    prompt_id, limit = group["prompt_id"], config.shards.max_length
+    prompt_id, limit = group["prompt_id"], settings.section.max_length
     keep, rejects = [], []
     for k, (origin, index) in enumerate(zip(group["origin"], group["sample_index"], strict=True)):
         completion = tokens[prompt_id, origin, index]
@@ -193,7 +237,7 @@ def _row(
             {"key": prompt_id, "reason": "no scored training completion is left", "prompt_id": prompt_id}
         )
         return None, rejects
-    section = config.quantiles
+    section = settings.quantiles
     left_out = section.self_exclusion and section.train_on == "reference" and section.num_ref is None
     row = {
         "prompt_id": prompt_id,
@@ -209,16 +253,56 @@ def _row(
     }, rejects
 
 
-def _known_logprobs(work: Work, part: PartPlan) -> dict[tuple[Any, ...], list[float]]:
-    """Log-probabilities of the same tokens under the same model from earlier shards of this family."""
-    reusable = reusable_rows(work, part, on=["prompt_id", "completion_token_ids"])
-    return {_tokens_key(row): row["ref_logprob"] for row in reusable.to_dicts()}
+def _known_logprobs(work: Work[Settings], part: PartPlan) -> dict[tuple[Any, ...], float]:
+    """Log-probabilities under the same model from earlier shards of this family, by the tokens of prompt and completion."""
+    rows = reusable_rows(work, part, on=["prompt_id", "completion_token_ids"])
+    return {
+        (tuple(row["prompt_token_ids"]), tuple(tokens)): logprob
+        for row in rows.to_dicts()
+        for tokens, logprob in zip(row["completion_token_ids"], row["ref_logprob"], strict=True)
+    }
 
 
-def _tokens_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    completions: Sequence[Sequence[int]] = row["completion_token_ids"]
-    return tuple(row["prompt_token_ids"]), tuple(tuple(tokens) for tokens in completions)
+def _to_score(settings: Settings, part: PartPlan, prompts: Mapping[str, int]) -> list[tuple[str, str, int]]:
+    """The completions that are trained on."""
+    section = settings.quantiles
+    names: list[tuple[str, str, int]] = []
+    for prompt_id, offline in prompts.items():
+        if section.train_on in ("offline", "both"):
+            names += [(prompt_id, "offline", index) for index in range(offline)]
+        if section.train_on in ("reference", "both"):
+            names += [
+                (prompt_id, "reference", index)
+                for index in range(section.num_completions or settings.num_ref)
+            ]
+        if section.train_on == "policy":
+            names += [(prompt_id, "policy", index) for index in range(settings.policy_samples)]
+    return names
 
 
-def _shuffle_key(seed: int, prompt_id: str) -> bytes:
-    return hashlib.sha256(f"shards\0{seed}\0{prompt_id}".encode()).digest()
+def _lost_rows(manifest: Manifest, store: Store) -> tuple[int, int]:
+    """Where one completion cannot be used, the row of its prompt stays."""
+    rejects = [store.read_rejects(record) for record in manifest.parts if record.rejects]
+    lost = sum(row["key"] == row["prompt_id"] for table in rejects for row in table.to_pylist())
+    return lost, manifest.rows + lost
+
+
+STAGE = Stage(
+    name="shards",
+    version=VERSION,
+    summary="Write the training rows: tokens, quantile rewards and reference log-probabilities.",
+    unit="prompts",
+    parents=("quantiles",),
+    settings=Settings,
+    section=ShardsConfig,
+    plan=plan,
+    compute=compute,
+    in_child=True,
+    reuse=RowReuse(
+        "log-probabilities",
+        _to_score,
+        ("prompt_id", "origin", "sample_index"),
+        matches=lambda part, metadata: metadata.get("samples") in (None, part.slice["samples"]),
+    ),
+    lost_rows=_lost_rows,
+)

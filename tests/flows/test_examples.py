@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from flows.stage_order import STAGE_ORDER
 from flows.views.plan import preview
 from storage import Store
 from tasks.comparison import candidates
 from tasks.config import load_config
+from tasks.stages import STAGE_NAMES
 
 CONFIGS = sorted((Path(__file__).parents[2] / "examples" / "paper").glob("*.yaml"))
 
@@ -30,7 +30,7 @@ def test_plan_accepts_every_run_of_the_paper_and_every_candidate_of_its_comparis
 ) -> None:
     config = load_config(path)
     planned = preview(config, Store(tmp_path / "store"))
-    assert list(planned["stages"]) == list(STAGE_ORDER)
+    assert list(planned["stages"]) == list(STAGE_NAMES)
     assert planned["stages"]["prompts"]["reasons"] == [f"{config.prompts.source} has not been read yet"]
     assert config.name == path.stem
     every = list(candidates(config))

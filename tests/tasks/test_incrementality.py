@@ -22,8 +22,9 @@ from qrpo.engines import open_engine
 from qrpo.errors import ConfigError
 from storage import PartRecord, Store
 from tasks.config import PipelineConfig, parse_config
+from tasks.planner import plan_pipeline
 from tasks.run_stage import run_stage
-from tasks.stages import STAGES, plan_pipeline
+from tasks.stages import STAGES
 from tasks.stages.policy import compute as compute_policy
 from tasks.work import Work
 

@@ -18,7 +18,7 @@ from storage.tables import SCHEMAS
 from tasks.answers import StoredAnswers
 from tasks.config import PipelineConfig, load_config, parse_config
 from tasks.plan import PartPlan
-from tasks.stages import plan_pipeline
+from tasks.planner import plan_pipeline
 from tasks.stages.rewards import compute, reward_settings
 from tasks.work import Work
 

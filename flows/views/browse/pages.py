@@ -8,7 +8,6 @@ from urllib.parse import quote, urlencode
 
 from starlette.datastructures import QueryParams
 
-from flows.stage_order import STAGE_ORDER
 from flows.views.browse import drawings
 from flows.views.browse.tokens import coloured_tokens
 from flows.views.inspect.diff import diff_stage
@@ -22,6 +21,7 @@ from flows.views.inspect.text import one_line
 from flows.views.show import list_runs, part_urls, size_text, stages_of
 from qrpo.errors import DataError, QRPOError
 from storage import Manifest, Store
+from tasks.stages import STAGE_NAMES
 
 __all__ = ["NotFoundError", "Pages", "TidierAddressError", "View"]
 
@@ -65,7 +65,7 @@ class Pages:
         """All runs."""
         runs = list_runs(self.store)["runs"]
         newest = sorted(runs, key=lambda name: (runs[name]["updated"] or "", name), reverse=True)
-        return "home.html", {"runs": {name: runs[name] for name in newest}, "stages": STAGE_ORDER}
+        return "home.html", {"runs": {name: runs[name] for name in newest}, "stages": STAGE_NAMES}
 
     def artifacts(self) -> View:
         """Every artifact in the store, and the runs that name it."""
@@ -78,7 +78,7 @@ class Pages:
             stage, fingerprint, name = key.split("/")[1:4]
             if name == "manifest.json" and (manifest := self.store.manifest(stage, fingerprint)) is not None:
                 found.append({"manifest": manifest, "runs": runs.get((stage, fingerprint), [])})
-        order = {stage: place for place, stage in enumerate(STAGE_ORDER)}
+        order = {stage: place for place, stage in enumerate(STAGE_NAMES)}
         found.sort(key=lambda one: (order.get(one["manifest"].stage, 99), one["manifest"].created))
         return "artifacts.html", {"artifacts": found}
 
@@ -250,7 +250,7 @@ class Pages:
         sides = [self._run(name).manifests for name in names]
         values["stages"] = [
             {"name": stage, "sides": [side.get(stage) for side in sides]}
-            for stage in STAGE_ORDER
+            for stage in STAGE_NAMES
             if any(stage in side for side in sides)
         ]
         stage = asked.get("stage") or next(

@@ -1,0 +1,130 @@
+"""Plans of a run's stages, made one after another as they are asked for, once for each.
+
+A stage's plan follows from those before it. So a run plans each stage when its parents are complete, and again only what it has
+just computed; `qrpo plan` asks for all of them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+
+from qrpo.errors import ConfigError
+from storage import PartRecord, Store
+from tasks.config import PipelineConfig
+from tasks.plan import PartPlan, StagePlan, Upstream, previous_policy
+from tasks.stages import STAGE_NAMES, STAGES
+
+__all__ = ["Planner", "plan_pipeline", "planner_of", "planning"]
+
+
+class Planner:
+    """The plans of one configuration on one store."""
+
+    def __init__(self, config: PipelineConfig, store: Store) -> None:
+        self.config = config
+        self.store = store
+        self._plans: dict[str, StagePlan] = {}
+        self._previous = previous_policy(config.rounds.from_run, store)
+
+    def plan(self, stage: str, *, read_source: bool = False) -> StagePlan:
+        """The plan of a stage, with what the store has of it; stages before it are planned first.
+
+        Where the prompts have not been read yet, their plan and all that follow are not `known`; `read_source` then reads and cuts
+        the source in memory, without writing anything.
+        """
+        for name in STAGE_NAMES[len(self._plans) : STAGE_NAMES.index(stage) + 1]:
+            self._plans[name] = self._make(name, read_source)
+        return self._plans[stage]
+
+    def cut_anew(self, stage: str) -> StagePlan:
+        """The plan of a stage in parts of the configured size, also where a finished artifact has another cut."""
+        self._forget(stage)
+        self._plans[stage] = self._make(stage, keep_cut=False)
+        return self._plans[stage]
+
+    def computed(self, plan: StagePlan) -> StagePlan:
+        """Note that the parts of `plan` were computed: read their records again, and forget the plans of later stages."""
+        self._forget(plan.stage)
+        self._plans[plan.stage] = self._with_records(plan, keep_cut=False)
+        return self._plans[plan.stage]
+
+    def read(self, plan: StagePlan, records: tuple[PartRecord, ...]) -> StagePlan:
+        """Note the parts that reading the source gave."""
+        self._forget(plan.stage)
+        self._plans[plan.stage] = replace(
+            plan,
+            parts=tuple(PartPlan(record.key, (), record.metadata) for record in records),
+            records={record.fingerprint: record for record in records},
+            known=True,
+        )
+        return self._plans[plan.stage]
+
+    def require_parents(self, stage: str) -> None:
+        """Raise ConfigError where a stage that `stage` is made from has parts missing."""
+        for parent in STAGES[stage].parents:
+            plan = self.plan(parent)
+            if not plan.complete:
+                lacking = (
+                    f"{len(plan.missing)} of {len(plan.parts)} parts are missing"
+                    if plan.known
+                    else "it has not run yet"
+                )
+                raise ConfigError(
+                    f"{stage}: its parent stage {parent} is not complete: {lacking}. "
+                    f"Run it first: `qrpo run CONFIG --until {parent}`"
+                )
+
+    def _forget(self, stage: str) -> None:
+        for name in STAGE_NAMES[STAGE_NAMES.index(stage) :]:
+            self._plans.pop(name, None)
+
+    def _make(self, name: str, read_source: bool = False, keep_cut: bool = True) -> StagePlan:
+        stage = STAGES[name]
+        settings = stage.settings_of(self.config)
+        plan = stage.plan(settings, Upstream(self._plans, self.store, self._previous))
+        if stage.read is not None and not plan.known and read_source:
+            plan = replace(plan, parts=tuple(stage.read(settings)), known=True)
+        if not all(before.known for before in self._plans.values()):
+            plan = replace(plan, known=False)
+        return self._with_records(plan, keep_cut)
+
+    def _with_records(self, plan: StagePlan, keep_cut: bool) -> StagePlan:
+        digests: dict[str, str] = {}
+        if self._previous is not None:
+            digests[self._previous.fingerprint] = self._previous.digest
+        for before in self._plans.values():
+            digests |= before.digests
+        return plan.with_records(self.store, digests, keep_cut=keep_cut)
+
+
+def plan_pipeline(
+    config: PipelineConfig, store: Store, until: str = STAGE_NAMES[-1], *, read_source: bool = False
+) -> dict[str, StagePlan]:
+    """The plans of all stages up to `until`; see `Planner.plan`."""
+    planner = Planner(config, store)
+    return {
+        name: planner.plan(name, read_source=read_source)
+        for name in STAGE_NAMES[: STAGE_NAMES.index(until) + 1]
+    }
+
+
+_active: ContextVar[Planner | None] = ContextVar("planner", default=None)
+
+
+@contextmanager
+def planning(planner: Planner) -> Iterator[Planner]:
+    """Let stages that run inside the block, also as Prefect subflows, share one planner."""
+    token = _active.set(planner)
+    try:
+        yield planner
+    finally:
+        _active.reset(token)
+
+
+def planner_of(config: PipelineConfig, store_url: str) -> Planner:
+    """The planner of the block for this configuration and store, or a new one."""
+    active = _active.get()
+    if active is not None and active.config == config and active.store.url == Store(store_url).url:
+        return active
+    return Planner(config, Store(store_url))

@@ -1,0 +1,83 @@
+"""Why a stage has something to compute: which setting, input, parent or version changed since the run's last artifact."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from storage import Manifest
+from tasks.plan import StagePlan, flat
+from tasks.planner import Planner
+from tasks.reuse import RowCount
+from tasks.stages import STAGES
+
+__all__ = ["reasons"]
+
+
+def reasons(plan: StagePlan, planner: Planner, noted: Mapping[str, Any], count: RowCount | None) -> list[str]:
+    """The causes in words, none for a complete stage. `noted` is what the run noted of itself (`Store.run`)."""
+    stage, config, store = STAGES[plan.stage], planner.config, planner.store
+    if not plan.known:
+        if stage.read is not None:
+            return [f"{config.prompts.source} has not been read yet"]
+        return ["the prompts are not known yet"]
+    if plan.complete:
+        return [] if plan.parts else [stage.why_empty]
+    entry = noted.get("stages", {}).get(plan.stage)
+    previous = store.manifest(plan.stage, entry["fingerprint"]) if entry else None
+    words: list[str] = []
+    if previous is not None:
+        words += _changed_settings(previous, plan, planner, noted)
+        words += _changed_inputs(previous, plan)
+        version = previous.metadata.get("version")
+        if version not in (None, stage.version):
+            words.append(
+                f"the version of the {plan.stage} stage's code changed from {version} to {stage.version}"
+            )
+        elif version is None and previous.family != plan.family and not words:
+            words.append(f"the artifact was written by an earlier version of the {plan.stage} stage's code")
+        if stage.read is not None:
+            words.append("the source or how it is read changed: only parts with other prompts are new")
+    for parent in stage.parents:
+        before = planner.plan(parent)
+        if not before.complete:
+            words.append(f"{parent} is computed anew")
+        elif previous is not None and previous.parents.get(parent, before.fingerprint) != before.fingerprint:
+            words.append(f"{parent} changed")
+    if store.find_parts([part.key for part in plan.missing]):
+        words.append("its parents hold other bytes now than when it was computed")
+    if not words:
+        words.append("never computed" if previous is None else "parts are missing from the store")
+    if count is not None and count.reuse:
+        words.append(f"{count.reuse:,} of {count.compute + count.reuse:,} {count.unit} are reused")
+    return words
+
+
+def _changed_settings(
+    previous: Manifest, plan: StagePlan, planner: Planner, noted: Mapping[str, Any]
+) -> Iterator[str]:
+    """`key changed from old to new` for every setting that the stage reads."""
+    after = STAGES[plan.stage].read_values(planner.config)
+    before = previous.metadata.get("reads")
+    if before is None:  # written by an earlier version: the run's note has the configuration
+        before = {path: _value_at(noted.get("config", {}), path) for path in after}
+    old, new = flat(before), flat(after)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            yield f"{key} changed from {_short(old.get(key))} to {_short(new.get(key))}"
+
+
+def _changed_inputs(previous: Manifest, plan: StagePlan) -> Iterator[str]:
+    old, new = flat(previous.inputs), flat(plan.outside)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            yield f"{plan.stage}.{key} changed from {_short(old.get(key))} to {_short(new.get(key))}"
+
+
+def _value_at(config: Any, path: str) -> Any:
+    for step in path.split("."):
+        config = config.get(step) if isinstance(config, Mapping) else None
+    return config
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:28]}…{text[-28:]}"

@@ -1,0 +1,137 @@
+"""The stage: one object that says everything about one step of the pipeline.
+
+A module `tasks/stages/<name>.py` declares its configuration section, its `Settings` (what it reads of the configuration), its
+table, `plan` and `compute`, and one `STAGE` that holds them. `tasks.stages` lists the modules. The flow, the order, the
+choices of the command line, the deployments and the artifacts in Prefect's UI follow from that list.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from pydantic import BaseModel
+
+from qrpo.config import Section, effective
+from storage import Manifest, Store
+from tasks.plan import PartPlan, StagePlan, Upstream
+from tasks.work import Work
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["RowReuse", "Stage", "read_settings", "setting", "setting_paths"]
+
+S = TypeVar("S")
+_ABSENT = object()
+
+
+def setting(path: str) -> Any:
+    """A field of a stage's `Settings` that is read from `path` of the configuration; without it, from the field's own name."""
+    return field(metadata={"path": path})
+
+
+def setting_paths(kind: type[Any]) -> dict[str, str]:
+    """Field name -> dotted path, for a stage's `Settings`."""
+    return {item.name: item.metadata.get("path", item.name) for item in fields(kind)}
+
+
+def read_settings(kind: type[S], config: BaseModel) -> S:
+    """What a stage reads of the configuration, as its `Settings`."""
+    values = {}
+    for name, path in setting_paths(kind).items():
+        value: Any = config
+        for step in path.split("."):
+            value = getattr(value, step)
+        values[name] = value
+    return kind(**values)
+
+
+def _rejects(manifest: Manifest, store: Store) -> tuple[int, int]:
+    return manifest.rejects, manifest.rows + manifest.rejects
+
+
+@dataclass(frozen=True)
+class RowReuse(Generic[S]):
+    """How rows of committed parts serve in a part that is cut differently or asks for more.
+
+    A row is named by a tuple (prompt_id, origin or model, sample_index). `tasks.reuse` finds the parts; the stage's `compute` takes
+    the rows with `tasks.reuse.reusable_rows`, and `qrpo plan` counts them.
+    """
+
+    unit: str
+    """What costs: completions to sample, scores, log-probabilities."""
+    wanted: Callable[[S, PartPlan, Mapping[str, int]], Sequence[tuple[Any, ...]]]
+    """The rows of a part, given its prompts as prompt_id -> number of the dataset's own completions."""
+    columns: Sequence[str]
+    """Columns of the stage's table that name a row: scalars, or lists of one length beside a scalar `prompt_id`."""
+    unless: str | None = None
+    """A column that must be null in a row that serves."""
+    serves: Callable[[Mapping[str, Any], Mapping[str, Any]], bool] = lambda theirs, ours: theirs == ours
+    """Whether rows of a family may serve: both families as `{"version", "settings", "outside"}`."""
+    matches: Callable[[PartPlan, Mapping[str, Any]], bool] = lambda part, metadata: True
+    """Whether a part's rows may serve, given the committed part's metadata."""
+    costs: Callable[[Mapping[str, Any], Mapping[str, Any] | None], int] = lambda ours, theirs: int(
+        theirs is None
+    )
+    """Units that one row costs, without (None) or with a row of the other family."""
+
+
+@dataclass(frozen=True)
+class Stage(Generic[S]):
+    """One step of the pipeline. `S` is the dataclass of what it reads of the configuration."""
+
+    name: str
+    version: int
+    """Raised when the code's rows change; every part is then computed again."""
+    summary: str
+    unit: str
+    """What one of its rows is, in the plural."""
+    parents: tuple[str, ...]
+    settings: type[S]
+    plan: Callable[[S, Upstream], StagePlan]
+    compute: Callable[..., Iterator[Any]]
+    """`compute(work)` commits the parts of `work` and yields their records, or Progress in between. A module's own function, so
+    that a child process finds it by its name."""
+    section: type[Section] | None = None
+    """The configuration section of the stage's name."""
+    table: Any = None
+    """The schema, key and checks of its rows; None for a folder."""
+    prepare: Callable[[Work[S]], Any] | None = None
+    """Runs in the task's own process before `compute`, which gets its result as a second argument."""
+    in_child: bool = False
+    """Whether `compute` runs in a child process, because it loads a model whose memory must come back."""
+    trains: bool = False
+    """Whether it saves a checkpoint when it is told to end, and so gets time to."""
+    uses_gpu: bool = True
+    reuse: RowReuse[S] | None = None
+    read: Callable[[S], Iterator[PartPlan]] | None = None
+    """For the stage that reads outside data: its parts, without committing anything. Its `compute` yields (record, whether it
+    is new) for every part."""
+    lost_rows: Callable[[Manifest, Store], tuple[int, int]] = _rejects
+    """(rows lost, rows there would be)."""
+    describe: Callable[[S, Store, StagePlan], dict[str, Any]] | None = None
+    """What the manifest says of the artifact beyond its parts."""
+    why_empty: str = "no prompt reaches this stage"
+    chart: "Callable[[Axes, Manifest, Store], str] | None" = None
+    """Draws the artifact's picture and returns its title."""
+
+    @property
+    def target(self) -> str:
+        """`compute` as a child process finds it: `module:function`."""
+        return f"{self.compute.__module__}:{self.compute.__qualname__}"
+
+    def settings_of(self, config: BaseModel) -> S:
+        """What this stage reads of the configuration."""
+        return read_settings(self.settings, config)
+
+    def read_values(self, config: BaseModel) -> dict[str, Any]:
+        """The same as nested JSON values by path, without what cannot change a row: `qrpo plan` compares them."""
+        dumped = effective(config)
+        values: dict[str, Any] = {}
+        for path in setting_paths(self.settings).values():
+            value: Any = dumped
+            for step in path.split("."):
+                value = value.get(step, _ABSENT) if isinstance(value, dict) else _ABSENT
+            if value is not _ABSENT:
+                values[path] = value
+        return values
