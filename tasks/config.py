@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from qrpo.config import Section
 from qrpo.data.prompts import PromptsConfig
@@ -18,6 +19,7 @@ from qrpo.errors import ConfigError
 from qrpo.rewards import RewardConfig
 from qrpo.training.settings import PolicyConfig
 from tasks.sections import CompareConfig, RoundsConfig, RunConfig
+from tasks.stages import STAGES
 from tasks.stages.completions import CompletionsConfig
 from tasks.stages.evaluation import EvaluationConfig
 from tasks.stages.quantiles import QuantilesConfig
@@ -264,3 +266,15 @@ def _dump_section(section: BaseModel, indent: int) -> list[str]:
             value_text = text.strip().removesuffix("...").strip()
             lines.append(f"{pad}{name}: {value_text}{comment}")
     return lines
+
+
+def _add_sections() -> None:
+    """Give every stage whose section is not declared above a section of its name."""
+    for stage in STAGES.values():
+        if stage.section is not None and stage.name not in PipelineConfig.model_fields:
+            declared = FieldInfo.from_annotated_attribute(stage.section, stage.section())
+            PipelineConfig.__pydantic_fields__[stage.name] = declared
+            PipelineConfig.model_rebuild(force=True)
+
+
+_add_sections()

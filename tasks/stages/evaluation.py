@@ -370,11 +370,11 @@ def _sampled(family: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _costs(ours: Mapping[str, Any], theirs: Mapping[str, Any] | None) -> int:
     """One sample, and one score of each reward."""
-    of_rewards = [
-        family and {"settings": family["settings"]["rewards"], "outside": family["outside"]["rewards"]}
-        for family in (ours, theirs)
-    ]
-    return int(theirs is None) + missing_rewards(*of_rewards)
+    return int(theirs is None) + missing_rewards(_rewards_of(ours), theirs and _rewards_of(theirs))
+
+
+def _rewards_of(family: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: family[name]["rewards"] for name in ("settings", "outside")}
 
 
 STAGE = Stage(

@@ -75,8 +75,8 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
 
 def _row_sum(shards: Sequence[PartRecord]) -> str | None:
     """The digest of all shards' rows in any cut; None where an earlier version wrote one."""
-    sums = [record.metadata.get("row_sum") for record in shards]
-    return add_digests(sums) if all(sums) else None
+    sums = [record.metadata["row_sum"] for record in shards if "row_sum" in record.metadata]
+    return add_digests(sums) if len(sums) == len(shards) else None
 
 
 def _version_3(hashed: dict[str, Any]) -> dict[str, Any]:
