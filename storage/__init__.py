@@ -26,12 +26,10 @@ if TYPE_CHECKING:
     from storage.parts import FileEntry, PartKey, PartRecord
     from storage.reader import Row, ShardReader
     from storage.store import Store
-    from storage.tables import KEYS, REJECTS, SCHEMAS, rejects_table
+    from storage.table import REJECTS, Table, rejects_table
 
 __all__ = [
-    "KEYS",
     "REJECTS",
-    "SCHEMAS",
     "Artifact",
     "DamagedError",
     "FileEntry",
@@ -46,6 +44,7 @@ __all__ = [
     "StoreError",
     "StoreURLError",
     "StoreUnavailableError",
+    "Table",
     "UnsafeNameError",
     "artifact_fingerprint",
     "artifact_summary",
@@ -73,7 +72,7 @@ _HOMES = {
     "parts": ["FileEntry", "PartKey", "PartRecord"],
     "reader": ["Row", "ShardReader"],
     "store": ["Store"],
-    "tables": ["KEYS", "REJECTS", "SCHEMAS", "rejects_table"],
+    "table": ["REJECTS", "Table", "rejects_table"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qrpo.errors import ConfigError
-from storage import PartRecord, Store
+from storage import PartRecord, Store, Table
 from tasks.plan import StagePlan
 from tasks.stages import completions, evaluation, policy, prompts, quantiles, reference, rewards, shards
 
 if TYPE_CHECKING:
     from tasks.config import PipelineConfig
 
-__all__ = ["STAGES", "Stage", "plan_pipeline", "require_parents"]
+__all__ = ["STAGES", "TABLES", "Stage", "plan_pipeline", "require_parents"]
 
 Planner = Callable[["PipelineConfig", Mapping[str, StagePlan], Store], StagePlan]
 
@@ -41,6 +41,16 @@ STAGES: dict[str, Stage] = {
     )
 }
 """All stages, in the order in which a run goes through them."""
+
+TABLES: dict[str, Table] = {
+    "prompts": prompts.TABLE,
+    "completions": completions.TABLE,
+    "rewards": rewards.TABLE,
+    "quantiles": quantiles.TABLE,
+    "shards": shards.TABLE,
+    "evaluation": evaluation.TABLE,
+}
+"""Stage -> what its parts must satisfy. The other stages commit folders."""
 
 
 def plan_pipeline(

@@ -19,7 +19,8 @@ from qrpo.engines.sampling import Engine, Sample, SampleRequest, SamplingConfig,
 from qrpo.errors import DataError
 from qrpo.models import ModelConfig
 from storage import PartKey, PartRecord, Store, fingerprint
-from storage.tables import SCHEMAS
+from storage.checks import at_least, finite, one_of
+from storage.table import Table, column
 from tasks.engines import engine_for
 from tasks.plan import PartPlan, StagePlan, make_family
 from tasks.reuse import reusable_rows
@@ -31,9 +32,42 @@ from tasks.work import Work
 if TYPE_CHECKING:
     from tasks.config import PipelineConfig
 
-__all__ = ["CompletionsConfig", "compute", "parts_by_prompts", "plan", "sample_requests", "sample_row"]
+__all__ = [
+    "ORIGINS",
+    "TABLE",
+    "CompletionsConfig",
+    "compute",
+    "parts_by_prompts",
+    "plan",
+    "sample_requests",
+    "sample_row",
+]
 
 VERSION = 1
+
+ORIGINS = ("reference", "offline", "policy")
+"""Where a completion of this table comes from."""
+
+TABLE = Table(
+    schema=pa.schema(
+        [
+            column("prompt_id", pa.string()),
+            column("sample_index", pa.int32()),
+            column("origin", pa.string()),
+            column("text", pa.string()),
+            column("token_ids", pa.list_(pa.int32())),
+            column("finish_reason", pa.string(), null=True),
+            column("sampled_logprob", pa.float32(), null=True),
+        ]
+    ),
+    key=("prompt_id", "origin", "sample_index"),
+    checks=(
+        one_of("origin", ORIGINS),
+        at_least("sample_index", 0),
+        at_least("token_ids", 0),
+        finite("sampled_logprob"),
+    ),
+)
 
 
 class CompletionsConfig(Section):
@@ -120,7 +154,7 @@ def _encode_offline(work: Work, part: PartPlan) -> PartRecord:
                 rejects.append({"key": key, "reason": error, "prompt_id": prompt["prompt_id"]})
                 continue
             rows.append(_row(prompt["prompt_id"], index, "offline", text, token_ids, "dataset", None))
-    return work.commit(part, _table(rows), started=started, rejects=rejects)
+    return work.commit(part, _table(rows), table=TABLE, started=started, rejects=rejects)
 
 
 class _Filling:
@@ -181,7 +215,9 @@ def _done_with(
 
 
 def _commit(work: Work, filling: _Filling, started: float) -> PartRecord:
-    return work.commit(filling.part, _table(filling.rows), started=started, rejects=filling.rejects)
+    return work.commit(
+        filling.part, _table(filling.rows), table=TABLE, started=started, rejects=filling.rejects
+    )
 
 
 def sample_requests(
@@ -221,7 +257,7 @@ def sample_row(prompt_id: str, sample: Sample, origin: str) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> pa.Table:
-    table = pa.Table.from_pylist(rows, schema=SCHEMAS["completions"])
+    table = pa.Table.from_pylist(rows, schema=TABLE.schema)
     return table.sort_by([("prompt_id", "ascending"), ("sample_index", "ascending")])
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field, field_validator
 
 from qrpo.config import Section, keyed
@@ -24,7 +25,8 @@ from qrpo.errors import ConfigError
 from qrpo.method.quantiles import quantile_rewards
 from qrpo.models import ModelConfig, model_identity
 from storage import PartKey, PartRecord, Store, fingerprint
-from storage.tables import SCHEMAS
+from storage.checks import at_least, finite, in_range, lists_agree, rule
+from storage.table import Table, column
 from tasks.engines import close_engine, engine_for
 from tasks.plan import PartPlan, StagePlan, make_family
 from tasks.stages.completions import sample_requests, sample_row
@@ -37,9 +39,37 @@ from tasks.work import Work
 if TYPE_CHECKING:
     from tasks.config import PipelineConfig
 
-__all__ = ["EvaluationConfig", "Samples", "checkpoint_model", "compute", "plan", "sample", "summary"]
+__all__ = ["TABLE", "EvaluationConfig", "Samples", "checkpoint_model", "compute", "plan", "sample", "summary"]
 
 VERSION = 3
+
+TABLE = Table(
+    schema=pa.schema(
+        [
+            column("prompt_id", pa.string()),
+            column("model", pa.string()),
+            column("sample_index", pa.int32()),
+            column("text", pa.string()),
+            column("token_ids", pa.list_(pa.int32())),
+            column("finish_reason", pa.string(), null=True),
+            column("reward", pa.float32(), null=True),
+            column("quantile_reward", pa.float32(), null=True),
+            column("model_logprob", pa.float32(), null=True),
+            column("ref_logprob", pa.float32(), null=True),
+            column("model_token_logprobs", pa.list_(pa.float32()), null=True),
+            column("ref_token_logprobs", pa.list_(pa.float32()), null=True),
+        ]
+    ),
+    key=("prompt_id", "model", "sample_index"),
+    checks=(
+        rule("must name its model", lambda rows: pc.equal(rows["model"], "")),
+        at_least("sample_index", 0),
+        at_least("token_ids", 0),
+        lists_agree("token_ids", "model_token_logprobs", "ref_token_logprobs"),
+        finite("reward", "model_logprob", "ref_logprob"),
+        in_range("quantile_reward", 0, 1),
+    ),
+)
 
 
 class EvaluationConfig(Section):
@@ -226,7 +256,11 @@ def _score_part(work: Work, part: PartPlan, samples: Samples, scorer: Scorer, st
     for row, quantile in zip(kept, _quantiles(kept, references), strict=True):
         row["quantile_reward"] = quantile
     return work.commit(
-        part, pa.Table.from_pylist(kept, schema=SCHEMAS["evaluation"]), started=started, rejects=rejects
+        part,
+        pa.Table.from_pylist(kept, schema=TABLE.schema),
+        table=TABLE,
+        started=started,
+        rejects=rejects,
     )
 
 

@@ -19,16 +19,36 @@ from qrpo.data.prompts import Prompt, PromptsConfig, parse_row, read_rows, split
 from qrpo.data.sources import is_dataset, source_files
 from qrpo.errors import DataError
 from storage import PartKey, PartRecord, Store, file_digest, fingerprint
-from storage.tables import SCHEMAS
+from storage.checks import no_null_items, one_of
+from storage.table import Table, column
 from tasks.plan import PartPlan, StagePlan, make_family
 from tasks.work import Work
 
 if TYPE_CHECKING:
     from tasks.config import PipelineConfig
 
-__all__ = ["PromptsPart", "compute", "cut", "plan", "prompt_parts", "prompt_rows", "source_identity"]
+__all__ = ["TABLE", "PromptsPart", "compute", "cut", "plan", "prompt_parts", "prompt_rows", "source_identity"]
 
 VERSION = 1
+
+TABLE = Table(
+    schema=pa.schema(
+        [
+            column("prompt_id", pa.string()),
+            column(
+                "messages",
+                pa.list_(pa.struct([column("role", pa.string()), column("content", pa.string())])),
+            ),
+            column("split", pa.string()),
+            column("source", pa.string()),
+            column("offline_completions", pa.list_(pa.string())),
+            column("metadata", pa.string()),
+            column("conversational", pa.bool_()),
+        ]
+    ),
+    key=("prompt_id",),
+    checks=(one_of("split", ("train", "eval")), no_null_items("offline_completions")),
+)
 
 
 class PromptsPart:
@@ -126,8 +146,8 @@ def compute(work: Work) -> Iterator[tuple[PartPlan, PartRecord, bool]]:
         record = work.store.part(part_plan.key)
         new = record is None
         if record is None:
-            table = pa.Table.from_pylist(part.rows, schema=SCHEMAS["prompts"])
-            record = work.commit(part_plan, table, started=started, rejects=part.rejects)
+            table = pa.Table.from_pylist(part.rows, schema=TABLE.schema)
+            record = work.commit(part_plan, table, table=TABLE, started=started, rejects=part.rejects)
         yield part_plan, record, new
 
 

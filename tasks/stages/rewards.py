@@ -14,24 +14,54 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from qrpo.config import keyed
 from qrpo.rewards import Reward, Score, combine, identity, open_reward
 from storage import PartKey, PartRecord, Store, fingerprint
-from storage.tables import SCHEMAS
+from storage.checks import at_least, finite, one_of, rule
+from storage.table import Table, column
 from tasks.answers import StoredAnswers
 from tasks.engines import keep
 from tasks.plan import PartPlan, StagePlan, make_family
 from tasks.reuse import reusable_rows
+from tasks.stages.completions import ORIGINS
 from tasks.stages.prompts import prompt_rows
 from tasks.work import Work
 
 if TYPE_CHECKING:
     from tasks.config import PipelineConfig
 
-__all__ = ["Scorer", "compute", "plan", "reward_settings"]
+__all__ = ["TABLE", "Scorer", "compute", "plan", "reward_settings"]
 
 VERSION = 1
+
+TABLE = Table(
+    schema=pa.schema(
+        [
+            column("prompt_id", pa.string()),
+            column("sample_index", pa.int32()),
+            column("origin", pa.string()),
+            column("reward", pa.float32(), null=True),
+            column(
+                "components",
+                pa.list_(pa.struct([column("name", pa.string()), column("value", pa.float32(), null=True)])),
+                null=True,
+            ),
+            column("error", pa.string(), null=True),
+        ]
+    ),
+    key=("prompt_id", "origin", "sample_index"),
+    checks=(
+        one_of("origin", ORIGINS),
+        at_least("sample_index", 0),
+        finite("reward"),
+        rule(
+            "must have either a reward or an error, and not both",
+            lambda rows: pc.equal(rows["reward"].is_null(), rows["error"].is_null()),
+        ),
+    ),
+)
 
 
 def plan(config: "PipelineConfig", plans: Mapping[str, StagePlan], store: Store) -> StagePlan:
@@ -158,11 +188,15 @@ def _commit(work: Work, part: _Part, scores: Mapping[str, Score]) -> PartRecord:
             key = f"{row['prompt_id']}/{row['origin']}/{row['sample_index']}"
             rejects.append({"key": key, "reason": score.error, "prompt_id": row["prompt_id"]})
     return work.commit(
-        part.plan, pa.Table.from_pylist(table, schema=_SCHEMA), started=part.started, rejects=rejects
+        part.plan,
+        pa.Table.from_pylist(table, schema=_SCHEMA),
+        table=TABLE,
+        started=part.started,
+        rejects=rejects,
     )
 
 
-_SCHEMA = SCHEMAS["rewards"].append(pa.field("input_digest", pa.string(), nullable=False))
+_SCHEMA = TABLE.schema.append(column("input_digest", pa.string()))
 
 
 def _inputs(work: Work, part: PartPlan) -> list[dict[str, Any]]:

@@ -18,21 +18,48 @@ from qrpo.config import Section, execution_option, keyed
 from qrpo.data.chat import encode_prompt, load_tokenizer
 from qrpo.models import ModelConfig
 from storage import PartKey, PartRecord, Store, fingerprint
-from storage.tables import SCHEMAS
+from storage.checks import at_least, finite, lists_agree
+from storage.reader import PIECE
+from storage.table import Table, column
 from tasks.engines import keep
 from tasks.plan import PartPlan, StagePlan, make_family
 from tasks.reuse import reusable_rows
 from tasks.stages.completions import parts_by_prompts
 from tasks.stages.prompts import prompt_parts, prompt_rows
+from tasks.stages.quantiles import TRAINING_CHECKS, TRAINING_COLUMNS
 from tasks.stages.reference import model_for, reference_identity, reference_inputs, reference_parent
 from tasks.work import Work
 
 if TYPE_CHECKING:
     from tasks.config import PipelineConfig
 
-__all__ = ["LogprobScorer", "ShardsConfig", "compute", "plan"]
+__all__ = ["TABLE", "LogprobScorer", "ShardsConfig", "compute", "plan"]
 
 VERSION = 1
+
+TABLE = Table(
+    schema=pa.schema(
+        [
+            column("prompt_id", pa.string()),
+            column("prompt_token_ids", pa.list_(pa.int32())),
+            column("completion_token_ids", pa.list_(pa.list_(pa.int32()))),
+            *TRAINING_COLUMNS,
+            column("ref_logprob", pa.list_(pa.float32())),
+            column("num_ref", pa.int32()),
+            column("ref_mean", pa.float32(), null=True),
+            column("ref_std", pa.float32(), null=True),
+        ]
+    ),
+    key=("prompt_id",),
+    checks=(
+        lists_agree("sample_index", "ref_logprob", "completion_token_ids"),
+        *TRAINING_CHECKS,
+        at_least("prompt_token_ids", 0),
+        finite("ref_logprob"),
+        at_least("completion_token_ids", 0),
+    ),
+    group_rows=PIECE,
+)
 
 
 class ShardsConfig(Section):
@@ -79,10 +106,11 @@ def compute(work: Work) -> Iterator[PartRecord]:
             )
             scorer.score(unknown, "ref_logprob")
         rows.sort(key=lambda row: _shuffle_key(work.config.seed, row["prompt_id"]))
-        table = pa.Table.from_pylist(rows, schema=SCHEMAS["shards"])
+        table = pa.Table.from_pylist(rows, schema=TABLE.schema)
         yield work.commit(
             part,
             table,
+            table=TABLE,
             started=started,
             rejects=rejects,
             metadata={"logprobs_reused": len(rows) - len(unknown)},
