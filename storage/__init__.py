@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from storage.artifact import Artifact, artifact_summary
     from storage.artifact import open_artifact as open  # noqa: A004
+    from storage.digests import row_digest
     from storage.errors import (
         DamagedError,
         LeaseLostError,
@@ -54,10 +55,12 @@ __all__ = [
     "manifest_of",
     "open",
     "rejects_table",
+    "row_digest",
 ]
 
 _HOMES = {
     "artifact": ["Artifact", "artifact_summary"],
+    "digests": ["row_digest"],
     "errors": [
         "DamagedError",
         "LeaseLostError",
