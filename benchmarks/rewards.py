@@ -36,11 +36,11 @@ from qrpo.models import ModelConfig
 from qrpo.rewards.model import KEEP_MEMORY, ModelReward, ModelRewardConfig
 from qrpo.tiny import build_tiny_reward_model
 from storage import PartKey, Store
-from storage.tables import SCHEMAS
 from tasks.config import PipelineConfig, parse_config
 from tasks.engines import close_engine
 from tasks.plan import PartPlan
 from tasks.stages import rewards
+from tasks.stages.completions import TABLE
 from tasks.work import Work
 
 N = 50  # completions a prompt
@@ -156,7 +156,7 @@ def write_parts(store: Store, rows: Rows, name: str) -> tuple[PartPlan, ...]:
                 }
             )
         store.commit_part(keys["prompts"], pa.Table.from_pylist(list(prompts.values())))
-        table = pa.Table.from_pylist(completions, schema=SCHEMAS["completions"])
+        table = pa.Table.from_pylist(completions, schema=TABLE.schema)
         store.commit_part(keys["completions"], table)
         parents = (keys["completions"], keys["prompts"])
         plans.append(PartPlan(keys["rewards"], parents, {"prompts": keys["prompts"].fingerprint}))

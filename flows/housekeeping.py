@@ -11,7 +11,7 @@ from storage.gc import GcPlan, collect, plan_gc
 from storage.verify import Finding, repair, verify
 from tasks.config import parse_config
 from tasks.progress import reporting
-from tasks.stages import STAGES
+from tasks.stages import STAGES, TABLES
 
 __all__ = ["check_store", "clean_store", "describe_gc", "print_gc", "rerun", "verify_store"]
 
@@ -19,7 +19,11 @@ __all__ = ["check_store", "clean_store", "describe_gc", "print_gc", "rerun", "ve
 def verify_store(store: Store) -> list[Finding]:
     """Every fault in the store, with a progress bar, or a line now and then where there is no terminal."""
     with reporting("verify", 0, in_prefect=False) as reporter:
-        return list(verify(store, progress=lambda done, total: reporter.update(done, "parts", total=total)))
+
+        def report(done: int, total: int) -> None:
+            reporter.update(done, "parts", total=total)
+
+        return list(verify(store, tables=TABLES, progress=report))
 
 
 def check_store(store: Store, console: Console, *, mend: bool) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from storage.artifact import Artifact, artifact_summary
     from storage.artifact import open_artifact as open  # noqa: A004
+    from storage.digests import row_digest
     from storage.errors import (
         DamagedError,
         LeaseLostError,
@@ -26,12 +27,10 @@ if TYPE_CHECKING:
     from storage.parts import FileEntry, PartKey, PartRecord
     from storage.reader import Row, ShardReader
     from storage.store import Store
-    from storage.tables import KEYS, REJECTS, SCHEMAS, rejects_table
+    from storage.table import REJECTS, Table, rejects_table
 
 __all__ = [
-    "KEYS",
     "REJECTS",
-    "SCHEMAS",
     "Artifact",
     "DamagedError",
     "FileEntry",
@@ -46,6 +45,7 @@ __all__ = [
     "StoreError",
     "StoreURLError",
     "StoreUnavailableError",
+    "Table",
     "UnsafeNameError",
     "artifact_fingerprint",
     "artifact_summary",
@@ -55,10 +55,12 @@ __all__ = [
     "manifest_of",
     "open",
     "rejects_table",
+    "row_digest",
 ]
 
 _HOMES = {
     "artifact": ["Artifact", "artifact_summary"],
+    "digests": ["row_digest"],
     "errors": [
         "DamagedError",
         "LeaseLostError",
@@ -73,7 +75,7 @@ _HOMES = {
     "parts": ["FileEntry", "PartKey", "PartRecord"],
     "reader": ["Row", "ShardReader"],
     "store": ["Store"],
-    "tables": ["KEYS", "REJECTS", "SCHEMAS", "rejects_table"],
+    "table": ["REJECTS", "Table", "rejects_table"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -12,7 +12,7 @@ from storage import read
 from storage.errors import StoreError
 from storage.manifest import Manifest
 from storage.store import Store
-from storage.tables import REJECTS
+from storage.table import REJECTS
 
 if TYPE_CHECKING:
     import polars as pl

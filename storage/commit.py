@@ -23,17 +23,15 @@ from storage.fingerprints import canonical_json, file_digest
 from storage.manifest import code_version, now
 from storage.names import check_key
 from storage.parts import FileEntry, PartKey, PartRecord, sealed, unsealed
-from storage.tables import REJECTS, SCHEMAS, conform
+from storage.table import REJECTS, Table, UniqueKeys, conform
 
 __all__ = ["Rejects", "commit_folder", "commit_part", "discard_part", "load_record"]
 
 Rejects: TypeAlias = "pa.Table | Callable[[], pa.Table | None] | None"
 """The rows left out: a table, or a function that is asked for it once all rows are written."""
 
-TABLE, REJECTS_TABLE = "table.parquet", "rejects.parquet"
+_TABLE_FILE, _REJECTS_FILE = "table.parquet", "rejects.parquet"
 _STEP = 1024  # rows: incoming tables are cut and joined to this grid before row groups are formed
-GROUP_ROWS = {"shards": 1024}  # the training reader reads whole groups, and counts on this size
-_MOST_ROWS = 65_536
 _MOST_BYTES = 64 << 20
 _CHUNK = 1 << 20
 
@@ -43,6 +41,7 @@ def commit_part(
     key: PartKey,
     tables: pa.Table | Iterable[pa.Table],
     *,
+    table: Table | None = None,
     rejects: Rejects = None,
     parents: Mapping[str, str] | None = None,
     metadata: Mapping[str, Any] | None = None,
@@ -55,19 +54,20 @@ def commit_part(
     canonical_json([dict(parents or {}), dict(metadata or {})])  # refuse what cannot be noted before writing
     scratch = files.scratch(key.table)
     try:
-        rows = _write_table(scratch, key, [tables] if isinstance(tables, pa.Table) else tables)
+        stream = [tables] if isinstance(tables, pa.Table) else tables
+        rows = _write_table(scratch, key, stream, table or Table())
         left_out = rejects() if callable(rejects) else rejects
-        table = FileEntry(TABLE, key.table, scratch.stat().st_size, file_digest(scratch))
+        payload = FileEntry(_TABLE_FILE, key.table, scratch.stat().st_size, file_digest(scratch))
         if replace:
             discard_part(files, key)
-        entries = [table, *_write_rejects(files, key, left_out, table.sha256)]
+        entries = [payload, *_write_rejects(files, key, left_out, payload.sha256)]
         if not files.create_from(key.table, scratch):
             found = _adopted(files, key)
             if found is None:
                 discard_part(files, key)
-                entries = [table, *_write_rejects(files, key, left_out, table.sha256)]
+                entries = [payload, *_write_rejects(files, key, left_out, payload.sha256)]
                 files.create_from(key.table, scratch)
-            elif found[0] != table:
+            elif found[0] != payload:
                 for entry in entries[1:]:
                     files.delete(entry.key)
                 entries, rows = found, _parquet_rows(files, key.table)
@@ -170,9 +170,9 @@ def _adopted(files: Files, key: PartKey) -> list[FileEntry] | None:
         _parquet_rows(files, key.table)
     except pa.ArrowInvalid:
         return None
-    table = _entry(files, TABLE, key.table)
+    table = _entry(files, _TABLE_FILE, key.table)
     rejects = key.rejects(table.sha256)
-    return [table] if files.size(rejects) is None else [table, _entry(files, REJECTS_TABLE, rejects)]
+    return [table] if files.size(rejects) is None else [table, _entry(files, _REJECTS_FILE, rejects)]
 
 
 def _entry(files: Files, name: str, key: str) -> FileEntry:
@@ -234,15 +234,11 @@ def _write_rejects(files: Files, key: PartKey, rejects: pa.Table | None, sha256:
         files.create_from(target, scratch)  # one that is there belongs to the same payload: it stays
     finally:
         scratch.unlink(missing_ok=True)
-    return [_entry(files, REJECTS_TABLE, target)]
+    return [_entry(files, _REJECTS_FILE, target)]
 
 
-def _write_table(scratch: Path, key: PartKey, tables: Iterable[pa.Table]) -> int:
-    # pyarrow.compute with it takes as long to import as all of pyarrow, and who only reads needs none of it
-    from storage.validation import KeyCheck, check_rows
-
-    schema = SCHEMAS.get(key.stage, pa.schema([]))
-    keys = KeyCheck(key.stage, str(key))
+def _write_table(scratch: Path, key: PartKey, tables: Iterable[pa.Table], table: Table) -> int:
+    keys = UniqueKeys(table.key, str(key))
     writer: pq.ParquetWriter | None = None
     written = 0
     disk = partial(plain_errors, scratch.parent, scratch.name, writing=True)
@@ -250,8 +246,8 @@ def _write_table(scratch: Path, key: PartKey, tables: Iterable[pa.Table]) -> int
         file = open(scratch, "xb")  # noqa: SIM115
     try:
         crash_point("scratch-opened", key.table)
-        for group in _row_groups(tables, schema, key):
-            check_rows(key.stage, group, f"{key}, rows from {written}")
+        for group in _row_groups(tables, table, key):
+            table.check(group, f"{key}, rows from {written}")
             keys.add(group)
             with disk():
                 if writer is None:
@@ -293,23 +289,22 @@ def _repeating(field: pa.Field, at: str = "") -> Iterator[str]:
         yield path
 
 
-def _row_groups(tables: Iterable[pa.Table], schema: pa.Schema, key: PartKey) -> Iterator[pa.Table]:
+def _row_groups(tables: Iterable[pa.Table], table: Table, key: PartKey) -> Iterator[pa.Table]:
     """The rows again, as one contiguous table for each row group; at least one table, perhaps without rows."""
-    most_rows = GROUP_ROWS.get(key.stage, _MOST_ROWS)
     group: list[pa.Table] = []
     rows = size = 0
     yielded = False
-    for step in _steps(tables, schema, key):
+    for step in _steps(tables, table.schema, key):
         group.append(step)
         rows += step.num_rows
         size += step.nbytes
-        if rows >= most_rows or size >= _MOST_BYTES:
+        if rows >= table.group_rows or size >= _MOST_BYTES:
             yield pa.concat_tables(group).combine_chunks()
             group, rows, size, yielded = [], 0, 0, True
     if rows or not yielded:
-        if not group and not schema.names:
-            raise SchemaError(f"{key}: no table was given, and stage {key.stage} has no columns of its own.")
-        yield pa.concat_tables(group).combine_chunks() if group else schema.empty_table()
+        if not group and not table.schema.names:
+            raise SchemaError(f"{key}: neither rows nor a schema were given, so the columns are unknown.")
+        yield pa.concat_tables(group).combine_chunks() if group else table.schema.empty_table()
 
 
 def _steps(tables: Iterable[pa.Table], schema: pa.Schema, key: PartKey) -> Iterator[pa.Table]:

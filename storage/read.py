@@ -20,7 +20,7 @@ from storage.files import Files
 from storage.fingerprints import file_digest
 from storage.parts import FileEntry, PartRecord
 from storage.remote import RemoteFiles
-from storage.tables import REJECTS
+from storage.table import REJECTS
 
 if TYPE_CHECKING:
     import polars as pl

@@ -12,50 +12,33 @@ until somebody reads a row. Left out: a cache on local disk (object stores are r
 sets.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import TypedDict, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from storage.columns import Rows, gather, joined
-from storage.commit import GROUP_ROWS
 from storage.errors import StoreError
 from storage.parts import PartRecord
 from storage.read import read_rows
 from storage.store import Store
 
-__all__ = ["WINDOW", "Row", "ShardReader"]
+__all__ = ["PIECE", "WINDOW", "Row", "ShardReader"]
 
 WINDOW = 2048
 """Rows that are shuffled among themselves, give or take a piece. Part of the order: a change is another order."""
 
-_PIECE = GROUP_ROWS["shards"]
+PIECE = 1024
+"""Rows that are read together. Commit shards with row groups of this size, so that a read decodes whole groups."""
+
 _READS = 4  # pieces that are fetched at a time: from an object store, most of that is waiting
 
-Ints = npt.NDArray[np.int32]
-Floats = npt.NDArray[np.float32]
-
-
-class Row(TypedDict):
-    """One prompt with its K training completions: the columns of the `shards` table (and any that were added)."""
-
-    prompt_id: str
-    prompt_token_ids: Ints  # (T,)
-    completion_token_ids: list[Ints]  # K arrays (T_k,)
-    sample_index: Ints  # (K,)
-    origin: list[str]  # K
-    reward: Floats  # (K,)
-    quantile_reward: Floats  # (K,)
-    quantile_low: Floats  # (K,)
-    quantile_high: Floats  # (K,)
-    ref_logprob: Floats  # (K,)
-    num_ref: int
-    ref_mean: float | None
-    ref_std: float | None
+Row: TypeAlias = dict[str, Any]
+"""One row: for each column an array, a list of arrays, or a Python value."""
 
 
 class ShardReader:
@@ -74,11 +57,11 @@ class ShardReader:
         self.seed = seed
         self.columns = list(columns) if columns is not None else None
         rows = np.array([record.rows for record in self.records], dtype=np.int64)
-        pieces = -(-rows // _PIECE)
+        pieces = -(-rows // PIECE)
         self._part = np.repeat(np.arange(len(rows)), pieces)
         in_part = np.arange(len(self._part)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        self._first = in_part * _PIECE
-        self._rows = np.minimum(rows[self._part] - self._first, _PIECE)
+        self._first = in_part * PIECE
+        self._rows = np.minimum(rows[self._part] - self._first, PIECE)
 
     def __len__(self) -> int:
         return int(self._rows.sum())
@@ -97,7 +80,7 @@ class ShardReader:
         start + rank + world_size, ... Where the rest does not divide by `world_size`, the first ranks get one more.
         """
         for rows in self._read(epoch, start, rank, world_size):
-            yield from cast(Iterable[Row], rows)
+            yield from rows
 
     def batches(
         self, size: int, epoch: int, start: int = 0, rank: int = 0, world_size: int = 1

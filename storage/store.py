@@ -27,6 +27,7 @@ from storage.manifest import Manifest, manifest_key
 from storage.names import check_key, check_name, public_url
 from storage.parts import PartKey, PartRecord, without_secrets
 from storage.remote import RemoteFiles
+from storage.table import Table
 
 if TYPE_CHECKING:
     import polars as pl
@@ -92,15 +93,16 @@ class Store:
         key: PartKey,
         tables: pa.Table | Iterable[pa.Table],
         *,
+        table: Table | None = None,
         rejects: commit.Rejects = None,
         parents: Mapping[str, str] | None = None,
         metadata: Mapping[str, Any] | None = None,
         seconds: float = 0.0,
         replace: bool = False,
     ) -> PartRecord:
-        """Write a part's rows and commit it; raises SchemaError where they do not fit the stage.
+        """Write a part's rows and commit it; raises SchemaError where they do not satisfy `table`.
 
-        `tables` may be an iterator: row groups are written as they fill. `rejects` may be a function that is called
+        Without a `table` any rows are accepted. `tables` may be an iterator: row groups are written as they fill. `rejects` may be a function that is called
         after the last row. A part that is committed already stays as it is and its record is returned, unless
         `replace`: then it goes once the new rows are all there.
         """
@@ -108,6 +110,7 @@ class Store:
             self.files,
             key,
             tables,
+            table=table,
             rejects=rejects,
             parents=parents,
             metadata=metadata,

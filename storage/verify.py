@@ -6,7 +6,7 @@ computes just that again. Files are hashed side by side, as hashing leaves Pytho
 
 import hashlib
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from storage.errors import DamagedError, StoreError
 from storage.manifest import Manifest, manifest_key
 from storage.parts import FileEntry, PartKey, PartRecord
 from storage.store import Store
-from storage.tables import KEYS, REJECTS, SCHEMAS
+from storage.table import REJECTS, Table
 
 __all__ = ["Finding", "repair", "verify"]
 
@@ -48,13 +48,16 @@ def verify(
     store: Store,
     manifests: Iterable[Manifest] | None = None,
     *,
+    tables: Mapping[str, Table] | None = None,
     workers: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Finding]:
     """Every fault in these artifacts, or in the whole store (artifacts, parts of unfinished runs, runs' names).
 
-    `progress` is called with the parts checked so far and their number.
+    `tables` maps stages to what their tables must satisfy; schemas and references between stages are
+    checked for these. `progress` is called with the parts checked so far and their number.
     """
+    tables = tables or {}
     known: dict[PartKey, None] = {}
     whole: list[Manifest] = []
     if manifests is None:
@@ -71,7 +74,7 @@ def verify(
         known.update(dict.fromkeys(part.key for part in manifest.parts))
     found: dict[PartKey, PartRecord] = {}
     with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
-        checks = {pool.submit(_check_part, store, key): key for key in known}
+        checks = {pool.submit(_check_part, store, key, tables.get(key.stage, Table())): key for key in known}
         for done, check in enumerate(as_completed(checks), start=1):
             record, findings = check.result()
             if record is not None:
@@ -85,7 +88,7 @@ def verify(
             message = f"{record.key} was made from other bytes of a parent part than lie in the store now."
             yield Finding("stale", record.key.record, message, part=record.key)
     for manifest in whole:
-        yield from _check_manifest(store, manifest, found)
+        yield from _check_manifest(store, manifest, found, tables)
 
 
 def repair(store: Store, findings: Iterable[Finding]) -> list[str]:
@@ -144,7 +147,7 @@ def _runs(store: Store) -> Iterator[Finding]:
                 yield Finding("missing", key, f"run {name} names {stage} {artifact}, and {key} is missing.")
 
 
-def _check_part(store: Store, key: PartKey) -> tuple[PartRecord | None, list[Finding]]:
+def _check_part(store: Store, key: PartKey, table: Table) -> tuple[PartRecord | None, list[Finding]]:
     try:
         record = store.part(key)
     except DamagedError as error:
@@ -152,12 +155,12 @@ def _check_part(store: Store, key: PartKey) -> tuple[PartRecord | None, list[Fin
     if record is None:
         return None, [Finding("missing", key.record, f"{key}: its record {key.record} is missing.", part=key)]
     findings = [
-        finding for entry in record.files if (finding := _check_file(store, record, entry)) is not None
+        finding for entry in record.files if (finding := _check_file(store, record, entry, table)) is not None
     ]
     return record, findings
 
 
-def _check_file(store: Store, record: PartRecord, entry: FileEntry) -> Finding | None:
+def _check_file(store: Store, record: PartRecord, entry: FileEntry, table: Table) -> Finding | None:
     def fault(kind: Kind, message: str) -> Finding:
         return Finding(kind, entry.key, f"{record.key}: {entry.key} {message}", part=record.key)
 
@@ -185,8 +188,7 @@ def _check_file(store: Store, record: PartRecord, entry: FileEntry) -> Finding |
     expected_rows = record.rejects if is_rejects else record.rows
     if rows != expected_rows:
         return fault("rows", f"has {rows} rows, its record says {expected_rows}.")
-    expected = REJECTS if is_rejects else SCHEMAS.get(record.stage)
-    if expected is not None and (difference := _schema_difference(schema, expected)):
+    if difference := _schema_difference(schema, REJECTS if is_rejects else table.schema):
         return fault("schema", f"does not fit the stage's schema: {difference}.")
     return None
 
@@ -202,7 +204,9 @@ def _schema_difference(got: pa.Schema, expected: pa.Schema) -> str:
     return "; ".join(differences)
 
 
-def _check_manifest(store: Store, manifest: Manifest, found: dict[PartKey, PartRecord]) -> Iterator[Finding]:
+def _check_manifest(
+    store: Store, manifest: Manifest, found: dict[PartKey, PartRecord], tables: Mapping[str, Table]
+) -> Iterator[Finding]:
     def fault(message: str, kind: Kind = "manifest", key: str = manifest.key) -> Finding:
         return Finding(
             kind, key, f"{manifest.stage} artifact {manifest.fingerprint}: {message}", manifest=manifest.key
@@ -232,15 +236,18 @@ def _check_manifest(store: Store, manifest: Manifest, found: dict[PartKey, PartR
         except (pa.ArrowInvalid, OSError) as error:
             yield fault(f"{manifest.rejects_key} is not readable: {error}.", "altered", manifest.rejects_key)
     if all(record.key in found for record in manifest.parts):
-        yield from _references(store, manifest)
+        yield from _references(store, manifest, tables)
 
 
-def _references(store: Store, manifest: Manifest) -> Iterator[Finding]:
+def _references(store: Store, manifest: Manifest, tables: Mapping[str, Table]) -> Iterator[Finding]:
     """Rows whose key is not among the rows of a parent stage's table."""
     import polars as pl
 
     for stage, artifact in manifest.parents.items():
-        columns = [name for name in KEYS.get(stage, ()) if _is_shared(name, stage, manifest.stage)]
+        parent_table, own_table = (tables.get(name, Table()) for name in (stage, manifest.stage))
+        columns = [
+            name for name in parent_table.key if _is_shared(name, parent_table.schema, own_table.schema)
+        ]
         try:
             parent = store.manifest(stage, artifact)
         except DamagedError:
@@ -264,6 +271,5 @@ def _references(store: Store, manifest: Manifest) -> Iterator[Finding]:
             )
 
 
-def _is_shared(column: str, parent: str, stage: str) -> bool:
-    child, mother = SCHEMAS.get(stage, pa.schema([])), SCHEMAS[parent]
-    return column in child.names and child.field(column).type == mother.field(column).type
+def _is_shared(column: str, parent: pa.Schema, child: pa.Schema) -> bool:
+    return column in child.names and child.field(column).type == parent.field(column).type

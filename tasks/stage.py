@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from pydantic import BaseModel
 
 from qrpo.config import Section, effective
-from storage import Manifest, Store
+from storage import Manifest, Store, Table
 from tasks.plan import PartPlan, StagePlan, Upstream
 from tasks.work import Work
 
@@ -94,7 +94,7 @@ class Stage(Generic[S]):
     that a child process finds it by its name."""
     section: type[Section] | None = None
     """The configuration section of the stage's name."""
-    table: Any = None
+    table: Table | None = None
     """The schema, key and checks of its rows; None for a folder."""
     prepare: Callable[[Work[S]], Any] | None = None
     """Runs in the task's own process before `compute`, which gets its result as a second argument."""

@@ -16,7 +16,7 @@ import pyarrow as pa
 from qrpo.processes.preemption import noting_sigterm
 from storage import PartKey, PartRecord, Store
 from storage.read import cache_folder
-from storage.tables import rejects_table
+from storage.table import Table, rejects_table
 from tasks.plan import PartPlan
 from tasks.sections import RunConfig
 
@@ -80,16 +80,18 @@ class Work(Generic[S]):
     def commit(
         self,
         part: PartPlan,
-        table: pa.Table,
+        rows: pa.Table,
         *,
+        table: Table,
         started: float,
         rejects: Sequence[Mapping[str, Any]] = (),
         metadata: Mapping[str, Any] | None = None,
     ) -> PartRecord:
-        """Commit one part's rows, remembering the bytes that its parents hold now; `started` is from `time.monotonic`."""
+        """Commit one part's rows with the digests of its parents; `table` is the stage's, `started` from `time.monotonic`."""
         return self.store.commit_part(
             part.key,
-            table,
+            rows,
+            table=table,
             rejects=self._rejects(rejects) if rejects else None,
             parents=self.parent_digests(part),
             metadata={**part.slice, **(metadata or {})},

@@ -8,9 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # slow to load, and the names do not need it
+    from storage import Table
     from tasks.stage import Stage
 
-__all__ = ["STAGES", "STAGE_NAMES"]
+__all__ = ["STAGES", "STAGE_NAMES", "TABLES"]
 
 STAGE_NAMES = (
     "prompts",
@@ -26,10 +27,14 @@ STAGE_NAMES = (
 STAGES: dict[str, "Stage[Any]"]
 """All stages by name, in order."""
 
+TABLES: dict[str, "Table"]
+"""The tables of the stages that have one; the others commit folders."""
+
 
 def __getattr__(name: str) -> Any:
-    if name != "STAGES":
+    if name not in ("STAGES", "TABLES"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     stages = {stage: import_module(f"{__name__}.{stage}").STAGE for stage in STAGE_NAMES}
-    globals()["STAGES"] = stages
-    return stages
+    tables = {stage.name: stage.table for stage in stages.values() if stage.table is not None}
+    globals().update(STAGES=stages, TABLES=tables)
+    return globals()[name]

@@ -20,7 +20,8 @@ from qrpo.engines.sampling import Engine, Sample, SampleRequest, SamplingConfig,
 from qrpo.errors import DataError
 from qrpo.models import ModelConfig
 from storage import Manifest, PartRecord, Store, fingerprint
-from storage.tables import SCHEMAS
+from storage.checks import at_least, finite, one_of
+from storage.table import Table, column
 from tasks.engines import engine_for
 from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key
 from tasks.reuse import reusable_rows
@@ -32,6 +33,7 @@ from tasks.work import Work
 
 __all__ = [
     "STAGE",
+    "TABLE",
     "CompletionsConfig",
     "Settings",
     "compute",
@@ -42,6 +44,30 @@ __all__ = [
 ]
 
 VERSION = 1
+
+ORIGINS = ("reference", "offline", "policy")
+"""Where a completion of this table comes from."""
+
+TABLE = Table(
+    schema=pa.schema(
+        [
+            column("prompt_id", pa.string()),
+            column("sample_index", pa.int32()),
+            column("origin", pa.string()),
+            column("text", pa.string()),
+            column("token_ids", pa.list_(pa.int32())),
+            column("finish_reason", pa.string(), null=True),
+            column("sampled_logprob", pa.float32(), null=True),
+        ]
+    ),
+    key=("prompt_id", "origin", "sample_index"),
+    checks=(
+        one_of("origin", ORIGINS),
+        at_least("sample_index", 0),
+        at_least("token_ids", 0),
+        finite("sampled_logprob"),
+    ),
+)
 
 
 class CompletionsConfig(Section):
@@ -253,7 +279,7 @@ def sample_row(prompt_id: str, sample: Sample, origin: str) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> pa.Table:
-    table = pa.Table.from_pylist(rows, schema=SCHEMAS["completions"])
+    table = pa.Table.from_pylist(rows, schema=TABLE.schema)
     return table.sort_by([("prompt_id", "ascending"), ("sample_index", "ascending")])
 
 
@@ -296,6 +322,7 @@ STAGE = Stage(
     parents=("prompts", "reference"),
     settings=Settings,
     section=CompletionsConfig,
+    table=TABLE,
     plan=plan,
     compute=compute,
     reuse=RowReuse("completions to sample", _to_sample, ("prompt_id", "origin", "sample_index")),

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field, field_validator
 
 from qrpo.config import Section, keyed
@@ -28,7 +29,8 @@ from qrpo.models import ModelConfig, model_identity
 from qrpo.rewards import RewardConfig
 from qrpo.training.settings import PolicyConfig
 from storage import PartRecord, Store, fingerprint
-from storage.tables import SCHEMAS
+from storage.checks import at_least, finite, in_range, lists_agree, rule
+from storage.table import Table, column
 from tasks.engines import close_engine, engine_for
 from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key
 from tasks.reuse import reusable_rows
@@ -49,6 +51,7 @@ from tasks.work import Work
 
 __all__ = [
     "STAGE",
+    "TABLE",
     "EvaluationConfig",
     "Samples",
     "Settings",
@@ -60,6 +63,34 @@ __all__ = [
 ]
 
 VERSION = 3
+
+TABLE = Table(
+    schema=pa.schema(
+        [
+            column("prompt_id", pa.string()),
+            column("model", pa.string()),
+            column("sample_index", pa.int32()),
+            column("text", pa.string()),
+            column("token_ids", pa.list_(pa.int32())),
+            column("finish_reason", pa.string(), null=True),
+            column("reward", pa.float32(), null=True),
+            column("quantile_reward", pa.float32(), null=True),
+            column("model_logprob", pa.float32(), null=True),
+            column("ref_logprob", pa.float32(), null=True),
+            column("model_token_logprobs", pa.list_(pa.float32()), null=True),
+            column("ref_token_logprobs", pa.list_(pa.float32()), null=True),
+        ]
+    ),
+    key=("prompt_id", "model", "sample_index"),
+    checks=(
+        rule("must name its model", lambda rows: pc.equal(rows["model"], "")),
+        at_least("sample_index", 0),
+        at_least("token_ids", 0),
+        lists_agree("token_ids", "model_token_logprobs", "ref_token_logprobs"),
+        finite("reward", "model_logprob", "ref_logprob"),
+        in_range("quantile_reward", 0, 1),
+    ),
+)
 
 
 class EvaluationConfig(Section):
@@ -275,7 +306,7 @@ _COMPONENTS = pa.list_(
     pa.struct([pa.field("name", pa.string(), nullable=False), pa.field("value", pa.float32())])
 )
 _SCHEMA = pa.schema(
-    [*SCHEMAS["evaluation"], pa.field("components", _COMPONENTS), pa.field("input_digest", pa.string())]
+    [*TABLE.schema, pa.field("components", _COMPONENTS), pa.field("input_digest", pa.string())]
 )
 
 
@@ -385,6 +416,7 @@ STAGE = Stage(
     parents=("quantiles", "policy"),
     settings=Settings,
     section=EvaluationConfig,
+    table=TABLE,
     plan=plan,
     prepare=sample,
     compute=compute,

@@ -19,14 +19,44 @@ from qrpo.data.prompts import Prompt, PromptsConfig, parse_row, read_rows, split
 from qrpo.data.sources import is_dataset, source_files
 from qrpo.errors import DataError
 from storage import PartKey, PartRecord, Store, file_digest, fingerprint
-from storage.tables import SCHEMAS
+from storage.checks import no_null_items, one_of
+from storage.table import Table, column
 from tasks.plan import PartPlan, StagePlan, Upstream, add_digests, make_family
 from tasks.stage import Stage, setting
 from tasks.work import Work
 
-__all__ = ["STAGE", "PromptsPart", "Settings", "compute", "content", "plan", "prompt_rows", "row_hash"]
+__all__ = [
+    "STAGE",
+    "TABLE",
+    "PromptsPart",
+    "Settings",
+    "compute",
+    "content",
+    "plan",
+    "prompt_rows",
+    "row_hash",
+]
 
 VERSION = 1
+
+TABLE = Table(
+    schema=pa.schema(
+        [
+            column("prompt_id", pa.string()),
+            column(
+                "messages",
+                pa.list_(pa.struct([column("role", pa.string()), column("content", pa.string())])),
+            ),
+            column("split", pa.string()),
+            column("source", pa.string()),
+            column("offline_completions", pa.list_(pa.string())),
+            column("metadata", pa.string()),
+            column("conversational", pa.bool_()),
+        ]
+    ),
+    key=("prompt_id",),
+    checks=(one_of("split", ("train", "eval")), no_null_items("offline_completions")),
+)
 
 
 @dataclass(frozen=True)
@@ -135,8 +165,8 @@ def compute(work: Work[Settings]) -> Iterator[tuple[PartRecord, bool]]:
         record = work.store.part(planned.key)
         new = record is None
         if record is None:
-            table = pa.Table.from_pylist(part.rows, schema=SCHEMAS["prompts"])
-            record = work.commit(planned, table, started=started, rejects=part.rejects)
+            table = pa.Table.from_pylist(part.rows, schema=TABLE.schema)
+            record = work.commit(planned, table, table=TABLE, started=started, rejects=part.rejects)
         yield record, new
 
 
@@ -208,6 +238,7 @@ STAGE = Stage(
     parents=(),
     settings=Settings,
     section=PromptsConfig,
+    table=TABLE,
     plan=plan,
     compute=compute,
     read=_read,

@@ -19,14 +19,56 @@ from pydantic import Field
 from qrpo.config import Section, keyed
 from qrpo.method.quantiles import quantile_bounds, quantile_rewards
 from storage import PartRecord, fingerprint
-from storage.tables import SCHEMAS
+from storage.checks import ascending, at_least, finite, in_range, length_equals, lists_agree, ordered
+from storage.table import Table, column
 from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key
 from tasks.stage import Stage, setting
 from tasks.work import Work
 
-__all__ = ["STAGE", "QuantilesConfig", "Settings", "TrainOn", "compute", "plan", "quantile_table"]
+__all__ = ["STAGE", "TABLE", "QuantilesConfig", "Settings", "TrainOn", "compute", "plan", "quantile_table"]
 
 VERSION = 1
+
+TRAINING_COLUMNS = (
+    column("sample_index", pa.list_(pa.int32())),
+    column("origin", pa.list_(pa.string())),
+    column("reward", pa.list_(pa.float32())),
+    column("quantile_reward", pa.list_(pa.float32())),
+    column("quantile_low", pa.list_(pa.float32())),
+    column("quantile_high", pa.list_(pa.float32())),
+)
+"""List columns with one item per training completion, in this table and in that of `shards`."""
+
+TRAINING_CHECKS = (
+    lists_agree(*(field.name for field in TRAINING_COLUMNS)),
+    at_least("num_ref", 1),
+    finite("reward"),
+    in_range("quantile_reward", 0, 1),
+    in_range("quantile_low", 0, 1),
+    in_range("quantile_high", 0, 1),
+    ordered("quantile_low", "quantile_high"),
+)
+"""Checks on these columns."""
+
+TABLE = Table(
+    schema=pa.schema(
+        [
+            column("prompt_id", pa.string()),
+            column("ref_rewards", pa.list_(pa.float32())),
+            column("num_ref", pa.int32()),
+            column("ref_mean", pa.float32(), null=True),
+            column("ref_std", pa.float32(), null=True),
+            *TRAINING_COLUMNS,
+        ]
+    ),
+    key=("prompt_id",),
+    checks=(
+        *TRAINING_CHECKS,
+        length_equals("ref_rewards", "num_ref"),
+        finite("ref_rewards"),
+        ascending("ref_rewards"),
+    ),
+)
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -100,7 +142,7 @@ def _compute_part(work: Work[Settings], part: PartPlan) -> PartRecord:
     table, rejects = quantile_table(
         prompts.combine_chunks(), rewards, work.settings.section, part.slice["split"], work.settings.seed
     )
-    return work.commit(part, table, started=started, rejects=rejects)
+    return work.commit(part, table, table=TABLE, started=started, rejects=rejects)
 
 
 _THREADS = 2
@@ -217,7 +259,7 @@ def _table(
         "quantile_low": _lists(offsets[kept], low),
         "quantile_high": _lists(offsets[kept], high),
     }
-    schema = SCHEMAS["quantiles"]
+    schema = TABLE.schema
     return pa.Table.from_arrays([pa.array(columns[f.name]).cast(f.type) for f in schema], schema=schema)
 
 
@@ -257,6 +299,7 @@ STAGE = Stage(
     parents=("rewards",),
     settings=Settings,
     section=QuantilesConfig,
+    table=TABLE,
     plan=plan,
     compute=compute,
     uses_gpu=False,

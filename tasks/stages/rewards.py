@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from qrpo.config import keyed
 from qrpo.rewards import Reward, RewardConfig, Score, combine, identity, open_reward
 from storage import Manifest, PartRecord, Store, fingerprint
-from storage.tables import SCHEMAS
+from storage.checks import at_least, finite, one_of, rule
+from storage.table import Table, column
 from tasks.answers import StoredAnswers
 from tasks.engines import keep
 from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key
 from tasks.reuse import noted_family, reusable_rows
 from tasks.stage import RowReuse, Stage
-from tasks.stages.completions import samples_of
+from tasks.stages.completions import ORIGINS, samples_of
 from tasks.stages.prompts import prompt_rows, row_hash
 from tasks.work import Work
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "STAGE",
+    "TABLE",
     "Scorer",
     "Settings",
     "compute",
@@ -46,6 +49,33 @@ __all__ = [
 ]
 
 VERSION = 1
+
+TABLE = Table(
+    schema=pa.schema(
+        [
+            column("prompt_id", pa.string()),
+            column("sample_index", pa.int32()),
+            column("origin", pa.string()),
+            column("reward", pa.float32(), null=True),
+            column(
+                "components",
+                pa.list_(pa.struct([column("name", pa.string()), column("value", pa.float32(), null=True)])),
+                null=True,
+            ),
+            column("error", pa.string(), null=True),
+        ]
+    ),
+    key=("prompt_id", "origin", "sample_index"),
+    checks=(
+        one_of("origin", ORIGINS),
+        at_least("sample_index", 0),
+        finite("reward"),
+        rule(
+            "must have either a reward or an error, and not both",
+            lambda rows: pc.equal(rows["reward"].is_null(), rows["error"].is_null()),
+        ),
+    ),
+)
 
 Known = Mapping[str, float | None]
 """Values that one row's rewards had before, by the reward's name; None where the reward did not apply."""
@@ -273,7 +303,7 @@ def _commit(work: Work[Settings], part: _Part, scores: Sequence[Score]) -> PartR
     )
 
 
-_SCHEMA = SCHEMAS["rewards"].append(pa.field("input_digest", pa.string(), nullable=False))
+_SCHEMA = TABLE.schema.append(column("input_digest", pa.string()))
 
 
 def _inputs(work: Work[Settings], part: PartPlan) -> list[dict[str, Any]]:
@@ -329,6 +359,7 @@ STAGE = Stage(
     unit="completions",
     parents=("completions",),
     settings=Settings,
+    table=TABLE,
     plan=plan,
     compute=compute,
     reuse=RowReuse(

@@ -19,19 +19,45 @@ from qrpo.data.chat import encode_prompt, load_tokenizer
 from qrpo.models import ModelConfig
 from qrpo.seeds import seeded_hash
 from storage import Manifest, PartRecord, Store, fingerprint, row_digest
-from storage.tables import SCHEMAS
+from storage.checks import at_least, finite, lists_agree
+from storage.reader import PIECE
+from storage.table import Table, column
 from tasks.engines import keep
 from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key
 from tasks.reuse import reusable_rows
 from tasks.stage import RowReuse, Stage, setting
 from tasks.stages.prompts import prompt_rows
-from tasks.stages.quantiles import QuantilesConfig
+from tasks.stages.quantiles import TRAINING_CHECKS, TRAINING_COLUMNS, QuantilesConfig
 from tasks.stages.reference import model_for
 from tasks.work import Work
 
-__all__ = ["STAGE", "LogprobScorer", "Settings", "ShardsConfig", "compute", "plan"]
+__all__ = ["STAGE", "TABLE", "LogprobScorer", "Settings", "ShardsConfig", "compute", "plan"]
 
 VERSION = 1
+
+TABLE = Table(
+    schema=pa.schema(
+        [
+            column("prompt_id", pa.string()),
+            column("prompt_token_ids", pa.list_(pa.int32())),
+            column("completion_token_ids", pa.list_(pa.list_(pa.int32()))),
+            *TRAINING_COLUMNS,
+            column("ref_logprob", pa.list_(pa.float32())),
+            column("num_ref", pa.int32()),
+            column("ref_mean", pa.float32(), null=True),
+            column("ref_std", pa.float32(), null=True),
+        ]
+    ),
+    key=("prompt_id",),
+    checks=(
+        lists_agree("sample_index", "ref_logprob", "completion_token_ids"),
+        *TRAINING_CHECKS,
+        at_least("prompt_token_ids", 0),
+        finite("ref_logprob"),
+        at_least("completion_token_ids", 0),
+    ),
+    group_rows=PIECE,
+)
 
 
 class ShardsConfig(Section):
@@ -100,10 +126,10 @@ def compute(work: Work[Settings]) -> Iterator[PartRecord]:
         if unknown:
             _score_unknown(unknown, keep((model_config, "log-probabilities"), scorer))
         rows.sort(key=lambda row: seeded_hash("shards", settings.seed, row["prompt_id"]))
-        table = pa.Table.from_pylist(rows, schema=SCHEMAS["shards"])
+        table = pa.Table.from_pylist(rows, schema=TABLE.schema)
         total = sum(len(row["ref_logprob"]) for row in rows)
         counts = {"computed": total - reused, "reused": reused, "row_sum": f"{row_digest(table):064x}"}
-        yield work.commit(part, table, started=started, rejects=rejects, metadata=counts)
+        yield work.commit(part, table, table=TABLE, started=started, rejects=rejects, metadata=counts)
 
 
 def _take(row: dict[str, Any], known: Mapping[tuple[Any, ...], float]) -> int:
@@ -295,6 +321,7 @@ STAGE = Stage(
     parents=("quantiles",),
     settings=Settings,
     section=ShardsConfig,
+    table=TABLE,
     plan=plan,
     compute=compute,
     in_child=True,

@@ -299,9 +299,10 @@ def commit_rows(
     """Commit a part of these rows; one reject beside every part of rewards."""
     import pyarrow as pa
 
-    from storage import SCHEMAS, PartKey, rejects_table
+    from storage import PartKey, rejects_table
+    from tasks.stages import TABLES
 
-    schema = SCHEMAS[stage]
+    schema = TABLES[stage].schema
     extra = [pa.field(key, pa.list_(pa.float32())) for key in rows[0] if key not in schema.names]
     rejects = None
     if stage == "rewards":

@@ -15,6 +15,7 @@ import pytest
 import storage
 from flows.views.browse.server import Guard, browse_app
 from storage import Store
+from tasks.stages import TABLES
 
 
 @pytest.fixture
@@ -196,7 +197,7 @@ def test_huge_completion_leaves_the_page_small(serve: Callable[..., int], tmp_pa
         "sampled_logprob": None,
     }
     part = store.commit_part(
-        storage.PartKey("completions", "f", "p"), pa.Table.from_pylist([row], storage.SCHEMAS["completions"])
+        storage.PartKey("completions", "f", "p"), pa.Table.from_pylist([row], TABLES["completions"].schema)
     )
     manifest = store.commit_manifest(storage.manifest_of("completions", "f", [part]))
     store.write_run("one", {"stages": {"completions": {"fingerprint": manifest.fingerprint}}})

@@ -18,6 +18,7 @@ from flows.views.inspect.query import Query, find_rows
 from flows.views.inspect.rows import Rows
 from flows.views.inspect.summary import column_nulls, summarise
 from storage import Store
+from tasks.stages import TABLES
 
 PROMPT = "5feceb66ffc86f38d952786c6d696c79"  # of prompt 0
 
@@ -262,7 +263,7 @@ def test_huge_completion_is_cut_and_its_length_said(tmp_path: Path) -> None:
     commit(
         Store(tmp_path),
         "completions",
-        [pa.Table.from_pylist([row | {"sampled_logprob": None}], storage.SCHEMAS["completions"])],
+        [pa.Table.from_pylist([row | {"sampled_logprob": None}], TABLES["completions"].schema)],
     )
 
     shown = unfolded(inspect(str(tmp_path), stage="completions").stdout)
@@ -376,7 +377,7 @@ def rewards_table(rewards: Any, first: int = 0) -> pa.Table:
             "sample_index": pa.array([0] * count, pa.int32()),
             "origin": ["reference"] * count,
             "reward": pa.array(rewards, pa.float32()),
-            "components": pa.nulls(count, storage.SCHEMAS["rewards"].field("components").type),
+            "components": pa.nulls(count, TABLES["rewards"].schema.field("components").type),
             "error": pa.nulls(count, pa.string()),
         }
     )

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 from flows.cli import app
 from flows.views.report import render_report
 from qrpo.evaluation.summary import summarise
-from storage import SCHEMAS, PartKey, Store, fingerprint, manifest_of, rejects_table
+from storage import PartKey, Store, fingerprint, manifest_of, rejects_table
 from tasks.config import parse_config
+from tasks.stages import TABLES
 
 CHROMIUM = shutil.which("chromium")
 HOSTILE = (
@@ -212,7 +213,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     stages: dict[str, str] = {}
 
     def commit(stage: str, rows: list[dict[str, Any]], **more: Any) -> None:
-        table = pa.Table.from_pylist(rows, schema=SCHEMAS[stage])
+        table = pa.Table.from_pylist(rows, schema=TABLES[stage].schema)
         record = store.commit_part(PartKey(stage, "family", fingerprint(stage)), table, seconds=1.5, **more)
         metadata = (
             {"summary": summarise(table, config.policy, num_ref=NUM_REF)} if stage == "evaluation" else {}

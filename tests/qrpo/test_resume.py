@@ -22,7 +22,8 @@ from qrpo.training.checkpoints import (
     latest_checkpoint,
     remove_broken_checkpoints,
 )
-from storage import SCHEMAS, PartKey, Store
+from storage import PartKey, Store
+from tasks.stages.shards import TABLE
 
 pytestmark = pytest.mark.slow
 
@@ -102,7 +103,7 @@ def server(
     records = [
         store.commit_part(
             PartKey("shards", "family", f"{first}"),
-            pa.Table.from_pylist(rows[first : first + 15], schema=SCHEMAS["shards"]),
+            pa.Table.from_pylist(rows[first : first + 15], schema=TABLE.schema),
         )
         for first in (0, 15)
     ]

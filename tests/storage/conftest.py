@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 import storage
+from tests.support.storage import SCORES, SHARDS
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def rewards_table() -> Callable[..., pa.Table]:
                 "reward": pa.array(rng.normal(size=rows), pa.float32()),
                 "components": pa.array(
                     [[{"name": "length", "value": 1.0}]] * rows,
-                    storage.SCHEMAS["rewards"].field("components").type,
+                    SCORES.schema.field("components").type,
                 ),
                 "error": pa.nulls(rows, pa.string()),
             }
@@ -97,6 +98,6 @@ def shards_table() -> Callable[..., pa.Table]:
                     "ref_std": None,
                 }
             )
-        return pa.Table.from_pylist(made, schema=storage.SCHEMAS["shards"])
+        return pa.Table.from_pylist(made, schema=SHARDS.schema)
 
     return make

@@ -11,6 +11,7 @@ import pyarrow.dataset as ds
 import pytest
 
 import storage
+from tasks.stages import TABLES
 
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "notebook.py"
 
@@ -78,12 +79,12 @@ def test_example_notebook_runs_on_a_store(
         "offline_completions": [],
     }
     prompts = pa.Table.from_pylist(
-        [prompt | {"metadata": "{}", "conversational": False}], storage.SCHEMAS["prompts"]
+        [prompt | {"metadata": "{}", "conversational": False}], TABLES["prompts"].schema
     )
     ranks = {name: [0.0, 0.5] for name in ("reward", "quantile_reward", "quantile_low", "quantile_high")}
     judged = {"prompt_id": "p", "ref_rewards": [0.0, 1.0], "num_ref": 2, "ref_mean": 0.5, "ref_std": 0.5}
     row = judged | ranks | {"sample_index": [0, 1], "origin": ["reference", "reference"]}
-    quantiles = pa.Table.from_pylist([row], storage.SCHEMAS["quantiles"])
+    quantiles = pa.Table.from_pylist([row], TABLES["quantiles"].schema)
     stages = {}
     for stage, table in {
         "prompts": prompts,

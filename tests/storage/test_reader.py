@@ -16,20 +16,21 @@ import storage
 from qrpo.training.loader import is_idle, step_loader
 from storage import PartKey, PartRecord, ShardReader, Store
 from storage.columns import Rows, gather
-from storage.commit import GROUP_ROWS
-from storage.reader import WINDOW
+from storage.reader import PIECE, WINDOW
+from tests.support.storage import SHARDS
 
 Table = Callable[..., pa.Table]
 SIZES = [1300, 1, 350, 700]
 ROWS = sum(SIZES)
-PIECE = GROUP_ROWS["shards"]
 
 
 def commit(store: Store, shards_table: Table, sizes: Sequence[int]) -> list[PartRecord]:
     """Shards with so many rows each, numbered through."""
     starts = itertools.accumulate([0, *sizes])
     return [
-        store.commit_part(PartKey("shards", "family", f"{first}-{rows}"), shards_table(rows, first))
+        store.commit_part(
+            PartKey("shards", "family", f"{first}-{rows}"), shards_table(rows, first), table=SHARDS
+        )
         for first, rows in zip(starts, sizes, strict=False)
     ]
 

@@ -17,6 +17,7 @@ import pytest
 import storage
 from storage import DamagedError, PartKey, Store, StoreUnavailableError
 from storage.verify import verify
+from tests.support.storage import SCORES
 
 Key = Callable[..., PartKey]
 Table = Callable[..., pa.Table]
@@ -58,9 +59,11 @@ def test_equal_rows_give_equal_bytes_however_they_arrive(
     store: Store, part_key: Key, rewards_table: Table
 ) -> None:
     rows = rewards_table(5000)
-    whole = store.commit_part(part_key("rewards", 0), rows)
-    pieces = store.commit_part(part_key("rewards", 1), (rows.slice(at, 37) for at in range(0, 5000, 37)))
-    polars = store.commit_part(part_key("rewards", 2), pl.from_arrow(rows).to_arrow())
+    whole = store.commit_part(part_key("rewards", 0), rows, table=SCORES)
+    pieces = store.commit_part(
+        part_key("rewards", 1), (rows.slice(at, 37) for at in range(0, 5000, 37)), table=SCORES
+    )
+    polars = store.commit_part(part_key("rewards", 2), pl.from_arrow(rows).to_arrow(), table=SCORES)
     assert whole.digest == pieces.digest == polars.digest
     assert whole.rows == pieces.rows == 5000
 
@@ -94,7 +97,7 @@ def test_replace_keeps_the_old_part_where_the_new_rows_fail(
     key = part_key("rewards")
     old = store.commit_part(key, rewards_table(10))
     with pytest.raises(storage.SchemaError):
-        store.commit_part(key, rewards_table(12).drop_columns("reward"), replace=True)
+        store.commit_part(key, rewards_table(12).drop_columns("reward"), table=SCORES, replace=True)
     assert store.part(key) == old
     assert store.read_part(old).num_rows == 10
 
@@ -126,10 +129,10 @@ def test_rejects_may_be_known_only_after_the_last_row(
 
 
 def test_a_part_may_have_no_rows(store: Store, part_key: Key) -> None:
-    for number, tables in enumerate([[], storage.SCHEMAS["rewards"].empty_table()]):
-        record = store.commit_part(part_key("rewards", number), tables)
+    for number, tables in enumerate([[], SCORES.schema.empty_table()]):
+        record = store.commit_part(part_key("rewards", number), tables, table=SCORES)
         assert record.rows == 0
-        assert store.read_part(record).schema == storage.SCHEMAS["rewards"]
+        assert store.read_part(record).schema == SCORES.schema
 
 
 def test_discard_makes_a_part_uncommitted_and_leaves_no_file(

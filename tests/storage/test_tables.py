@@ -1,199 +1,68 @@
 from collections.abc import Callable
-from typing import Any
 
-import polars as pl
 import pyarrow as pa
 import pytest
 
-import storage
-from storage import SCHEMAS, PartKey, SchemaError, Store
+from storage import PartKey, SchemaError, Store
+from tests.support.storage import SCORES
 
-GOOD: dict[str, dict[str, Any]] = {
-    "prompts": {
-        "prompt_id": "p",
-        "messages": [{"role": "user", "content": "hi"}],
-        "split": "train",
-        "source": "data.jsonl",
-        "offline_completions": ["yes"],
-        "metadata": "{}",
-        "conversational": True,
-    },
-    "completions": {
-        "prompt_id": "p",
-        "sample_index": 0,
-        "origin": "reference",
-        "text": "yes",
-        "token_ids": [1, 2],
-        "finish_reason": None,
-        "sampled_logprob": None,
-    },
-    "rewards": {
-        "prompt_id": "p",
-        "sample_index": 0,
-        "origin": "offline",
-        "reward": 0.5,
-        "components": [{"name": "length", "value": 0.5}],
-        "error": None,
-    },
-    "quantiles": {
-        "prompt_id": "p",
-        "ref_rewards": [0.0, 1.0, 1.0],
-        "num_ref": 3,
-        "ref_mean": 0.5,
-        "ref_std": None,
-        "sample_index": [0, 1],
-        "origin": ["offline", "reference"],
-        "reward": [0.5, 1.0],
-        "quantile_reward": [0.5, 1.0],
-        "quantile_low": [0.0, 0.5],
-        "quantile_high": [1.0, 1.0],
-    },
-    "shards": {
-        "prompt_id": "p",
-        "prompt_token_ids": [1, 2],
-        "completion_token_ids": [[3], [4, 5]],
-        "sample_index": [0, 1],
-        "origin": ["offline", "offline"],
-        "reward": [0.5, 1.0],
-        "quantile_reward": [0.5, 1.0],
-        "quantile_low": [0.0, 0.5],
-        "quantile_high": [1.0, 1.0],
-        "ref_logprob": [-1.0, -2.0],
-        "num_ref": 3,
-        "ref_mean": 0.5,
-        "ref_std": 0.1,
-    },
-    "evaluation": {
-        "prompt_id": "p",
-        "model": "policy",
-        "sample_index": 0,
-        "text": "yes",
-        "token_ids": [1],
-        "finish_reason": "stop",
-        "reward": None,
-        "quantile_reward": 1.0,
-        "model_logprob": None,
-        "ref_logprob": None,
-    },
+ROW = {
+    "prompt_id": "p",
+    "sample_index": 0,
+    "origin": "offline",
+    "reward": 0.5,
+    "components": [{"name": "length", "value": 0.5}],
+    "error": None,
 }
 
 
-def commit(stage: str, rows: list[dict[str, Any]]) -> storage.PartRecord:
-    store = Store("memory://tables-test")
-    key = PartKey(stage, "family", storage.fingerprint([stage, repr(rows)]))
-    return store.commit_part(key, pa.Table.from_pylist(rows, schema=SCHEMAS[stage]))
+@pytest.fixture
+def store() -> Store:
+    return Store("memory://tables-test")
 
 
-@pytest.mark.parametrize("stage", list(SCHEMAS))
-def test_a_right_row_is_accepted(stage: str) -> None:
-    assert commit(stage, [GOOD[stage]]).rows == 1
-
-
-@pytest.mark.parametrize(
-    ("stage", "change", "message"),
-    [
-        ("prompts", {"prompt_id": None}, "prompt_id is null in 1 of 1 rows, first in row 0"),
-        ("prompts", {"split": "test"}, "split holds 'test', expected one of train, eval"),
-        ("prompts", {"offline_completions": [None]}, "offline_completions of row 0 holds a null"),
-        ("completions", {"origin": "model"}, "origin holds 'model'"),
-        ("completions", {"sample_index": -1}, "sample_index holds -1, expected at least 0"),
-        ("completions", {"token_ids": [1, -7]}, "token_ids holds -7"),
-        ("completions", {"token_ids": [1, None]}, "token_ids holds a null"),
-        ("completions", {"sampled_logprob": float("nan")}, "sampled_logprob holds a NaN"),
-        ("rewards", {"reward": float("inf")}, "reward holds a NaN or an infinity"),
-        ("rewards", {"reward": None}, "either a reward or an error"),
-        ("rewards", {"error": "boom"}, "either a reward or an error"),
-        ("quantiles", {"num_ref": 4}, "num_ref equal to the length of ref_rewards"),
-        ("quantiles", {"ref_rewards": [1.0, 0.0, 1.0]}, "not ascending"),
-        ("quantiles", {"ref_rewards": [0.0, float("nan"), 1.0]}, "ref_rewards holds a NaN"),
-        ("quantiles", {"quantile_reward": [0.5]}, "lists of one length in sample_index and quantile_reward"),
-        ("quantiles", {"quantile_reward": [0.5, 1.5]}, r"quantile_reward ranges over \[0.5, 1.5\]"),
-        ("quantiles", {"quantile_low": [-0.1, 0.5]}, "quantile_low ranges over"),
-        ("quantiles", {"quantile_high": [0.0, 0.4]}, "quantile_low is above its quantile_high"),
-        ("quantiles", {"reward": [0.5, None]}, "reward of row 0 holds a null"),
-        (
-            "shards",
-            {"completion_token_ids": [[3]]},
-            "lists of one length in sample_index and completion_token_ids",
-        ),
-        ("shards", {"completion_token_ids": [[3], [-4]]}, "completion_token_ids holds -4"),
-        ("shards", {"ref_logprob": [-1.0, float("-inf")]}, "ref_logprob holds a NaN or an infinity"),
-        ("shards", {"num_ref": 0, "ref_mean": None}, "num_ref of 1 or more"),
-        ("evaluation", {"model": ""}, "must name its model"),
-        ("evaluation", {"quantile_reward": -0.5}, "quantile_reward ranges over"),
-        (
-            "evaluation",
-            {"ref_token_logprobs": [-1.0, -2.0]},
-            "one length in token_ids and ref_token_logprobs",
-        ),
-    ],
-)
-def test_a_wrong_row_is_refused_with_its_fault(stage: str, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(SchemaError, match=message):
-        commit(stage, [{**GOOD[stage], **change}])
-
-
-@pytest.mark.parametrize("stage", list(SCHEMAS))
-def test_two_rows_with_one_key_are_refused(stage: str) -> None:
-    other = {**GOOD[stage], "prompt_id": "q"}
-    with pytest.raises(SchemaError, match=r"'prompt_id': 'p'.* appears 2 times"):
-        commit(stage, [GOOD[stage], other, GOOD[stage]])
-
-
-def test_a_key_repeated_far_apart_is_found(rewards_table: Callable[..., pa.Table]) -> None:
-    store = Store("memory://tables-test")
+def test_a_key_repeated_far_apart_is_found(store: Store, rewards_table: Callable[..., pa.Table]) -> None:
     tables = [rewards_table(70_000, seed=0), rewards_table(2, seed=0)]
     with pytest.raises(SchemaError, match="appears 2 times"):
-        store.commit_part(PartKey("rewards", "family", "far-apart"), tables)
+        store.commit_part(PartKey("rewards", "family", "far-apart"), tables, table=SCORES)
 
 
-def test_a_missing_column_and_a_wrong_type_are_named() -> None:
-    store = Store("memory://tables-test")
-    table = pa.Table.from_pylist([GOOD["rewards"]], schema=SCHEMAS["rewards"])
+def test_a_missing_column_and_a_wrong_type_are_named(store: Store) -> None:
+    table = pa.Table.from_pylist([ROW], schema=SCORES.schema)
     with pytest.raises(SchemaError, match="column reward is missing"):
-        store.commit_part(PartKey("rewards", "family", "missing"), table.drop_columns("reward"))
+        store.commit_part(PartKey("rewards", "family", "missing"), table.drop_columns("reward"), table=SCORES)
     at = table.column_names.index("reward")
     doubled = table.set_column(at, "reward", table["reward"].cast(pa.float64()))
     with pytest.raises(SchemaError, match="column reward has the type double, expected float"):
-        store.commit_part(PartKey("rewards", "family", "doubled"), doubled)
+        store.commit_part(PartKey("rewards", "family", "doubled"), doubled, table=SCORES)
 
 
-def test_columns_may_be_added_and_come_in_any_order() -> None:
-    store = Store("memory://tables-test")
-    table = pa.Table.from_pylist([GOOD["rewards"]], schema=SCHEMAS["rewards"])
+def test_columns_may_be_added_and_come_in_any_order(store: Store) -> None:
+    table = pa.Table.from_pylist([ROW], schema=SCORES.schema)
     table = table.select(list(reversed(table.column_names))).append_column("judge", pa.array(["a"]))
-    record = store.commit_part(PartKey("rewards", "family", "added"), table)
-    assert store.read_part(record).column_names == [*SCHEMAS["rewards"].names, "judge"]
+    record = store.commit_part(PartKey("rewards", "family", "added"), table, table=SCORES)
+    assert store.read_part(record).column_names == [*SCORES.schema.names, "judge"]
 
 
-def test_tables_of_one_part_with_different_columns_are_refused() -> None:
-    store = Store("memory://tables-test")
-    table = pa.Table.from_pylist([GOOD["rewards"]], schema=SCHEMAS["rewards"])
+def test_tables_of_one_part_with_different_columns_are_refused(store: Store) -> None:
+    table = pa.Table.from_pylist([ROW], schema=SCORES.schema)
     with pytest.raises(SchemaError, match="different columns"):
         store.commit_part(
-            PartKey("rewards", "family", "different"), [table, table.append_column("judge", pa.array(["a"]))]
+            PartKey("rewards", "family", "different"),
+            [table, table.append_column("judge", pa.array(["a"]))],
+            table=SCORES,
         )
 
 
-@pytest.mark.parametrize("stage", list(SCHEMAS))
-def test_tables_from_polars_are_accepted(stage: str) -> None:
-    store = Store("memory://tables-test")
-    arrow = pa.Table.from_pylist([GOOD[stage]], schema=SCHEMAS[stage])
-    record = store.commit_part(PartKey(stage, "polars", "part"), pl.from_arrow(arrow).to_arrow())
-    assert store.read_part(record).equals(arrow)
-
-
-def test_dictionary_encoded_and_all_null_columns_are_accepted() -> None:
-    store = Store("memory://tables-test")
-    arrow = pa.Table.from_pylist([GOOD["rewards"]], schema=SCHEMAS["rewards"])
+def test_dictionary_encoded_and_all_null_columns_are_accepted(store: Store) -> None:
+    arrow = pa.Table.from_pylist([ROW], schema=SCORES.schema)
     table = arrow.set_column(2, "origin", arrow["origin"].dictionary_encode())
     table = table.set_column(5, "error", pa.nulls(1))
-    record = store.commit_part(PartKey("rewards", "dictionary", "part"), table)
+    record = store.commit_part(PartKey("rewards", "dictionary", "part"), table, table=SCORES)
     assert store.read_part(record).equals(arrow)
 
 
-def test_a_stage_without_a_schema_keeps_what_it_is_given() -> None:
-    store = Store("memory://tables-test")
+def test_rows_without_a_table_are_kept_as_they_are(store: Store) -> None:
     table = pa.table({"step": [1, 2], "loss": [0.5, 0.25]})
     record = store.commit_part(PartKey("metrics", "family", "part"), table)
     assert store.read_part(record).equals(table)

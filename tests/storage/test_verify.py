@@ -8,6 +8,7 @@ import storage
 from storage import Manifest, PartKey, Store, manifest_of
 from storage.parts import sealed
 from storage.verify import repair, verify
+from tests.support.storage import SCORES
 
 Key = Callable[..., PartKey]
 Table = Callable[..., pa.Table]
@@ -155,7 +156,7 @@ def test_a_payload_whose_schema_does_not_match_its_stage_is_named(store: Store, 
         "files": [entry],
     }
     store.write_bytes(key.record, sealed(value))
-    (finding,) = verify(store)
+    (finding,) = verify(store, tables={"rewards": SCORES})
     assert finding.kind == "schema"
     assert "column sample_index is missing" in finding.message
 
@@ -184,11 +185,12 @@ def test_rows_that_their_parent_does_not_have_are_found(
     parent = store.commit_manifest(manifest_of("completions", "family", [parent_part]))
     parents = {"completions": parent.fingerprint}
     sound = store.commit_manifest(manifest_of("rewards", "family-a", [manifest.parts[0]], parents=parents))
-    assert list(verify(store, [sound])) == []
+    tables = {"rewards": SCORES, "completions": SCORES}
+    assert list(verify(store, [sound], tables=tables)) == []
     wrong = store.commit_manifest(
         manifest_of("rewards", "family-b", [manifest.parts[0], stranger], parents=parents)
     )
-    (finding,) = verify(store, [wrong])
+    (finding,) = verify(store, [wrong], tables=tables)
     assert finding.kind == "reference"
     assert "'prompt_id': 'prompt-7-" in finding.message
 

@@ -25,7 +25,8 @@ from typing import Literal
 import pyarrow as pa
 
 from qrpo.config import Section, keyed
-from storage import PartRecord, Table, column, fingerprint
+from storage import PartRecord, Table, fingerprint
+from storage.table import column
 from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key
 from tasks.stage import Stage, setting
 from tasks.work import Work
@@ -71,7 +72,7 @@ def compute(work: Work[Settings]) -> Iterator[PartRecord]:
                 lengths.setdefault(row["prompt_id"], []).append(len(row[column]))
         rows = [{"prompt_id": name, "mean_length": sum(of) / len(of)} for name, of in lengths.items()]
         table = pa.Table.from_pylist(rows, schema=TABLE.schema)
-        yield work.commit(part, table, TABLE, started=started)
+        yield work.commit(part, table, table=TABLE, started=started)
 
 
 STAGE = Stage(

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.tables import SCHEMAS
+from tasks.stages import TABLES
 from tasks.stages.quantiles import QuantilesConfig, quantile_table
 
 Rows = list[tuple[str, str, int, float | None]]
@@ -24,7 +24,7 @@ rows_of_prompts = st.lists(
 def _rewards(rows: Rows) -> pa.Table:
     columns = zip(*rows, strict=True) if rows else ((), (), (), ())
     schema = pa.schema(
-        [SCHEMAS["rewards"].field(name) for name in ("prompt_id", "origin", "sample_index", "reward")]
+        [TABLES["rewards"].schema.field(name) for name in ("prompt_id", "origin", "sample_index", "reward")]
     )
     return pa.Table.from_arrays(
         [pa.array(list(c), f.type) for c, f in zip(columns, schema, strict=True)], schema=schema
@@ -69,7 +69,7 @@ def test_table_equals_one_made_row_by_row(rows: Rows, train_on, ties, keep):
             lists.append((origin, index, reward, count / len(others)))
         expected[prompt] = (references, lists)
     assert [reject["key"] for reject in rejects] == left_out
-    assert table.schema == SCHEMAS["quantiles"]
+    assert table.schema == TABLES["quantiles"].schema
     assert table["prompt_id"].to_pylist() == list(expected)
     for row in table.to_pylist():
         references, lists = expected[row["prompt_id"]]

@@ -14,11 +14,11 @@ import pytest
 
 from qrpo.errors import RewardError
 from storage import PartKey, Store
-from storage.tables import SCHEMAS
 from tasks.answers import StoredAnswers
 from tasks.config import PipelineConfig, load_config, parse_config
 from tasks.plan import PartPlan
 from tasks.planner import plan_pipeline
+from tasks.stages.completions import TABLE
 from tasks.stages.rewards import compute, reward_settings
 from tasks.work import Work
 
@@ -142,9 +142,7 @@ def scored(store: Store, rewards: Sequence[Mapping[str, Any]], attempt: str = "1
             for sample in range(3)
         ]
         store.commit_part(keys["prompts"], pa.Table.from_pylist(prompts))
-        store.commit_part(
-            keys["completions"], pa.Table.from_pylist(completions, schema=SCHEMAS["completions"])
-        )
+        store.commit_part(keys["completions"], pa.Table.from_pylist(completions, schema=TABLE.schema))
         key = PartKey("rewards", f"test{attempt}", f"{number:08d}")
         slice_ = {"prompts": keys["prompts"].fingerprint}
         parts.append(PartPlan(key, (keys["completions"], keys["prompts"]), slice_))

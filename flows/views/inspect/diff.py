@@ -11,7 +11,7 @@ import polars as pl
 from flows.views.inspect.rows import Rows
 from flows.views.inspect.summary import summarise
 from qrpo.errors import DataError
-from storage import KEYS, Manifest, PartRecord, Store
+from storage import Manifest, PartRecord, Store
 
 __all__ = ["diff_stage"]
 
@@ -25,10 +25,12 @@ def diff_stage(
 
     Raises DataError for a stage whose rows have no key.
     """
+    from tasks.stages import TABLES  # slow to import, and no other view of `inspect` needs it
+
     stage = before.stage
-    if stage not in KEYS:
-        raise DataError(f"rows of {stage} have no key to compare them by; {', '.join(KEYS)} have")
-    keys = list(KEYS[stage])
+    if stage not in TABLES:
+        raise DataError(f"rows of {stage} have no key to compare them by; {', '.join(TABLES)} have")
+    keys = list(TABLES[stage].key)
     old, new = (Rows(store, parts) for parts in _differing(before, after))
     if len(old) + len(new) > most_rows:
         raise DataError(
