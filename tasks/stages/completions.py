@@ -241,7 +241,9 @@ def _done_with(
 
 def _commit(work: Work[Settings], part: _PartInProgress, started: float) -> PartRecord:
     counts = {"computed": len(part.rows) - part.reused, "reused": part.reused}
-    return work.commit(part.part, _table(part.rows), started=started, rejects=part.rejects, metadata=counts)
+    return work.commit(
+        part.part, _table(part.rows), table=TABLE, started=started, rejects=part.rejects, metadata=counts
+    )
 
 
 def sample_requests(

@@ -351,6 +351,7 @@ def _score_part(
     return work.commit(
         part,
         pa.Table.from_pylist(rows, schema=_SCHEMA),
+        table=TABLE,
         started=started,
         rejects=rejects,
         metadata={"computed": total - reused, "reused": reused},

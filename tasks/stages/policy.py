@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qrpo.training.arguments import held_out
+from qrpo.training.loader import held_out
 
 from qrpo.config import keyed
 from qrpo.errors import ConfigError, DataError

@@ -297,6 +297,7 @@ def _commit(work: Work[Settings], part: _Part, scores: Sequence[Score]) -> PartR
     return work.commit(
         part.plan,
         pa.Table.from_pylist(table, schema=_SCHEMA),
+        table=TABLE,
         started=part.started,
         rejects=rejects,
         metadata={"computed": len(part.rows) * len(work.settings.rewards) - reused, "reused": reused},
