@@ -26,6 +26,10 @@ class Section(BaseModel):
         """Fields that have no effect given the values of the others; fingerprints ignore them."""
         return frozenset()
 
+    def fingerprint_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """What fingerprints hash of these settings. Override it to keep the names of earlier versions."""
+        return settings
+
 
 def execution_option(default: Any, **constraints: Any) -> Any:
     """A field that changes no result: it is not part of any fingerprint."""
@@ -40,11 +44,12 @@ def is_execution_option(section: type[BaseModel], name: str) -> bool:
 def keyed(section: BaseModel) -> dict[str, Any]:
     """The section's settings as plain JSON values, nested sections included: what fingerprints hash."""
     idle = section.idle_fields() if isinstance(section, Section) else frozenset()
-    return {
+    settings = {
         name: _plain(getattr(section, name))
         for name in type(section).model_fields
         if name not in idle and _extra(type(section), name).get("fingerprint") is not False
     }
+    return section.fingerprint_settings(settings) if isinstance(section, Section) else settings
 
 
 def _extra(section: type[BaseModel], name: str) -> dict[str, Any]:

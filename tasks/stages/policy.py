@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qrpo.config import keyed
@@ -45,8 +45,7 @@ def compute(work: Work) -> Iterator[PartRecord | Progress]:
     """Train and commit the policy's folder. Runs in a child process; checkpoints lie in the store's work folder."""
     (part,) = work.parts
     started = time.monotonic()
-    training, _ = _cut(work, part)
-    rows = sum(record.rows for record in training)
+    rows = sum(record.rows for record in work.inputs(part, "shards"))
     if not rows:
         raise DataError(
             "policy: the shards hold no rows; `qrpo inspect CONFIG shards` and its rejects say why"
@@ -77,41 +76,42 @@ def compute(work: Work) -> Iterator[PartRecord | Progress]:
 
 def train(work: Work) -> Iterator[Progress]:
     """Train into the work folder: the whole run, or one rank's part of it where `qrpo.training.ranks` started this process."""
+    from qrpo.training.loader import held_out
     from qrpo.training.runs import train_policy
 
     (part,) = work.parts
     section = work.config.policy
 
-    def read(records: Sequence[PartRecord]) -> ShardReader:
-        return ShardReader(work.store, records, seed=_seed(work.config), columns=section.columns())
-
-    training, held_out = _cut(work, part)
-    reader, eval_rows = read(training), list(read(held_out).iterate(0)) if held_out else None
-    settings = section.with_seed(_seed(work.config))
+    reader: Any = ShardReader(
+        work.store, work.inputs(part, "shards"), seed=_seed(work.config), columns=section.columns()
+    )
+    eval_rows = None
+    if section.eval_fraction:
+        rows = list(reader.iterate(0))
+        held = [held_out(row["prompt_id"], section.eval_fraction, _seed(work.config)) for row in rows]
+        eval_rows = [row for row, out in zip(rows, held, strict=True) if out]
+        reader = [row for row, out in zip(rows, held, strict=True) if not out]
+        if not eval_rows or not reader:
+            raise ConfigError(
+                f"policy.eval_fraction is {section.eval_fraction}, and of {len(rows)} prompts {len(eval_rows)} are held out: "
+                "both sides need at least one"
+            )
+    settings = section
     if work.config.rounds.from_run is None:
         model = model_for(work, part)
     else:  # a later round starts where the one before ended, away from the reference
         model = model_for(work, part, stage="policy")
         settings = settings.model_copy(update={"max_initial_log_ratio": math.inf})
-    scaled = "transform" not in section.idle_fields() and get_transform(section.transform).needs_scale
-    spread = _mean_ref_std(work, part) if scaled else None
+    scaled = section.uses_quantiles and get_transform(section.transform).needs_scale
+    if scaled and section.mean_ref_std is None:
+        settings = settings.model_copy(update={"mean_ref_std": _mean_ref_std(work, part)})
     folder = work.store.work_dir(part.key)
+    seed = _seed(work.config)
     yield from progress_of(
         lambda report: train_policy(
-            model, reader, settings, folder, eval_rows=eval_rows, mean_ref_std=spread, on_progress=report
+            model, reader, settings, folder, seed=seed, eval_rows=eval_rows, on_progress=report
         )
     )
-
-
-def _cut(work: Work, part: PartPlan) -> tuple[Sequence[PartRecord], Sequence[PartRecord]]:
-    """The shards to train on, and the last ones, which are held out."""
-    shards, held_out = work.inputs(part, "shards"), work.config.policy.eval_shards
-    if held_out and len(shards) <= held_out:
-        raise ConfigError(
-            f"policy.eval_shards is {held_out} and there are {len(shards)} shards, none to train on: lower it, or make "
-            "parts smaller (run.part_size)"
-        )
-    return shards[: len(shards) - held_out], shards[len(shards) - held_out :]
 
 
 def _seed(config: "PipelineConfig") -> int:

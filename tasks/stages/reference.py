@@ -99,8 +99,8 @@ def compute(work: Work) -> Iterator[PartRecord | Progress]:
             "give the data a `chosen` or `completion` column (prompts.columns maps names), or set reference.sft to null"
         )
     scratch = work.store.work_dir(part.key)
-    model, settings = work.config.reference.model, sft.with_seed(work.config.seed)
-    yield from progress_of(lambda report: train_sft(model, rows, settings, scratch, on_progress=report))
+    model, seed = work.config.reference.model, work.config.seed
+    yield from progress_of(lambda report: train_sft(model, rows, sft, scratch, seed=seed, on_progress=report))
     yield work.store.commit_folder(
         part.key,
         scratch / "final",

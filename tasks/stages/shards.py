@@ -95,8 +95,8 @@ class LogprobScorer:
     def __init__(self, model: ModelConfig, config: "PipelineConfig") -> None:
         import torch
 
+        from qrpo.training.logprobs import can_share
         from qrpo.training.runs import load_policy
-        from qrpo.training.sharing import can_share
 
         self._model = load_policy(model)
         self._share = config.policy.share_prompts and can_share(self._model)
