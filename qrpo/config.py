@@ -27,6 +27,14 @@ class Section(BaseModel):
         """Fields that have no effect given the values of the others; fingerprints ignore them."""
         return frozenset()
 
+    def further_settings(self) -> dict[str, Any]:
+        """Settings beyond the declared fields, where the section allows some."""
+        return {}
+
+    def fingerprint_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """What fingerprints hash of these settings. Override it to keep the names of earlier versions."""
+        return settings
+
 
 def execution_option(default: Any, **constraints: Any) -> Any:
     """A field that changes no result: it is not part of any fingerprint."""
@@ -41,21 +49,25 @@ def is_execution_option(section: type[BaseModel], name: str) -> bool:
 def keyed(section: BaseModel) -> dict[str, Any]:
     """The section's settings as plain JSON values, nested sections included: what fingerprints hash."""
     idle = section.idle_fields() if isinstance(section, Section) else frozenset()
-    return {
+    settings = {
         name: _plain(getattr(section, name), keyed)
         for name in type(section).model_fields
         if name not in idle and _extra(type(section), name).get("fingerprint") is not False
     }
+    if not isinstance(section, Section):
+        return settings
+    return section.fingerprint_settings(settings | section.further_settings())
 
 
 def effective(section: BaseModel) -> dict[str, Any]:
     """Every field that can change results as the section is set: no execution option, no idle field. Plain JSON values."""
     idle = section.idle_fields() if isinstance(section, Section) else frozenset()
-    return {
+    declared = {
         name: _plain(getattr(section, name), effective)
         for name in type(section).model_fields
         if name not in idle and not is_execution_option(type(section), name)
     }
+    return declared | (section.further_settings() if isinstance(section, Section) else {})
 
 
 def _extra(section: type[BaseModel], name: str) -> dict[str, Any]:

@@ -265,6 +265,9 @@ def _dump_section(section: BaseModel, indent: int) -> list[str]:
             text = yaml.safe_dump(plain, default_flow_style=True, width=10_000, allow_unicode=True)
             value_text = text.strip().removesuffix("...").strip()
             lines.append(f"{pad}{name}: {value_text}{comment}")
+    for name, value in (section.model_extra or {}).items():
+        text = yaml.safe_dump({name: value}, default_flow_style=True, width=10_000, allow_unicode=True)
+        lines.append(f"{pad}{text.strip()[1:-1]}")
     return lines
 
 

@@ -25,9 +25,12 @@ S = TypeVar("S")
 _ABSENT = object()
 
 
-def setting(path: str) -> Any:
-    """A field of a stage's `Settings` that is read from `path` of the configuration; without it, from the field's own name."""
-    return field(metadata={"path": path})
+def setting(path: str, *, key: str | None = None) -> Any:
+    """A field of a stage's `Settings` that is read from `path` of the configuration; without it, from the field's own name.
+
+    `key` names the key of the YAML file that decides it, where `path` is a property.
+    """
+    return field(metadata={"path": path, "key": key or path})
 
 
 def setting_paths(kind: type[Any]) -> dict[str, str]:
@@ -128,7 +131,8 @@ class Stage(Generic[S]):
         """The same as nested JSON values by path, without what cannot change a row: `qrpo plan` compares them."""
         dumped = effective(config)
         values: dict[str, Any] = {}
-        for path in setting_paths(self.settings).values():
+        for item in fields(self.settings):  # type: ignore[arg-type]
+            path = item.metadata.get("key", item.name)
             value: Any = dumped
             for step in path.split("."):
                 value = value.get(step, _ABSENT) if isinstance(value, dict) else _ABSENT

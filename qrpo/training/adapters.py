@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) through PEFT: what is trained, what the reference is, and what is kept.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) through PEFT.
 
-The reference is the model with its adapters off. The adapters start as zero, so a policy begins as its reference, and
-precomputed reference log-probabilities hold as they do for full fine-tuning. Checkpoints hold the adapters only; the trained policy is
-saved merged into the weights, an ordinary model folder that vLLM and everything else loads without PEFT.
+The reference is the model with its adapters off. The adapters start with no effect, so a policy starts as its reference,
+and precomputed reference log-probabilities are valid as in full fine-tuning. Checkpoints hold the adapters only. The
+trained policy is saved merged into the weights, an ordinary model folder that vLLM loads without PEFT.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ __all__ = ["adapters_off", "merged", "with_lora"]
 
 
 def with_lora(model: Any, config: LoraConfig, seed: int) -> Any:
-    """The model with fresh adapters, zero in their effect and drawn from the seed; its own weights are frozen."""
+    """The model with new adapters without effect, drawn from the seed; its weights are frozen."""
     try:
         import peft
     except ImportError:
@@ -42,7 +42,7 @@ def with_lora(model: Any, config: LoraConfig, seed: int) -> Any:
 
 @contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
-    """Within it, a PEFT model is its base; any other model stays what it is."""
+    """A context in which a PEFT model computes as its base; any other model is unchanged."""
     if hasattr(model, "disable_adapter"):
         with model.disable_adapter():
             yield
@@ -51,5 +51,5 @@ def adapters_off(model: Any) -> Iterator[None]:
 
 
 def merged(model: Any) -> Any:
-    """A PEFT model's base with the adapters in its weights (the model itself is used up); any other model as it is."""
+    """A PEFT model's base with the adapters added to its weights, which changes the model; any other model as it is."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model

@@ -1,8 +1,8 @@
-"""Training checkpoints: written aside, then named; which are whole, and the newest of them.
+"""Training checkpoints: written to a temporary folder, then renamed; which are complete, and the newest of them.
 
-A trainer writes a checkpoint as a folder of many files; a kill, or a full disk, in the middle leaves a folder that looks
-like one. So it is written under `UNFINISHED`, and gets its name by one rename after every file has reached the disk. A
-marker beside the files says each one's size: what does not fit it was damaged since, and is not a checkpoint either.
+A trainer writes a checkpoint as a folder of many files. A kill or a full disk while it writes leaves a folder that looks
+like a checkpoint. So it is written under `UNFINISHED` and renamed once, after every file is flushed to disk. A marker in
+the folder lists each file's size: a folder that does not match its marker is damaged and not used.
 """
 
 import json
@@ -16,34 +16,34 @@ __all__ = [
     "UNFINISHED",
     "commit_checkpoint",
     "latest_checkpoint",
-    "mark_whole",
     "remove_broken_checkpoints",
-    "unwritten",
+    "write_error",
+    "write_marker",
 ]
 
 MARKER = "whole.json"
 UNFINISHED = "unfinished"
-"""The folder, beside the checkpoints, in which the next is written."""
+"""The folder, next to the checkpoints, in which the next one is written."""
 
 
-def commit_checkpoint(folder: Path, step: int, *, keep: int | None, also: Path | None = None) -> Path:
-    """Name the checkpoint of `step` that was written in `folder/unfinished`, then delete all but the newest `keep`.
+def commit_checkpoint(folder: Path, step: int, *, keep: int | None, keep_also: Path | None = None) -> Path:
+    """Rename the checkpoint of `step` from `folder/unfinished`, then delete all but the newest `keep` and `keep_also`.
 
-    `also` is kept besides (the best one). A checkpoint of the same step that was there is replaced.
+    An existing checkpoint of the same step is replaced.
     """
     written, named = folder / UNFINISHED / f"checkpoint-{step}", folder / f"checkpoint-{step}"
-    mark_whole(written)
+    write_marker(written)
     if named.exists():
         shutil.rmtree(named)
     written.rename(named)
     _flush(folder)
-    old = [path for path in _checkpoints(folder) if path not in (named, also)]
+    old = [path for path in _checkpoints(folder) if path not in (named, keep_also)]
     for path in old[: max(0, len(old) + 1 - keep)] if keep is not None else ():
         _remove(path)
     return named
 
 
-def mark_whole(checkpoint: Path) -> None:
+def write_marker(checkpoint: Path) -> None:
     """Flush every file of a checkpoint folder to disk, then write its marker."""
     sizes = {}
     for path in sorted(checkpoint.rglob("*")):
@@ -58,52 +58,47 @@ def mark_whole(checkpoint: Path) -> None:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The whole checkpoint of the highest step under `folder`; None where there is none."""
-    return next((path for path in reversed(_checkpoints(folder)) if _is_whole(path)), None)
+    """The complete checkpoint with the highest step in `folder`; None if there is none."""
+    return next((path for path in reversed(_checkpoints(folder)) if _is_complete(path)), None)
 
 
 def remove_broken_checkpoints(folder: Path) -> None:
-    """Delete what is unfinished under `folder`, and checkpoints that are not whole, so that nothing mistakes them for one."""
+    """Delete the unfinished and incomplete checkpoints in `folder`."""
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     for path in _checkpoints(folder):
-        if not _is_whole(path):
+        if not _is_complete(path):
             _remove(path)
 
 
-def unwritten(what: str, folder: Path, error: Exception) -> TrainingError:
-    """The error to raise where `what` could not be written; removes what there is of it, for the disk may be full."""
-    free = shutil.disk_usage(
-        folder
-    ).free  # asked here, for not every writer's error says that the disk is full
+def write_error(what: str, folder: Path, error: Exception) -> TrainingError:
+    """The error to raise if `what` could not be written; deletes its partial files, because the disk may be full."""
+    free = shutil.disk_usage(folder).free  # not every writer's error says that the disk is full
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     newest = latest_checkpoint(folder)
-    rest = "there is no older checkpoint" if newest is None else f"{newest.name} is whole"
+    rest = "there is no older checkpoint" if newest is None else f"{newest.name} is complete"
     return TrainingError(
         f"{what} cannot be written to {folder} ({type(error).__name__}: {str(error).splitlines()[0]}; {free / 1e6:,.1f} MB free); "
-        f"{rest}. "
-        "Make room there, then start the same command again: it goes on from the newest whole checkpoint"
+        f"{rest}. Free disk space there, then run the same command again: it resumes from the newest complete checkpoint"
     )
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Folders named `checkpoint-<step>`, in the order of their steps."""
+    """Folders named `checkpoint-<step>`, ordered by step."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_complete(checkpoint: Path) -> bool:
     try:
         sizes: dict[str, int] = json.loads((checkpoint / MARKER).read_text())["files"]
     except FileNotFoundError:
         return False
-    return all(
-        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size
-        for name, size in sizes.items()
-    )
+    files = {name: checkpoint / name for name in sizes}
+    return all(path.is_file() and path.stat().st_size == sizes[name] for name, path in files.items())
 
 
 def _remove(checkpoint: Path) -> None:
-    """Delete a checkpoint, its marker first: a kill in the middle leaves nothing that looks whole."""
+    """Delete a checkpoint, its marker first, so that a kill leaves nothing that looks complete."""
     (checkpoint / MARKER).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)
 

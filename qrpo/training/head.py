@@ -1,11 +1,11 @@
-"""Log-probabilities of target tokens from hidden states: the head and its softmax, one chunk of logits at a time.
+"""Log-probabilities of target tokens from hidden states, computed with one chunk of logits at a time.
 
     log p[y] = z[y] - logsumexp(z),   z = W h + b              forward: only log p and logsumexp are kept
     d log p[y] / dz = onehot(y) - exp(z - logsumexp(z))        backward: z is computed again, chunk by chunk
 
-All chunks are written into the same block of memory, and the softmax and its gradient are taken in place: a fresh block a
-chunk costs a CPU as much time as the arithmetic (the kernel zeroes its pages), and leaves holes in the heap. A head that is not a plain linear
-layer, or whose logits are capped, goes the general way: the same chunks through `torch.utils.checkpoint`.
+All chunks use the same block of memory, and the softmax and its gradient are computed in place. A new block for each chunk
+costs a CPU as much time as the arithmetic, because the kernel zeroes its pages, and fragments the heap. A head that is
+not a plain linear layer, or whose logits are capped, uses the same chunks with `torch.utils.checkpoint`.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ def token_logprobs(
     """
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     chunk = max(1, chunk_elements // int(config.vocab_size))
-    # What some architectures do to their logits after the head: a scale (Cohere, Granite) or a cap (Gemma).
+    # Some architectures scale (Cohere, Granite) or cap (Gemma) their logits after the head.
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
         getattr(config, "logits_scaling", None) or 1.0
     )
@@ -66,7 +66,7 @@ def _any_head(
 
 
 class _LinearHead(torch.autograd.Function):  # type: ignore[misc]
-    """The formulas at the top, for a linear head."""
+    """The formulas above, for a linear head."""
 
     @staticmethod
     def forward(
@@ -125,7 +125,7 @@ class _LinearHead(torch.autograd.Function):  # type: ignore[misc]
 def _chunks_of_logits(
     ctx: Any, hidden_MD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Scaled logits (C, V) in float32 or float64, one block of memory for all: each is gone when the next one comes."""
+    """Scaled logits (C, V) in float32 or float64; all chunks use one block of memory, so each is valid until the next."""
     weight_DV, count = weight_VD.to(ctx.dtype).T, len(hidden_MD)
     block_CV = weight_DV.new_empty((min(ctx.chunk, count), weight_DV.shape[1]))
     wide_CV = _wide(block_CV)

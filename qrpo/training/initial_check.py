@@ -1,66 +1,69 @@
-"""Before the first step the policy is its reference: log pi - log ref of the data is zero up to rounding, or the data is another model's.
+"""Before the first step the policy equals its reference, so log pi - log ref of the data must be zero up to rounding.
 
-Reference log-probabilities are computed once and kept, so they can come from other weights, another chat template or another
-tokenizer than the training starts with. A quick look at the first rows finds it before anything is learned from them, and the
-tokens often tell which it is.
+Reference log-probabilities are computed once and stored. They may come from other weights, another chat template or
+another tokenizer than the training starts with. A check of the first rows finds this before the weights change, and the
+tokens often show the cause.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from qrpo.data.chat import foreign_tokens
 from qrpo.errors import TrainingError
 from qrpo.training.batches import length_sorted_batches
-from qrpo.training.rows import flatten_rows, take, tensor_of
-
-if TYPE_CHECKING:
-    from qrpo.training.trainer import CompletionTrainer
+from qrpo.training.rows import TrainingRow, flatten_rows, take, tensor_of
 
 __all__ = ["ROUNDING", "check_reference"]
 
-# How far rounding alone carries the mean |log pi - log ref|, per square root of a token.
+# Mean |log pi - log ref| per square root of a token that rounding alone explains.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
-def check_reference(trainer: "CompletionTrainer", rows: Sequence[Any]) -> None:
-    """Log how far the policy is from `ref_logprob` of some of these rows; TrainingError, with the reason, where it is too far."""
+def check_reference(
+    rows: Sequence[TrainingRow],
+    logprobs: Callable[[dict[str, Any]], torch.Tensor],
+    *,
+    limit: float,
+    token_budget: int,
+    vocab_size: int,
+    tokenizer: Any,
+) -> dict[str, float]:
+    """Metrics of log pi - `ref_logprob` over some of these rows; `logprobs` gives log pi (B,) of flattened rows.
+
+    Raises TrainingError, with the cause as far as it is known, if the mean per square root of a token is above `limit`.
+    """
     columns = flatten_rows(rows)
-    seen = max(
+    largest_id = max(
         max(ids, default=0) for name in ("prompt_token_ids", "completion_token_ids") for ids in columns[name]
     )
-    if seen >= trainer.model.config.get_text_config().vocab_size:
+    if largest_id >= vocab_size:
         raise TrainingError(
-            f"before the first step: token {seen} is not in the model. {_mismatch(trainer, rows)}"
+            f"before the first step: token {largest_id} is not in the model. {_mismatch(rows, tokenizer)}"
         )
-    # The last batch holds the shortest: a quick look, within the memory that the step needs anyway.
-    shown = length_sorted_batches(columns["length"], trainer.args.token_budget)[-1][:64]
-    batch = take(columns, shown)
-    trainer.model.eval()
-    with torch.no_grad():
-        logprob_B = trainer.logprobs(trainer.model, batch)
+    # The last batch has the shortest rows: a quick check within the memory that the step needs anyway.
+    checked = length_sorted_batches(columns["length"], token_budget)[-1][:64]
+    batch = take(columns, checked)
+    logprob_B = logprobs(batch)
     ratio_B = (logprob_B - tensor_of(batch["ref_logprob"], logprob_B)).abs()
     tokens_B = tensor_of([len(ids) for ids in batch["completion_token_ids"]], logprob_B)
-    drift = (ratio_B / tokens_B.clamp(min=1).sqrt()).mean().item()
-    limit = trainer.args.max_initial_log_ratio
-    if limit is None:
-        limit = ROUNDING[trainer.compute_dtype()]
+    per_token = (ratio_B / tokens_B.clamp(min=1).sqrt()).mean().item()
     mean, largest = ratio_B.mean().item(), ratio_B.max().item()
-    trainer.log({"initial_log_ratio/mean_abs": mean, "initial_log_ratio/max_abs": largest})
-    # A NaN is left to the loss, which names its prompt.
-    if drift > limit:
+    # A NaN passes: the loss will name its prompt.
+    if per_token > limit:
         raise TrainingError(
-            f"before the first step, log pi - log ref of {len(shown)} completions has mean {mean:.4g} and maximum "
-            f"{largest:.4g} in absolute value: {drift:.4g} per square root of a token, expected at most {limit:g}. "
-            f"{_mismatch(trainer, rows)}. Compute the reference log-probabilities again from this model and its own tokens, "
+            f"before the first step, log pi - log ref of {len(checked)} completions has mean {mean:.4g} and maximum "
+            f"{largest:.4g} in absolute value: {per_token:.4g} per square root of a token, expected at most {limit:g}. "
+            f"{_mismatch(rows, tokenizer)}. Compute the reference log-probabilities again from this model and its tokens, "
             "or raise max_initial_log_ratio."
         )
+    return {"initial_log_ratio/mean_abs": mean, "initial_log_ratio/max_abs": largest}
 
 
-def _mismatch(trainer: "CompletionTrainer", rows: Sequence[Any]) -> str:
-    """What of the reference is another than the policy's, as far as the tokens tell."""
-    for row in rows if trainer.processing_class is not None else ():
-        if found := foreign_tokens(trainer.processing_class, row["prompt_token_ids"]):
+def _mismatch(rows: Sequence[TrainingRow], tokenizer: Any) -> str:
+    """How the reference differs from the policy, as far as the tokens show it."""
+    for row in rows if tokenizer is not None else ():
+        if found := foreign_tokens(tokenizer, row["prompt_token_ids"]):
             return f"Prompt {row.get('prompt_id')}: {found}"
-    return "The reference log-probabilities come from other weights than the model to be trained, or from other tokens"
+    return "The reference log-probabilities come from other weights than the model to train, or from other tokens"

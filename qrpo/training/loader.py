@@ -1,15 +1,15 @@
-"""Which rows each process trains on at each step: a function of the seed, the epoch and the position, and of nothing else.
+"""The rows that each process trains on at each step: a function of the seed, the epoch and the position only.
 
-An epoch is one order of all rows. Step s takes the next `prompts_per_step` of them, whatever the number of processes,
-workers or micro-batches; process `rank` of `world_size` takes every `world_size`-th of those, from its rank on. So
-every row is seen exactly once an epoch, the global batch of a step is the same for any number of processes, and the
-whole state of the data is one integer, the position: a resumed run, also with another number of processes, goes on
-from there by one seek.
+An epoch is one order of all rows. Step s takes the next `prompts_per_step` of them, for any number of processes or
+micro-batches; process `rank` of `world_size` takes every `world_size`-th of those, starting at its rank. So every row is
+seen once an epoch, the global batch of a step does not depend on the number of processes, and the state of the data is
+one integer, the position. A resumed run, also with another number of processes, continues there after one seek.
 
-Where an epoch ends with fewer rows than processes, some have none. They still must take part in the step, for its
-collective operations wait for all; they get one row that is marked `IDLE`, and count it for nothing.
+If an epoch ends with fewer rows than processes, some processes have none. They must still take part in the step, because
+its collective operations wait for all. They get one row marked `IDLE`, which has weight 0.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, repeat
 from typing import Any, Protocol
@@ -19,16 +19,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from qrpo.training.rows import collate_rows
 
-__all__ = ["RowReader", "ShuffledRows", "is_idle", "step_loader"]
+__all__ = ["RowReader", "ShuffledRows", "held_out", "is_idle", "step_loader"]
 
 IDLE = "idle"
 
 
 class RowReader(Protocol):
-    """Streams rows in an order that is a function of the epoch alone, from any position on at once.
+    """Streams rows in an order that depends on the epoch alone, starting at any position without reading what comes before.
 
-    A reader that holds its rows as columns has `batches(size, epoch, start, rank, world_size)` too: the same rows in sequences
-    of `size`, which are then passed on as they are.
+    A reader that stores columns also has `batches(size, epoch, start, rank, world_size)`: the same rows in sequences of
+    `size`, which are passed on unchanged.
     """
 
     def iterate(self, epoch: int, start: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
@@ -39,7 +39,7 @@ class RowReader(Protocol):
 
 
 class ShuffledRows:
-    """Rows in memory as a `RowReader`: each epoch another permutation."""
+    """Rows in memory as a `RowReader`, in another permutation each epoch."""
 
     def __init__(self, rows: Sequence[Any], seed: int) -> None:
         self.rows = rows
@@ -51,34 +51,44 @@ class ShuffledRows:
     def iterate(self, epoch: int, start: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
         """Rows start + rank, start + rank + world_size, ... of this epoch."""
         order = np.random.default_rng([self.seed % 2**63, epoch]).permutation(len(self.rows))
-        for place in order[start + rank :: world_size].tolist():
-            yield self.rows[place]
+        for index in order[start + rank :: world_size].tolist():
+            yield self.rows[index]
+
+
+def held_out(prompt_id: str, fraction: float, seed: int) -> bool:
+    """Whether the prompt is held out of training for `eval_loss`: a hash of its id and the seed against `fraction`."""
+    digest = hashlib.sha256(f"held out\0{seed}\0{prompt_id}".encode()).digest()
+    return int.from_bytes(digest[:8]) < fraction * 2**64
 
 
 def step_loader(
     reader: RowReader, batch_size: int, rank: int, world_size: int, *, drop_last: bool
 ) -> "StepLoader":
-    """A data loader of this process's micro-batches, each of at most `batch_size` rows, in the form of `collate_rows`."""
-    rows = _Rows(reader, batch_size, rank, world_size)
-    numbers = _Numbers(len(reader) // rows.shared if drop_last else -(-len(reader) // rows.shared))
-    return StepLoader(rows, batch_sampler=numbers, collate_fn=collate_rows)
+    """A data loader of this process's micro-batches of at most `batch_size` rows, in the form of `collate_rows`."""
+    shared = batch_size * world_size
+    count = len(reader) // shared if drop_last else -(-len(reader) // shared)
+    return StepLoader(
+        _MicroBatchDataset(reader, batch_size, rank, world_size),
+        batch_sampler=_MicroBatchSampler(count),
+        collate_fn=collate_rows,
+    )
 
 
 def is_idle(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether these rows only stand in for none."""
+    """Whether these rows stand for none."""
     return IDLE in rows[0]
 
 
 class StepLoader(DataLoader):  # type: ignore[misc]
-    """A `DataLoader` that is told the epoch. No workers: the reader reads ahead by itself."""
+    """A `DataLoader` with `set_epoch`. It has no workers: the reader reads ahead itself."""
 
     def set_epoch(self, epoch: int) -> None:
         """Read this epoch's order from the next iteration on."""
         self.batch_sampler.set_epoch(epoch)
 
 
-class _Numbers(Sampler):  # type: ignore[misc]
-    """(epoch, number) of each micro-batch, all that a Trainer must step over to resume: 0.07 microseconds each, and no rows read."""
+class _MicroBatchSampler(Sampler):  # type: ignore[misc]
+    """(epoch, number) of each micro-batch. A resumed Trainer skips these, 0.07 microseconds each, and reads no rows."""
 
     def __init__(self, batches: int) -> None:
         self._batches = batches
@@ -94,14 +104,12 @@ class _Numbers(Sampler):  # type: ignore[misc]
         return zip(repeat(self._epoch), range(self._batches), strict=False)
 
 
-class _Rows(Dataset):  # type: ignore[misc]
-    """One process's rows of micro-batches, of which all processes together have `shared` rows each. Reading goes on where the last
-    one ended, and seeks only where the next is another."""
+class _MicroBatchDataset(Dataset):  # type: ignore[misc]
+    """One process's rows of a micro-batch by its number. It reads on after the last one and seeks only for another number."""
 
     def __init__(self, reader: RowReader, batch_size: int, rank: int, world_size: int) -> None:
-        self.shared = batch_size * world_size
         self._reader = reader
-        self._size, self._rank = batch_size, rank
+        self._size, self._rank, self._shared = batch_size, rank, batch_size * world_size
         self._ranks = {"rank": rank, "world_size": world_size} if world_size > 1 else {}
         self._next: tuple[int, int] | None = None
         self._batches: Iterator[Sequence[Any]] = iter(())
@@ -111,7 +119,7 @@ class _Rows(Dataset):  # type: ignore[misc]
 
     def __getitems__(self, wanted: tuple[int, int]) -> Sequence[Any]:
         epoch, number = wanted
-        start = number * self.shared
+        start = number * self._shared
         if start + self._rank >= len(self):
             return [{**next(self._reader.iterate(epoch, start=len(self) - 1)), IDLE: True}]
         if wanted != self._next:

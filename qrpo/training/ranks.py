@@ -1,9 +1,9 @@
-"""Training on several processes of this machine: what `torchrun --standalone` does, as child processes of ours.
+"""Training on several processes of this machine, as `torchrun --standalone` does, with child processes.
 
-Each process is a `qrpo.processes.child.Child` with the variables that torchrun sets (RANK, WORLD_SIZE, MASTER_ADDR, ...), so any
-code that runs under torchrun or `accelerate launch` runs here. Being children, they pass on what rank 0 yields, rise
-with their own errors instead of an exit code, and never outlive this process. Several machines are torchrun's business:
-start a script that calls `train_policy` with it on each.
+Each process is a `qrpo.processes.child.Child` with the variables that torchrun sets (RANK, WORLD_SIZE, MASTER_ADDR, ...),
+so code that runs under torchrun or `accelerate launch` runs here. The children pass on what rank 0 yields, raise their
+own errors instead of returning an exit code, and never outlive this process. For several machines, start a script that
+calls `train_policy` with torchrun on each.
 """
 
 import os
@@ -21,20 +21,20 @@ from qrpo.processes.preemption import noting_sigterm, sigterm_came
 
 __all__ = ["stream_ranks"]
 
-_LOOK_EVERY = 0.2  # seconds between looks for a SIGTERM
-_SETTLE = 5.0  # seconds: when one rank fails, the others fail of it; the cause may be reported second
+_POLL_SECONDS = 0.2  # between checks for a SIGTERM
+_CAUSE_SECONDS = 5.0  # when one rank fails, the others fail as a result, and may report it first
 
 
 def stream_ranks(target: str, *args: Any, processes: int, log: Path | None = None) -> Iterator[Any]:
-    """What rank 0 of `processes` copies of a generator function yields; the others' items are dropped.
+    """Yield what rank 0 of `processes` copies of a generator function yields; drop the items of the others.
 
-    `target` is "module:function" or "file.py:function". The first rank that fails ends all, and its error is raised; closing the
-    iterator kills all. A SIGTERM that this process gets meanwhile is passed on to each. Logs go to `log`, rank r's to
-    `<name>.rank<r><suffix>` from rank 1 on.
+    `target` is "module:function" or "file.py:function". The first rank that fails ends all, and its error is raised.
+    Closing the iterator kills all. A SIGTERM to this process is forwarded to each rank. Rank 0 logs to `log`, rank r to
+    `<name>.rank<r><suffix>`.
     """
     from torch.distributed import TCPStore
 
-    # Port 0: the system picks one that is free, and the store holds it. The ranks, rank 0 too, join as clients.
+    # Port 0: the system picks a free port, and the store keeps it open. All ranks join as clients.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
         "MASTER_ADDR": "127.0.0.1",
@@ -65,17 +65,17 @@ def stream_ranks(target: str, *args: Any, processes: int, log: Path | None = Non
 
     for rank in range(processes):
         threading.Thread(target=follow, args=(rank,), name=f"rank-{rank}", daemon=True).start()
-    running, told = processes, False
+    running, forwarded = processes, False
     try:
         with noting_sigterm():
             while running:
-                if sigterm_came() and not told:
-                    told = True
+                if sigterm_came() and not forwarded:
+                    forwarded = True
                     for child in children:
                         if child.pid is not None:
                             os.kill(child.pid, signal.SIGTERM)
                 try:
-                    rank, kind, payload = events.get(timeout=_LOOK_EVERY)
+                    rank, kind, payload = events.get(timeout=_POLL_SECONDS)
                 except queue.Empty:
                     continue
                 if kind == "item" and rank == 0:
@@ -91,8 +91,8 @@ def stream_ranks(target: str, *args: Any, processes: int, log: Path | None = Non
 
 
 def _cause(error: BaseException, events: "queue.Queue[tuple[int, str, Any]]") -> BaseException:
-    """The error to raise: one that says what is wrong with the work, rather than that a neighbour went away."""
-    deadline = time.monotonic() + _SETTLE
+    """The error to raise: the cause of the failure rather than that another rank disappeared."""
+    deadline = time.monotonic() + _CAUSE_SECONDS
     while isinstance(error, EngineError) and (left := deadline - time.monotonic()) > 0:
         try:
             _, kind, other = events.get(timeout=left)

@@ -2,15 +2,15 @@
 
 | column | per row | |
 |---|---|---|
-| `prompt_token_ids` | list of int | up to where the assistant begins to speak |
+| `prompt_token_ids` | list of int | up to where the assistant's turn begins |
 | `completion_token_ids` | K lists of int | end token included |
-| `ref_logprob` | (K,) | log-probability under the reference; for losses that have one |
-| `quantile_reward` | (K,) | in [0, 1]; QRPO |
-| `reward` | (K,) | where it decides which completions make a pair |
-| `origin`, `sample_index` | (K,), optional | tell the dataset's own chosen (`offline`, 0) and rejected (`offline`, 1) completions |
-| `prompt_id`, `num_ref`, `ref_std` | optional | named in errors; size and spread of the reference sample |
+| `ref_logprob` | (K,) | log-probability under the reference; for losses with a reference |
+| `quantile_reward` | (K,) | in [0, 1]; for QRPO |
+| `reward` | (K,) | for losses whose pairs it decides |
+| `origin`, `sample_index` | (K,), optional | identify the dataset's chosen (`offline`, 0) and rejected (`offline`, 1) completions |
+| `prompt_id`, `num_ref`, `ref_std` | optional | named in errors; number and spread of the reference rewards |
 
-They come from shards on disk through a reader, or from a dataset in one of TRL's formats held in memory.
+They come from shards on disk through a reader, or from a dataset in one of TRL's formats in memory.
 """
 
 import json
@@ -25,45 +25,56 @@ from qrpo.data.prompts import PromptsConfig, parse_row
 from qrpo.errors import DataError
 from qrpo.method.quantiles import quantile_rewards
 
-__all__ = ["PER_COMPLETION", "Row", "collate_rows", "flatten_rows", "take", "tensor_of", "training_rows"]
+__all__ = [
+    "PER_COMPLETION",
+    "TrainingRow",
+    "collate_rows",
+    "flatten_rows",
+    "take",
+    "tensor_of",
+    "training_rows",
+]
 
-Row = Mapping[str, Any]
+TrainingRow = Mapping[str, Any]
 PER_COMPLETION = ("completion_token_ids", "quantile_reward", "ref_logprob", "reward")
 PER_PROMPT = ("prompt_token_ids", "prompt_id", "num_ref", "ref_std")
 
 
-def collate_rows(rows: Sequence[Row]) -> dict[str, Any]:
-    """A batch is the rows as they are: they become padded tensors one micro-batch at a time."""
+def collate_rows(rows: Sequence[TrainingRow]) -> dict[str, Any]:
+    """A batch is the rows unchanged: they become padded tensors one micro-batch at a time."""
     return {"rows": rows}
 
 
-def flatten_rows(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """Columns with one entry per completion, B = P * K entries, prompts repeated; `length` counts prompt and completion tokens,
-    `prompt_index` the rows.
+def flatten_rows(rows: Sequence[TrainingRow]) -> dict[str, list[Any]]:
+    """Columns with one entry per completion, B = P * K entries, prompts repeated.
 
-    Columns that the first row lacks are left out, but for `prompt_id`, which falls back to the row's place.
+    Adds `length` (tokens of prompt and completion) and `prompt_index` (of the row). Columns that the first row lacks are
+    skipped, except `prompt_id`, which becomes the row's index.
     """
-    computed = ("prompt_id", "prompt_index", "length")
+    counts = [len(row["completion_token_ids"]) for row in rows]
     columns: dict[str, list[Any]] = {
-        name: [] for name in (*PER_COMPLETION, *PER_PROMPT, *computed) if name in rows[0] or name in computed
+        "prompt_index": [i for i, count in enumerate(counts) for _ in range(count)],
+        "length": [
+            len(row["prompt_token_ids"]) + len(ids) for row in rows for ids in row["completion_token_ids"]
+        ],
     }
-    for place, row in enumerate(rows):
-        completions = row["completion_token_ids"]
-        for name, column in columns.items():
-            if name == "length":
-                column.extend(len(row["prompt_token_ids"]) + len(completion) for completion in completions)
-            elif name == "prompt_index":
-                column.extend([place] * len(completions))
-            elif name in PER_PROMPT:
-                value = row.get(name, f"row {place} of the step") if name == "prompt_id" else row[name]
-                column.extend([value] * len(completions))
-            else:
-                if len(row[name]) != len(completions):
+    for name in PER_COMPLETION:
+        if name in rows[0]:
+            for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+                if len(row[name]) != count:
                     raise DataError(
-                        f"prompt {row.get('prompt_id', place)}: {len(row[name])} values in {name!r}, expected one for "
-                        f"each of the {len(completions)} completions"
+                        f"prompt {row.get('prompt_id', i)}: {len(row[name])} values in {name!r}, expected one for "
+                        f"each of the {count} completions"
                     )
-                column.extend(row[name])
+            columns[name] = [value for row in rows for value in row[name]]
+    for name in PER_PROMPT:
+        if name == "prompt_id":
+            values = [row.get(name, f"row {i} of the step") for i, row in enumerate(rows)]
+        elif name in rows[0]:
+            values = [row[name] for row in rows]
+        else:
+            continue
+        columns[name] = [value for value, count in zip(values, counts, strict=True) for _ in range(count)]
     return columns
 
 
@@ -73,18 +84,18 @@ def take(columns: Mapping[str, list[Any]], indices: Sequence[int]) -> dict[str, 
 
 
 def tensor_of(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-    """A column as a tensor (B,) of `like`'s dtype, where that is."""
+    """A column as a tensor (B,) with the dtype and device of `like`."""
     return torch.as_tensor(np.asarray(values, dtype=np.float64), dtype=like.dtype, device=like.device)
 
 
 def training_rows(dataset: Any, tokenizer: Any, needs: Sequence[str] = ("quantile_reward",)) -> Any:
-    """`dataset` itself where it has training rows already; rows in a list where it is in one of TRL's formats.
+    """`dataset` itself if it has training rows already; a list of rows if it is in one of TRL's formats.
 
     TRL's formats are `prompt` + `completion`, `prompt` + `chosen` + `rejected`, `chosen` + `rejected`, or `messages`,
-    each as strings (encoded as they are) or messages (encoded by the chat template). Where the loss `needs` a
-    `reward`, a row has one: a number, or one for chosen and one for rejected (also read from `chosen_reward` and
-    `rejected_reward`); where it needs a `quantile_reward`, also `ref_rewards`, the rewards of the reference's
-    completions. Such rows come without `ref_logprob`.
+    each as strings (encoded as they are) or messages (encoded by the chat template). If the loss `needs` a `reward`, a
+    row has one: a number, or one for chosen and one for rejected (also read from `chosen_reward` and `rejected_reward`).
+    If it needs a `quantile_reward`, a row also has `ref_rewards`, the rewards of the reference's completions. The result
+    has no `ref_logprob`.
     """
     if hasattr(dataset, "iterate") or isinstance(dataset, torch.utils.data.IterableDataset):
         return dataset
@@ -94,15 +105,15 @@ def training_rows(dataset: Any, tokenizer: Any, needs: Sequence[str] = ("quantil
         return dataset
     if tokenizer is None:
         raise DataError("a dataset of text needs a tokenizer: pass it as processing_class")
-    return [_encode_row(dataset[place], place, tokenizer, needs) for place in range(len(dataset))]
+    return [_encode_row(dataset[i], i, tokenizer, needs) for i in range(len(dataset))]
 
 
-def _encode_row(row: Row, place: int, tokenizer: Any, needs: Sequence[str]) -> dict[str, Any]:
+def _encode_row(row: TrainingRow, index: int, tokenizer: Any, needs: Sequence[str]) -> dict[str, Any]:
     try:
         prompt = parse_row(row, PromptsConfig.model_validate({"source": "memory"}))
         if not prompt.offline_completions:
             raise DataError("no completion to train on")
-        rewarded = _reward_columns(json.loads(prompt.metadata), len(prompt.offline_completions), needs)
+        columns = _reward_columns(json.loads(prompt.metadata), len(prompt.offline_completions), needs)
         if prompt.conversational:
             prompt_ids = encode_prompt(tokenizer, prompt.messages)
             completion_ids = [
@@ -115,38 +126,39 @@ def _encode_row(row: Row, place: int, tokenizer: Any, needs: Sequence[str]) -> d
                 for text in prompt.offline_completions
             ]
     except DataError as error:
-        raise DataError(f"row {place} of the training dataset: {error}") from error
+        raise DataError(f"row {index} of the training dataset: {error}") from error
     return {
         "prompt_id": prompt.prompt_id,
         "prompt_token_ids": prompt_ids,
         "completion_token_ids": completion_ids,
-        **rewarded,
+        **columns,
     }
 
 
-def _reward_columns(columns: Mapping[str, Any], completions: int, needs: Sequence[str]) -> dict[str, Any]:
-    """The columns that come from rewards, as far as the loss needs them."""
+def _reward_columns(given: Mapping[str, Any], completions: int, needs: Sequence[str]) -> dict[str, Any]:
+    """The columns that rewards determine, as far as the loss needs them."""
     if not {"reward", "quantile_reward"} & set(needs):
         return {}
-    rewards = _rewards(columns)
+    rewards = _rewards(given)
     if len(rewards) != completions:
         raise DataError(f"{len(rewards)} rewards for {completions} completions")
-    found: dict[str, Any] = {"reward": np.asarray(rewards, dtype=np.float32)}
+    columns: dict[str, Any] = {"reward": np.asarray(rewards, dtype=np.float32)}
     if "quantile_reward" in needs:
-        ref_rewards = columns.get("ref_rewards")
+        ref_rewards = given.get("ref_rewards")
         if not ref_rewards:
-            raise DataError("no `ref_rewards`: expected the rewards of completions drawn from the reference")
+            raise DataError(
+                "no `ref_rewards`: expected the rewards of completions sampled from the reference"
+            )
         quantiles = quantile_rewards(np.asarray([rewards]), np.asarray([ref_rewards]))
-        found["quantile_reward"] = np.asarray(quantiles[0], dtype=np.float32)
-        found["num_ref"] = len(ref_rewards)
-        found["ref_std"] = float(np.std(ref_rewards, ddof=1)) if len(ref_rewards) > 1 else 0.0
-    return found
+        columns["quantile_reward"] = np.asarray(quantiles[0], dtype=np.float32)
+        columns["num_ref"] = len(ref_rewards)
+        columns["ref_std"] = float(np.std(ref_rewards, ddof=1)) if len(ref_rewards) > 1 else 0.0
+    return columns
 
 
-def _rewards(columns: Mapping[str, Any]) -> list[float]:
-    if "reward" in columns:
-        reward = columns["reward"]
-        return [float(r) for r in reward] if isinstance(reward, list) else [float(reward)]
-    if "chosen_reward" in columns and "rejected_reward" in columns:
-        return [float(columns["chosen_reward"]), float(columns["rejected_reward"])]
-    raise DataError(f"no `reward`: got the columns {', '.join(columns) or 'none'} beside the text")
+def _rewards(given: Mapping[str, Any]) -> list[float]:
+    if "reward" in given:
+        return [float(reward) for reward in np.atleast_1d(given["reward"])]
+    if "chosen_reward" in given and "rejected_reward" in given:
+        return [float(given["chosen_reward"]), float(given["rejected_reward"])]
+    raise DataError(f"no `reward`: got the columns {', '.join(given) or 'none'} in addition to the text")

@@ -1,17 +1,19 @@
-"""What every training run of the pipeline has in common: its restart after a kill, its progress, its result.
+"""Training runs of the pipeline: their restart after a kill, their progress, their result.
 
 A run owns a folder:
 
-    checkpoint-<step>/    to go on from after a kill; the newest whole one is used, broken ones are removed
-    unfinished/           where the next checkpoint, or the final model, is being written
-    checkpoints/<step>/   models on the way, kept to be evaluated
+    checkpoint-<step>/    to resume from after a kill; the newest complete one is used, broken ones are removed
+    unfinished/           the checkpoint or model that is being written
+    checkpoints/<step>/   models of intermediate steps, kept for evaluation
     metrics.parquet       one row per logged step
-    final/                the trained model and its tokenizer, written last and named at once: when it is there, it is whole
+    final/                the trained model and its tokenizer; renamed to this last, so it is always complete
 """
 
 import copy
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,42 @@ from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from qrpo.data.chat import load_tokenizer
-from qrpo.errors import DataError, TrainingError
+from qrpo.errors import ConfigError, DataError, TrainingError
 from qrpo.models import ModelConfig, load_causal_lm, load_model_config
 from qrpo.processes.preemption import noting_sigterm, sigterm_came
 from qrpo.training.adapters import merged, with_lora
-from qrpo.training.checkpoints import UNFINISHED, latest_checkpoint, remove_broken_checkpoints, unwritten
+from qrpo.training.checkpoints import UNFINISHED, latest_checkpoint, remove_broken_checkpoints, write_error
 from qrpo.training.objectives import SftObjective
-from qrpo.training.settings import PolicyConfig, SftConfig
-from qrpo.training.trainer import CompletionTrainer, QRPOTrainer
+from qrpo.training.settings import OptimizationConfig, PolicyConfig, SftConfig
+from qrpo.training.trainer import CompletionTrainer, CompletionTrainingArguments, QRPOConfig, QRPOTrainer
 
-__all__ = ["load_policy", "train_policy", "train_sft"]
+__all__ = ["load_policy", "train_policy", "train_sft", "training_arguments"]
+
+OnProgress = Callable[[dict[str, Any]], None]
+_WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+
+
+def training_arguments(config: OptimizationConfig, output_dir: str | Path, seed: int = 0) -> Any:
+    """The arguments of the trainer for a YAML section: `QRPOConfig` for the policy. Fields of the same name are passed on."""
+    kind = QRPOConfig if isinstance(config, PolicyConfig) else CompletionTrainingArguments
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.prompts_per_step % world_size:
+        raise ConfigError(
+            f"prompts_per_step is {config.prompts_per_step}, expected a multiple of the {world_size} processes"
+        )
+    names = {field.name for field in fields(kind)}
+    given = {name: value for name, value in config if name in names}
+    given |= {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": config.prompts_per_step // world_size,
+        "max_steps": config.max_steps or -1,
+        "report_to": list(config.report_to) or "none",
+        "fsdp": given.get("fsdp") or None,
+        "seed": given.get("seed") if given.get("seed") is not None else seed,
+        "use_cpu": not torch.accelerator.is_available(),
+        "disable_tqdm": True,
+    }
+    return kind(**given)
 
 
 def train_policy(
@@ -38,30 +66,27 @@ def train_policy(
     config: PolicyConfig,
     output_dir: str | Path,
     *,
+    seed: int = 0,
     eval_rows: Sequence[Mapping[str, Any]] | None = None,
-    mean_ref_std: float | None = None,
     resume: bool = True,
-    on_progress: Callable[[dict[str, Any]], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Path:
     """Train the reference `model` into a policy on rows of shards; returns the folder `output_dir/final`.
 
-    `dataset` is what `QRPOTrainer` takes: rows, or a reader with `iterate(epoch, start)` and a length. Killed at any
-    moment, the same call goes on from its newest whole checkpoint (`resume`) and ends with the same weights. Writes
-    `metrics.parquet` beside `final`, and `checkpoints/<step>` where `config.checkpoint_steps` asks for them. `eval_rows` are held out for `eval_loss`. `mean_ref_std` is needed by transforms that are scaled per prompt. Raises TrainingError where the reference does not match, or the loss is not finite.
+    `dataset` is what `QRPOTrainer` takes: rows, or a reader with `iterate(epoch, start)` and a length. `seed` is used if
+    the section has none. `eval_rows` are held out for `eval_loss`. If the run is killed, the same call resumes from its
+    newest complete checkpoint (`resume`) and ends with the same weights. Writes `metrics.parquet` next to `final`, and
+    `checkpoints/<step>` if `config.checkpoint_steps` is set. Raises TrainingError if the reference does not match, or if
+    the loss is not finite.
     """
-    require_rows(dataset)
-    arguments = config.to_training_arguments(output_dir)
-    arguments.mean_ref_std = mean_ref_std
+    arguments = training_arguments(config, output_dir, seed)
+    if eval_rows:
+        arguments.eval_strategy = "steps"
     policy = load_policy(model)
     if config.lora is not None:
         policy = with_lora(policy, config.lora, arguments.seed)
-    trainer = QRPOTrainer(
-        policy,
-        arguments,
-        dataset,
-        load_tokenizer(model if isinstance(model, ModelConfig) else str(model), chat_template=False),
-        eval_dataset=eval_rows,
-    )
+    require_rows(dataset)
+    trainer = QRPOTrainer(policy, arguments, dataset, _tokenizer(model), eval_dataset=eval_rows)
     return run_training(
         trainer,
         Path(output_dir),
@@ -78,21 +103,17 @@ def train_sft(
     config: SftConfig,
     output_dir: str | Path,
     *,
+    seed: int = 0,
     resume: bool = True,
-    on_progress: Callable[[dict[str, Any]], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Path:
-    """Supervised fine-tuning: fit `model` to rows of `prompt_token_ids` and `completion_token_ids` (a list of token lists).
+    """Supervised fine-tuning of `model` on rows of `prompt_token_ids` and `completion_token_ids` (a list of token lists).
 
     Returns the folder `output_dir/final`; resumes and reports as `train_policy` does.
     """
     require_rows(rows)
-    trainer = CompletionTrainer(
-        load_policy(model),
-        config.to_training_arguments(output_dir),
-        rows,
-        SftObjective(),
-        load_tokenizer(model if isinstance(model, ModelConfig) else str(model), chat_template=False),
-    )
+    arguments = training_arguments(config, output_dir, seed)
+    trainer = CompletionTrainer(load_policy(model), arguments, rows, SftObjective(), _tokenizer(model))
     return run_training(
         trainer, Path(output_dir), resume=resume, stored_dtype=stored_dtype(model), on_progress=on_progress
     )
@@ -102,10 +123,9 @@ def load_policy(model: ModelConfig | str | Path, device: str | None = None) -> A
     """The model to train, or to score with as training does: float32 weights, in evaluation mode.
 
     Mixed precision needs float32 weights; a reference scored with them in the same autocast agrees with the policy at
-    step 0. `device` is the first GPU where there is one, else the CPU.
+    step 0. `device` defaults to the first GPU, or the CPU if there is none.
     """
-    config = model if isinstance(model, ModelConfig) else ModelConfig(path=str(model))
-    return load_causal_lm(config.model_copy(update={"dtype": "float32"}), device)
+    return load_causal_lm(_model_config(model).model_copy(update={"dtype": "float32"}), device)
 
 
 def run_training(
@@ -114,21 +134,22 @@ def run_training(
     *,
     resume: bool,
     stored_dtype: torch.dtype | None,
-    on_progress: Callable[[dict[str, Any]], None] | None,
+    on_progress: OnProgress | None,
     checkpoint_steps: int | None = None,
 ) -> Path:
-    """Train to the end, from the newest whole checkpoint where `resume`; returns `output_dir/final`.
+    """Train to the end, from the newest complete checkpoint if `resume`; returns `output_dir/final`.
 
-    Every `checkpoint_steps` steps the model is kept as `output_dir/checkpoints/<step>`. `on_progress` is called after each logged step with `step`, `total_steps`, `epoch`, `loss` and the other metrics.
-    The final weights are saved in `stored_dtype` (float32 where None). A SIGTERM saves a checkpoint after the step at
-    hand, then raises TrainingError, as does anything that keeps a checkpoint from being written. In a process that
-    `torchrun` or `accelerate launch` started, this is one rank's part, and all ranks must call it.
+    Every `checkpoint_steps` steps the model is kept as `output_dir/checkpoints/<step>`. `on_progress` is called after each
+    logged step with `step`, `total_steps`, `epoch`, `loss` and the other metrics. The final weights are saved in
+    `stored_dtype` (float32 if None). A SIGTERM saves a checkpoint after the current step, then raises TrainingError, as
+    does a checkpoint that cannot be written. In a process that `torchrun` or `accelerate launch` started, this is one
+    rank's part, and all ranks must call it.
     """
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(_Watcher(trainer, on_progress))
+    trainer.add_callback(_ReportAndStop(trainer, on_progress))
     if checkpoint_steps is not None:
-        trainer.add_callback(_Keeper(trainer, output_dir, checkpoint_steps, stored_dtype))
+        trainer.add_callback(_KeepModels(trainer, output_dir, checkpoint_steps, stored_dtype))
     if trainer.args.should_save:
         remove_broken_checkpoints(output_dir)
         if not resume:
@@ -141,7 +162,7 @@ def run_training(
     step, steps = trainer.state.global_step, trainer.state.max_steps
     if _stopped(trainer) and step < steps:
         raise TrainingError(
-            f"stopped by SIGTERM after step {step} of {steps}; its checkpoint is saved, and the same command goes on from it"
+            f"stopped by SIGTERM after step {step} of {steps}; its checkpoint is saved, and the same command resumes from it"
         )
     weights = _gathered(trainer)
     if trainer.args.should_save:
@@ -150,47 +171,50 @@ def run_training(
             model = trainer.accelerator.unwrap_model(trainer.model)
             _save_model(trainer, model, output_dir, "final", stored_dtype, weights)
             shutil.rmtree(output_dir / UNFINISHED)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise unwritten("the trained model", output_dir, error) from error
+        except _WRITE_ERRORS as error:
+            raise write_error("the trained model", output_dir, error) from error
     trainer.accelerator.wait_for_everyone()
     return output_dir / "final"
 
 
 def stored_dtype(model: ModelConfig | str | Path) -> torch.dtype | None:
-    """The precision of the weights in the model's own files, as its configuration states it."""
-    config = model if isinstance(model, ModelConfig) else ModelConfig(path=str(model))
-    dtype = load_model_config(config).dtype
+    """The precision of the weights in the model's files, according to its configuration."""
+    dtype = load_model_config(_model_config(model)).dtype
     return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def require_rows(dataset: Any) -> None:
-    """Raise DataError where a sized dataset has no rows."""
+    """Raise DataError if a sized dataset has no rows."""
     if hasattr(dataset, "__len__") and not len(dataset):
-        raise DataError("there are no rows to train on: look at the rejects of the stages before")
+        raise DataError("there are no rows to train on: look at the rejects of the earlier stages")
+
+
+def _model_config(model: ModelConfig | str | Path) -> ModelConfig:
+    return model if isinstance(model, ModelConfig) else ModelConfig(path=str(model))
+
+
+def _tokenizer(model: ModelConfig | str | Path) -> Any:
+    return load_tokenizer(model if isinstance(model, ModelConfig) else str(model), chat_template=False)
 
 
 def _stopped(trainer: CompletionTrainer) -> bool:
-    """Whether any process was sent a SIGTERM: all must stop after the same step."""
+    """Whether any process received a SIGTERM: all must stop after the same step."""
     came = torch.tensor(float(sigterm_came()), device=trainer.args.device)
     return bool(trainer.accelerator.reduce(came, "sum") > 0)
 
 
-class _Watcher(TrainerCallback):  # type: ignore[misc]
-    """Passes progress on, stops after a SIGTERM, and logs with every checkpoint, so that a resumed run logs what an uninterrupted
-    one does."""
+class _ReportAndStop(TrainerCallback):  # type: ignore[misc]
+    """Reports progress, stops after a SIGTERM, and logs with every checkpoint, so that a resumed run logs the same steps as an
+    uninterrupted one."""
 
-    def __init__(
-        self, trainer: CompletionTrainer, on_progress: Callable[[dict[str, Any]], None] | None
-    ) -> None:
+    def __init__(self, trainer: CompletionTrainer, on_progress: OnProgress | None) -> None:
         self.trainer = trainer
         self.on_progress = on_progress
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         if _stopped(self.trainer):
             control.should_save = control.should_training_stop = True
-        if (
-            control.should_save or control.should_evaluate
-        ):  # an evaluation may be the best so far, and be saved
+        if control.should_save or control.should_evaluate:  # a best evaluation saves a checkpoint
             control.should_log = True
         return control
 
@@ -199,8 +223,8 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
             self.on_progress({"step": state.global_step, "total_steps": state.max_steps, **logs})
 
 
-class _Keeper(TrainerCallback):  # type: ignore[misc]
-    """Keeps the model of every so many steps. It comes before the checkpoint of the same step, so that going on from one misses none."""
+class _KeepModels(TrainerCallback):  # type: ignore[misc]
+    """Keeps the model of every N-th step. It runs before the checkpoint of the same step, so a resumed run misses none."""
 
     def __init__(
         self, trainer: CompletionTrainer, output_dir: Path, every: int, dtype: torch.dtype | None
@@ -215,16 +239,16 @@ class _Keeper(TrainerCallback):  # type: ignore[misc]
         if args.should_save:
             model = trainer.accelerator.unwrap_model(trainer.model)
             if weights is None:
-                model = copy.deepcopy(model)  # saving merges adapters and rounds: training needs it as it is
+                model = copy.deepcopy(model)  # saving merges adapters and rounds weights
             try:
                 _save_model(trainer, model, self.output_dir, name, self.dtype, weights)
-            except (OSError, RuntimeError, SafetensorError) as error:
-                raise unwritten(f"the model of step {state.global_step}", self.output_dir, error) from error
+            except _WRITE_ERRORS as error:
+                raise write_error(f"the model of step {state.global_step}", self.output_dir, error) from error
         trainer.accelerator.wait_for_everyone()
 
 
 def _gathered(trainer: CompletionTrainer) -> dict[str, torch.Tensor] | None:
-    """The weights of a sharded model, on the first process; None where the model holds them itself."""
+    """The weights of a sharded model, on the first process; None if the model is not sharded."""
     if not trainer.is_fsdp_enabled:
         return None
     weights: dict[str, torch.Tensor] = trainer.accelerator.get_state_dict(trainer.model)
@@ -257,7 +281,8 @@ def _save_model(
     dtype: torch.dtype | None,
     weights: dict[str, torch.Tensor] | None,
 ) -> None:
-    """Write the model, which is used up, and its tokenizer aside, then name them. `weights` are those of a model that is sharded."""
+    """Write the model and its tokenizer to a temporary folder, then rename it. This changes `model`. `weights` are those of a
+    sharded model."""
     written, named = output_dir / UNFINISHED / name, output_dir / name
     shutil.rmtree(written, ignore_errors=True)
     model = merged(model)

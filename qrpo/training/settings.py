@@ -1,121 +1,153 @@
-"""The settings of the two training runs: the reference's supervised fine-tuning, and the policy's.
+"""The YAML sections of the two training runs: `reference.sft` and `policy`.
 
-Apart from the trainers so that a configuration is read, checked and shown without loading torch.
+Their keys are the settings of `qrpo.training.arguments` and the fields of `transformers.TrainingArguments`, under the
+same names. A section declares the fields that most runs set. It accepts every other field of `TrainingArguments` that
+the pipeline does not set itself, for example `optim`, `adam_beta2` or `lr_scheduler_kwargs`; transformers is imported
+only to check those. This module needs no torch, so that a configuration is read, checked and shown quickly.
 """
 
-import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from enum import Enum
+from typing import Any, Literal, Self, get_args, get_type_hints
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from qrpo.config import Section, execution_option
 from qrpo.errors import ConfigError
 from qrpo.method.transforms import get_transform
-
-if TYPE_CHECKING:
-    from qrpo.training.trainer import CompletionTrainingArguments, QRPOConfig
+from qrpo.training.arguments import CompletionSettings, QRPOSettings
 
 __all__ = ["LoraConfig", "OptimizationConfig", "PolicyConfig", "SftConfig"]
 
+# Keys of earlier versions: what replaces them.
+RENAMED = {
+    "epochs": "`num_train_epochs`",
+    "lr_scheduler": "`lr_scheduler_type`",
+    "warmup": "`warmup_steps`",
+    "keep_checkpoints": "`save_total_limit`",
+    "dtype": "`bf16: true` (bfloat16) or `bf16: false` (float32)",
+    "eval_shards": "`eval_fraction`, the fraction of the training prompts to hold out",
+}
+# Fields of TrainingArguments that a section refuses, by what to do instead.
+REFUSED = {
+    "set `prompts_per_step`; `token_budget` bounds the memory": "per_device_train_batch_size gradient_accumulation_steps "
+    "per_device_eval_batch_size eval_accumulation_steps auto_find_batch_size",
+    "set `eval_fraction` and `eval_steps` of the policy": "do_eval eval_strategy eval_steps eval_delay eval_on_start",
+    "set `patience` of the policy": "load_best_model_at_end metric_for_best_model greater_is_better",
+    "set the `seed` of the run or the policy": "seed data_seed",
+    "set `processes` and `fsdp` of the policy": "fsdp fsdp_config deepspeed parallelism_config accelerator_config local_rank use_cpu",
+    "the store holds models and checkpoints": "output_dir save_strategy save_only_model save_on_each_node resume_from_checkpoint "
+    "ignore_data_skip restore_callback_states_from_checkpoint enable_jit_checkpoint push_to_hub hub_token hub_private_repo "
+    "hub_model_id hub_strategy hub_always_push hub_revision",
+    "the pipeline sets it, or its trainer does not use it": "do_train do_predict disable_tqdm logging_nan_inf_filter "
+    "average_tokens_across_devices bf16_full_eval fp16_full_eval batch_eval_metrics dataloader_in_order "
+    "eval_do_concat_batches eval_use_gather_object include_for_metrics label_names label_smoothing_factor length_column_name "
+    "prediction_loss_only remove_unused_columns train_sampling_strategy use_cache",
+}
+# Further fields of TrainingArguments that change no result: they enter no fingerprint. All others do when they are set.
+EXECUTION_OPTIONS = frozenset(
+    [
+        "gradient_checkpointing_kwargs",
+        "torch_compile",
+        "torch_compile_backend",
+        "torch_compile_mode",
+        "torch_empty_cache_steps",
+        "run_name",
+        "project",
+        "debug",
+        "skip_memory_metrics",
+        "include_num_input_tokens_seen",
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "dataloader_persistent_workers",
+        "dataloader_prefetch_factor",
+        "dataloader_multiprocessing_context",
+    ]
+)
+EXECUTION_PREFIXES = ("logging_", "log_", "ddp_", "trackio_")
 
-class OptimizationConfig(Section):
-    """The settings that any gradient descent on completions needs."""
+
+class OptimizationConfig(Section, CompletionSettings):
+    """Settings that both training runs have."""
+
+    model_config = ConfigDict(extra="allow")
 
     learning_rate: float = Field(gt=0)
-    """Peak learning rate of AdamW."""
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
-    """How the learning rate goes after the warm-up: it stays, or falls to 0 at the last step."""
-    warmup: float = Field(default=0.1, ge=0)
-    """Warm-up from 0: a share of all steps below 1, a number of steps from 1 on."""
-    epochs: float = Field(default=1.0, gt=0)
-    """Passes over the data; ignored where max_steps is set."""
+    """Peak learning rate."""
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "warmup_stable_decay",
+    ] = "linear"
+    """Learning rate schedule of transformers; `lr_scheduler_kwargs` passes its arguments. `constant` has no warm-up."""
+    warmup_steps: float = Field(default=0.1, ge=0)
+    """Warm-up from 0: a fraction of all steps if below 1, else a number of steps."""
+    num_train_epochs: float = Field(default=1.0, gt=0)
+    """Passes over the data; ignored if max_steps is set."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps in all."""
+    """Total number of optimizer steps; null trains for num_train_epochs."""
     prompts_per_step: int = Field(default=128, ge=1)
-    """Prompts, each with all its completions, in one optimizer step, over all processes."""
+    """Prompts, each with all its completions, in one optimizer step over all processes."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's decoupled decay."""
+    """AdamW's decoupled weight decay."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients of a larger norm are scaled down to it."""
-    bad_step: Literal["stop", "skip"] = "stop"
-    """A step whose loss or gradient is not finite, or whose loss has exploded: stop and name its prompts, or leave it out."""
-    max_loss_growth: float | None = Field(default=1000.0, gt=1)
-    """A loss this many times the largest of the first 10 logged has exploded; null for never."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the matrix products. Weights, gradients and the optimizer stay in float32 (mixed precision)."""
-    token_budget: int = execution_option(8192, ge=1)
-    """Most tokens of one forward pass, padding included. Bounds the memory."""
-    share_prompts: bool = execution_option(True)
-    """Compute a prompt once for all its completions where that changes nothing but rounding and saves a tenth of the tokens."""
+    """Gradients with a larger norm are scaled down to it."""
+    bf16: bool = False
+    """Matrix products in bfloat16. Weights, gradients and the optimizer stay in float32 (mixed precision)."""
     gradient_checkpointing: bool = execution_option(False)
     """Recompute activations in the backward pass: less memory, a third more time."""
     save_steps: int = execution_option(50, ge=1)
     """Steps between checkpoints."""
-    keep_checkpoints: int = execution_option(2, ge=1)
-    """Newest checkpoints kept."""
+    save_total_limit: int = execution_option(2, ge=1)
+    """Number of newest checkpoints to keep."""
     logging_steps: int = execution_option(1, ge=1)
     """Steps between rows of metrics."""
     report_to: tuple[str, ...] = execution_option(())
-    """Trackers that transformers knows: `tensorboard`, `wandb`, `mlflow`, `trackio`, ..."""
+    """Experiment trackers that transformers knows: `tensorboard`, `wandb`, `mlflow`, `trackio`, ..."""
 
-    _seed: int = PrivateAttr(default=0)
+    @model_validator(mode="before")
+    @classmethod
+    def _check_further(cls, given: Any) -> Any:
+        further = (
+            {key: given[key] for key in given if key not in cls.model_fields}
+            if isinstance(given, dict)
+            else {}
+        )
+        return {**given, **_further_arguments(cls.__name__, further)} if further else given
 
-    def with_seed(self, seed: int) -> Self:
-        """The same settings with the run's seed, which decides the order of the rows and any dropout."""
-        copy = self.model_copy()
-        copy._seed = seed
-        return copy
+    @property
+    def further(self) -> dict[str, Any]:
+        """The fields of `TrainingArguments` that the configuration sets beyond the declared ones."""
+        return self.model_extra or {}
 
-    def arguments(self, output_dir: Path) -> dict[str, Any]:
-        """The same settings as keyword arguments of `transformers.TrainingArguments`."""
-        from torch import accelerator
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16", "float16"]:
+        """Precision of the matrix products."""
+        return "bfloat16" if self.bf16 else "float16" if self.further.get("fp16") else "float32"
 
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        if self.prompts_per_step % world_size:
-            raise ConfigError(
-                f"prompts_per_step is {self.prompts_per_step}, expected a multiple of the {world_size} processes"
-            )
-        return {
-            "output_dir": str(output_dir),
-            "learning_rate": self.learning_rate,
-            "lr_scheduler_type": self.lr_scheduler,
-            "warmup_steps": self.warmup,
-            "num_train_epochs": self.epochs,
-            "max_steps": self.max_steps or -1,
-            "per_device_train_batch_size": self.prompts_per_step // world_size,
-            "gradient_accumulation_steps": 1,
-            "weight_decay": self.weight_decay,
-            "max_grad_norm": self.max_grad_norm,
-            "bad_step": self.bad_step,
-            "max_loss_growth": float("inf") if self.max_loss_growth is None else self.max_loss_growth,
-            "bf16": self.dtype == "bfloat16",
-            "use_cpu": not accelerator.is_available(),
-            "seed": self._seed,
-            "token_budget": self.token_budget,
-            "share_prompts": self.share_prompts,
-            "gradient_checkpointing": self.gradient_checkpointing,
-            "save_strategy": "steps",
-            "save_steps": self.save_steps,
-            "save_total_limit": self.keep_checkpoints,
-            "logging_strategy": "steps",
-            "logging_steps": self.logging_steps,
-            "report_to": list(self.report_to) or "none",
-            "disable_tqdm": True,
-        }
+    def fingerprint_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The keys of earlier versions, so that their artifacts are found, and what else was set that changes results."""
+        names = {"num_train_epochs": "epochs", "lr_scheduler_type": "lr_scheduler", "warmup_steps": "warmup"}
+        renamed = {names.get(name, name): value for name, value in settings.items() if name != "bf16"}
+        return {**renamed, "dtype": self.dtype}
+
+    def further_settings(self) -> dict[str, Any]:
+        """Fields of `TrainingArguments` that were set and change results."""
+        return {name: value for name, value in self.further.items() if not _is_execution_option(name)}
 
 
 class SftConfig(OptimizationConfig):
     """How the reference policy is fine-tuned."""
 
     learning_rate: float = Field(default=2e-5, gt=0)
-    """Peak learning rate of AdamW."""
-
-    def to_training_arguments(self, output_dir: str | Path) -> "CompletionTrainingArguments":
-        """The same settings for `qrpo.training.trainer.CompletionTrainer`."""
-        from qrpo.training.trainer import CompletionTrainingArguments
-
-        return CompletionTrainingArguments(**self.arguments(Path(output_dir)))
+    """Peak learning rate."""
 
 
 class LoraConfig(Section):
@@ -128,59 +160,38 @@ class LoraConfig(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout in front of the adapters."""
     target_modules: tuple[str, ...] = ()
-    """Names of the layers that get one; by default all linear layers but the head."""
+    """Names of the layers to adapt; empty adapts all linear layers except the head."""
 
 
-class PolicyConfig(OptimizationConfig):
+class PolicyConfig(OptimizationConfig, QRPOSettings):
     """How the policy is trained."""
 
-    loss: Literal["qrpo", "dpo", "rebel", "simpo", "sft"] = "qrpo"
-    """The objective: QRPO, one of the pairwise losses it is compared with, or maximum likelihood of chosen completions."""
-    beta: float = Field(default=0.1, gt=0)
-    """Strength of the KL penalty to the reference; `qrpo theory` says what each value promises for QRPO. For SimPO, which has
-    no reference, the scale of its rewards, usually 2 to 10. Idle for `sft`."""
-    transform: str = "identity"
-    """f, applied to the quantile reward before the objective; a name that `qrpo theory` lists."""
-    partition: Literal["continuous", "finite"] = "continuous"
-    """Z for a quantile reward uniform on [0, 1], or on the num_ref + 1 values that an estimate can take."""
-    pairs: Literal["best-worst", "random", "dataset"] = "best-worst"
-    """Idle for `qrpo`. Of a prompt's completions, which are the chosen and the rejected one: the best and the worst reward, two at
-    random in each epoch, or the dataset's own preference (`quantiles.train_on: offline` or `both`). `sft` learns the chosen one."""
-    rebel_reward: Literal["reward", "quantile_reward"] = "reward"
-    """What `rebel` regresses differences of: the reward itself, or the transformed quantile reward."""
-    gamma_beta_ratio: float = Field(default=0.5, ge=0)
-    """SimPO's target margin, as a share of beta."""
     learning_rate: float = Field(default=1e-6, gt=0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     seed: int | None = None
-    """Seed of the training run alone; null for the run's own. With another one the same shards are trained on again."""
+    """Seed of the training run; null for the run's seed. Another seed trains again on the same shards."""
     processes: int = execution_option(1, ge=1)
-    """Processes of this machine to train with, one for each GPU; `prompts_per_step` is over all of them."""
+    """Processes of this machine to train with, one per GPU; `prompts_per_step` counts over all of them."""
     fsdp: bool = execution_option(False)
-    """Shard weights, gradients and optimizer over the processes (FSDP) instead of each having all (DDP)."""
+    """Shard weights, gradients and optimizer over the processes (FSDP) instead of replicating them (DDP)."""
     lora: LoraConfig | None = None
-    """Train low-rank adapters (`pip install 'qrpo-pipeline[peft]'`) instead of the weights; the policy is saved merged, an ordinary model
-    folder. Null for full fine-tuning."""
-    eval_shards: int = Field(default=0, ge=0)
-    """Hold this many shards out of training, the last ones, and report the loss on them (`eval_loss`) as training goes on. Fresh
-    samples of the policy are the `evaluation` stage's."""
+    """Train low-rank adapters (`pip install 'qrpo-pipeline[peft]'`) instead of the weights; the policy is saved merged, as an ordinary
+    model folder. Null for full fine-tuning."""
+    eval_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of the training prompts to hold out, by a hash of the prompt, and to report the loss on (`eval_loss`) during training.
+    The `evaluation` stage judges the policy on samples instead."""
     eval_steps: int = Field(default=50, ge=1)
-    """Steps between such reports."""
-    patience: int | None = Field(default=None, ge=1)
-    """Stop after this many reports in a row without a lower `eval_loss`; the policy is the one that had the lowest. Null: never."""
+    """Steps between evaluations of the held-out loss."""
     checkpoint_steps: int | None = Field(default=None, ge=1)
-    """Steps between models on the way that stay in the policy's artifact, for `qrpo evaluate --checkpoint`; null: none stay."""
-    max_initial_log_ratio: float | None = execution_option(None, gt=0)
-    """Largest mean |log pi - log ref| per square root of a token before the first step; by default, what rounding
-    explains in the dtype."""
+    """Steps between models that stay in the policy's artifact, for `qrpo evaluate --checkpoint`; null keeps none."""
 
     @model_validator(mode="after")
-    def _together(self) -> Self:
-        if self.patience is not None and not self.eval_shards:
-            raise ValueError("patience: needs a held-out loss, and eval_shards is 0")
+    def _check_together(self) -> Self:
+        if self.patience is not None and not self.eval_fraction:
+            raise ValueError("patience: needs a held-out loss, and eval_fraction is 0")
         if self.lora is not None and self.fsdp:
             raise ValueError(
-                "lora: cannot be merged from sharded weights; use fsdp: false, as adapters need little memory"
+                "lora: cannot be merged from sharded weights; set fsdp to false, adapters need little memory"
             )
         return self
 
@@ -193,18 +204,24 @@ class PolicyConfig(OptimizationConfig):
             raise ValueError(str(error)) from None
         return name
 
+    @property
+    def uses_quantiles(self) -> bool:
+        """Whether the loss reads quantile rewards."""
+        return self.loss == "qrpo" or (self.loss == "rebel" and self.rebel_reward == "quantile_reward")
+
     def idle_fields(self) -> frozenset[str]:
-        """Settings that this loss does not look at."""
-        regresses_quantiles = self.loss == "rebel" and self.rebel_reward == "quantile_reward"
+        """Settings that this loss ignores."""
         used = {
             "beta": self.loss != "sft",
-            "transform": self.loss == "qrpo" or regresses_quantiles,
+            "transform": self.uses_quantiles,
             "partition": self.loss == "qrpo",
+            "loss_type": self.loss == "qrpo" and self.loss_type != "mse",
+            "mean_ref_std": self.uses_quantiles and self.mean_ref_std is not None,
             "pairs": self.loss != "qrpo",
             "rebel_reward": self.loss == "rebel",
             "gamma_beta_ratio": self.loss == "simpo",
             "lora": self.lora is not None,
-            "eval_shards": self.eval_shards > 0,
+            "eval_fraction": self.eval_fraction > 0,
             "eval_steps": self.patience is not None,
             "patience": self.patience is not None,
             "checkpoint_steps": self.checkpoint_steps is not None,
@@ -214,26 +231,48 @@ class PolicyConfig(OptimizationConfig):
     def columns(self) -> tuple[str, ...]:
         """The columns of a training shard that this loss reads."""
         common = ("prompt_id", "prompt_token_ids", "completion_token_ids", "ref_logprob")
-        quantiles = ("quantile_reward", "num_ref", "ref_std") if "transform" not in self.idle_fields() else ()
+        quantiles = ("quantile_reward", "num_ref", "ref_std") if self.uses_quantiles else ()
         pairs = () if self.loss == "qrpo" else ("reward", "origin", "sample_index")
         return (*common, *quantiles, *pairs)
 
-    def to_training_arguments(self, output_dir: str | Path) -> "QRPOConfig":
-        """The same settings for `qrpo.training.trainer.QRPOTrainer`."""
-        from qrpo.training.trainer import QRPOConfig
 
-        return QRPOConfig(
-            **self.arguments(Path(output_dir)),
-            loss=self.loss,
-            pairs=self.pairs,
-            rebel_reward=self.rebel_reward,
-            gamma_beta_ratio=self.gamma_beta_ratio,
-            beta=self.beta,
-            transform=self.transform,
-            partition=self.partition,
-            max_initial_log_ratio=self.max_initial_log_ratio,
-            fsdp=self.fsdp or None,
-            eval_strategy="steps" if self.eval_shards else "no",
-            eval_steps=self.eval_steps,
-            patience=self.patience,
-        )
+def _further_arguments(section: str, given: dict[str, Any]) -> dict[str, Any]:
+    """These fields of `TrainingArguments`, validated; a ValidationError names each that is unknown, refused or of the wrong type."""
+    refused = {name: instead for instead, names in REFUSED.items() for name in names.split()}
+    known: dict[str, Any] = {}
+    if any(name not in RENAMED and name not in refused for name in given):
+        from transformers import TrainingArguments
+
+        known = get_type_hints(TrainingArguments)
+    checked, errors = {}, []
+    for name, value in given.items():
+        kind: Any = "extra_forbidden"
+        if name in RENAMED:
+            kind = _error(f"this key was replaced by {RENAMED[name]}")
+        elif name in refused:
+            kind = _error(f"not available here; {refused[name]}")
+        elif name in known:
+            try:
+                checked[name] = _validated(known[name], value)
+                continue
+            except ValidationError as error:
+                kind = _error(error.errors()[0]["msg"])
+        errors.append(InitErrorDetails(type=kind, loc=(name,), input=value))
+    if errors:
+        raise ValidationError.from_exception_data(section, errors)
+    return checked
+
+
+def _error(message: str) -> PydanticCustomError:
+    return PydanticCustomError("training_argument", "{message}", {"message": message})
+
+
+def _validated(annotation: Any, value: Any) -> Any:
+    """A value of a field of `TrainingArguments` as plain YAML has it; names of an enumeration must be among its values."""
+    enums = [kind for kind in get_args(annotation) if isinstance(kind, type) and issubclass(kind, Enum)]
+    checked = TypeAdapter(enums[0] if enums else annotation).validate_python(value)
+    return checked.value if isinstance(checked, Enum) else checked
+
+
+def _is_execution_option(name: str) -> bool:
+    return name in EXECUTION_OPTIONS or name.startswith(EXECUTION_PREFIXES)

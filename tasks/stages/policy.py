@@ -7,12 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qrpo.training.loader import held_out
-
 from qrpo.config import keyed
 from qrpo.errors import ConfigError, DataError
 from qrpo.method.transforms import get_transform
 from qrpo.models import ModelConfig
+from qrpo.training.loader import held_out
 from qrpo.training.ranks import stream_ranks
 from qrpo.training.settings import PolicyConfig
 from storage import PartRecord, ShardReader, Store
@@ -57,7 +56,7 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
         return StagePlan("policy", family, hashed, outside, (), parents)
     earlier = part_key(
         "policy",
-        make_family("policy", 3, _version_3(hashed), outside),
+        make_family("policy", 3, hashed, outside),
         [part.key.fingerprint for part in shards.parts],
     )
     key, artifact = single_part("policy", family, upstream.store, shards.rows["train"], earlier=earlier)
@@ -77,12 +76,6 @@ def _row_sum(shards: Sequence[PartRecord]) -> str | None:
     """The digest of all shards' rows in any cut; None where an earlier version wrote one."""
     sums = [record.metadata["row_sum"] for record in shards if "row_sum" in record.metadata]
     return add_digests(sums) if len(sums) == len(shards) else None
-
-
-def _version_3(hashed: dict[str, Any]) -> dict[str, Any]:
-    """The settings as version 3 of this stage hashed them."""
-    before = {name: value for name, value in hashed.items() if name != "eval_fraction"}
-    return {**before, "eval_shards": 0} if not hashed.get("eval_fraction") else hashed
 
 
 def compute(work: Work[Settings]) -> Iterator[PartRecord | Progress]:
@@ -133,19 +126,25 @@ def train(work: Work[Settings]) -> Iterator[Progress]:
     def read(records: Sequence[PartRecord]) -> ShardReader:
         return ShardReader(files, records, seed=seed, columns=section.columns())
 
+    fraction = section.eval_fraction
+    if fraction and not held:
+        raise ConfigError(
+            f"policy.eval_fraction is {fraction} and holds out none of {sum(file.rows for file in training)} prompts: raise it"
+        )
     reader, eval_rows = read(training), list(read(held).iterate(0)) if held else None
-    arguments = section.with_seed(seed)
+    arguments = section
     if work.settings.from_run is None:
         model = model_for(work, part, work.settings.model)
     else:  # a later round starts where the one before ended, away from the reference
         model = model_for(work, part, work.settings.model, stage="policy")
         arguments = arguments.model_copy(update={"max_initial_log_ratio": math.inf})
-    scaled = "transform" not in section.idle_fields() and get_transform(section.transform).needs_scale
-    spread = _mean_ref_std(work, part) if scaled else None
+    scaled = section.uses_quantiles and get_transform(section.transform).needs_scale
+    if scaled and section.mean_ref_std is None:
+        arguments = arguments.model_copy(update={"mean_ref_std": _mean_ref_std(work, part)})
     folder = work.store.work_dir(part.key)
     yield from progress_of(
         lambda report: train_policy(
-            model, reader, arguments, folder, eval_rows=eval_rows, mean_ref_std=spread, on_progress=report
+            model, reader, arguments, folder, seed=seed, eval_rows=eval_rows, on_progress=report
         )
     )
 

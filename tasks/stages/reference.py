@@ -86,8 +86,8 @@ def compute(work: Work[Settings]) -> Iterator[PartRecord | Progress]:
             "give the data a `chosen` or `completion` column (prompts.columns maps names), or set reference.sft to null"
         )
     scratch = work.store.work_dir(part.key)
-    model, training = work.settings.model, sft.with_seed(work.settings.seed)
-    yield from progress_of(lambda report: train_sft(model, rows, training, scratch, on_progress=report))
+    model, seed = work.settings.model, work.settings.seed
+    yield from progress_of(lambda report: train_sft(model, rows, sft, scratch, seed=seed, on_progress=report))
     yield work.store.commit_folder(
         part.key,
         scratch / "final",

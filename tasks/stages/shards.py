@@ -76,7 +76,7 @@ class Settings:
     section: ShardsConfig = setting("shards")
     quantiles: QuantilesConfig = setting("quantiles")
     model: ModelConfig = setting("reference.model")
-    dtype: str = setting("policy.dtype")
+    dtype: str = setting("policy.dtype", key="policy.bf16")
     share_prompts: bool = setting("policy.share_prompts")
     seed: int = setting("seed")
     num_ref: int = setting("completions.num_ref")
@@ -163,8 +163,8 @@ class LogprobScorer:
     ) -> None:
         import torch
 
+        from qrpo.training.logprobs import can_share
         from qrpo.training.runs import load_policy
-        from qrpo.training.sharing import can_share
 
         self._model = load_policy(model)
         self._share = share_prompts and can_share(self._model)

@@ -65,7 +65,7 @@ def write_task(base_model: Path) -> Callable[..., Path]:
             "rewards": [
                 {"kind": "function", "name": "letters", "function": f"{folder / 'reward.py'}:reward"}
             ],
-            "policy": {"learning_rate": 1e-3, "epochs": 2, "prompts_per_step": 8, "save_steps": 2},
+            "policy": {"learning_rate": 1e-3, "num_train_epochs": 2, "prompts_per_step": 8, "save_steps": 2},
             "run": {"part_size": 8},
         }
         for path, value in changes.items():

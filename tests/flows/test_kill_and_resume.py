@@ -26,7 +26,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, write_task: Callable[..., P
         completions__engine={"kind": "transformers", "max_num_seqs": 4},
         completions__sampling={"max_tokens": 24},
         completions__samples_per_part=4,
-        policy={"learning_rate": 1e-3, "epochs": 4, "prompts_per_step": 4, "save_steps": 3},
+        policy={"learning_rate": 1e-3, "num_train_epochs": 4, "prompts_per_step": 4, "save_steps": 3},
         run__part_size=4,
     )
 

@@ -30,8 +30,8 @@ SETTINGS = {
     "beta": 0.5,
     "learning_rate": 1e-3,
     "prompts_per_step": 4,
-    "epochs": 2,
-    "warmup": 0.2,
+    "num_train_epochs": 2,
+    "warmup_steps": 0.2,
     "token_budget": 64,
     "save_steps": 2,
 }

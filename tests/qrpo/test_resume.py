@@ -33,8 +33,8 @@ SETTINGS = {
     "beta": 0.5,
     "learning_rate": 1e-2,
     "prompts_per_step": 4,
-    "epochs": 10,
-    "warmup": 0.2,
+    "num_train_epochs": 10,
+    "warmup_steps": 0.2,
     "token_budget": 128,
     "save_steps": 2,
 }
@@ -228,7 +228,7 @@ def test_a_full_disk_stops_cleanly_with_the_older_checkpoint(
     assert server.wait() == 1
     error = Path(f"{output}.error").read_text()
     assert error.startswith("TrainingError: the checkpoint of step 6 cannot be written")
-    assert "checkpoint-4 is whole. Make room there" in error
+    assert "checkpoint-4 is complete. Free disk space there" in error
     assert sorted(path.name for path in output.iterdir()) == ["checkpoint-2", "checkpoint-4"]
 
     server.start(output)
@@ -245,7 +245,7 @@ def write_checkpoint(folder: Path, step: int) -> None:
 def test_the_newest_checkpoints_are_kept_and_the_best(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8, 10):
         write_checkpoint(tmp_path, step)
-        commit_checkpoint(tmp_path, step, keep=2, also=tmp_path / "checkpoint-4")
+        commit_checkpoint(tmp_path, step, keep=2, keep_also=tmp_path / "checkpoint-4")
 
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {
         "checkpoint-4",

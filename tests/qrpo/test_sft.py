@@ -10,7 +10,7 @@ from qrpo.tiny import build_tiny_model
 from qrpo.training.runs import train_sft
 from qrpo.training.settings import SftConfig
 
-SETTINGS = {"learning_rate": 1e-2, "prompts_per_step": 4, "warmup": 0.0, "token_budget": 64}
+SETTINGS = {"learning_rate": 1e-2, "prompts_per_step": 4, "warmup_steps": 0.0, "token_budget": 64}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,9 @@ def test_the_loss_is_the_mean_over_the_steps_completion_tokens(folder, rows, tmp
 def test_the_model_learns_the_answers(folder, rows, tmp_path):
     progress = []
 
-    final = train_sft(folder, rows, SftConfig(**SETTINGS, epochs=60), tmp_path, on_progress=progress.append)
+    final = train_sft(
+        folder, rows, SftConfig(**SETTINGS, num_train_epochs=60), tmp_path, on_progress=progress.append
+    )
 
     assert progress[-1]["loss"] < 0.1 < progress[0]["loss"]
     assert progress[-1]["total_steps"] == 180
@@ -67,16 +69,16 @@ def test_the_model_learns_the_answers(folder, rows, tmp_path):
 
 
 def test_an_interrupted_fine_tuning_ends_with_the_same_weights(folder, rows, tmp_path):
-    config = SftConfig(**SETTINGS, epochs=3, save_steps=2).with_seed(3)
+    config = SftConfig(**SETTINGS, num_train_epochs=3, save_steps=2)
 
     def stop(entry):
         if entry["step"] == 5:
             raise KeyboardInterrupt
 
-    whole = load_file(train_sft(folder, rows, config, tmp_path / "a") / "model.safetensors")
+    whole = load_file(train_sft(folder, rows, config, tmp_path / "a", seed=3) / "model.safetensors")
     with pytest.raises(KeyboardInterrupt):
-        train_sft(folder, rows, config, tmp_path / "b", on_progress=stop)
-    resumed = load_file(train_sft(folder, rows, config, tmp_path / "b") / "model.safetensors")
+        train_sft(folder, rows, config, tmp_path / "b", seed=3, on_progress=stop)
+    resumed = load_file(train_sft(folder, rows, config, tmp_path / "b", seed=3) / "model.safetensors")
 
     assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
     steps = polars.read_parquet(tmp_path / "b" / "metrics.parquet")["step"]

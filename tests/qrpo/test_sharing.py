@@ -14,11 +14,11 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from qrpo.training.logprobs import completion_logprobs, score_logprobs
-from qrpo.training.runs import load_policy
+from qrpo.training.batches import shared_batches, worth_sharing
+from qrpo.training.logprobs import can_share, completion_logprobs, score_logprobs
+from qrpo.training.runs import load_policy, training_arguments
 from qrpo.training.settings import PolicyConfig
-from qrpo.training.sharing import can_share, shared_batches, worth_sharing
-from qrpo.training.trainer import QRPOConfig, QRPOTrainer
+from qrpo.training.trainer import QRPOTrainer
 
 SMALL = {
     "vocab_size": 256,
@@ -120,9 +120,11 @@ def test_training_ends_with_the_weights_of_rows_apart(folder, make_rows, tmp_pat
     )
 
     def weights_after(share):
-        settings = PolicyConfig(learning_rate=1e-3, prompts_per_step=3, share_prompts=share, token_budget=200)
-        arguments = settings.arguments(tmp_path / str(share)) | {"save_strategy": "no", "loss": loss}
-        trainer = QRPOTrainer(load_policy(folder).double(), QRPOConfig(**arguments), rows)
+        settings = PolicyConfig(
+            learning_rate=1e-3, prompts_per_step=3, share_prompts=share, token_budget=200, loss=loss
+        )
+        arguments = training_arguments(settings, tmp_path / str(share))
+        trainer = QRPOTrainer(load_policy(folder).double(), arguments, rows)
         assert trainer._can_share == share
         trainer.train()
         assert trainer.state.log_history[0]["initial_log_ratio/max_abs"] < 1e-4

@@ -11,7 +11,7 @@ from qrpo.data.chat import encode_completion, encode_prompt
 from qrpo.errors import ConfigError, DataError, TrainingError
 from qrpo.method.partition import log_z
 from qrpo.tiny import build_tiny_tokenizer
-from qrpo.training.checkpoints import latest_checkpoint, mark_whole
+from qrpo.training.checkpoints import latest_checkpoint, write_marker
 from qrpo.training.logprobs import score_logprobs
 from qrpo.training.runs import load_policy, train_policy
 from qrpo.training.settings import PolicyConfig
@@ -21,8 +21,8 @@ SETTINGS = {
     "beta": 0.5,
     "learning_rate": 1e-2,
     "prompts_per_step": 4,
-    "warmup": 0.0,
-    "lr_scheduler": "constant",
+    "warmup_steps": 0.0,
+    "lr_scheduler_type": "constant",
     "token_budget": 128,
 }
 
@@ -62,14 +62,14 @@ def test_a_step_minimises_the_paper_s_squared_error(folder, rows, tmp_path):
     quantiles = np.stack([row["quantile_reward"] for row in rows]).astype(np.float64)
     at_reference = np.mean((quantiles - 0.5 * log_z("identity", 0.5)) ** 2)
 
-    _, progress = train(folder, rows, tmp_path, epochs=30, prompts_per_step=12)
+    _, progress = train(folder, rows, tmp_path, num_train_epochs=30, prompts_per_step=12)
 
     assert progress[0]["loss"] == pytest.approx(at_reference, rel=1e-5)
     assert progress[-1]["loss"] < 0.2 * at_reference
 
 
 def test_progress_and_metrics_name_what_people_watch(folder, rows, tmp_path):
-    _, progress = train(folder, rows, tmp_path, epochs=1)
+    _, progress = train(folder, rows, tmp_path, num_train_epochs=1)
 
     assert [(p["step"], p["total_steps"]) for p in progress] == [(1, 3), (2, 3), (3, 3)]
     expected = {
@@ -89,7 +89,7 @@ def test_progress_and_metrics_name_what_people_watch(folder, rows, tmp_path):
 
 
 def test_the_final_folder_is_an_ordinary_model_with_its_tokenizer(folder, rows, tmp_path):
-    trained, _ = train(folder, rows, tmp_path, epochs=1)
+    trained, _ = train(folder, rows, tmp_path, num_train_epochs=1)
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "final")
@@ -104,7 +104,9 @@ def test_the_final_folder_is_an_ordinary_model_with_its_tokenizer(folder, rows, 
 @pytest.mark.slow
 @pytest.mark.parametrize("as_dataset", [list, Reader], ids=["rows", "reader"])
 def test_a_killed_run_goes_on_exactly_where_it_was(folder, rows, tmp_path, as_dataset):
-    uninterrupted, progress = train(folder, as_dataset(rows), tmp_path / "a", epochs=3, save_steps=2)
+    uninterrupted, progress = train(
+        folder, as_dataset(rows), tmp_path / "a", num_train_epochs=3, save_steps=2
+    )
 
     class Killed(Exception):
         pass
@@ -117,13 +119,13 @@ def test_a_killed_run_goes_on_exactly_where_it_was(folder, rows, tmp_path, as_da
         train_policy(
             folder,
             as_dataset(rows),
-            PolicyConfig(**SETTINGS, epochs=3, save_steps=2),
+            PolicyConfig(**SETTINGS, num_train_epochs=3, save_steps=2),
             tmp_path / "b",
             on_progress=kill,
         )
     (tmp_path / "b" / "checkpoint-5").mkdir()  # half written: no marker
     dataset = as_dataset(rows)
-    resumed, rest = train(folder, dataset, tmp_path / "b", epochs=3, save_steps=2)
+    resumed, rest = train(folder, dataset, tmp_path / "b", num_train_epochs=3, save_steps=2)
 
     assert [entry["step"] for entry in rest] == [5, 6, 7, 8, 9]
     assert [entry["loss"] for entry in rest] == [entry["loss"] for entry in progress[4:]]
@@ -142,7 +144,7 @@ def test_a_checkpoint_counts_only_when_it_is_whole(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "weights").write_bytes(b"x" * 100)
         if step != 100:
-            mark_whole(tmp_path / f"checkpoint-{step}")
+            write_marker(tmp_path / f"checkpoint-{step}")
 
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-20"
     (tmp_path / "checkpoint-20" / "weights").write_bytes(b"x" * 50)
@@ -295,7 +297,7 @@ def test_transforms_and_partitions_reach_the_loss(folder, rows, tmp_path, transf
 
 
 def test_mixed_precision_and_gradient_checkpointing_train(folder, rows, tmp_path):
-    config = PolicyConfig(**SETTINGS, dtype="bfloat16", gradient_checkpointing=True)
+    config = PolicyConfig(**SETTINGS, bf16=True, gradient_checkpointing=True)
     scores = score_logprobs(load_policy(folder), rows, 1000, dtype=torch.bfloat16)
     rounded = [{**row, "ref_logprob": score} for row, score in zip(rows, scores, strict=True)]
 
@@ -320,7 +322,13 @@ def test_a_scaled_transform_divides_each_prompt_s_spread_by_the_mean_spread(fold
         for row, spread in zip(rows, spreads, strict=True)
     ]
     settings = PolicyConfig(
-        **{**SETTINGS, "transform": "scaled-normal-icdf", "prompts_per_step": 12, "max_steps": 1}
+        **{
+            **SETTINGS,
+            "transform": "scaled-normal-icdf",
+            "prompts_per_step": 12,
+            "max_steps": 1,
+            "mean_ref_std": float(spreads.mean()),
+        }
     )
     progress = []
 
@@ -329,7 +337,6 @@ def test_a_scaled_transform_divides_each_prompt_s_spread_by_the_mean_spread(fold
         spread_rows,
         settings,
         tmp_path,
-        mean_ref_std=float(spreads.mean()),
         on_progress=progress.append,
     )
 

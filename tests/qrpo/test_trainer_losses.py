@@ -1,5 +1,7 @@
 """The trainer on each of its losses: the value that it starts from, and that how a step is cut changes nothing."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from transformers import AutoTokenizer
 
 from qrpo.config import keyed
 from qrpo.errors import DataError
-from qrpo.training.runs import load_policy, train_policy
+from qrpo.training.runs import load_policy, train_policy, training_arguments
 from qrpo.training.settings import PolicyConfig
 from qrpo.training.trainer import QRPOConfig, QRPOTrainer
 
@@ -16,8 +18,8 @@ SETTINGS = {
     "beta": 0.5,
     "learning_rate": 1e-2,
     "prompts_per_step": 12,
-    "warmup": 0.0,
-    "lr_scheduler": "constant",
+    "warmup_steps": 0.0,
+    "lr_scheduler_type": "constant",
     "token_budget": 128,
 }
 
@@ -46,7 +48,7 @@ def chosen_and_rejected(rows, values):
 
 
 def test_dpo_starts_from_log_2_and_learns_the_preferences(folder, rows, tmp_path):
-    losses = losses_of(folder, rows, tmp_path, loss="dpo", epochs=20)
+    losses = losses_of(folder, rows, tmp_path, loss="dpo", num_train_epochs=20)
 
     assert losses[0] == pytest.approx(np.log(2), rel=1e-5)
     assert losses[-1] < 0.1
@@ -54,7 +56,7 @@ def test_dpo_starts_from_log_2_and_learns_the_preferences(folder, rows, tmp_path
 
 @pytest.mark.parametrize("regressed", ["reward", "quantile_reward"])
 def test_rebel_starts_from_the_squared_difference_of_rewards_over_beta(folder, rows, tmp_path, regressed):
-    losses = losses_of(folder, rows, tmp_path, loss="rebel", rebel_reward=regressed, epochs=20)
+    losses = losses_of(folder, rows, tmp_path, loss="rebel", rebel_reward=regressed, num_train_epochs=20)
 
     chosen, rejected = chosen_and_rejected(rows, [row[regressed] for row in rows])
     assert losses[0] == pytest.approx(np.mean(((chosen - rejected) / 0.5) ** 2), rel=1e-4)
@@ -64,7 +66,7 @@ def test_rebel_starts_from_the_squared_difference_of_rewards_over_beta(folder, r
 def test_simpo_needs_no_reference_and_starts_from_mean_log_probabilities(folder, rows, tmp_path):
     unscored = [{name: value for name, value in row.items() if name != "ref_logprob"} for row in rows]
 
-    losses = losses_of(folder, unscored, tmp_path, loss="simpo", gamma_beta_ratio=0.25, epochs=20)
+    losses = losses_of(folder, unscored, tmp_path, loss="simpo", gamma_beta_ratio=0.25, num_train_epochs=20)
 
     means = [row["ref_logprob"] / [len(ids) for ids in row["completion_token_ids"]] for row in rows]
     chosen, rejected = chosen_and_rejected(rows, means)
@@ -73,7 +75,7 @@ def test_simpo_needs_no_reference_and_starts_from_mean_log_probabilities(folder,
 
 
 def test_sft_learns_the_best_completion_token_by_token(folder, rows, tmp_path):
-    losses = losses_of(folder, rows, tmp_path, loss="sft", epochs=20)
+    losses = losses_of(folder, rows, tmp_path, loss="sft", num_train_epochs=20)
 
     best = [int(np.argmax(row["reward"])) for row in rows]
     total = sum(row["ref_logprob"][k] for row, k in zip(rows, best, strict=True))
@@ -106,10 +108,11 @@ def test_the_dataset_s_own_preference_is_known_by_its_origin(folder, rows, tmp_p
 )
 def test_how_a_step_is_cut_changes_nothing(folder, rows, tmp_path, loss, pairs):
     def weights_after(name, **arguments):
-        settings = PolicyConfig(**{**SETTINGS, "learning_rate": 1e-3}).arguments(tmp_path / name)
-        changed = {"loss": loss, "pairs": pairs, "beta": 0.5, "save_strategy": "no", **arguments}
-        changed["share_prompts"] = False  # it rounds Llama's norms, float32 in any model, elsewhere
-        trainer = QRPOTrainer(load_policy(folder).double(), QRPOConfig(**{**settings, **changed}), rows[:10])
+        # sharing rounds Llama's norms, which are float32 in any model, in another place
+        changed = {"learning_rate": 1e-3, "loss": loss, "pairs": pairs, "share_prompts": False}
+        settings = training_arguments(PolicyConfig(**{**SETTINGS, **changed}), tmp_path / name)
+        settings = replace(settings, save_strategy="no", **arguments)
+        trainer = QRPOTrainer(load_policy(folder).double(), settings, rows[:10])
         trainer.train()
         return trainer.model.state_dict()
 

@@ -19,8 +19,8 @@ SETTINGS = {
     "beta": 0.5,
     "learning_rate": 1e-2,
     "prompts_per_step": 4,
-    "warmup": 0.0,
-    "lr_scheduler": "constant",
+    "warmup_steps": 0.0,
+    "lr_scheduler_type": "constant",
     "token_budget": 128,
 }
 
@@ -48,7 +48,7 @@ def test_lora_learns_and_is_saved_as_an_ordinary_model_whose_log_probabilities_a
     folder, rows, tmp_path
 ):
     lora = {"rank": 8, "alpha": 16, "dropout": 0.1}
-    weights, progress = train(folder, rows, tmp_path, lora=lora, epochs=20, prompts_per_step=16)
+    weights, progress = train(folder, rows, tmp_path, lora=lora, num_train_epochs=20, prompts_per_step=16)
     before = load_file(folder / "model.safetensors")
 
     assert progress[-1]["loss"] < 0.7 * progress[0]["loss"]
@@ -65,7 +65,11 @@ def test_lora_learns_and_is_saved_as_an_ordinary_model_whose_log_probabilities_a
 
 @pytest.mark.slow
 def test_an_interrupted_lora_run_ends_with_the_same_weights(folder, rows, tmp_path):
-    settings = {"lora": {"rank": 4, "target_modules": ("q_proj", "v_proj")}, "epochs": 2, "save_steps": 2}
+    settings = {
+        "lora": {"rank": 4, "target_modules": ("q_proj", "v_proj")},
+        "num_train_epochs": 2,
+        "save_steps": 2,
+    }
 
     whole, _ = train(folder, rows, tmp_path / "a", **settings)
     with pytest.raises(InterruptedError):
@@ -80,7 +84,7 @@ def test_an_interrupted_lora_run_ends_with_the_same_weights(folder, rows, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["all weights", "adapters"])
 def test_models_on_the_way_are_those_of_runs_that_ended_there(folder, rows, tmp_path, lora):
-    settings = {"lora": lora, "epochs": 2, "save_steps": 3}
+    settings = {"lora": lora, "num_train_epochs": 2, "save_steps": 3}
 
     plain, _ = train(folder, rows, tmp_path / "plain", **settings)
     with pytest.raises(InterruptedError):
@@ -138,9 +142,9 @@ def test_the_held_out_loss_is_that_of_the_definition_and_is_reported_at_its_step
         rows[:8],
         tmp_path,
         eval_rows=rows[8:],
-        eval_shards=1,
+        eval_fraction=0.5,
         eval_steps=2,
-        epochs=2,
+        num_train_epochs=2,
         learning_rate=1e-9,
     )
 
@@ -161,10 +165,10 @@ def test_training_stops_when_the_held_out_loss_no_longer_falls_and_goes_back_to_
     """Of few rows the loss falls to nothing, and that of the others rises in the end; saved at every tenth step alone."""
     settings = {
         "eval_rows": rows[4:],
-        "eval_shards": 1,
+        "eval_fraction": 0.5,
         "eval_steps": 1,
         "patience": 3,
-        "epochs": 60,
+        "num_train_epochs": 60,
         "save_steps": 10,
         "learning_rate": 0.02,
         "lora": lora,
@@ -184,13 +188,13 @@ def test_training_stops_when_the_held_out_loss_no_longer_falls_and_goes_back_to_
     assert rest[-1]["step"] == len(losses), "a resumed run stops where the other did"
 
 
-def test_patience_without_held_out_shards_is_refused():
-    with pytest.raises(ValueError, match="eval_shards is 0"):
+def test_patience_without_held_out_prompts_is_refused():
+    with pytest.raises(ValueError, match="eval_fraction is 0"):
         PolicyConfig(patience=2)
 
 
 def test_the_seconds_left_and_the_speed_are_reported(folder, rows, tmp_path):
-    _, progress = train(folder, rows, tmp_path, epochs=1)
+    _, progress = train(folder, rows, tmp_path, num_train_epochs=1)
 
     assert all(entry["tokens_per_second"] > 0 for entry in progress)
     assert progress[0]["eta_seconds"] > 0

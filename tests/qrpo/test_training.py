@@ -13,13 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qrpo.errors import TrainingError
-from qrpo.training.guard import FIRST_LOSSES
+from qrpo.training.callbacks import FIRST_LOSSES
 from qrpo.training.loader import ShuffledRows, is_idle, step_loader
 from qrpo.training.runs import load_policy, train_policy
 from qrpo.training.settings import PolicyConfig
 from qrpo.training.trainer import QRPOConfig, QRPOTrainer
 
-SETTINGS = {"beta": 0.5, "learning_rate": 1e-3, "prompts_per_step": 4, "warmup": 0.0, "token_budget": 256}
+SETTINGS = {
+    "beta": 0.5,
+    "learning_rate": 1e-3,
+    "prompts_per_step": 4,
+    "warmup_steps": 0.0,
+    "token_budget": 256,
+}
 
 
 def micro_batches(rows: int, batch_size: int, rank: int, world_size: int, epoch: int = 0) -> list[list[int]]:
@@ -127,7 +133,7 @@ def weights_of(output: Path, step: int) -> bytes:
 
 def test_a_bad_step_can_be_left_out(folder: Path, rows: list[dict[str, Any]], tmp_path: Path) -> None:
     bad, _ = with_bad_row(rows, 3, quantile_reward=np.array([0.5, np.nan], dtype=np.float32))
-    config = PolicyConfig(**SETTINGS, max_steps=5, bad_step="skip", save_steps=1, keep_checkpoints=5)
+    config = PolicyConfig(**SETTINGS, max_steps=5, bad_step="skip", save_steps=1, save_total_limit=5)
     train_policy(folder, bad, config, tmp_path)
 
     assert weights_of(tmp_path, 2) == weights_of(tmp_path, 3)

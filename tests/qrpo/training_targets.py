@@ -75,8 +75,9 @@ def _run(request: dict[str, Any]) -> None:
         train_policy(
             request["folder"],
             reader,
-            PolicyConfig(**request["settings"]).with_seed(5),
+            PolicyConfig(**request["settings"]),
             request["output"],
+            seed=5,
             on_progress=on_progress,
         )
 

@@ -1,40 +1,38 @@
-"""Watches every optimizer step, and stops the run, or leaves the step out, where its loss or gradient went wrong.
+"""Callbacks of the trainers: stop or skip a step that went wrong, and stop early.
 
-A step is bad where its loss or its gradient's norm is not finite, or where the loss is `max_loss_growth` times the
-largest of the first logged ones. It is judged after the gradients were reduced and before the optimizer uses them, so
-all processes judge the same numbers, and a bad step never reaches the weights.
+A step is bad if its loss or its gradient norm is not finite, or if the loss is `max_loss_growth` times the largest of the
+first logged losses. It is checked after the gradients are reduced and before the optimizer uses them. So all processes
+check the same numbers, and a bad step never changes the weights.
 """
 
 import logging
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import gather_object
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from qrpo.errors import TrainingError
 
-if TYPE_CHECKING:
-    from qrpo.training.trainer import CompletionTrainer
-
-__all__ = ["BadStep", "StepGuard"]
+__all__ = ["EarlyStopping", "StepGuard"]
 
 log = logging.getLogger("qrpo")
 
-BadStep = Literal["stop", "skip"]
 FIRST_LOSSES = 10
-"""Logged losses before growth is judged: the first steps of a small batch say little about its scale."""
+"""Logged losses before growth is checked: the first steps of a small batch say little about its scale."""
 _NAMED = 5
 
 
 class StepGuard(TrainerCallback):  # type: ignore[misc]
-    """What a trainer tells about its step, and the judgement on it."""
+    """Collects the losses of a step from the trainer, and stops the run or drops the gradients if the step is bad."""
 
-    def __init__(self, trainer: "CompletionTrainer", bad_step: BadStep, max_loss_growth: float) -> None:
+    def __init__(
+        self, trainer: Trainer, bad_step: Literal["stop", "skip"], max_loss_growth: float | None
+    ) -> None:
         self._trainer = trainer
         self._bad_step = bad_step
-        self._max_loss_growth = max_loss_growth
+        self._max_loss_growth = math.inf if max_loss_growth is None else max_loss_growth
         self._clear()
 
     def _clear(self) -> None:
@@ -43,30 +41,30 @@ class StepGuard(TrainerCallback):  # type: ignore[misc]
         self._seen: list[tuple[torch.Tensor, list[str]]] = []
 
     def note_terms(self, losses_U: torch.Tensor, prompt_ids: list[str]) -> None:
-        """The loss of each term of one micro-batch, and the prompts of its completions, equally many a term."""
+        """Note the loss of each term of a micro-batch; `prompt_ids` has one entry per completion, equally many per term."""
         self._seen.append((losses_U.detach(), prompt_ids[:: len(prompt_ids) // len(losses_U)]))
 
     def note_loss(self, loss: torch.Tensor) -> None:
-        """This process's loss of a whole micro-step."""
+        """Add this process's loss of one batch of the step."""
         self._loss = self._loss + loss
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Judge the step; raises TrainingError with the prompts to look at, or drops the gradients."""
+        """Check the step: raise TrainingError with the prompts to look at, or drop the gradients."""
         mean = self._trainer.accelerator.reduce(torch.as_tensor(self._loss, device=args.device), "mean")
         fault = self._fault(float(mean), state.log_history)
         if fault is not None:
             text = f"step {state.global_step + 1}: {fault}: {self._suspects()}"
             if self._bad_step == "stop":
                 raise TrainingError(
-                    f"{text}. Look at their rewards and log-probabilities; if those are right, the policy has diverged: "
-                    "lower the learning rate, or raise beta. `bad_step: skip` leaves such steps out"
+                    f"{text}. Look at their rewards and log-probabilities. If those are right, the policy has diverged: "
+                    "lower the learning rate, or raise beta. `bad_step: skip` skips such steps"
                 )
-            log.warning("%s. The step is left out", text)
-            self._trainer.optimizer.zero_grad()  # to None, which an optimizer passes over
+            log.warning("%s. The step is skipped", text)
+            self._trainer.optimizer.zero_grad()  # to None, which an optimizer ignores
         self._clear()
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The Trainer's sum of losses begins anew: it subtracts the sum from itself, which leaves a NaN for ever."""
+        """Reset the Trainer's sum of losses: it subtracts the sum from itself, which would keep a NaN forever."""
         if not self._trainer._tr_loss.isfinite():
             self._trainer._tr_loss.zero_()
 
@@ -85,7 +83,7 @@ class StepGuard(TrainerCallback):  # type: ignore[misc]
         return None
 
     def _suspects(self) -> str:
-        """The prompts of the step, on all processes, that are to be named: those without a finite loss, else the worst."""
+        """The prompts to name, from all processes: those without a finite loss, else those with the largest losses."""
         worst: dict[str, float] = {}
         for losses_U, names in self._seen:
             losses = losses_U.float().nan_to_num(nan=math.inf).abs().tolist()
@@ -95,7 +93,24 @@ class StepGuard(TrainerCallback):  # type: ignore[misc]
         if self._trainer.accelerator.num_processes > 1:
             everyone = gather_object(everyone)
         ranked = sorted(everyone, key=lambda item: (-item[1], item[0]))
-        bad = [name for name, loss in ranked if math.isinf(loss)]
-        names = bad or [name for name, _ in ranked]
+        names = [name for name, loss in ranked if math.isinf(loss)] or [name for name, _ in ranked]
         more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         return ", ".join(names[:_NAMED]) + more
+
+
+class EarlyStopping(TrainerCallback):  # type: ignore[misc]
+    """Stops after `patience` evaluations in a row without a lower `eval_loss`.
+
+    It counts in the logged history, which checkpoints hold, so a resumed run stops at the same step as an uninterrupted
+    one; transformers' own callback starts to count again. The Trainer keeps the best weights (`load_best_model_at_end`).
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop if the lowest loss is `patience` evaluations old."""
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        losses = [math.inf if math.isnan(loss) else loss for loss in losses]
+        if len(losses) - 1 - losses.index(min(losses)) >= self.patience:
+            control.should_training_stop = True
