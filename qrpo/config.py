@@ -1,10 +1,11 @@
-"""The base class of every configuration section, and the two kinds of fields it has.
+"""The base class of every configuration section, and the three kinds of fields it has.
 
 A section is frozen and refuses unknown keys. Each section is declared beside the code it configures; the pipeline's
 configuration composes them. A field is one of
 
 - a setting: it changes results, so it is part of fingerprints;
-- an execution option (`execution_option`): batch sizes, workers, memory, time-outs. It changes no result and no fingerprint.
+- an execution option (`execution_option`): batch sizes, workers, memory, time-outs. It changes no result and no fingerprint;
+- an outside input (`outside_input`): a path, a URL. What it leads to is identified by content, so its spelling changes nothing.
 
 A setting declared with `json_schema_extra={"fingerprint": False}` changes results but enters fingerprints in another way, which
 its stage's `plan` decides (for example `completions.num_ref`, which selects parts).
@@ -15,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Section", "effective", "execution_option", "is_execution_option", "keyed"]
+__all__ = ["Section", "effective", "execution_option", "is_execution_option", "keyed", "outside_input"]
 
 
 class Section(BaseModel):
@@ -41,6 +42,11 @@ def execution_option(default: Any, **constraints: Any) -> Any:
     return Field(default, json_schema_extra={"fingerprint": False, "execution_option": True}, **constraints)
 
 
+def outside_input(default: Any, **constraints: Any) -> Any:
+    """A field that says where something is, such as a model folder. Fingerprints hold the identity of what is there."""
+    return Field(default, json_schema_extra={"fingerprint": False, "outside_input": True}, **constraints)
+
+
 def is_execution_option(section: type[BaseModel], name: str) -> bool:
     """Whether the field `name` of `section` was declared with `execution_option`."""
     return _extra(section, name).get("execution_option") is True
@@ -60,12 +66,12 @@ def keyed(section: BaseModel) -> dict[str, Any]:
 
 
 def effective(section: BaseModel) -> dict[str, Any]:
-    """Every field that can change results as the section is set: no execution option, no idle field. Plain JSON values."""
+    """Every setting that has an effect as the section is set, those that `fingerprint` excludes too. Plain JSON values."""
     idle = section.idle_fields() if isinstance(section, Section) else frozenset()
     declared = {
         name: _plain(getattr(section, name), effective)
         for name in type(section).model_fields
-        if name not in idle and not is_execution_option(type(section), name)
+        if name not in idle and not {"execution_option", "outside_input"} & _extra(type(section), name).keys()
     }
     return declared | (section.further_settings() if isinstance(section, Section) else {})
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from qrpo.config import Section, execution_option
+from qrpo.config import Section, outside_input
 from qrpo.errors import ModelError
 
 __all__ = [
@@ -34,9 +34,9 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 class ModelConfig(Section):
     """A Hugging Face model: a folder, or a hub id with a revision."""
 
-    path: str = execution_option(..., min_length=1)
+    path: str = outside_input(..., min_length=1)
     """A folder, or a hub id such as `org/name`. Not in fingerprints by itself: see `model_identity`."""
-    revision: str | None = execution_option(None)
+    revision: str | None = outside_input(None)
     """Branch, tag or commit of a hub id. Name a commit: a branch moves, and what was computed would not know."""
     dtype: Dtype = "auto"
     """Precision to load in; `auto` is what the model was saved in."""

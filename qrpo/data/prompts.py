@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from qrpo.config import Section
+from qrpo.config import Section, outside_input
 from qrpo.data.sources import read_rows
 from qrpo.errors import DataError
 
@@ -40,7 +40,7 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 class PromptsConfig(Section):
     """Where prompts come from and which of them are held out."""
 
-    source: str = Field(min_length=1)
+    source: str = outside_input(..., min_length=1)
     """A JSONL, JSON, CSV or Parquet file (`.gz` and the like too): a path, glob or fsspec URL; or a Hugging Face
     dataset, `hf://org/name[/config][@revision][:split]`."""
     source_name: str | None = None
@@ -54,7 +54,7 @@ class PromptsConfig(Section):
     """Read only this many rows from the beginning."""
     eval_fraction: float = Field(0.0, ge=0.0, le=1.0)
     """Share of prompts held out for evaluation, chosen by a hash of the prompt: appending prompts moves none."""
-    eval_source: str | None = None
+    eval_source: str | None = outside_input(None)
     """A source whose prompts are all held out, instead of `eval_fraction`."""
 
     @model_validator(mode="after")

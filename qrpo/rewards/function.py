@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
-from qrpo.config import execution_option
+from qrpo.config import execution_option, outside_input
 from qrpo.data.chat import Messages
 from qrpo.errors import ConfigError, QRPOError, RewardError
 from qrpo.rewards.callables import load_callable, source_digests, split_target
@@ -35,7 +35,7 @@ class FunctionRewardConfig(RewardSection):
 
     kind: Literal["function"] = "function"
     """Says that this reward is a Python function."""
-    function: str = execution_option(...)
+    function: str = outside_input(...)
     """`path/to/file.py:function` or `package.module:function`. Its source is in fingerprints, its path is not."""
     version: str = ""
     """Change it when the function's answers change for a reason outside its source: a data file, a package."""

@@ -27,7 +27,7 @@ from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from pydantic import Field, field_validator, model_validator
 
-from qrpo.config import execution_option
+from qrpo.config import execution_option, outside_input
 from qrpo.data.chat import Messages
 from qrpo.errors import ConfigError, RewardError
 from qrpo.rewards.chat_server import ChatServer, Unanswered
@@ -67,7 +67,7 @@ class JudgeRewardConfig(RewardSection):
 
     kind: Literal["judge"] = "judge"
     """Says that this reward is a language model that grades."""
-    base_url: str = execution_option(...)
+    base_url: str = outside_input(...)
     """The server, as OpenAI's clients want it: `http://localhost:8000/v1`. Not in fingerprints: see `version`."""
     model: str = Field(min_length=1)
     """The model's name at that server."""

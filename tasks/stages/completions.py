@@ -179,7 +179,7 @@ def _encode_offline(work: Work[Settings], part: PartPlan) -> PartRecord:
                 rejects.append({"key": key, "reason": error, "prompt_id": prompt["prompt_id"]})
                 continue
             rows.append(_row(prompt["prompt_id"], index, "offline", text, token_ids, "dataset", None))
-    return work.commit(part, _table(rows), started=started, rejects=rejects)
+    return work.commit(part, _table(rows), table=TABLE, started=started, rejects=rejects)
 
 
 class _PartInProgress:

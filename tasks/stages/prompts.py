@@ -87,8 +87,7 @@ class PromptsPart:
 
 def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     """The parts as an earlier run of the same source and settings cut them; none are known where there was none."""
-    paths = {"source", "eval_source"}
-    section = {name: value for name, value in keyed(settings.section).items() if name not in paths}
+    section = keyed(settings.section)
     outside = source_identity(settings.section)
     family = make_family("prompts", VERSION, section, outside)
     artifact = fingerprint(["prompts", family])

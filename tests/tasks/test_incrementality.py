@@ -9,6 +9,7 @@ import math
 import random
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,9 +173,10 @@ def counts(monkeypatch: pytest.MonkeyPatch, engines: dict[Any, Any]) -> Counts:
 
     score = tasks.stages.rewards.Scorer.score
 
-    def counted(self: Any, rows: Sequence[Any]) -> Any:
-        counts.scored += [(row["prompt_id"], row["origin"], row["sample_index"]) for row in rows]
-        return score(self, rows)
+    def counted(self: Any, rows: Sequence[Any], known: Sequence[Any] | None = None) -> Any:
+        fresh = [row for row, values in zip(rows, known or [{}] * len(rows), strict=True) if not values]
+        counts.scored += [(row["prompt_id"], row["origin"], row["sample_index"]) for row in fresh]
+        return score(self, rows, known)
 
     monkeypatch.setattr(tasks.stages.completions, "engine_for", engine_for)
     monkeypatch.setattr(tasks.stages.rewards.Scorer, "score", counted)
@@ -264,10 +266,7 @@ def test_raised_num_ref_draws_only_the_new_samples(task: Task, counts: Counts) -
     planned = task.preview()
     results = task.run()
 
-    assert (
-        "completions.num_ref changed from 4 to 7: samples that are there are reused"
-        in planned["completions"]["reasons"]
-    )
+    assert "completions.num_ref changed from 4 to 7" in planned["completions"]["reasons"]
     assert planned["prompts"] == {
         **planned["prompts"],
         "parts_cached": planned["prompts"]["parts_total"],
@@ -312,7 +311,7 @@ def test_another_cut_draws_and_scores_nothing(task: Task, counts: Counts, change
 
     results = task.run()
 
-    assert results["completions"].parts_computed > 0, "the parts are cut anew"
+    assert results["completions"].parts_computed == 0, "a finished artifact keeps its cut"
     assert not counts.drawn
     assert not counts.scored
     assert task.texts() == texts
@@ -350,7 +349,9 @@ def test_raised_version_computes_that_stage_anew(
     task: Task, counts: Counts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rewards = task.rewards()
-    monkeypatch.setattr(tasks.stages.rewards, "VERSION", tasks.stages.rewards.VERSION + 1)
+    version = STAGES["rewards"].version + 1
+    monkeypatch.setattr(tasks.stages.rewards, "VERSION", version)
+    monkeypatch.setitem(STAGES, "rewards", replace(STAGES["rewards"], version=version))
 
     planned = task.preview()
     task.run()
@@ -393,9 +394,9 @@ def test_stage_that_another_run_computes_meanwhile_is_complete(
     task.changes = {"quantiles.ties": "mid"}
     compute_missing = groups.compute_missing
 
-    def by_another(*arguments: Any) -> int:
-        assert compute_missing(*arguments) > 0
-        return 0
+    def by_another(*arguments: Any) -> list[Any]:
+        assert compute_missing(*arguments)
+        return []
 
     monkeypatch.setattr(groups, "compute_missing", by_another)
 
@@ -419,7 +420,7 @@ def test_ties_redo_quantiles_and_shards_but_no_forward_pass(task: Task, counts: 
     assert not counts.drawn
     assert not counts.scored
     records = plan_pipeline(task.config, task.store, until="shards")["shards"].records.values()
-    assert sum(record.metadata["logprobs_reused"] for record in records) == PROMPTS
+    assert sum(record.metadata["reused"] for record in records) == PROMPTS * NUM_REF
     after = {row["prompt_id"]: row for row in task.rows("shards")}
     assert {key: row["ref_logprob"] for key, row in after.items()} == {
         key: row["ref_logprob"] for key, row in before.items()
@@ -434,7 +435,7 @@ def test_raised_num_ref_computes_only_new_reference_logprobs(task: Task, counts:
     task.run(until="shards")
 
     records = plan_pipeline(task.config, task.store, until="shards")["shards"].records.values()
-    assert sum(record.metadata["logprobs_reused"] for record in records) == PROMPTS
+    assert sum(record.metadata["reused"] for record in records) == PROMPTS * NUM_REF
     for row in task.rows("shards"):
         assert row["ref_logprob"] == before[row["prompt_id"]]["ref_logprob"]
         assert row["num_ref"] == 5
@@ -477,7 +478,9 @@ def trained(task: Task, config: PipelineConfig) -> PartRecord:
     """The policy's record; its computation runs in this process."""
     plan = plan_pipeline(config, task.store, until="policy")
     assert all(plan[stage].complete for stage in ("completions", "rewards", "quantiles", "shards"))
-    results = [*compute_policy(Work("policy", config, task.store.url, plan["policy"].parts))]
+    settings = STAGES["policy"].settings_of(config)
+    work = Work("policy", settings, config.run, config.name, task.store, plan["policy"].parts)
+    results = [*compute_policy(work)]
     assert isinstance(results[-1], PartRecord)
     return results[-1]
 
