@@ -1,11 +1,24 @@
-"""The method: quantile rewards, transforms, partition functions, losses, training. Knows no Prefect and no store.
+"""QRPO: quantile rewards, transforms, partition functions, losses and training, without Prefect and without a store.
 
     from qrpo import QRPOConfig, QRPOTrainer, log_z, qrpo_loss, quantile_rewards
 
-works on anybody's data. Names are loaded when they are first used, so `import qrpo` costs nothing.
+works on any dataset. Names are loaded when they are first used, so `import qrpo` is fast.
 
-Array names end in their axes, one legend for the whole project: `P` prompts, `N` reference completions, `K` training completions
-per prompt, `B` rows, `T` tokens, `V` vocabulary, `D` hidden, `C` and `M` tokens of a chunk and of a batch.
+- `method`: the paper in NumPy and torch
+- `training`: the trainers, their settings, log-probabilities
+- `data`: dataset rows and chat templates
+- `engines`: generation
+- `rewards`: reward kinds
+- `sandbox`: running model-written code
+- `evaluation`: summaries, statistics, comparison, public suites
+- `processes`: child processes
+- `models`: which model, its identity, loading it
+- `tiny`: small random models for demo and tests
+- `config`: the base class of configuration sections
+- `errors`: every error
+
+Array names end in their axes: `P` prompts, `N` reference completions, `K` training completions per prompt, `B` rows,
+`T` tokens, `V` vocabulary, `D` hidden, `U` loss terms, `C` and `M` tokens of a chunk and of a batch.
 """
 
 from importlib import import_module
@@ -54,32 +67,26 @@ __all__ = [
     "transform_names",
 ]
 
-_HOMES = {
-    "errors": [
-        "ConfigError",
-        "DataError",
-        "EngineError",
-        "ModelError",
-        "QRPOError",
-        "RewardError",
-        "TrainingError",
-    ],
-    "training.logprobs": ["completion_logprobs"],
-    "method.losses": ["choose_pairs", "dpo_loss", "per_token_beta", "qrpo_loss", "rebel_loss", "simpo_loss"],
-    "method.partition": ["log_z"],
-    "method.quantiles": ["quantile_bounds", "quantile_rewards"],
-    "training.trainer": ["QRPOConfig", "QRPOTrainer"],
-    "method.transforms": ["Transform", "from_function", "get_transform", "transform_names"],
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+# Searched in this order for a name: from those that load quickly to those that need torch and transformers.
+_MODULES = (
+    "errors",
+    "method.quantiles",
+    "method.transforms",
+    "method.partition",
+    "method.losses",
+    "training.logprobs",
+    "training.trainer",
+)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'qrpo' has no attribute {name!r}")
-    value = getattr(import_module(f"qrpo.{_HOME_OF[name]}"), name)
-    globals()[name] = value
-    return value
+    if name in __all__:
+        for module in _MODULES:
+            found = import_module(f"qrpo.{module}")
+            if name in found.__all__:
+                globals()[name] = getattr(found, name)
+                return globals()[name]
+    raise AttributeError(f"module 'qrpo' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,7 @@
-"""Which model is meant, what exactly it is, and how it is loaded, with an error a reader can act on.
+"""A model: where it is, its identity for fingerprints, and loading it, with errors that say what to do.
 
-A model is a folder or a Hugging Face hub id. Its identity goes into fingerprints: a folder is what its files say,
-wherever it lies; a hub id is its name and revision, told without any download.
+A model is a folder or a Hugging Face hub id. A folder is identified by the content of its files, not by its path; a hub
+id by its name and revision, without a download.
 """
 
 import hashlib
@@ -37,34 +37,34 @@ class ModelConfig(Section):
     path: str = outside_input(..., min_length=1)
     """A folder, or a hub id such as `org/name`. Not in fingerprints by itself: see `model_identity`."""
     revision: str | None = outside_input(None)
-    """Branch, tag or commit of a hub id. Name a commit: a branch moves, and what was computed would not know."""
+    """Branch, tag or commit of a hub id. Prefer a commit: a branch can move without changing any fingerprint."""
     dtype: Dtype = "auto"
-    """Precision to load in; `auto` is what the model was saved in."""
+    """Precision to load in; `auto` is the saved precision."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for models that you trust as you trust a program."""
+    """Run Python code that comes with the model. Only for models that you trust like a program."""
 
 
 def is_local(model: ModelConfig) -> bool:
-    """Whether the path means a folder: it is one, or it is spelled like nothing that could be a hub id."""
+    """Whether the path is a folder, or starts like a path and so cannot be a hub id."""
     return Path(model.path).expanduser().is_dir() or model.path.startswith(("/", "./", "../", "~"))
 
 
 def location(model: ModelConfig) -> str:
-    """What to give to `from_pretrained`: the folder with `~` expanded, or the hub id."""
+    """The argument of `from_pretrained`: the folder with `~` expanded, or the hub id."""
     return str(Path(model.path).expanduser()) if is_local(model) else model.path
 
 
 def require_model(model: ModelConfig) -> None:
-    """Raise ModelError where a model's folder is missing or holds no `config.json`. Looks at no hub."""
+    """Raise ModelError if a model's folder is missing or has no `config.json`. Does not contact the hub."""
     if not is_local(model):
         if model.path.count("/") > 1:
             raise ModelError(
-                f"no model folder {model.path!r} (from {Path.cwd()}): mend the path; a hub id is org/name"
+                f"no model folder {model.path!r} (from {Path.cwd()}): fix the path; a hub id is org/name"
             )
         return
     folder = Path(model.path).expanduser()
     if not folder.is_dir():
-        raise ModelError(f"no model folder {folder}: mend the path")
+        raise ModelError(f"no model folder {folder}: fix the path")
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"{folder} has no config.json: expected a Hugging Face model folder (config.json, *.safetensors, "
@@ -73,10 +73,10 @@ def require_model(model: ModelConfig) -> None:
 
 
 def model_identity(model: ModelConfig) -> dict[str, Any]:
-    """What the model is, for fingerprints: `{"digest": sha256 of its files}`, or `{"hub": "id@revision"}`.
+    """The model's identity for fingerprints: `{"digest": sha256 of its files}`, or `{"hub": "id@revision"}`.
 
-    Every file of a folder counts, by relative name and content, but for hidden ones. A file is read once per
-    process as long as its size and times stay.
+    Every file of a folder except hidden ones counts, by relative name and content. A process reads a file again only
+    if its size or times change.
     """
     require_model(model)
     if not is_local(model):
@@ -87,7 +87,7 @@ def model_identity(model: ModelConfig) -> dict[str, Any]:
         for path in folder.rglob("*")
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing lets other threads run
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing releases the GIL
         digests = threads.map(_digest, files)
         whole = hashlib.sha256()
         for path, digest in zip(files, digests, strict=True):
@@ -107,7 +107,7 @@ def _digest_unchanged(path: Path, size: int, mtime_ns: int, inode: int) -> str:
 
 
 def load_model_config(model: ModelConfig) -> Any:
-    """The model's `transformers` configuration; ModelError where there is none."""
+    """The model's `transformers` configuration; ModelError if there is none."""
     require_model(model)
     from transformers import AutoConfig
 
@@ -118,9 +118,9 @@ def load_model_config(model: ModelConfig) -> Any:
 
 
 def context_length(model: ModelConfig) -> int:
-    """Tokens that the model can attend to, prompt and completion together.
+    """Maximum number of tokens, prompt and completion together.
 
-    A folder's `config.json` is read directly where it says, which spares the caller the import of transformers.
+    A folder's `config.json` is read directly if it has the number, without importing transformers.
     """
     if is_local(model):
         require_model(model)
@@ -139,7 +139,7 @@ def context_length(model: ModelConfig) -> int:
 
 
 def load_causal_lm(model: ModelConfig, device: str | None = None) -> Any:
-    """The language model in evaluation mode on `device` (the first GPU where there is one, else the CPU)."""
+    """The language model in evaluation mode on `device` (the first GPU if there is one, else the CPU)."""
     from transformers import AutoModelForCausalLM
 
     return _load(model, AutoModelForCausalLM, device)
@@ -152,9 +152,9 @@ def load_reward_model(model: ModelConfig, device: str | None = None) -> Any:
     config = load_model_config(model)
     own_code = getattr(config, "auto_map", None) or {}
     if "AutoModelForSequenceClassification" in own_code and not model.trust_remote_code:
-        # transformers would take its own class of that name, with a head of new random numbers
+        # transformers would use its own class of that name, with a new random head
         raise ModelError(
-            f"{model.path} comes with code of its own: read it, and set trust_remote_code to true if you trust it"
+            f"{model.path} comes with Python code: read it, and set trust_remote_code to true if you trust it"
         )
     architectures = config.architectures or []
     if architectures and not any(
@@ -162,7 +162,7 @@ def load_reward_model(model: ModelConfig, device: str | None = None) -> Any:
     ):
         raise ModelError(
             f"{model.path} is a {', '.join(architectures)}, expected a sequence-classification (reward) model: "
-            "its head would be new random numbers"
+            "its head would be random"
         )
     return _load(model, AutoModelForSequenceClassification, device)
 
@@ -188,8 +188,6 @@ def _arguments(model: ModelConfig) -> dict[str, Any]:
 def _unloadable(model: ModelConfig, what: str, error: Exception) -> str:
     first = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
     remedy = (
-        "mend the folder"
-        if is_local(model)
-        else "check the id and revision, the network, and `hf auth login`"
+        "fix the folder" if is_local(model) else "check the id and revision, the network, and `hf auth login`"
     )
     return f"cannot load {what} from {model.path}: {first}. Remedy: {remedy}"

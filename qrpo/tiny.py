@@ -1,8 +1,8 @@
-"""Small models made on the spot: a Llama, a reward model, and a tokenizer of their own. Nothing is downloaded.
+"""Small random models: a Llama, a reward model, and a tokenizer. Nothing is downloaded.
 
-The demo starts from such a model and the tests run real engines and real training on them. They are ordinary Hugging
-Face folders (safetensors, fast tokenizer with chat template, generation config): whatever works on them works on a
-large model. They know nothing yet: the weights are random, drawn from the seed.
+The demo starts from such a model, and the tests run real engines and real training on them. They are ordinary Hugging
+Face folders (safetensors, fast tokenizer with chat template, generation config): what works on them works on a large
+model. The weights are random, drawn from the seed.
 """
 
 from collections.abc import Iterable, Sequence
@@ -82,7 +82,8 @@ def build_tiny_model(
 ) -> Path:
     """Write a Llama with random float32 weights and a tokenizer trained on `texts` to `folder`, and return the folder.
 
-    `max_length` is the context in tokens; `tied` shares the embedding with the head. The same arguments give the same weights; the caller's random state is kept.
+    `max_length` is the context in tokens; `tied` shares the embedding with the head. The same arguments give the same
+    weights; the caller's random state is not changed.
     """
     tokenizer = build_tiny_tokenizer(texts, vocab_size=vocab_size, max_length=max_length)
     config = _config(tokenizer, hidden_size, layers, heads, max_length)

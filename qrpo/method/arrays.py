@@ -1,8 +1,8 @@
-"""NumPy or torch: the method's formulas are written once, in float64 NumPy, and torch goes through here.
+"""NumPy or torch: the method's formulas are written once, in float64 NumPy; this module converts torch tensors.
 
-The partition function is data, not a graph: nothing is ever differentiated through it. So a torch `beta` becomes a
-float64 array, the formula runs, and the answer goes back to the dtype and device it came from. That gives float32
-users full float32 accuracy for free. torch is never imported here: a tensor brings it along.
+Nothing is differentiated through the partition function. So a torch `beta` becomes a float64 array, and the result is
+converted back to its dtype and device, with full float32 accuracy. torch is never imported here: a tensor implies that
+it is loaded.
 """
 
 import sys
@@ -27,7 +27,7 @@ def is_torch(value: object) -> bool:
 
 
 def to_float64(value: Array) -> Float64:
-    """Any array or number as a float64 NumPy array (a copy on the CPU where it is a tensor elsewhere)."""
+    """Any array, tensor or number as a float64 NumPy array."""
     if is_torch(value):
         torch = sys.modules["torch"]
         return np.asarray(value.detach().to("cpu").to(torch.float64).numpy())
@@ -35,7 +35,7 @@ def to_float64(value: Array) -> Float64:
 
 
 def on_float64(function: Callable[..., Float64], *arguments: Array) -> Array:
-    """`function` of the arguments as float64 arrays, given back as the kind that came in.
+    """`function` of the arguments as float64 arrays, returned as the kind of the arguments.
 
     Tensors anywhere give a tensor on the first tensor's device, in the widest floating dtype among the tensors; NumPy
     arrays give the widest floating dtype among the arrays; Python numbers alone give a float.

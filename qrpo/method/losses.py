@@ -1,29 +1,28 @@
-"""QRPO's loss, and the losses it is compared with, on the same (B, K) batch: B prompts with K completions each.
+"""QRPO's loss, and the losses to compare it with, on the same (B, K) batch: B prompts with K completions each.
 
-    QRPO    ( f(q) - beta log Z - beta log_ratio )^2                    pointwise: every completion by itself
+    QRPO    ( f(q) - beta log Z - beta log_ratio )^2                    pointwise, one term per completion
     DPO     -log sigmoid( beta (log_ratio_chosen - log_ratio_rejected) )
     REBEL   ( (r_chosen - r_rejected)/beta - (log_ratio_chosen - log_ratio_rejected) )^2
     SimPO   -log sigmoid( beta (logprob_chosen/length - logprob_rejected/length - gamma/beta) )
 
-with log_ratio = log pi(y|x) - log ref(y|x). All are pure: (loss per element, metrics). Losses are float32 at least; only the
-policy's log-probabilities carry a gradient. Metrics are detached 0-d tensors under TRL's names where TRL has one:
-`rewards/*` are the implicit rewards beta * log_ratio, `logps/*` the policy's log-probabilities.
+with log_ratio = log pi(y|x) - log ref(y|x). All are pure functions that return (loss per element, metrics). Losses are at
+least float32; only the policy's log-probabilities carry a gradient. Metrics are detached 0-d tensors, under TRL's names
+if TRL has one: `rewards/*` are the implicit rewards beta * log_ratio, `logps/*` the policy's log-probabilities.
 
-`beta` may be a number, one per prompt (B,), or one per completion (B, K). `per_token_beta` makes the length-normalised
-beta of the Apertus models: beta / length, log Z included.
+`beta` may be a number, one per prompt (B,), or one per completion (B, K). `per_token_beta` gives the length-normalised
+beta of the Apertus models: beta / length, also inside log Z.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
 
 from qrpo.errors import ConfigError
-from qrpo.method.partition import Partition, check_partition, log_z
+from qrpo.method.partition import Partition, log_z
 from qrpo.method.transforms import Transform, get_transform
-
-if TYPE_CHECKING:
-    from torch import Generator, Tensor
-
-    Loss = tuple[Tensor, dict[str, Tensor]]
 
 __all__ = [
     "LossType",
@@ -38,40 +37,39 @@ __all__ = [
     "simpo_loss",
 ]
 
+Loss: TypeAlias = tuple[Tensor, dict[str, Tensor]]
 LossType = Literal["mse", "mae"]
 PairChoice = Literal["best-worst", "random", "dataset"]
 
 
 def qrpo_loss(
-    logprob: "Tensor",
-    ref_logprob: "Tensor",
-    quantile_reward: "Tensor",
-    beta: "float | Tensor",
+    logprob: Tensor,
+    ref_logprob: Tensor,
+    quantile_reward: Tensor,
+    beta: float | Tensor,
     *,
     transform: str | Transform = "identity",
     partition: Partition = "continuous",
-    num_ref: "int | Tensor | None" = None,
+    num_ref: int | Tensor | None = None,
     self_included: bool = False,
-    ref_quantiles: "Tensor | None" = None,
-    ref_weights: "Tensor | None" = None,
-    scale: "Tensor | None" = None,
-    mask: "Tensor | None" = None,
+    ref_quantiles: Tensor | None = None,
+    ref_weights: Tensor | None = None,
+    scale: Tensor | None = None,
+    mask: Tensor | None = None,
     loss_type: LossType = "mse",
-) -> "Loss":
+) -> Loss:
     """QRPO's pointwise regression to the optimum's log-ratio; arXiv 2507.08068, algorithm 1.
 
     `logprob`, `ref_logprob`: (B, K) or any shape, sums over each completion's tokens. `quantile_reward`: the same shape.
-    `num_ref`: how many references each quantile was estimated from (a number, (B,) or (B, K)); needed by the `finite`
-    partition and by transforms that are infinite at 0 or 1, whose quantiles it clamps as the partition counts.
-    `ref_quantiles`: (B, N), NaN-padded, for the `empirical` partition, and `ref_weights` (B, N) where they are distinct
-    levels with counts or probabilities. `scale`: (B,) or (B, K), for scaled transforms.
-    `mask`: (B, K), False on padding: loss 0 there, and left out of the metrics.
+    `num_ref`: number of references that each quantile was estimated from (a number, (B,) or (B, K)). The `finite`
+    partition needs it, and transforms that are infinite at 0 or 1: it clamps their quantiles as the partition assumes.
+    `ref_quantiles`: (B, N), NaN-padded, for the `empirical` partition; with `ref_weights` (B, N) they are distinct levels
+    with counts or probabilities. `scale`: (B,) or (B, K), for scaled transforms.
+    `mask`: (B, K), False on padding, which has loss 0 and does not enter the metrics.
     `loss_type`: `mse` squares the residual, `mae` takes its absolute value.
 
-    Returns the loss per element and the metrics. Its gradient's scale is beta: d loss / d logprob = -2 beta residual.
+    Returns the loss per element and the metrics. d loss / d logprob = -2 beta residual, so beta scales the gradient.
     """
-    import torch
-
     if loss_type not in ("mse", "mae"):
         raise ConfigError(f"loss_type: got {loss_type!r}, expected mse or mae")
     _same_shape(logprob, ref_logprob=ref_logprob, quantile_reward=quantile_reward, mask=mask)
@@ -96,7 +94,7 @@ def qrpo_loss(
     if mask is not None:
         loss = torch.where(mask, loss, torch.zeros_like(loss))
 
-    def mean(values: "Tensor") -> "Tensor":
+    def mean(values: Tensor) -> Tensor:
         return _mean(values.detach(), mask)
 
     reward = (beta_BK * log_ratio).detach()
@@ -127,26 +125,23 @@ def qrpo_loss(
 
 
 def calibrated_targets(
-    quantile_reward: "Tensor",
-    beta: "float | Tensor",
+    quantile_reward: Tensor,
+    beta: float | Tensor,
     *,
     transform: str | Transform = "identity",
     partition: Partition = "continuous",
-    num_ref: "int | Tensor | None" = None,
+    num_ref: int | Tensor | None = None,
     self_included: bool = False,
-    ref_quantiles: "Tensor | None" = None,
-    ref_weights: "Tensor | None" = None,
-    scale: "Tensor | None" = None,
-) -> "tuple[Tensor, Tensor]":
-    """(f(q), beta log Z), in q's shape: their difference is what beta * log_ratio is to become. See `qrpo_loss`."""
-    import torch
-
+    ref_quantiles: Tensor | None = None,
+    ref_weights: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(f(q), beta log Z), in q's shape: their difference is the target of beta * log_ratio. See `qrpo_loss`."""
     resolved = get_transform(transform)
-    check_partition(resolved, partition, num_ref=num_ref, ref_quantiles=ref_quantiles)
     if scale is not None:
         resolved = resolved.scaled(_per_completion(scale, quantile_reward))
     elif resolved.needs_scale:
-        resolved(quantile_reward)  # raises, with the remedy
+        resolved(quantile_reward)  # raises
     if isinstance(num_ref, torch.Tensor):
         num_ref = _per_completion(num_ref, quantile_reward)
     if num_ref is None and any(resolved.open_ends):
@@ -154,7 +149,7 @@ def calibrated_targets(
         if ends.any():
             raise ConfigError(
                 f"transform {resolved.name!r} is infinite at a quantile of 0 or 1, and {int(ends.sum())} of this batch are: "
-                "pass num_ref, so that they are clamped one reference sample inwards"
+                "pass num_ref, so that they are clamped by one reference sample"
             )
     ref_quantiles = _per_prompt(ref_quantiles, quantile_reward)
     ref_weights = _per_prompt(ref_weights, quantile_reward)
@@ -172,44 +167,41 @@ def calibrated_targets(
     return transformed, beta_log_z.expand(quantile_reward.shape)
 
 
-def per_token_beta(beta: float, length: "Tensor") -> "Tensor":
+def per_token_beta(beta: float, length: Tensor) -> Tensor:
     """beta / length: one beta per completion, (B, K) from the (B, K) numbers of completion tokens; Apertus."""
     return beta / length.clamp(min=1)
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """One pair of completions per prompt: columns of the (B, K) batch, and whether the prompt has a usable pair."""
+    """One pair of completions per prompt: indices (B,) into the K completions, and whether the prompt has a usable pair."""
 
-    chosen_index: "Tensor"
-    rejected_index: "Tensor"
-    valid: "Tensor"
+    chosen_index: Tensor
+    rejected_index: Tensor
+    valid: Tensor
 
-    def chosen(self, values_BK: "Tensor") -> "Tensor":
+    def chosen(self, values_BK: Tensor) -> Tensor:
         """(B,): the chosen completions' values."""
         return values_BK.gather(1, self.chosen_index[:, None])[:, 0]
 
-    def rejected(self, values_BK: "Tensor") -> "Tensor":
+    def rejected(self, values_BK: Tensor) -> Tensor:
         """(B,): the rejected completions' values."""
         return values_BK.gather(1, self.rejected_index[:, None])[:, 0]
 
 
 def choose_pairs(
-    reward: "Tensor",
+    reward: Tensor,
     choice: PairChoice = "best-worst",
     *,
-    mask: "Tensor | None" = None,
-    generator: "Generator | None" = None,
+    mask: Tensor | None = None,
+    generator: Generator | None = None,
 ) -> Pairs:
     """A chosen and a rejected completion for each prompt of a (B, K) batch of rewards.
 
-    `best-worst`: highest and lowest reward. `random`: two completions drawn at random (by `generator`), the better one
-    chosen. `dataset`: columns 0 and 1 as they come, the data set's own preference, whatever their rewards.
-    `mask`: (B, K), False on padding. A prompt is not valid with fewer than two completions, or where rewards decide and
-    tie.
+    `best-worst`: highest and lowest reward. `random`: two completions at random (by `generator`), the better one chosen.
+    `dataset`: columns 0 and 1, the dataset's preference, regardless of rewards. `mask`: (B, K), False on padding. A prompt
+    is not valid if it has fewer than two completions, or if rewards decide and tie.
     """
-    import torch
-
     if reward.ndim != 2 or reward.shape[1] < 2:
         raise ConfigError(f"pairs need (B, K) rewards with K of at least 2, got shape {tuple(reward.shape)}")
     present = torch.ones_like(reward, dtype=torch.bool) if mask is None else mask
@@ -230,10 +222,8 @@ def choose_pairs(
     return Pairs(chosen, rejected, valid)
 
 
-def dpo_loss(logprob: "Tensor", ref_logprob: "Tensor", pairs: Pairs, beta: "float | Tensor") -> "Loss":
+def dpo_loss(logprob: Tensor, ref_logprob: Tensor, pairs: Pairs, beta: float | Tensor) -> Loss:
     """Direct Preference Optimization (arXiv 2305.18290, eq. 7): (B,) losses, 0 where the prompt has no valid pair."""
-    import torch.nn.functional as F
-
     _same_shape(logprob, ref_logprob=ref_logprob)
     reward = _implicit_reward(logprob, ref_logprob, beta)
     loss = -F.logsigmoid(pairs.chosen(reward) - pairs.rejected(reward))
@@ -241,8 +231,8 @@ def dpo_loss(logprob: "Tensor", ref_logprob: "Tensor", pairs: Pairs, beta: "floa
 
 
 def rebel_loss(
-    logprob: "Tensor", ref_logprob: "Tensor", reward: "Tensor", pairs: Pairs, beta: "float | Tensor"
-) -> "Loss":
+    logprob: Tensor, ref_logprob: Tensor, reward: Tensor, pairs: Pairs, beta: float | Tensor
+) -> Loss:
     """REBEL (arXiv 2404.16767, eq. 8 with eta = 1/beta): regress differences of log-ratios to differences of `reward`.
 
     `reward`: (B, K), any absolute reward; with f(q) its optimum is QRPO's.
@@ -256,16 +246,14 @@ def rebel_loss(
 
 
 def simpo_loss(
-    logprob: "Tensor",
-    length: "Tensor",
+    logprob: Tensor,
+    length: Tensor,
     pairs: Pairs,
-    beta: "float | Tensor",
+    beta: float | Tensor,
     *,
     gamma_beta_ratio: float = 0.5,
-) -> "Loss":
+) -> Loss:
     """SimPO (arXiv 2405.14734, eq. 6): no reference; `length` (B, K) are the completions' numbers of tokens."""
-    import torch.nn.functional as F
-
     _same_shape(logprob, length=length)
     reward = _implicit_reward(logprob / length, None, beta)
     margin = gamma_beta_ratio * _per_completion(beta, reward)
@@ -273,9 +261,7 @@ def simpo_loss(
     return _only_valid(loss, pairs), _pair_metrics(pairs, reward.detach(), logprob.detach())
 
 
-def _implicit_reward(logprob: "Tensor", ref_logprob: "Tensor | None", beta: "float | Tensor") -> "Tensor":
-    import torch
-
+def _implicit_reward(logprob: Tensor, ref_logprob: Tensor | None, beta: float | Tensor) -> Tensor:
     dtype = torch.promote_types(logprob.dtype, torch.float32)
     log_ratio = logprob.to(dtype)
     if ref_logprob is not None:
@@ -283,10 +269,8 @@ def _implicit_reward(logprob: "Tensor", ref_logprob: "Tensor | None", beta: "flo
     return _per_completion(beta, log_ratio) * log_ratio
 
 
-def _per_completion(value: "float | Tensor", like: "Tensor") -> "Tensor":
+def _per_completion(value: float | Tensor, like: Tensor) -> Tensor:
     """A number, (B,) or (B, K) as a tensor that broadcasts against (B, K)."""
-    import torch
-
     dtype = like.dtype if not isinstance(value, torch.Tensor) or value.is_floating_point() else value.dtype
     tensor = torch.as_tensor(value, dtype=dtype, device=like.device).detach()
     if tensor.ndim == 1 and like.ndim == 2:
@@ -294,49 +278,45 @@ def _per_completion(value: "float | Tensor", like: "Tensor") -> "Tensor":
     return tensor.expand(like.shape)
 
 
-def _per_prompt(values: "Tensor | None", like: "Tensor") -> "Tensor | None":
+def _per_prompt(values: Tensor | None, like: Tensor) -> Tensor | None:
     """(B, N) as (B, 1, N), to broadcast against (B, K)."""
     if values is None:
         return None
     return values.reshape(values.shape[:1] + (1,) * (like.ndim - 1) + values.shape[1:])
 
 
-def _pair_metrics(pairs: Pairs, reward: "Tensor", logprob: "Tensor") -> "dict[str, Tensor]":
+def _pair_metrics(pairs: Pairs, reward: Tensor, logprob: Tensor) -> dict[str, Tensor]:
     chosen, rejected = pairs.chosen(reward), pairs.rejected(reward)
     margin = chosen - rejected
-    # equal implicit rewards, as at step 0, are half right
-    right = (margin > 0).to(reward.dtype) + 0.5 * (margin == 0).to(reward.dtype)
+    # equal implicit rewards, as at step 0, count as half correct
+    correct = (margin > 0).to(reward.dtype) + 0.5 * (margin == 0).to(reward.dtype)
     return {
         "rewards/chosen": _mean(chosen, pairs.valid),
         "rewards/rejected": _mean(rejected, pairs.valid),
         "rewards/margins": _mean(margin, pairs.valid),
-        "rewards/accuracies": _mean(right, pairs.valid),
+        "rewards/accuracies": _mean(correct, pairs.valid),
         "logps/chosen": _mean(pairs.chosen(logprob), pairs.valid),
         "logps/rejected": _mean(pairs.rejected(logprob), pairs.valid),
         "pairs/valid": pairs.valid.to(reward.dtype).mean(),
     }
 
 
-def _mean(values: "Tensor", mask: "Tensor | None") -> "Tensor":
-    """The mean over where `mask` holds; NaN where it holds nowhere."""
+def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of the values with a true `mask`; NaN if there are none."""
     if mask is None:
         return values.mean()
-    import torch
-
     return torch.where(mask, values, torch.zeros_like(values)).sum() / mask.sum()
 
 
-def _only_valid(loss: "Tensor", pairs: Pairs) -> "Tensor":
-    import torch
-
+def _only_valid(loss: Tensor, pairs: Pairs) -> Tensor:
     return torch.where(pairs.valid, loss, torch.zeros_like(loss))
 
 
-def _at(values_BK: "Tensor", index: "Tensor") -> "Tensor":
+def _at(values_BK: Tensor, index: Tensor) -> Tensor:
     return values_BK.gather(1, index[:, None])[:, 0]
 
 
-def _same_shape(logprob: "Tensor", **others: Any) -> None:
+def _same_shape(logprob: Tensor, **others: Any) -> None:
     for name, other in others.items():
         if other is not None and other.shape != logprob.shape:
             raise ConfigError(

@@ -1,13 +1,13 @@
 """The exact optimum of E[f(q)] - beta KL(policy || reference), in terms of quantile rewards.
 
-Everything about pi* lives in the quantile t of a completion under the reference, which is uniform there:
+pi* depends on a completion only through its quantile t under the reference, where t is uniform:
 
     density     p(t) = exp(f(t)/beta)/Z                        of quantile rewards under pi*
-    win rate    E_p[t]                                          = P(pi* beats the reference), ties a half
+    win rate    E_p[t]                                          = P(pi* beats the reference), ties count half
     KL          E_p[f]/beta - log Z                             = KL(pi* || reference), nats
-    gain        beta log Z - E_uniform[f]                       what the objective rises by
+    gain        beta log Z - E_uniform[f]                       increase of the objective
 
-so one quadrature rule (`qrpo.method.quadrature`) answers all of it, for any transform.
+so one quadrature rule (`qrpo.method.quadrature`) computes all of it, for any transform.
 """
 
 from dataclasses import dataclass
@@ -41,13 +41,13 @@ class Optimum:
     log_z: float
     """log of the continuous partition function."""
     win_rate: float
-    """Expected quantile reward: the probability of a better reward than the reference's, in [0, 1]."""
+    """Expected quantile reward: the probability of a higher reward than the reference's, in [0, 1]."""
     kl: float
     """KL(pi* || reference) per completion, nats."""
     transformed_reward: float
     """E[f(q)]."""
     gain: float
-    """How much the objective exceeds the reference's, in units of f."""
+    """Objective minus the reference's, in units of f."""
 
 
 def optimum(transform: str | Transform, beta: float) -> Optimum:
@@ -96,8 +96,8 @@ def expected_reward(
 ) -> Float64:
     """(P,) expected reward of the optimum on each prompt, given its reference rewards: (P, N), or flat with offsets.
 
-    The i-th smallest of n rewards stands for the quantiles between (i - 1)/n and i/n and gets the optimum's probability of
-    them. With `empirical`, each gets exp(f(q)/beta) at its own, tied, quantile: for discrete rewards.
+    The i-th smallest of n rewards represents the quantiles between (i - 1)/n and i/n and gets the optimum's probability of
+    them. With `empirical`, for discrete rewards, each gets the weight exp(f(q)/beta) of its quantile, ties included.
     """
     resolved = averaged(transform)
     values = np.asarray(ref_rewards, dtype=np.float64)
@@ -123,14 +123,14 @@ def expected_reward(
 
 
 def averaged(transform: str | Transform) -> Transform:
-    """By name; a transform that wants a scale per prompt stands for the average prompt, scale 1."""
+    """The transform; one that needs a scale per prompt gets that of the average prompt, 1."""
     resolved = get_transform(transform)
     return resolved.scaled(1.0) if resolved.needs_scale else resolved
 
 
 @lru_cache(maxsize=64)
 def reference_nodes(transform: Transform) -> TiltedNodes:
-    """A rule for expectations under the reference, fine enough for n of 1000."""
+    """A quadrature rule for expectations under the reference, fine enough for n of 1000."""
     return tilted_nodes(transform.at_logit, 0.0, breaks=tuple(np.linspace(-40.0, 40.0, 401)))
 
 

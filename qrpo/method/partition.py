@@ -1,30 +1,29 @@
-"""The partition function of the quantile-reward objective, in its three exact forms.
+"""The partition function Z of the quantile-reward objective, in three exact forms.
 
 The optimum of E[f(q)] - beta KL(policy || reference) is pi*(y|x) = ref(y|x) exp(f(q)/beta)/Z with
-Z = E_ref[exp(f(q)/beta)]. Which distribution q has under the reference decides Z:
+Z = E_ref[exp(f(q)/beta)]. The distribution of q under the reference decides Z:
 
 `continuous` (the paper): rewards have no ties and q is the true quantile, so q is uniform on (0, 1) and
-    Z = integral_0^1 exp(f(t)/beta) dt. Right when n is large against 1/beta, and with `ties="randomized"`, whose
+    Z = integral_0^1 exp(f(t)/beta) dt. Right if n is large relative to 1/beta, and with `ties="randomized"`, whose
     quantiles are exactly uniform for every n and every reward distribution.
 
-`finite`: rewards have no ties, and q is estimated from n reference samples. A reference completion and its n reference
-    samples are n + 1 exchangeable draws, so its rank among them is uniform on {0..n}: q is uniform on {0..n}/n and
-    Z = 1/(n+1) sum_{k=0}^n exp(f(k/n)/beta). Where the completion is counted among its own n references
-    (`self_included`), its rank is uniform on {1..n} and Z = 1/n sum_{k=1}^n exp(f(k/n)/beta); left out of them
-    (leave-one-out), it is the first case with n - 1. Quantiles at an open end of f are clamped as in training, and the
-    clamp is inside the sum. Exact for the mean of exp(f(q)/beta) over completions and over draws of the references.
+`finite`: rewards have no ties, and q is estimated from n reference samples. A reference completion and its n samples are
+    n + 1 exchangeable draws, so q is uniform on {0..n}/n and Z = 1/(n+1) sum_{k=0}^n exp(f(k/n)/beta). If the completion
+    counts among its own n references (`self_included`), Z = 1/n sum_{k=1}^n exp(f(k/n)/beta); leave-one-out is the first
+    case with n - 1. Quantiles at an open end of f are clamped as in training, and the clamp is inside the sum. Exact for
+    the mean of exp(f(q)/beta) over completions and over draws of the references.
 
-    Use it where f is infinite at an end and therefore clamped: for `normal-icdf` at beta = 0.5 the continuous log Z is
-    2.00 whatever n, `finite` 1.24 at n = 10 and 1.73 at n = 50, and what a policy can fit is 1.06 to 1.16 and 1.64 to
-    1.69. For `identity` prefer `continuous`: noise that averages out over prompts leaves E[q_n] = q, for which it is
-    exact (7.70 at beta = 0.1), and a policy that memorises each prompt's noise has log Z of 7.73 on average at n = 50
-    (7.90 at n = 10), by Jensen's inequality below the `finite` 7.78 (8.06). Measured in benchmarks/README.md.
+    Use it if f is infinite at an end and therefore clamped: for `normal-icdf` at beta = 0.5 the continuous log Z is 2.00
+    for any n, `finite` 1.24 at n = 10 and 1.73 at n = 50, and a policy can fit 1.06 to 1.16 and 1.64 to 1.69. For
+    `identity` prefer `continuous` (7.70 at beta = 0.1): noise averages out over prompts, E[q_n] = q, and even a policy
+    that memorises each prompt's noise has log Z of 7.73 on average at n = 50 (7.90 at n = 10), by Jensen's inequality
+    below the `finite` 7.78 (8.06). Measured in benchmarks/README.md.
 
 `empirical`: rewards are discrete (pass rates, grades), so q takes few values with unequal probabilities, and
-    Z = 1/n sum_i exp(f(q(s_i))/beta) over the reference samples themselves, q(s_i) = P_n(s <= s_i). With true
-    probabilities p_j of the reward's values in place of counts, it is exact: Z = sum_j p_j exp(f(q_j)/beta).
+    Z = 1/n sum_i exp(f(q(s_i))/beta) over the reference samples s_i, q(s_i) = P_n(s <= s_i). With true probabilities p_j
+    of the reward's values in place of counts it is exact: Z = sum_j p_j exp(f(q_j)/beta).
 
-All sums are log-mean-exps in float64 and come back in the caller's dtype.
+All sums are log-mean-exps in float64 and are returned in the caller's dtype.
 """
 
 from typing import Literal
@@ -35,7 +34,7 @@ from qrpo.errors import ConfigError, DataError
 from qrpo.method.arrays import Array, Float64, on_float64, to_float64
 from qrpo.method.transforms import Transform, get_transform
 
-__all__ = ["Partition", "check_partition", "log_z", "quantile_grid"]
+__all__ = ["Partition", "log_z", "quantile_grid"]
 
 Partition = Literal["continuous", "finite", "empirical"]
 
@@ -50,18 +49,24 @@ def log_z(
     ref_quantiles: Array | None = None,
     ref_weights: Array | None = None,
 ) -> Array:
-    """log Z, elementwise on beta (a number, a NumPy array or a torch tensor); the answer is of the same kind.
+    """log Z, elementwise on beta (a number, a NumPy array or a torch tensor), as the same kind of value.
 
-    `num_ref`: for `finite`, how many reference samples each quantile was estimated from; broadcasts against beta (for a
-    leave-one-out quantile, the number left). For `empirical`, where f is infinite at an end, it sets the clamp.
-    `ref_quantiles`: for `empirical`, (..., N) quantiles of the reference samples themselves, NaN where a prompt has
-    fewer than N; its leading axes broadcast against beta's (usually (B, 1, N) against (B, K)). `ref_weights`: of the same
-    shape, how often or with what probability each occurs, instead of once: the distinct quantiles and their counts are
-    enough, and with true probabilities Z is exact.
+    `num_ref`: for `finite`, the number of reference samples that each quantile was estimated from (for leave-one-out, those
+    left); broadcasts against beta. For `empirical` it sets the clamp if f is infinite at an end.
     `self_included`: for `finite`, whether every quantile counts the completion among its own references.
+    `ref_quantiles`: for `empirical`, (..., N) quantiles of the reference samples, NaN for missing ones; its leading axes
+    broadcast against beta's (usually (B, 1, N) against (B, K)). `ref_weights`: the same shape, the count or probability of
+    each quantile; the default is 1. Raises ConfigError for an unknown partition or a missing argument.
     """
     resolved = get_transform(transform)
-    check_partition(resolved, partition, num_ref=num_ref, ref_quantiles=ref_quantiles)
+    if partition not in ("continuous", "finite", "empirical"):
+        raise ConfigError(f"partition: got {partition!r}, expected continuous, finite or empirical")
+    if partition == "finite" and num_ref is None:
+        raise ConfigError("partition finite: num_ref, the number of reference samples, is missing")
+    if partition == "empirical" and ref_quantiles is None:
+        raise ConfigError(
+            "partition empirical: ref_quantiles, the quantiles of the reference samples, is missing"
+        )
     base, plain_beta = resolved.unscaled(beta)
     if partition == "continuous":
         return base.log_z(plain_beta)
@@ -90,26 +95,10 @@ def quantile_grid(num_ref: int, *, self_included: bool = False) -> Float64:
     return np.arange(1 if self_included else 0, num_ref + 1) / num_ref
 
 
-def check_partition(
-    transform: Transform, partition: str, *, num_ref: object = None, ref_quantiles: object = None
-) -> None:
-    """ConfigError where the partition is unknown, or what it needs was not given."""
-    if partition not in ("continuous", "finite", "empirical"):
-        raise ConfigError(f"partition: got {partition!r}, expected continuous, finite or empirical")
-    if partition == "finite" and num_ref is None:
-        raise ConfigError("partition finite: num_ref, the number of reference samples, is missing")
-    if partition == "empirical" and ref_quantiles is None:
-        raise ConfigError(
-            "partition empirical: ref_quantiles, the quantiles of the reference samples themselves, is missing"
-        )
-
-
 def _finite_log_z(base: Transform, beta: Float64, num_ref: Float64, self_included: bool) -> Float64:
     betas, samples = np.broadcast_arrays(_checked(base, beta), num_ref)
     result = np.empty(betas.shape)
-    for count in np.unique(
-        samples
-    ):  # one grid for each distinct number of references, of which there are few
+    for count in np.unique(samples):  # one grid per distinct number of references; there are few
         if count < 1 or count != np.floor(count):
             raise DataError(
                 f"partition finite: num_ref must be a whole number of at least 1, got {count:g}; "
@@ -140,9 +129,9 @@ def _log_mean_exp(exponents: Float64, weights: Float64 | float = 1.0) -> Float64
 
 
 def _checked(base: Transform, beta: Float64) -> Float64:
-    """A finite sum exists for every beta above 0, whatever the transform's continuous domain."""
+    """beta, which need only be above 0 for a finite sum, also if the continuous Z needs more."""
     if base.needs_scale:
-        base.log_z(1.0)  # raises, with the remedy
+        base.log_z(1.0)  # raises
     if not np.all(beta > 0):
         raise ConfigError(f"beta: must be above 0, got {float(np.min(beta)):g}")
     return beta

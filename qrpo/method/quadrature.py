@@ -1,13 +1,13 @@
 """Integrals over the reference's quantiles, in the log domain, for any transform and any beta.
 
-What is integrated is exp(f(t)/beta) over t in (0, 1). At beta = 1e-4 the integrand spans e^10000, and for an unbounded
-transform its mass sits at quantiles such as 1 - 10^(-2e7), which no float64 t can name. So the variable is the logit
-x = log(t/(1-t)), where such a quantile is just x = 5e7:
+The integrand is exp(f(t)/beta) over t in (0, 1). At beta = 1e-4 it spans e^10000, and for an unbounded transform its mass
+is at quantiles such as 1 - 10^(-2e7), which float64 cannot represent. So the variable is the logit x = log(t/(1-t)),
+where such a quantile is x = 5e7:
 
     Z = integral_R exp( f(sigmoid(x))/beta + log sigmoid(x) + log sigmoid(-x) ) dx
 
-and panels of Gauss-Legendre nodes are split, most important first, until splitting changes nothing. Every panel keeps
-the logarithm of its integral, so nothing overflows.
+Panels of Gauss-Legendre nodes are split until splitting changes nothing. Every panel stores the logarithm of its
+integral, so nothing overflows.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ class TiltedNodes:
     log_z: float
 
     def expectation(self, values: Float64) -> float:
-        """The mean of a function given by its values at the nodes (where a weight is 0 the value is ignored)."""
+        """The mean of a function given by its values at the nodes (ignored if its weight is 0)."""
         carried = self.weight > 0
         return float(np.dot(self.weight[carried], values[carried]))
 
@@ -50,7 +50,7 @@ def tilted_nodes(
 ) -> TiltedNodes:
     """Nodes, weights and log Z of exp(inverse_beta * f) over uniform quantiles; `at_logit(x)` is f(sigmoid(x)).
 
-    `breaks`: logits that no panel straddles, so that sums of weights between them are integrals between them.
+    `breaks`: logits at which panels end, so that sums of weights between them are integrals between them.
     Raises ConfigError where the integral diverges, is not a number, or does not converge.
     """
 
@@ -89,7 +89,7 @@ def tilted_nodes(
         both = np.logaddexp(halves[: lo.size], halves[lo.size :])
         total = np.logaddexp(done_total, _log_sum(both[None])[0])
         peak = float(np.max(share, where=np.isfinite(share), initial=-np.inf))
-        # near the peak the exponents themselves carry rounding errors of eps * |exponent|
+        # near the peak the exponents have rounding errors of eps * |exponent|
         allowed = max(tolerance, 8 * np.finfo(np.float64).eps * abs(peak) if np.isfinite(peak) else 0.0)
         with np.errstate(over="ignore", invalid="ignore"):
             change = np.abs(np.exp(whole - total) - np.exp(both - total))
@@ -117,7 +117,7 @@ def tilted_nodes(
 
 
 def _log_sum(log_terms: Float64) -> Float64:
-    """log of the sum of exp over the last axis; -inf where there is nothing to add."""
+    """log of the sum of exp over the last axis; -inf for none."""
     if log_terms.shape[-1] == 0:
         return np.full(log_terms.shape[:-1], -np.inf)
     top = np.max(log_terms, axis=-1, keepdims=True)

@@ -1,19 +1,18 @@
-"""Quantile rewards: where a completion's reward falls among the rewards of the reference policy's completions.
+"""Quantile rewards: the rank of a completion's reward among the rewards of the reference policy's completions.
 
     q(y) = P(s <= r(y)),  s ~ rewards of the reference, estimated from n of them        (QRPO, arXiv 2507.08068)
 
-References are ragged: one flat array and offsets, as Arrow stores a list column, so a column read from Parquet is used
-as it lies. The work is one pass of comparisons in cache-sized blocks, N*K per prompt; that beats sorting for the few
-completions K that a prompt trains on (benchmarks/quantiles_throughput.py). No torch, no SciPy unless bounds are asked.
+References are ragged: one flat array and offsets, as Arrow stores a list column, so a Parquet column is used without a
+copy. The work is one pass of comparisons in cache-sized blocks, N*K per prompt; that is faster than sorting for the few
+completions K that a prompt trains on (benchmarks/quantiles_throughput.py). It needs no torch, and SciPy only for bounds.
 
-Ties. With `weak`, the paper's, q = #{s <= r}/n; `strict` is #{s < r}/n; `mid` the mean of both. `randomized` breaks ties,
-the one with the completion's own rank too, by a seeded uniform draw: q = (#{s < r} + U (1 + #{s = r}))/(n + 1) is exactly
-uniform on (0, 1) under the reference, for any reward distribution and any n, so that the continuous partition function is
-exact for it.
+Ties. With `weak`, the paper's rule, q = #{s <= r}/n; `strict` is #{s < r}/n; `mid` the mean of both. `randomized` breaks
+ties by a seeded uniform draw: q = (#{s < r} + U (1 + #{s = r}))/(n + 1) is exactly uniform on (0, 1) under the reference,
+for any reward distribution and any n, so the continuous partition function is exact for it.
 
-Self-exclusion. A training completion that is itself one of the reference samples (the off-policy regime) would count
-itself in #{s <= r}: its quantile could never be below 1/n. It is left out, leaving n - 1 others, unless
-`self_exclusion=False` asks for the research code's inclusive count.
+Self-exclusion. A training completion that is one of the reference samples (the off-policy regime) would count itself in
+#{s <= r}, and its quantile could never be below 1/n. It is excluded, which leaves n - 1 references, unless
+`self_exclusion=False` selects the research code's inclusive count.
 """
 
 from typing import Literal
@@ -45,11 +44,11 @@ def quantile_rewards(
 ) -> Floats:
     """Quantile rewards in [0, 1], (P, K) or flat as `rewards`; float32 where either input is, else float64.
 
-    `rewards`: (P, K), or flat with `offsets` (P + 1): prompt p's are rewards[offsets[p]:offsets[p + 1]]. The answer is
+    `rewards`: (P, K), or flat with `offsets` (P + 1): prompt p's are rewards[offsets[p]:offsets[p + 1]]. The result is
     then flat, from the first offset to the last (an Arrow slice's offsets need not start at 0).
     `ref_rewards`: (P, N), or flat with `ref_offsets` (P + 1).
-    `in_reference`: of the shape of `rewards`; which completions are themselves reference samples: a mask, or each one's
-    index among its prompt's references with -1 for none. Their n is one less under `self_exclusion`.
+    `in_reference`: the shape of `rewards`; which completions are reference samples: a mask, or the index of each among its
+    prompt's references, -1 for none.
     `seed`: for `ties="randomized"`.
 
     Raises DataError for NaN rewards, shapes that do not fit, a prompt without references, or a completion marked as a
@@ -64,12 +63,12 @@ def quantile_rewards(
             f"rewards are of {len(query_offsets) - 1} prompts, ref_rewards of {len(reference_offsets) - 1}; "
             "each prompt needs one row in both"
         )
-    if queries.dtype != references.dtype:  # 0.1 as float32 is to tie with 0.1 as float64
+    if queries.dtype != references.dtype:  # 0.1 as float32 must tie with 0.1 as float64
         queries, references = queries.astype(np.float32), references.astype(np.float32)
     widths = np.diff(query_offsets)
     mine = _membership(in_reference, queries, widths, references, reference_offsets)
-    left_out = mine if self_exclusion else np.zeros_like(mine)
-    num_ref = np.repeat(np.diff(reference_offsets), widths) - left_out
+    excluded = mine if self_exclusion else np.zeros_like(mine)
+    num_ref = np.repeat(np.diff(reference_offsets), widths) - excluded
     if num_ref.size and num_ref.min() < 1:
         at = int(np.argmin(num_ref))
         prompt = _prompt_of(at, query_offsets)
@@ -88,18 +87,18 @@ def quantile_rewards(
             at = int(np.argmax(mine & (at_most == below)))
             raise DataError(
                 f"completion {at} (reward {queries[at]!r}) is marked as a reference sample, but no reference reward of "
-                "its prompt equals it; in_reference, or the rewards, are of something else"
+                "its prompt equals it; in_reference does not match the rewards"
             )
-        equal = at_most - below - left_out
+        equal = at_most - below - excluded
         if ties == "randomized":
             uniform = np.random.default_rng(seed).random(len(queries))
-            # its own place is one of the tied ones, unless it is already counted among its references
-            own = ~mine | left_out
+            # its own rank is one of the tied ones, unless it already counts among its references
+            own = ~mine | excluded
             quantiles = (below + uniform * (equal + own)) / (num_ref + own)
         else:
             quantiles = (below + {"weak": 1.0, "strict": 0.0, "mid": 0.5}[ties] * equal) / num_ref
-    answer: Floats = quantiles.astype(queries.dtype)
-    return answer if offsets is not None else answer.reshape(np.shape(rewards))
+    result: Floats = quantiles.astype(queries.dtype)
+    return result if offsets is not None else result.reshape(np.shape(rewards))
 
 
 def standard_error(
@@ -130,7 +129,7 @@ def quantile_bounds(
 
     k is binomial(n, P(s <= r)). `clopper-pearson` covers at least `confidence` for every true quantile; `jeffreys`
     (the equal-tailed interval of Beta(k + 1/2, n - k + 1/2)) is narrower and covers `confidence` on average. Shapes as in
-    `standard_error`; float64 out. Half counts, as ties="mid" makes, are allowed.
+    `standard_error`; float64 out. Half counts, from ties="mid", are allowed.
     """
     if not 0.0 < confidence < 1.0:
         raise ConfigError(f"confidence: must be between 0 and 1, got {confidence!r}")
@@ -139,7 +138,7 @@ def quantile_bounds(
     from scipy.special import betaincinv
 
     q, n = _aligned(quantile_reward, num_ref)
-    k = np.round(q * n, 3)  # a float32 quantile times n is a hair off a whole or half count
+    k = np.round(q * n, 3)  # a float32 quantile times n is almost a whole or half count
     pairs, inverse = np.unique(k + 1j * n, return_inverse=True)  # few distinct (k, n) among many completions
     ks, ns = pairs.real, pairs.imag
     tail = (1.0 - confidence) / 2.0
@@ -210,7 +209,7 @@ def _membership(
     if wrong.any():
         at = int(np.flatnonzero(mine)[np.argmax(wrong)])
         raise DataError(
-            f"completion {at} is marked as reference sample {int(marks[at])} of its prompt, whose reward is another one"
+            f"completion {at} is marked as reference sample {int(marks[at])} of its prompt, whose reward differs"
         )
     return mine
 
@@ -271,7 +270,7 @@ def _segment_counts(
 def _aligned(
     quantile_reward: ArrayLike, num_ref: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Quantiles and their numbers of references, of one shape: (P,) beside (P, K) is one number per prompt."""
+    """Quantiles and numbers of references broadcast to one shape: (P,) with (P, K) is one number per prompt."""
     q = np.asarray(quantile_reward, dtype=np.float64)
     n = np.asarray(num_ref, dtype=np.float64)
     if n.ndim == 1 and q.ndim == 2:

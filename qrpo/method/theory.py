@@ -1,15 +1,15 @@
-"""What the optimum promises and what n reference samples are worth, before any GPU time is spent.
+"""What the optimum gives, and what n reference samples are worth, computed before any training.
 
 `qrpo.method.optimum` has the exact optimum. With n reference samples instead of the true quantile:
 
     noise       E[(f(q_n) - f(q))^2], q_n = k/n with k binomial(n, q), q uniform: 1/(6n) for the identity
     SNR         Var f(q) / noise: n/2 for the identity. This is the paper's pre-computation scaling.
-    attained    the objective of the policy that tilts each prompt by its own noisy f(q_n), as one that memorises does;
-                generalising over prompts smooths the noise. Its shortfall is beta KL(attained || pi*). (A pointwise loss
-                pays a little more: one Z for all prompts, where the tilted policies' own Z differ; benchmarks/optimum.py.)
+    attained    the objective of the policy that fits each prompt's noisy f(q_n), as one that memorises does; generalising
+                over prompts smooths the noise. Its loss relative to pi* is beta KL(attained || pi*). A pointwise loss
+                loses a little more, because it has one Z for all prompts (benchmarks/optimum.py).
 
-Which n is worth its cost: `enough_references`, the fewest that attain a given share of the gain. `summary`, the tables and
-the plot are what `qrpo theory` shows.
+`enough_references` is the smallest n that attains a given fraction of the gain. `qrpo theory` shows `summary`, the tables
+and the plot.
 """
 
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ NUM_REFS = (1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 500, 1000)
 
 @dataclass(frozen=True)
 class Noise:
-    """How well n reference samples estimate f(q)."""
+    """Accuracy of f(q) estimated from n reference samples."""
 
     num_ref: int
     signal: float
@@ -71,14 +71,14 @@ class Noise:
 
 @dataclass(frozen=True)
 class Attained:
-    """What a policy attains that fits each prompt's quantiles estimated from n reference samples, noise and all."""
+    """What a policy attains that fits each prompt's quantiles estimated from n reference samples, including their noise."""
 
     num_ref: int
     win_rate: float
     kl: float
     gain: float
     share: float
-    """`gain` over the optimum's."""
+    """`gain` divided by the optimum's."""
 
 
 def estimate_noise(transform: str | Transform, num_ref: int) -> Noise:
@@ -110,10 +110,10 @@ def estimate_noise(transform: str | Transform, num_ref: int) -> Noise:
 
 
 def attained(transform: str | Transform, beta: float, num_ref: int) -> Attained:
-    """What fitting quantiles from `num_ref` samples attains: a mean over draws of the references, seeded, to about 1e-3.
+    """What fitting quantiles from `num_ref` samples attains: a mean over seeded draws of the references, to about 1e-3.
 
-    The n references cut (0, 1) at their own true quantiles into n + 1 spacings D_k; the policy gives the k-th the weight
-    D_k exp(f(k/n)/beta), normalised prompt by prompt.
+    The true quantiles of the n references divide (0, 1) into n + 1 spacings D_k; the policy gives the k-th the weight
+    D_k exp(f(k/n)/beta), normalised per prompt.
     """
     resolved, n = averaged(transform), _whole(num_ref)
     best = optimum(resolved, beta)
@@ -143,7 +143,7 @@ def attained(transform: str | Transform, beta: float, num_ref: int) -> Attained:
 def enough_references(
     transform: str | Transform, beta: float, *, share: float = 0.95, candidates: Sequence[int] = NUM_REFS
 ) -> int | None:
-    """The fewest of `candidates` reference samples per prompt that attain `share` of the gain; None where none does."""
+    """The fewest of `candidates` reference samples per prompt that attain `share` of the gain; None if none does."""
     return next((n for n in sorted(candidates) if attained(transform, beta, n).share >= share), None)
 
 
@@ -155,7 +155,7 @@ def summary(
     *,
     ref_rewards: ArrayLike | None = None,
 ) -> dict[str, Any]:
-    """All of the above for one setting as one flat dict of numbers and names (JSON-able).
+    """All of the above for one setting, as a flat dict of numbers and names for JSON.
 
     Keys: `transform`, `beta`, `partition`, `num_ref`, the fields of Optimum, `log_z_used` (under `partition`),
     `beta_log_z`; with `num_ref` also `attained_*`, `snr`, `noise`, `log_ratio_noise` (nats), `enough_references`; with
@@ -164,7 +164,7 @@ def summary(
     resolved = averaged(transform)
     if partition == "empirical":
         raise ConfigError(
-            "theory: partition empirical needs each prompt's own rewards; ask for continuous or finite"
+            "theory: partition empirical needs the rewards of each prompt; use continuous or finite"
         )
     used = log_z(resolved, beta, partition=partition, num_ref=num_ref)
     result: dict[str, Any] = {
@@ -196,7 +196,7 @@ def summary(
 def theory_table(
     transform: str | Transform, beta: float, num_refs: Sequence[int] = NUM_REFS
 ) -> list[dict[str, float | int]]:
-    """One row per number of reference samples: what it attains, its noise, and how far off the continuous log Z is."""
+    """One row per number of reference samples: what it attains, its noise, and the error of the continuous log Z."""
     resolved = averaged(transform)
     rows: list[dict[str, float | int]] = []
     for n in num_refs:
@@ -231,7 +231,7 @@ def plot_theory(
     *,
     num_refs: Sequence[int] = NUM_REFS,
 ) -> None:
-    """Four pictures in one file (its suffix names the format): density, win rate against KL, share and SNR against n."""
+    """Four plots in one file (its suffix is the format): density, win rate against KL, gain and SNR against n."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -262,7 +262,7 @@ def plot_theory(
     share.set(
         xscale="log",
         xlabel="reference samples",
-        ylabel="share of the gain",
+        ylabel="fraction of the gain",
         title="attained by fitting n samples",
     )
     snr.plot(counts, [row["snr"] for row in rows], "o-")
@@ -291,7 +291,7 @@ def _mean_over_intervals(transform: Transform, edges: Float64) -> Float64:
     lo, width = edges[:, :-1, None], np.diff(edges, axis=1)[:, :, None]
     inside = np.clip(lo + width * nodes, np.finfo(float).tiny, 1.0 - np.finfo(float).epsneg)
     means = to_float64(transform(inside)) @ weights
-    # f may be infinite at 0 and 1, as a logarithm is: t = width v^4 takes its singularity away
+    # f may be infinite at 0 and 1, like a logarithm: t = width v^4 removes the singularity
     v, w = np.polynomial.legendre.leggauss(24)
     v, w = 0.5 * (v + 1.0), 0.5 * w
     share, jacobian = v**4, 4.0 * w * v**3

@@ -15,17 +15,14 @@ depends on f and beta only. With u = 1/beta:
 | `logit`              | log(q/(1 - q))   | pi u / sin(pi u)                   | > 1     | 0, 1        |
 | `power`              | q^p, p > 0       | 1F1(1/p; 1 + 1/p; u)               | > 0     |             |
 
-Where f is infinite, an estimated quantile of exactly 0 or 1 is clamped `edge` reference samples inwards: to
-[edge/n, 1 - edge/n], at most to 1/2, the open end only (`edge=1` is what the research code does). The clamp changes the
-distribution of f(q), so the `continuous` Z is then no longer exact; `partition="finite"` counts the clamp in.
+Where f is infinite, an estimated quantile of exactly 0 or 1 is clamped by `edge` reference samples: to
+[edge/n, 1 - edge/n], at most to 1/2, at the open end only (`edge=1` is what the research code does). The clamp changes the
+distribution of f(q), so the `continuous` Z is then no longer exact; `partition="finite"` includes the clamp.
 
-Any other f: wrap a function of NumPy arrays with `from_function`, or subclass `Transform`; or name either in a configuration
-as "path/to/file.py:name". Its log Z is then found by quadrature. log Z is always worked out in float64 and by forms that neither
-overflow nor cancel: beta * log Z keeps full relative accuracy for every beta.
-
-A subclass of `Transform` needs `__call__` only, for NumPy arrays and torch tensors. The partition function is then found by
-quadrature, quantiles at 0 and 1 are taken as they are, and every beta above 0 is allowed; each of these has one attribute or
-method to say otherwise.
+For another f, wrap a function of NumPy arrays with `from_function`, or subclass `Transform`; a configuration names either
+as "path/to/file.py:name". A subclass needs only `__call__`, for NumPy arrays and torch tensors. By default log Z is found
+by quadrature, quantiles at 0 and 1 are not changed, and every beta above 0 is allowed; an attribute or method overrides
+each. log Z is computed in float64, by forms that neither overflow nor cancel.
 """
 
 from collections.abc import Callable
@@ -37,7 +34,6 @@ import numpy as np
 
 from qrpo.errors import ConfigError
 from qrpo.method.arrays import Array, Float64, is_torch, on_float64, to_float64
-from qrpo.method.closed_forms import identity_log_z, logit_log_z, power_log_z
 from qrpo.method.quadrature import TiltedNodes, tilted_nodes
 from qrpo.rewards.callables import load_callable
 
@@ -60,7 +56,7 @@ __all__ = [
 class Transform:
     """A function of the quantile reward and its partition function. Subclasses give at least `__call__`.
 
-    `edge`: how many reference samples inwards a quantile at an open end is moved (see above).
+    `edge`: by how many reference samples a quantile at an open end is clamped (see above).
     """
 
     edge: float = 1.0
@@ -77,12 +73,12 @@ class Transform:
         raise NotImplementedError
 
     def at_logit(self, logit: Float64) -> Float64:
-        """f at the quantile sigmoid(logit). Override it where q = 1 - 1e-17 matters: float64 has no such q."""
+        """f at the quantile sigmoid(logit). Override it if q = 1 - 1e-17 matters: float64 has no such q."""
         quantile = 1.0 / (1.0 + np.exp(-np.clip(logit, -700.0, 40.0)))
         return to_float64(self(np.minimum(quantile, 1.0 - np.finfo(np.float64).epsneg)))
 
     def log_z(self, beta: Array) -> Array:
-        """log of integral_0^1 exp(f(t)/beta) dt, elementwise on beta; ConfigError where beta is out of the domain."""
+        """log of integral_0^1 exp(f(t)/beta) dt, elementwise on beta; ConfigError if beta is out of the domain."""
         return on_float64(self._checked_log_z, beta)
 
     def _checked_log_z(self, beta: Float64) -> Float64:
@@ -95,7 +91,7 @@ class Transform:
         return self._log_z(beta)
 
     def _log_z(self, beta: Float64) -> Float64:
-        """log Z for valid float64 betas; by quadrature unless a subclass knows better."""
+        """log Z for valid float64 betas; by quadrature unless a subclass has a closed form."""
         distinct, inverse = np.unique(beta, return_inverse=True)
         values = np.array([self.nodes(float(one)).log_z for one in distinct])
         return np.asarray(values[inverse]).reshape(np.shape(beta))
@@ -104,13 +100,13 @@ class Transform:
         """A quadrature rule under the optimum's quantile density exp(f(t)/beta)/Z."""
         if type(self).at_logit is not Transform.at_logit:
             return _cached_nodes(self, beta, 1e-14)
-        # f is only asked at float64 quantiles: it says nothing beyond them, and is a staircase close to them
+        # f is evaluated at float64 quantiles only: it is unknown beyond them, and a staircase near the ends
         rough = _cached_nodes(self, beta, 1e-6)
         unseen = float(rough.weight[(rough.logit > 36.0) | (rough.logit < -700.0)].sum())
         if unseen > 1e-9:
             raise ConfigError(
                 f"transform {self.name!r} at beta = {beta:g}: {unseen:.1%} of the optimum lies at quantiles that "
-                "float64 cannot tell from 0 or 1; use a larger beta, or give the function of the logit (at_logit)"
+                "float64 cannot distinguish from 0 or 1; use a larger beta, or define the function of the logit (at_logit)"
             )
         return _cached_nodes(self, beta, 1e-12)
 
@@ -121,17 +117,14 @@ class Transform:
         if is_torch(quantile_reward):
             import torch
 
-            samples = torch.as_tensor(num_ref, dtype=quantile_reward.dtype, device=quantile_reward.device)
-            margin = (self.edge / samples).clamp(max=0.5)
-            low = margin if self.open_ends[0] else torch.zeros_like(margin)
-            high = 1.0 - margin if self.open_ends[1] else torch.ones_like(margin)
-            return torch.minimum(torch.maximum(quantile_reward, low), high)
-        quantile = np.asarray(quantile_reward)
-        dtype = quantile.dtype if np.issubdtype(quantile.dtype, np.floating) else np.dtype(np.float64)
-        margin = np.minimum(self.edge / np.asarray(num_ref), 0.5).astype(dtype)
-        low = margin if self.open_ends[0] else np.zeros_like(margin)
-        high = 1 - margin if self.open_ends[1] else np.ones_like(margin)
-        return np.clip(quantile, low, high)
+            q = quantile_reward
+            samples = torch.as_tensor(num_ref, dtype=q.dtype, device=q.device)
+        else:
+            q = np.asarray(quantile_reward)
+            q = q if np.issubdtype(q.dtype, np.floating) else q.astype(np.float64)
+            samples = np.asarray(num_ref).astype(q.dtype)
+        margin = (self.edge / samples).clip(max=0.5)
+        return q.clip(margin * self.open_ends[0], 1 - margin * self.open_ends[1])
 
     def scaled(self, scale: Array) -> "Transform":
         """The transform scale * f, with one scale per prompt that broadcasts against quantiles and betas."""
@@ -165,7 +158,6 @@ class Scaled(Transform):
         return self.base.open_ends
 
     def __call__(self, quantile_reward: Array) -> Array:
-        """scale * f(q)."""
         return self.scale * self.base(quantile_reward)
 
     def at_logit(self, logit: Float64) -> Float64:
@@ -205,7 +197,17 @@ class Identity(Transform):
         return _special().expit(logit)  # type: ignore[no-any-return]
 
     def _log_z(self, beta: Float64) -> Float64:
-        return identity_log_z(1.0 / beta)
+        # log((e^u - 1)/u) = u/2 + log(sinh(h)/h) with h = u/2: for small u sinh(h)/h - 1 = h^2/6 (1 + h^2/20 (1 + h^2/42 (...)))
+        u = 1.0 / beta
+        h = np.minimum(u, 2.0) / 2.0
+        square = h * h
+        series = np.ones_like(h)
+        for k in range(10, 0, -1):
+            series = 1.0 + square / ((2 * k + 2) * (2 * k + 3)) * series
+        small = h + np.log1p(square / 6.0 * series)
+        # for large u: u - log u + log(1 - e^-u); the research code drops the last term
+        u = np.maximum(u, 2.0)
+        return np.where(h < 1.0, small, u + np.log(-np.expm1(-u) / u))
 
 
 @dataclass(frozen=True)
@@ -232,18 +234,14 @@ class Log(Transform):
 
 @dataclass(frozen=True)
 class NormalIcdf(Transform):
-    """f(q) = Phi^-1(q), the inverse of the normal distribution function; the optimum is N(1/beta, 1) in f."""
+    """f(q) = Phi^-1(q), the inverse normal distribution function; f(q) is N(1/beta, 1) under the optimum."""
 
     name: ClassVar[str] = "normal-icdf"
     open_ends: ClassVar[tuple[bool, bool]] = (True, True)
 
     def __call__(self, quantile_reward: Array) -> Array:
         """Phi^-1(q)."""
-        if is_torch(quantile_reward):
-            import torch
-
-            return torch.special.ndtri(quantile_reward)
-        return _special().ndtri(quantile_reward)
+        return _special(quantile_reward).ndtri(quantile_reward)
 
     def at_logit(self, logit: Float64) -> Float64:
         """Phi^-1(sigmoid(x)), from the logarithm of the smaller tail."""
@@ -256,17 +254,13 @@ class NormalIcdf(Transform):
 
 @dataclass(frozen=True)
 class ScaledNormalIcdf(NormalIcdf):
-    """`normal-icdf` times one scale per prompt, so that a prompt whose rewards spread more is worth more.
-
-    The research code's scale is the prompt's standard deviation of reference rewards over its mean across prompts:
-    `reference_scale(ref_std, mean_ref_std)`.
-    """
+    """`normal-icdf` times one scale per prompt: prompts with a larger spread of rewards weigh more (`reference_scale`)."""
 
     name: ClassVar[str] = "scaled-normal-icdf"
     needs_scale: ClassVar[bool] = True
 
     def __call__(self, quantile_reward: Array) -> Array:
-        """Refused: without scales it would be `normal-icdf` under another name."""
+        """Raise ConfigError: without scales it would be `normal-icdf`."""
         raise _no_scale(self)
 
     def _log_z(self, beta: Float64) -> Float64:
@@ -287,21 +281,28 @@ class Logit(Transform):
 
     def __call__(self, quantile_reward: Array) -> Array:
         """log(q/(1 - q))."""
-        if is_torch(quantile_reward):
-            return quantile_reward.logit()
-        return _special().logit(quantile_reward)
+        return _special(quantile_reward).logit(quantile_reward)
 
     def at_logit(self, logit: Float64) -> Float64:
         """x."""
         return logit
 
     def _log_z(self, beta: Float64) -> Float64:
-        return logit_log_z(beta)
+        # log B(1 + u, 1 - u) = log(pi u/sin(pi u)); for u <= 1/2 the sum over k of zeta(2k) u^2k / k
+        square = np.minimum(1.0 / beta, 0.5) ** 2
+        k = np.arange(1, 31)
+        small = np.zeros_like(square)
+        for coefficient in (_special().zeta(2.0 * k) / k)[::-1]:
+            small = square * (coefficient + small)
+        # for larger u: sin(pi u) = sin(pi (beta - 1)/beta), exact near u = 1, where Z diverges
+        near = np.where(beta < 2.0, beta, 1.5)
+        large = -np.log(np.sin(np.pi * ((near - 1.0) / near)) * near / np.pi)
+        return np.where(beta < 2.0, large, small)
 
 
 @dataclass(frozen=True)
 class Power(Transform):
-    """f(q) = q^exponent: above 1 it tells good completions apart and ignores bad ones; below 1 the reverse."""
+    """f(q) = q^exponent: above 1 it separates good completions and ignores differences of bad ones; below 1 the reverse."""
 
     exponent: float = 2.0
     name: ClassVar[str] = "power"
@@ -319,7 +320,16 @@ class Power(Transform):
         return np.asarray(np.exp(self.exponent * _special().log_expit(logit)))
 
     def _log_z(self, beta: Float64) -> Float64:
-        return power_log_z(1.0 / beta, self.exponent)
+        # log 1F1(a; a + 1; u) with a = 1/exponent; for u <= 1: Z - 1 = sum over k of a/(a + k) u^k/k!
+        a, u = 1.0 / self.exponent, 1.0 / beta
+        small = np.minimum(u, 1.0)
+        excess, term = np.zeros_like(small), np.ones_like(small)
+        for k in range(1, 22):
+            term = term * small / k
+            excess = excess + a / (a + k) * term
+        # for larger u Kummer's transformation, e^u 1F1(1; a + 1; -u)
+        large = np.maximum(u, 1.0)
+        return np.where(u <= 1.0, np.log1p(excess), large + np.log(_special().hyp1f1(1.0, a + 1.0, -large)))
 
 
 @dataclass(frozen=True)
@@ -350,15 +360,15 @@ _REGISTRY: dict[str, type[Transform]] = {
 
 
 def transform_names() -> tuple[str, ...]:
-    """The names that `get_transform` knows."""
+    """The names that `get_transform` accepts."""
     return tuple(_REGISTRY)
 
 
 def get_transform(transform: str | Transform, **parameters: Any) -> Transform:
     """A transform by name, with its parameters (`edge`; `exponent` for `power`); a Transform is passed through.
 
-    A name with a colon, "path/to/file.py:name" or "package.module:name", is the user's own: a function on (0, 1), finite
-    there and at both ends (see `from_function`, whose result it may also name), or a subclass of Transform.
+    A name with a colon, "path/to/file.py:name" or "package.module:name", is a user's: a function on (0, 1), finite there and
+    at both ends, the result of `from_function`, or a subclass of Transform.
     """
     if isinstance(transform, Transform):
         return transform
@@ -366,7 +376,7 @@ def get_transform(transform: str | Transform, **parameters: Any) -> Transform:
         return _own_transform(transform, tuple(sorted(parameters.items())))
     if transform not in _REGISTRY:
         raise ConfigError(
-            f"transform: got {transform!r}, expected one of {', '.join(_REGISTRY)}, or your own function as "
+            f"transform: got {transform!r}, expected one of {', '.join(_REGISTRY)}, or a function as "
             "'path/to/file.py:function'"
         )
     return _with_parameters(_REGISTRY[transform], transform, parameters)
@@ -404,7 +414,7 @@ def _with_parameters(kind: type[Transform], name: str, parameters: dict[str, Any
 
 
 def reference_scale(ref_std: Array, mean_ref_std: float) -> Array:
-    """The scale of `scaled-normal-icdf`: each prompt's reference standard deviation (n - 1) over the data set's mean."""
+    """The scale of `scaled-normal-icdf`: each prompt's standard deviation (n - 1) of reference rewards over the mean of all prompts."""
     if not mean_ref_std > 0:
         raise ConfigError(
             f"scaled-normal-icdf: the mean standard deviation of reference rewards must be above 0, got {mean_ref_std!r}; "
@@ -420,8 +430,12 @@ def _no_scale(transform: Transform) -> ConfigError:
     )
 
 
-def _special() -> Any:
-    """scipy.special, imported on first use: it costs more than all of this package."""
+def _special(value: object = None) -> Any:
+    """torch.special for a tensor, else scipy.special, imported on first use because it is slow to import."""
+    if is_torch(value):
+        import torch
+
+        return torch.special
     import scipy.special
 
     return scipy.special

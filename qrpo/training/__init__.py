@@ -1,1 +1,19 @@
-"""TODO."""
+"""Training on whole completions.
+
+- `arguments`: the training settings, each declared once
+- `settings`: the YAML sections `policy` and `reference.sft`
+- `trainer`: `QRPOTrainer` and `QRPOConfig`
+- `objectives`: each loss: the completions it uses, its terms, its metrics
+- `rows`: training rows, and datasets in TRL's formats as such rows
+- `loader`: which rows each process trains on at each step
+- `batches`: micro-batches of similar length within a token budget
+- `logprobs`: log-probabilities of completions, for training and scoring
+- `head`: the output layer and softmax in chunks
+- `callbacks`: stopping or skipping bad steps, early stopping
+- `initial_check`: the policy equals its reference before the first step
+- `adapters`: LoRA
+- `checkpoints`: complete checkpoints, written atomically
+- `throughput`: tokens per second, MFU, remaining time
+- `runs`: training runs of the pipeline, with resume and progress
+- `ranks`: training on several processes of this machine
+"""

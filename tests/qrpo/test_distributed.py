@@ -7,9 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars
@@ -20,16 +18,15 @@ from safetensors.torch import load_file
 from qrpo.errors import EngineError, TrainingError
 from qrpo.processes.child import Child
 from qrpo.training.ranks import stream_ranks
-from qrpo.training.runs import train_policy
-from qrpo.training.settings import PolicyConfig
+from tests.support import training
 
 pytestmark = pytest.mark.slow
 
-TARGETS = Path(__file__).with_name("training_targets.py").resolve()
+TARGETS = training.__file__
 SETTINGS = {
-    "beta": 0.5,
+    **training.SETTINGS,
     "learning_rate": 1e-3,
-    "prompts_per_step": 4,
+    "lr_scheduler_type": "linear",
     "num_train_epochs": 2,
     "warmup_steps": 0.2,
     "token_budget": 64,
@@ -38,27 +35,27 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def rows(make_rows: Callable[[int, int], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def rows(make_rows):
     """13 prompts: the last step of an epoch has one, so one of two processes has none."""
     return make_rows(13, 3)
 
 
 @pytest.fixture(scope="module")
-def rows_file(rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def rows_file(rows, tmp_path_factory):
     path = tmp_path_factory.mktemp("rows") / "rows"
     path.write_bytes(pickle.dumps(rows))
     return path
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path, rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(folder, rows, tmp_path_factory):
     """The output of one process."""
     output = tmp_path_factory.mktemp("alone")
-    train_policy(folder, rows, PolicyConfig(**SETTINGS), output)
+    training.train(folder, rows, output, **SETTINGS)
     return output
 
 
-def assert_same(output: Path, alone: Path) -> None:
+def assert_same(output, alone):
     """Up to the rounding of sums in another order."""
     ours, theirs = (
         polars.read_parquet(path / "metrics.parquet").drop_nulls("loss") for path in (output, alone)
@@ -71,9 +68,7 @@ def assert_same(output: Path, alone: Path) -> None:
         torch.testing.assert_close(weights[name], weight, rtol=0, atol=2e-5)
 
 
-def test_torchrun_with_two_processes_is_one_process_on_the_same_batches(
-    folder: Path, rows_file: Path, alone: Path, tmp_path: Path
-) -> None:
+def test_torchrun_with_two_processes_is_one_process_on_the_same_batches(folder, rows_file, alone, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
         textwrap.dedent("""
@@ -99,25 +94,23 @@ def test_torchrun_with_two_processes_is_one_process_on_the_same_batches(
     assert_same(tmp_path / "run", alone)
 
 
-def test_two_processes_told_to_end_go_on_as_one(
-    folder: Path, rows: list[dict[str, Any]], rows_file: Path, alone: Path, tmp_path: Path
-) -> None:
+def test_two_processes_told_to_end_go_on_as_one(folder, rows, rows_file, alone, tmp_path):
     """A SIGTERM to one process stops both after the same step; another number of processes goes on with the same rows."""
     output, log = tmp_path / "run", tmp_path / "log"
-    ranks = stream_ranks(f"{TARGETS}:train", folder, rows_file, output, SETTINGS, 5, processes=2, log=log)
+    ranks = stream_ranks(
+        f"{TARGETS}:train_and_yield", folder, rows_file, output, SETTINGS, 5, processes=2, log=log
+    )
     with pytest.raises(TrainingError, match="stopped by SIGTERM after step 6 of 8"):
         list(ranks)
-    train_policy(folder, rows, PolicyConfig(**SETTINGS), output)
+    training.train(folder, rows, output, **SETTINGS)
 
     assert_same(output, alone)
 
 
-def test_fsdp_on_two_processes_is_one_process_and_resumes(
-    folder: Path, rows_file: Path, alone: Path, tmp_path: Path
-) -> None:
+def test_fsdp_on_two_processes_is_one_process_and_resumes(folder, rows_file, alone, tmp_path):
     output, log = tmp_path / "run", tmp_path / "log"
     settings = {**SETTINGS, "fsdp": True}
-    target, arguments = f"{TARGETS}:train", (folder, rows_file, output, settings)
+    target, arguments = f"{TARGETS}:train_and_yield", (folder, rows_file, output, settings)
     with pytest.raises(TrainingError, match="stopped by SIGTERM after step 3 of 8"):
         list(stream_ranks(target, *arguments, 2, processes=2, log=log))
     assert (output / "checkpoint-3" / "pytorch_model_fsdp.bin").exists(), "the model was sharded"
@@ -127,34 +120,25 @@ def test_fsdp_on_two_processes_is_one_process_and_resumes(
     assert_same(output, alone)
 
 
-def test_a_rank_s_failure_is_raised_as_what_it_is(
-    folder: Path, rows: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_rank_s_failure_is_raised_as_what_it_is(folder, rows, tmp_path):
     bad = [dict(row) for row in rows]
     bad[7]["quantile_reward"] = np.array([0.1, np.nan, 0.3], dtype=np.float32)
     (tmp_path / "rows").write_bytes(pickle.dumps(bad))
 
-    ranks = stream_ranks(
-        f"{TARGETS}:train",
-        folder,
-        tmp_path / "rows",
-        tmp_path / "run",
-        SETTINGS,
-        processes=2,
-        log=tmp_path / "log",
-    )
+    arguments = (folder, tmp_path / "rows", tmp_path / "run", SETTINGS)
+    ranks = stream_ranks(f"{TARGETS}:train_and_yield", *arguments, processes=2, log=tmp_path / "log")
     with pytest.raises(TrainingError, match=r"not finite for these prompts: prompt-7\."):
         list(ranks)
 
 
-def is_gone(pid: int) -> bool:
+def is_gone(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
         return True
 
 
-def wait_until_gone(pids: list[int]) -> bool:
+def wait_until_gone(pids):
     deadline = time.monotonic() + 30
     while not all(map(is_gone, pids)):
         if time.monotonic() > deadline:
@@ -163,7 +147,7 @@ def wait_until_gone(pids: list[int]) -> bool:
     return True
 
 
-def test_a_killed_rank_ends_all(tmp_path: Path) -> None:
+def test_a_killed_rank_ends_all(tmp_path):
     ranks = stream_ranks(f"{TARGETS}:leave_pid_and_wait", tmp_path, processes=2)
     next(ranks)
     while not (tmp_path / "1").exists() or not (tmp_path / "1").read_text():
@@ -176,7 +160,7 @@ def test_a_killed_rank_ends_all(tmp_path: Path) -> None:
     assert wait_until_gone(pids)
 
 
-def test_kill_9_of_the_parent_leaves_no_rank(tmp_path: Path) -> None:
+def test_kill_9_of_the_parent_leaves_no_rank(tmp_path):
     """As in the pipeline: a process that has a child for the stage, which has one for each rank."""
     script = (
         "import time\nfrom pathlib import Path\nfrom qrpo.processes.child import Child\n"
@@ -185,7 +169,6 @@ def test_kill_9_of_the_parent_leaves_no_rank(tmp_path: Path) -> None:
         "print(next(items), flush=True)\ntime.sleep(1000)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
         stage = int(parent.stdout.readline())
         while not (tmp_path / "1").exists() or not (tmp_path / "1").read_text():
             time.sleep(0.02)
@@ -196,10 +179,10 @@ def test_kill_9_of_the_parent_leaves_no_rank(tmp_path: Path) -> None:
         assert wait_until_gone(pids)
 
 
-def test_closing_early_leaves_no_rank(tmp_path: Path) -> None:
+def test_closing_early_leaves_no_rank(tmp_path):
     items = Child("qrpo.processes.serving:GeneratorFunction", f"{TARGETS}:start_ranks").stream(
         "run", 2, tmp_path
     )
     next(items)
-    items.close()  # type: ignore[attr-defined]
+    items.close()
     assert wait_until_gone([int(path.read_text()) for path in tmp_path.iterdir() if path.read_text()])

@@ -25,6 +25,7 @@ from qrpo.errors import DataError
 from qrpo.tiny import build_tiny_model
 from qrpo.training.batches import length_sorted_batches
 from qrpo.training.logprobs import completion_logprobs, score_logprobs
+from tests.support.training import plain_logprobs
 
 SMALL = {
     "vocab_size": 256,
@@ -60,16 +61,6 @@ def draw_rows(count, completions_per_row=1, seed=0):
 def flat(rows):
     prompts = [row["prompt_token_ids"] for row in rows for _ in row["completion_token_ids"]]
     return prompts, [completion for row in rows for completion in row["completion_token_ids"]]
-
-
-def plain_logprobs(model, prompts, completions):
-    """One by one, unpadded, all logits at once."""
-    sums = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        ids = torch.tensor([[*prompt, *completion]])
-        logprobs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
-        sums.append(logprobs.gather(1, ids[0, 1:, None]).squeeze(1)[len(prompt) - 1 :].sum())
-    return torch.stack(sums)
 
 
 def gradients(model, loss):

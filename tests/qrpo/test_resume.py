@@ -8,9 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import polars
 import pyarrow as pa
@@ -24,80 +22,56 @@ from qrpo.training.checkpoints import (
 )
 from storage import PartKey, Store
 from tasks.stages.shards import TABLE
+from tests.support import training
 
 pytestmark = pytest.mark.slow
 
 KILLS = 20
 STEPS = 80
 SETTINGS = {
-    "beta": 0.5,
-    "learning_rate": 1e-2,
-    "prompts_per_step": 4,
+    **training.SETTINGS,
+    "lr_scheduler_type": "linear",
     "num_train_epochs": 10,
     "warmup_steps": 0.2,
-    "token_budget": 128,
     "save_steps": 2,
 }
 
 
 class Server:
-    """The process that forks training runs, see `training_targets`."""
+    """The process that forks training runs, see `tests.support.training`."""
 
-    def __init__(self, data: Path, folder: Path) -> None:
-        self.data = data
-        self.folder = folder
+    def __init__(self, data, folder):
+        self.data, self.folder = data, folder
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("training_targets.py"))],
+            [sys.executable, training.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         )
 
-    def _ask(self, request: Any) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
+    def _ask(self, request):
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
-        return answer
+        return json.loads(self.process.stdout.readline())
 
-    def start(self, output: Path, full_from: int | None = None) -> int:
-        """The process id of a new run into `output`, from where that stands."""
-        request = {
-            "folder": str(self.folder),
-            "shards": str(self.data),
-            "output": str(output),
-            "reports": f"{output}.jsonl",
-            "settings": SETTINGS,
-            "full_from": full_from,
-        }
-        pid: int = self._ask(request)["pid"]
-        return pid
+    def start(self, output, full_from=None):
+        """Start a run into `output`, or continue it; its process id."""
+        paths = {"folder": self.folder, "shards": self.data, "output": output, "reports": f"{output}.jsonl"}
+        paths = {name: str(path) for name, path in paths.items()}
+        return self._ask({**paths, "settings": SETTINGS, "full_from": full_from})["pid"]
 
-    def wait(self) -> int:
-        """The exit status of the last run: minus the signal where one ended it."""
-        status: int = self._ask("wait")["status"]
-        return status
+    def wait(self):
+        """The exit status of the last run: minus the signal if one ended it."""
+        return self._ask("wait")["status"]
 
 
 @pytest.fixture(scope="module")
-def server(
-    folder: Path,
-    make_rows: Callable[[int, int], list[dict[str, Any]]],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Server]:
+def server(folder, make_rows, tmp_path_factory):
     """30 prompts with 2 completions each in two shards, and the server."""
-    rows = [
-        {
-            **row,
-            "sample_index": [0, 1],
-            "origin": ["offline"] * 2,
-            "quantile_low": row["quantile_reward"],
-            "quantile_high": row["quantile_reward"],
-        }
-        for row in make_rows(30, 2)
-    ]
+    columns = {"sample_index": [0, 1], "origin": ["offline"] * 2}
+    bounds = ("quantile_low", "quantile_high")
+    rows = [{**row, **columns, **dict.fromkeys(bounds, row["quantile_reward"])} for row in make_rows(30, 2)]
     data = tmp_path_factory.mktemp("data")
     store = Store(data)
     records = [
@@ -113,23 +87,27 @@ def server(
     server.process.communicate()
 
 
+def error_of(output):
+    return Path(f"{output}.error").read_text()
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nobody disturbed."""
+def uninterrupted(server, tmp_path_factory):
+    """The folder of an undisturbed run."""
     output = tmp_path_factory.mktemp("uninterrupted") / "run"
     server.start(output)
-    assert server.wait() == 0, Path(f"{output}.error").read_text()
+    assert server.wait() == 0, error_of(output)
     return output
 
 
-def reports_of(output: Path) -> list[dict[str, Any]]:
+def reports_of(output):
     """Every whole line that any attempt reported."""
     text = Path(f"{output}.jsonl")
     lines = text.read_text().split("\n")[:-1] if text.exists() else []
     return [json.loads(line) for line in lines]
 
 
-def wait_for(happened: Callable[[], bool]) -> bool:
+def wait_for(happened):
     deadline = time.monotonic() + 60
     while not happened():
         if time.monotonic() > deadline:
@@ -138,7 +116,7 @@ def wait_for(happened: Callable[[], bool]) -> bool:
     return True
 
 
-def assert_same(output: Path, expected: Path) -> None:
+def assert_same(output, expected):
     """The same weights, and the same losses and learning rates in every step, to the bit."""
     weights = [path / "final" / "model.safetensors" for path in (output, expected)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -150,14 +128,12 @@ def assert_same(output: Path, expected: Path) -> None:
     assert tables[0]["step"].to_list() == list(range(1, STEPS + 1))
     assert tables[0].equals(tables[1])
     reference = {report["step"]: report for report in reports_of(expected)}
-    for report in reports_of(output):  # also of attempts whose steps were lost and done again
+    for report in reports_of(output):  # also of attempts whose steps were lost and repeated
         for name in ("loss", "learning_rate", "grad_norm"):
             assert report[name] == reference[report["step"]][name]
 
 
-def test_20_kills_at_random_instants_change_nothing(
-    server: Server, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_20_kills_at_random_instants_change_nothing(server, uninterrupted, tmp_path, capsys):
     rng = random.Random(time.time_ns())
     output = tmp_path / "run"
     unfinished, killed_at, while_saving = output / UNFINISHED, [], 0
@@ -168,11 +144,11 @@ def test_20_kills_at_random_instants_change_nothing(
         pid = server.start(output)
         if number % 2:  # in the middle of writing a checkpoint, or just behind it
             target = reached + rng.choice((2, 4))
-            wait_for(lambda target=target: any(unfinished.glob(f"checkpoint-{target}/*")))  # type: ignore[misc]
+            wait_for(lambda target=target: any(unfinished.glob(f"checkpoint-{target}/*")))
             time.sleep(rng.uniform(0, 0.02))
         elif number % 4:  # at some step
             steps = rng.randint(1, 5)
-            wait_for(lambda seen=before + steps: len(reports_of(output)) >= seen)  # type: ignore[misc]
+            wait_for(lambda seen=before + steps: len(reports_of(output)) >= seen)
             time.sleep(rng.uniform(0, 0.05))
         else:  # at any time, start-up included
             time.sleep(rng.uniform(0, 0.5))
@@ -182,7 +158,7 @@ def test_20_kills_at_random_instants_change_nothing(
         killed_at.append(reports_of(output)[-1]["step"] if len(reports_of(output)) > before else reached)
     server.start(output)
 
-    assert server.wait() == 0, Path(f"{output}.error").read_text()
+    assert server.wait() == 0, error_of(output)
     assert_same(output, uninterrupted)
     assert while_saving
     assert not unfinished.exists()
@@ -195,16 +171,14 @@ def test_20_kills_at_random_instants_change_nothing(
         )
 
 
-def test_sigterm_saves_at_once_and_the_rest_is_the_same(
-    server: Server, uninterrupted: Path, tmp_path: Path
-) -> None:
+def test_sigterm_saves_at_once_and_the_rest_is_the_same(server, uninterrupted, tmp_path):
     output = tmp_path / "run"
     pid = server.start(output)
     assert wait_for(lambda: len(reports_of(output)) >= 3)
     os.kill(pid, signal.SIGTERM)
 
     assert server.wait() == 1
-    error = Path(f"{output}.error").read_text()
+    error = error_of(output)
     step = reports_of(output)[-1]["step"]
     assert f"stopped by SIGTERM after step {step} of {STEPS}" in error
     checkpoint = latest_checkpoint(output)
@@ -219,14 +193,12 @@ def test_sigterm_saves_at_once_and_the_rest_is_the_same(
     assert_same(output, uninterrupted)
 
 
-def test_a_full_disk_stops_cleanly_with_the_older_checkpoint(
-    server: Server, uninterrupted: Path, tmp_path: Path
-) -> None:
+def test_a_full_disk_stops_cleanly_with_the_older_checkpoint(server, uninterrupted, tmp_path):
     output = tmp_path / "run"
     server.start(output, full_from=5)  # from then on no file may grow past 20 kB
 
     assert server.wait() == 1
-    error = Path(f"{output}.error").read_text()
+    error = error_of(output)
     assert error.startswith("TrainingError: the checkpoint of step 6 cannot be written")
     assert "checkpoint-4 is complete. Free disk space there" in error
     assert sorted(path.name for path in output.iterdir()) == ["checkpoint-2", "checkpoint-4"]
@@ -236,26 +208,22 @@ def test_a_full_disk_stops_cleanly_with_the_older_checkpoint(
     assert_same(output, uninterrupted)
 
 
-def write_checkpoint(folder: Path, step: int) -> None:
+def write_checkpoint(folder, step):
     path = folder / UNFINISHED / f"checkpoint-{step}"
     path.mkdir(parents=True)
     (path / "weights").write_bytes(b"x" * 100)
 
 
-def test_the_newest_checkpoints_are_kept_and_the_best(tmp_path: Path) -> None:
+def test_the_newest_checkpoints_are_kept_and_the_best(tmp_path):
     for step in (2, 4, 6, 8, 10):
         write_checkpoint(tmp_path, step)
         commit_checkpoint(tmp_path, step, keep=2, keep_also=tmp_path / "checkpoint-4")
 
-    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {
-        "checkpoint-4",
-        "checkpoint-8",
-        "checkpoint-10",
-    }
+    assert sorted(int(path.name[11:]) for path in tmp_path.glob("checkpoint-*")) == [4, 8, 10]
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
-def test_what_was_not_named_is_never_used(tmp_path: Path) -> None:
+def test_what_was_not_named_is_never_used(tmp_path):
     write_checkpoint(tmp_path, 2)
     commit_checkpoint(tmp_path, 2, keep=1)
     write_checkpoint(tmp_path, 4)

@@ -506,7 +506,7 @@ def test_a_multi_objective_model_gives_its_score_but_only_where_its_code_is_trus
     reward.close()
     assert found == pytest.approx(gated_scores(multi_objective_model), abs=1e-4)
     assert len({round(value or 0.0, 3) for value in found}) > 15
-    with pytest.raises(ModelError, match=r"comes with code of its own: .* trust_remote_code"):
+    with pytest.raises(ModelError, match=r"comes with Python code: .* trust_remote_code"):
         load_reward_model(ModelConfig(path=str(multi_objective_model)))
 
 

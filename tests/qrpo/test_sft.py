@@ -1,21 +1,15 @@
 import numpy as np
-import polars
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qrpo.errors import DataError
-from qrpo.tiny import build_tiny_model
 from qrpo.training.runs import train_sft
 from qrpo.training.settings import SftConfig
+from tests.support.training import Stopped, metrics, same_weights
 
 SETTINGS = {"learning_rate": 1e-2, "prompts_per_step": 4, "warmup_steps": 0.0, "token_budget": 64}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return build_tiny_model(tmp_path_factory.mktemp("model"), ["some words"], hidden_size=16, layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +32,9 @@ def test_the_loss_is_the_mean_over_the_steps_completion_tokens(folder, rows, tmp
         tokens = len(row["completion_token_ids"][0])
         total += model(input_ids=ids, labels=labels).loss.item() * tokens
         count += tokens
-    progress = []
+    progress, config = [], SftConfig(**SETTINGS | {"prompts_per_step": 10})
 
-    train_sft(
-        folder, rows, SftConfig(**SETTINGS | {"prompts_per_step": 10}), tmp_path, on_progress=progress.append
-    )
+    train_sft(folder, rows, config, tmp_path, on_progress=progress.append)
 
     assert progress[0]["loss"] == pytest.approx(total / count, rel=1e-5)
 
@@ -59,12 +51,8 @@ def test_the_model_learns_the_answers(folder, rows, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(final)
     prompt = torch.tensor([rows[0]["prompt_token_ids"]])
     expected = rows[0]["completion_token_ids"][0]
-    answer = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=len(expected),
-        do_sample=False,
-    )
+    limits = {"max_new_tokens": len(expected), "do_sample": False}
+    answer = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **limits)
     assert answer[0, prompt.shape[1] :].tolist() == expected
 
 
@@ -73,16 +61,15 @@ def test_an_interrupted_fine_tuning_ends_with_the_same_weights(folder, rows, tmp
 
     def stop(entry):
         if entry["step"] == 5:
-            raise KeyboardInterrupt
+            raise Stopped
 
     whole = load_file(train_sft(folder, rows, config, tmp_path / "a", seed=3) / "model.safetensors")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         train_sft(folder, rows, config, tmp_path / "b", seed=3, on_progress=stop)
     resumed = load_file(train_sft(folder, rows, config, tmp_path / "b", seed=3) / "model.safetensors")
 
-    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
-    steps = polars.read_parquet(tmp_path / "b" / "metrics.parquet")["step"]
-    assert steps.to_list() == list(range(1, 10))
+    assert same_weights(resumed, whole)
+    assert metrics(tmp_path / "b")["step"] == list(range(1, 10))
 
 
 def test_weights_keep_the_precision_they_came_in(folder, rows, tmp_path):

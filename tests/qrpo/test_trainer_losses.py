@@ -10,18 +10,10 @@ from transformers import AutoTokenizer
 
 from qrpo.config import keyed
 from qrpo.errors import DataError
-from qrpo.training.runs import load_policy, train_policy, training_arguments
+from qrpo.training.runs import load_policy, training_arguments
 from qrpo.training.settings import PolicyConfig
 from qrpo.training.trainer import QRPOConfig, QRPOTrainer
-
-SETTINGS = {
-    "beta": 0.5,
-    "learning_rate": 1e-2,
-    "prompts_per_step": 12,
-    "warmup_steps": 0.0,
-    "lr_scheduler_type": "constant",
-    "token_budget": 128,
-}
+from tests.support.training import SETTINGS, train
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +24,8 @@ def rows(make_rows):
     return rows
 
 
-def losses_of(folder, rows, output_dir, **settings):
-    progress = []
-    config = PolicyConfig(**{**SETTINGS, **settings})
-    train_policy(folder, rows, config, output_dir, on_progress=progress.append)
+def losses_of(folder, rows, output, **settings):
+    _, progress = train(folder, rows, output, **{"prompts_per_step": 12, **settings})
     return [entry["loss"] for entry in progress]
 
 
@@ -137,23 +127,21 @@ def test_a_column_that_the_loss_needs_is_named_when_it_is_missing(folder, rows, 
         losses_of(folder, unrewarded, tmp_path / "dpo", loss="dpo")
 
 
-def test_preference_data_in_trl_s_format_trains_dpo_without_any_reward(folder, tmp_path):
-    dataset = Dataset.from_list(
-        [{"prompt": f"prompt {i}", "chosen": "some words", "rejected": "more"} for i in range(4)]
-    )
-    args = QRPOConfig(
-        output_dir=str(tmp_path),
-        loss="dpo",
-        pairs="dataset",
-        learning_rate=1e-2,
-        per_device_train_batch_size=4,
-        num_train_epochs=10,
-        logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-    )
+def text_trainer(folder, output, dataset, **arguments):
+    quiet = {"report_to": "none", "disable_tqdm": True, "pairs": "dataset"}
+    args = QRPOConfig(output_dir=str(output), **quiet, **arguments)
+    return QRPOTrainer(load_policy(folder), args, dataset, AutoTokenizer.from_pretrained(folder))
 
-    trainer = QRPOTrainer(load_policy(folder), args, dataset, AutoTokenizer.from_pretrained(folder))
+
+def test_preference_data_in_trl_s_format_trains_dpo_without_any_reward(folder, tmp_path):
+    rows = [{"prompt": f"prompt {i}", "chosen": "some words", "rejected": "more"} for i in range(4)]
+    settings = {
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 10,
+        "logging_steps": 1,
+    }
+    trainer = text_trainer(folder, tmp_path, Dataset.from_list(rows), loss="dpo", **settings)
     trainer.train()
 
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -162,19 +150,9 @@ def test_preference_data_in_trl_s_format_trains_dpo_without_any_reward(folder, t
 
 
 def test_completions_in_trl_s_format_train_sft(folder, tmp_path):
-    args = QRPOConfig(
-        output_dir=str(tmp_path),
-        loss="sft",
-        pairs="dataset",
-        report_to="none",
-        disable_tqdm=True,
-        max_steps=2,
-    )
     dataset = [{"prompt": "some", "completion": " words"}, {"prompt": "and", "completion": " more"}]
 
-    trainer = QRPOTrainer(load_policy(folder), args, dataset, AutoTokenizer.from_pretrained(folder))
-
-    assert trainer.train().global_step == 2
+    assert text_trainer(folder, tmp_path, dataset, loss="sft", max_steps=2).train().global_step == 2
 
 
 @pytest.mark.parametrize(
@@ -188,22 +166,16 @@ def test_completions_in_trl_s_format_train_sft(folder, tmp_path):
     ],
 )
 def test_only_settings_that_a_loss_looks_at_enter_its_fingerprint(loss, idle):
-    plain, changes = (
-        {"loss": loss},
-        {
-            "beta": 0.7,
-            "transform": "log",
-            "partition": "finite",
-            "pairs": "random",
-            "rebel_reward": "quantile_reward",
-            "gamma_beta_ratio": 0.9,
-        },
-    )
-
-    same = {
-        name
-        for name, value in changes.items()
-        if keyed(PolicyConfig(**plain, **{name: value})) == keyed(PolicyConfig(**plain))
+    changes = {
+        "beta": 0.7,
+        "transform": "log",
+        "partition": "finite",
+        "pairs": "random",
+        "rebel_reward": "quantile_reward",
+        "gamma_beta_ratio": 0.9,
     }
+    plain = keyed(PolicyConfig(loss=loss))
 
-    assert same == idle
+    assert {
+        n for n, value in changes.items() if keyed(PolicyConfig(loss=loss, **{n: value})) == plain
+    } == idle

@@ -10,37 +10,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qrpo.errors import ConfigError
 from qrpo.training.adapters import adapters_off, with_lora
 from qrpo.training.logprobs import score_logprobs
-from qrpo.training.runs import load_policy, train_policy
+from qrpo.training.runs import load_policy
 from qrpo.training.settings import LoraConfig, PolicyConfig
 from qrpo.training.throughput import PEAK_BF16, Meter
 from qrpo.training.trainer import QRPOConfig, QRPOTrainer
-
-SETTINGS = {
-    "beta": 0.5,
-    "learning_rate": 1e-2,
-    "prompts_per_step": 4,
-    "warmup_steps": 0.0,
-    "lr_scheduler_type": "constant",
-    "token_budget": 128,
-}
+from tests.support.training import Stopped, metrics, same_weights, train
 
 
 @pytest.fixture(scope="module")
 def rows(make_rows):
     return make_rows(16, 2)
-
-
-def train(folder, rows, output_dir, *, eval_rows=None, stop_at=None, **settings):
-    progress = []
-
-    def report(entry):
-        progress.append(entry)
-        if entry["step"] == stop_at:
-            raise InterruptedError
-
-    config = PolicyConfig(**{**SETTINGS, **settings})
-    train_policy(folder, rows, config, output_dir, eval_rows=eval_rows, on_progress=report)
-    return load_file(output_dir / "final" / "model.safetensors"), progress
 
 
 @pytest.mark.slow
@@ -72,13 +51,13 @@ def test_an_interrupted_lora_run_ends_with_the_same_weights(folder, rows, tmp_pa
     }
 
     whole, _ = train(folder, rows, tmp_path / "a", **settings)
-    with pytest.raises(InterruptedError):
+    with pytest.raises(Stopped):
         train(folder, rows, tmp_path / "b", stop_at=5, **settings)
     assert (tmp_path / "b" / "checkpoint-4" / "adapter_model.safetensors").is_file()
     resumed, rest = train(folder, rows, tmp_path / "b", **settings)
 
     assert rest[0]["step"] == 5
-    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+    assert same_weights(resumed, whole)
 
 
 @pytest.mark.slow
@@ -87,7 +66,7 @@ def test_models_on_the_way_are_those_of_runs_that_ended_there(folder, rows, tmp_
     settings = {"lora": lora, "num_train_epochs": 2, "save_steps": 3}
 
     plain, _ = train(folder, rows, tmp_path / "plain", **settings)
-    with pytest.raises(InterruptedError):
+    with pytest.raises(Stopped):
         train(folder, rows, tmp_path / "kept", checkpoint_steps=2, stop_at=5, **settings)
     kept, _ = train(folder, rows, tmp_path / "kept", checkpoint_steps=2, **settings)
 
@@ -95,24 +74,14 @@ def test_models_on_the_way_are_those_of_runs_that_ended_there(folder, rows, tmp_
     short, _ = train(folder, rows, tmp_path / "short", max_steps=4, **settings)
     for weights, step in ((short, "4"), (kept, "8")):
         model = load_file(tmp_path / "kept" / "checkpoints" / step / "model.safetensors")
-        assert model.keys() == weights.keys()
-        assert all(torch.equal(model[name], weight) for name, weight in weights.items())
-    assert all(torch.equal(kept[name], weight) for name, weight in plain.items()), (
-        "keeping changed the training"
-    )
+        assert same_weights(model, weights)
+    assert same_weights(kept, plain), "keeping models changed the training"
     AutoTokenizer.from_pretrained(tmp_path / "kept" / "checkpoints" / "4")
 
 
 def test_the_reference_of_a_trained_adapter_is_the_base_model(folder, tmp_path):
-    dataset = [
-        {
-            "prompt": "some",
-            "chosen": " words",
-            "rejected": " and",
-            "reward": [1.0, 0.0],
-            "ref_rewards": [0.5, 0.7],
-        }
-    ]
+    texts = {"prompt": "some", "chosen": " words", "rejected": " and"}
+    dataset = [{**texts, "reward": [1.0, 0.0], "ref_rewards": [0.5, 0.7]}]
     base = load_policy(folder)
     model = with_lora(load_policy(folder), LoraConfig(rank=2), seed=0)
     for name, parameter in model.named_parameters():
@@ -137,22 +106,14 @@ def test_a_layer_that_is_not_there_cannot_be_adapted(folder):
 
 
 def test_the_held_out_loss_is_that_of_the_definition_and_is_reported_at_its_steps(folder, rows, tmp_path):
-    _, progress = train(
-        folder,
-        rows[:8],
-        tmp_path,
-        eval_rows=rows[8:],
-        eval_fraction=0.5,
-        eval_steps=2,
-        num_train_epochs=2,
-        learning_rate=1e-9,
-    )
+    settings = {"eval_fraction": 0.5, "eval_steps": 2, "num_train_epochs": 2, "learning_rate": 1e-9}
+    _, progress = train(folder, rows[:8], tmp_path, eval_rows=rows[8:], **settings)
 
-    metrics = polars.read_parquet(tmp_path / "metrics.parquet")
-    reported = metrics.filter(polars.col("eval_loss").is_not_null())
+    table = polars.read_parquet(tmp_path / "metrics.parquet")
+    reported = table.filter(polars.col("eval_loss").is_not_null())
     assert reported["step"].to_list() == [2, 4]
-    alone, _ = train(folder, rows[8:], tmp_path / "alone", prompts_per_step=8), None
-    assert reported["eval_loss"][0] == pytest.approx(alone[1][0]["loss"], rel=1e-4)
+    _, alone = train(folder, rows[8:], tmp_path / "alone", prompts_per_step=8)
+    assert reported["eval_loss"][0] == pytest.approx(alone[0]["loss"], rel=1e-4)
     assert "eval_rewards/accuracies" in reported.columns
     assert len(progress) == 4
 
@@ -163,26 +124,18 @@ def test_training_stops_when_the_held_out_loss_no_longer_falls_and_goes_back_to_
     folder, rows, tmp_path, lora
 ):
     """Of few rows the loss falls to nothing, and that of the others rises in the end; saved at every tenth step alone."""
-    settings = {
-        "eval_rows": rows[4:],
-        "eval_fraction": 0.5,
-        "eval_steps": 1,
-        "patience": 3,
-        "num_train_epochs": 60,
-        "save_steps": 10,
-        "learning_rate": 0.02,
-        "lora": lora,
-    }
+    evaluated = {"eval_rows": rows[4:], "eval_fraction": 0.5, "eval_steps": 1, "patience": 3, "lora": lora}
+    settings = {**evaluated, "num_train_epochs": 60, "save_steps": 10, "learning_rate": 0.02}
     _, progress = train(folder, rows[:4], tmp_path / "a", **settings)
 
-    losses = polars.read_parquet(tmp_path / "a" / "metrics.parquet")["eval_loss"].drop_nulls().to_list()
+    losses = metrics(tmp_path / "a")["eval_loss"]
     assert progress[-1]["step"] == len(losses) < 60
     assert losses.index(min(losses)) == len(losses) - 4, "the best, and three that were no better"
     _, again = train(
         tmp_path / "a" / "final", rows[4:], tmp_path / "b", max_initial_log_ratio=1e9, prompts_per_step=12
     )
     assert again[0]["loss"] == pytest.approx(min(losses), rel=1e-4)
-    with pytest.raises(InterruptedError):
+    with pytest.raises(Stopped):
         train(folder, rows[:4], tmp_path / "c", stop_at=len(losses) - 1, **settings)
     _, rest = train(folder, rows[:4], tmp_path / "c", **settings)
     assert rest[-1]["step"] == len(losses), "a resumed run stops where the other did"

@@ -1,34 +1,25 @@
 """Which rows each process sees, and what becomes of a step that goes wrong."""
 
 import itertools
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import polars
 import pytest
 import torch
+from accelerate import skip_first_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qrpo.errors import TrainingError
 from qrpo.training.callbacks import FIRST_LOSSES
-from qrpo.training.loader import ShuffledRows, is_idle, step_loader
-from qrpo.training.runs import load_policy, train_policy
-from qrpo.training.settings import PolicyConfig
+from qrpo.training.loader import ShuffledRows, held_out, is_idle, step_loader
+from qrpo.training.runs import load_policy
 from qrpo.training.trainer import QRPOConfig, QRPOTrainer
+from tests.support.training import metrics, train
 
-SETTINGS = {
-    "beta": 0.5,
-    "learning_rate": 1e-3,
-    "prompts_per_step": 4,
-    "warmup_steps": 0.0,
-    "token_budget": 256,
-}
+SETTINGS = {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "token_budget": 256}
 
 
-def micro_batches(rows: int, batch_size: int, rank: int, world_size: int, epoch: int = 0) -> list[list[int]]:
+def micro_batches(rows, batch_size, rank, world_size, epoch=0):
     """The numbers of the rows that one process gets, micro-batch by micro-batch."""
     reader = ShuffledRows([{"number": number} for number in range(rows)], seed=7)
     loader = step_loader(reader, batch_size, rank, world_size, drop_last=False)
@@ -45,33 +36,24 @@ def micro_batches(rows: int, batch_size: int, rank: int, world_size: int, epoch:
     cut=st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2)]),
     changed_at=st.integers(0, 20),
 )
-def test_every_row_comes_once_for_any_number_of_processes_even_if_it_changes(
-    rows: int, step: int, cut: tuple[int, int], changed_at: int
-) -> None:
+def test_every_row_comes_once_for_any_number_of_processes_even_if_it_changes(rows, step, cut, changed_at):
     """`step` rows a step, on one process and cut over processes and accumulation: the same rows in every step."""
     world_size, accumulation = cut
     if step % (world_size * accumulation):
         return
     alone = micro_batches(rows, step, 0, 1)
-    shares = [
-        micro_batches(rows, step // (world_size * accumulation), rank, world_size)
-        for rank in range(world_size)
-    ]
+    per_rank = step // (world_size * accumulation)
+    shares = [micro_batches(rows, per_rank, rank, world_size) for rank in range(world_size)]
     assert len({len(share) for share in shares}) == 1, "all processes take equally many micro-batches"
-    steps = [
-        sorted(
-            itertools.chain.from_iterable(
-                batch for share in shares for batch in share[start : start + accumulation]
-            )
-        )
-        for start in range(0, len(shares[0]), accumulation)
-    ]
+    starts = range(0, len(shares[0]), accumulation)
+    cuts = [[batch for share in shares for batch in share[at : at + accumulation]] for at in starts]
+    steps = [sorted(itertools.chain.from_iterable(batches)) for batches in cuts]
     assert steps == [sorted(batch) for batch in alone]
     seen = [*itertools.chain(*alone[:changed_at]), *itertools.chain(*steps[changed_at:])]
     assert sorted(seen) == list(range(rows))
 
 
-def test_epochs_are_different_orders_that_repeat() -> None:
+def test_epochs_are_different_orders_that_repeat():
     orders = [list(itertools.chain(*micro_batches(50, 4, 0, 1, epoch))) for epoch in (0, 1, 1)]
     assert orders[0] != orders[1]
     assert orders[1] == orders[2]
@@ -80,30 +62,26 @@ def test_epochs_are_different_orders_that_repeat() -> None:
 class Seeks:
     """A reader of ten million rows that notes from where it was read."""
 
-    def __init__(self) -> None:
-        self.starts: list[tuple[int, int]] = []
+    def __init__(self):
+        self.starts = []
 
-    def __len__(self) -> int:
+    def __len__(self):
         return 10_000_010
 
-    def iterate(self, epoch: int, start: int = 0, rank: int = 0, world_size: int = 1) -> Any:
+    def iterate(self, epoch, start=0, rank=0, world_size=1):
         self.starts.append((epoch, start))
         yield from ({"number": number} for number in range(start + rank, len(self), world_size))
 
 
-def test_a_resumed_epoch_reads_nothing_of_what_it_skips() -> None:
-    from accelerate import skip_first_batches
-
+def test_a_resumed_epoch_reads_nothing_of_what_it_skips():
     reader = Seeks()
-    loader = step_loader(reader, 10, 0, 1, drop_last=False)
-    resumed = iter(skip_first_batches(loader, 1_000_000))
-    numbers = [row["number"] for row in next(resumed)["rows"]]
+    resumed = iter(skip_first_batches(step_loader(reader, 10, 0, 1, drop_last=False), 1_000_000))
 
-    assert numbers == list(range(10_000_000, 10_000_010))
+    assert [row["number"] for row in next(resumed)["rows"]] == list(range(10_000_000, 10_000_010))
     assert reader.starts == [(0, 10_000_000)]
 
 
-def test_the_rest_of_an_epoch_is_one_stream() -> None:
+def test_the_rest_of_an_epoch_is_one_stream():
     reader = Seeks()
     loader = iter(step_loader(reader, 2, 1, 2, drop_last=False))
     numbers = [row["number"] for _ in range(3) for row in next(loader)["rows"]]
@@ -112,53 +90,58 @@ def test_the_rest_of_an_epoch_is_one_stream() -> None:
     assert reader.starts == [(0, 0)]
 
 
+def test_prompts_are_held_out_by_a_hash_of_the_seed_and_their_id():
+    prompts = [f"prompt-{i}" for i in range(4000)]
+    tenth, fifth, other = (
+        {prompt for prompt in prompts if held_out(prompt, fraction, seed)}
+        for fraction, seed in ((0.1, 0), (0.2, 0), (0.2, 1))
+    )
+    assert len(tenth) == pytest.approx(400, abs=80)
+    assert tenth < fifth
+    assert len(fifth & other) == pytest.approx(160, abs=50)
+    assert not any(held_out(prompt, 0.0, 0) for prompt in prompts)
+
+
 # ------------------------------------------------------------------------------------------- bad steps
 
 
 @pytest.fixture(scope="module")
-def rows(make_rows: Callable[[int, int], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def rows(make_rows):
     """60 prompts: 15 steps."""
     return make_rows(60, 2)
 
 
-def with_bad_row(rows: list[dict[str, Any]], step: int, **change: Any) -> tuple[list[dict[str, Any]], str]:
+def with_bad_row(rows, step, **change):
     """The rows, one of `step` changed, and its prompt."""
     chosen = next(ShuffledRows(rows, seed=0).iterate(0, 4 * (step - 1)))
     return [{**row, **change} if row is chosen else row for row in rows], chosen["prompt_id"]
 
 
-def weights_of(output: Path, step: int) -> bytes:
+def weights_of(output, step):
     return (output / f"checkpoint-{step}" / "model.safetensors").read_bytes()
 
 
-def test_a_bad_step_can_be_left_out(folder: Path, rows: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_a_bad_step_can_be_skipped(folder, rows, tmp_path):
     bad, _ = with_bad_row(rows, 3, quantile_reward=np.array([0.5, np.nan], dtype=np.float32))
-    config = PolicyConfig(**SETTINGS, max_steps=5, bad_step="skip", save_steps=1, save_total_limit=5)
-    train_policy(folder, bad, config, tmp_path)
+    train(folder, bad, tmp_path, **SETTINGS, max_steps=5, bad_step="skip", save_steps=1, save_total_limit=5)
 
     assert weights_of(tmp_path, 2) == weights_of(tmp_path, 3)
     assert weights_of(tmp_path, 3) != weights_of(tmp_path, 4)
-    losses = polars.read_parquet(tmp_path / "metrics.parquet").drop_nulls("loss")["loss"].to_list()
-    assert np.isnan(losses).tolist() == [False, False, True, False, False]
+    assert np.isnan(metrics(tmp_path)["loss"]).tolist() == [False, False, True, False, False]
 
 
 @pytest.mark.slow
-def test_an_exploded_loss_stops_and_names_the_prompt(
-    folder: Path, rows: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_an_exploded_loss_stops_and_names_the_prompt(folder, rows, tmp_path):
     far_off = np.array([-1e4, -1e4], dtype=np.float32)
     bad, name = with_bad_row(rows, FIRST_LOSSES + 2, ref_logprob=far_off)
 
-    with pytest.raises(
-        TrainingError, match=rf"step 12: the loss is .* more than 1000 times the largest.*losses: {name}, "
-    ):
-        train_policy(folder, bad, PolicyConfig(**SETTINGS), tmp_path / "stopped")
-    train_policy(folder, bad, PolicyConfig(**SETTINGS, max_loss_growth=None), tmp_path / "allowed")
+    reason = rf"step 12: the loss is .* more than 1000 times the largest.*losses: {name}, "
+    with pytest.raises(TrainingError, match=reason):
+        train(folder, bad, tmp_path / "stopped", **SETTINGS)
+    train(folder, bad, tmp_path / "allowed", **SETTINGS, max_loss_growth=None)
 
 
-def test_a_gradient_that_is_not_finite_stops(
-    folder: Path, rows: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_gradient_that_is_not_finite_stops(folder, rows, tmp_path):
     model = load_policy(folder)
     model.lm_head.weight.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
     config = QRPOConfig(

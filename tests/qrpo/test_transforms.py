@@ -152,7 +152,7 @@ def test_a_config_can_name_a_users_function_or_transform(tmp_path):
 def test_a_user_function_beyond_float64_quantiles_is_refused_not_guessed():
     plain_logit = from_function(lambda t: np.log(t / (1 - t)), open_ends=(True, True))
     assert float(plain_logit.log_z(4.0)) == pytest.approx(float(Logit().log_z(4.0)), rel=1e-9)
-    with pytest.raises(ConfigError, match="cannot tell from 0 or 1"):
+    with pytest.raises(ConfigError, match="cannot distinguish from 0 or 1"):
         plain_logit.log_z(1.05)
 
 

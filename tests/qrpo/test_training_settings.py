@@ -1,0 +1,130 @@
+"""Training settings: declared once, passed through by name, and in fingerprints only if they change results."""
+
+import subprocess
+import sys
+
+import pytest
+from pydantic import ValidationError
+from transformers import HfArgumentParser
+
+from qrpo import QRPOConfig
+from qrpo.config import is_execution_option, keyed
+from qrpo.training.arguments import QRPOSettings
+from qrpo.training.runs import training_arguments
+from qrpo.training.settings import PolicyConfig, SftConfig
+from tests.support.training import metrics, same_weights, train
+
+
+def test_a_default_section_keeps_the_fingerprint_of_earlier_versions():
+    common = {
+        "lr_scheduler": "linear",
+        "warmup": 0.1,
+        "epochs": 1.0,
+        "max_steps": None,
+        "prompts_per_step": 128,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "bad_step": "stop",
+        "max_loss_growth": 1000.0,
+        "dtype": "float32",
+    }
+    qrpo = {"loss": "qrpo", "beta": 0.1, "transform": "identity", "partition": "continuous", "seed": None}
+    assert keyed(SftConfig()) == {**common, "learning_rate": 2e-5}
+    assert keyed(PolicyConfig()) == {**common, **qrpo, "learning_rate": 1e-6}
+    assert keyed(PolicyConfig(bf16=True))["dtype"] == "bfloat16"
+
+
+def test_every_declared_setting_reaches_the_trainer_by_its_name(tmp_path):
+    values = {
+        "beta": 0.3,
+        "loss": "dpo",
+        "pairs": "random",
+        "max_loss_growth": None,
+        "lr_scheduler_type": "cosine",
+    }
+    further = {
+        "optim": "adamw_torch",
+        "adam_beta2": 0.98,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    }
+
+    arguments = training_arguments(PolicyConfig(**values, **further), tmp_path, seed=3)
+
+    assert isinstance(arguments, QRPOConfig)
+    for name, value in {**values, **further, "seed": 3, "per_device_train_batch_size": 128}.items():
+        assert getattr(arguments, name) == value, name
+    assert training_arguments(PolicyConfig(seed=4), tmp_path, seed=3).seed == 4
+    assert set(QRPOSettings.__dataclass_fields__) <= set(PolicyConfig.model_fields) & set(
+        QRPOConfig.__dataclass_fields__
+    )
+
+
+def test_the_section_and_the_arguments_say_the_same_about_a_setting():
+    parser = HfArgumentParser(QRPOConfig)
+    helps = {action.dest: action.help for action in parser._actions}
+    for name in QRPOSettings.__dataclass_fields__:
+        assert helps[name] == PolicyConfig.model_fields[name].description
+        assert QRPOConfig.__dataclass_fields__[name].default == PolicyConfig.model_fields[name].default
+    assert is_execution_option(PolicyConfig, "token_budget")
+    assert not is_execution_option(PolicyConfig, "beta")
+
+
+@pytest.mark.parametrize(
+    ("further", "added"),
+    [
+        ({"adam_beta2": "0.95"}, {"adam_beta2": 0.95}),
+        ({"optim": "sgd"}, {"optim": "sgd"}),
+        ({"lr_scheduler_kwargs": {"min_lr": 1e-7}}, {"lr_scheduler_kwargs": {"min_lr": 1e-7}}),
+        ({"loss_type": "mae"}, {"loss_type": "mae"}),
+        ({"run_name": "mine", "logging_first_step": True, "dataloader_num_workers": 2}, {}),
+        ({"torch_compile": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}, {}),
+    ],
+)
+def test_only_further_settings_that_change_results_enter_the_fingerprint(further, added):
+    section = PolicyConfig(**further)
+
+    assert keyed(section) == {**keyed(PolicyConfig()), **added}
+    assert PolicyConfig.model_validate(section.model_dump(mode="json")) == section
+
+
+@pytest.mark.parametrize(
+    ("section", "given", "message"),
+    [
+        (SftConfig, {"epochs": 3}, "replaced by `num_train_epochs`"),
+        (SftConfig, {"warmup": 3}, "replaced by `warmup_steps`"),
+        (SftConfig, {"lr_scheduler": "cosine"}, "replaced by `lr_scheduler_type`"),
+        (SftConfig, {"keep_checkpoints": 3}, "replaced by `save_total_limit`"),
+        (PolicyConfig, {"dtype": "bfloat16"}, "replaced by `bf16: true`"),
+        (PolicyConfig, {"eval_shards": 2}, "replaced by `eval_fraction`"),
+        (PolicyConfig, {"output_dir": "out"}, "not available here; the store holds"),
+        (PolicyConfig, {"deepspeed": "config.json"}, "not available here; set `processes` and `fsdp`"),
+        (PolicyConfig, {"gradient_accumulation_steps": 2}, "not available here; set `prompts_per_step`"),
+        (SftConfig, {"seed": 2}, "not available here; set the `seed`"),
+        (PolicyConfig, {"adam_beta3": 0.9}, "Extra inputs are not permitted"),
+        (PolicyConfig, {"adam_beta2": "much"}, "valid number"),
+        (PolicyConfig, {"optim": "adamw"}, "should be 'adamw_torch'"),
+        (PolicyConfig, {"patience": 2}, "eval_fraction is 0"),
+    ],
+)
+def test_keys_that_do_not_apply_are_refused_with_what_to_do(section, given, message):
+    with pytest.raises(ValidationError, match=message) as caught:
+        section(**given)
+    if given.keys() != {"patience"}:
+        assert caught.value.errors()[0]["loc"] == tuple(given)
+
+
+def test_further_settings_change_the_training_and_execution_options_do_not(folder, make_rows, tmp_path):
+    rows = make_rows(8, 2)
+    plain, _ = train(folder, rows, tmp_path / "plain")
+    options, _ = train(folder, rows, tmp_path / "options", logging_first_step=True, dataloader_num_workers=2)
+    floor = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 5e-3}}
+    changed, _ = train(folder, rows, tmp_path / "changed", optim="sgd", **floor)
+
+    assert same_weights(options, plain)
+    assert not same_weights(changed, plain)
+    assert metrics(tmp_path / "changed")["learning_rate"] == pytest.approx([1e-2, 7.5e-3])
+
+
+def test_reading_a_section_loads_no_torch():
+    code = "import sys, qrpo.training.settings as s; s.PolicyConfig(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
