@@ -26,6 +26,7 @@ from pydantic import Field, model_validator
 from qrpo.config import Section
 from qrpo.data.sources import read_rows
 from qrpo.errors import DataError
+from qrpo.seeds import seeded_hash
 
 __all__ = ["Message", "Prompt", "PromptsConfig", "parse_row", "prompt_id", "read_rows", "split_of"]
 
@@ -93,8 +94,8 @@ def prompt_id(messages: Sequence[Mapping[str, str]]) -> str:
 
 def split_of(prompt_id: str, eval_fraction: float) -> Literal["train", "eval"]:
     """The side a prompt falls on, for good: a hash of its id against the fraction."""
-    digest = hashlib.sha256(f"split\0{prompt_id}".encode()).digest()
-    return "eval" if int.from_bytes(digest[:8], "big") < eval_fraction * 2**64 else "train"
+    position = int.from_bytes(seeded_hash("split", prompt_id)[:8], "big")
+    return "eval" if position < eval_fraction * 2**64 else "train"
 
 
 def parse_row(row: Mapping[str, Any], config: PromptsConfig) -> Prompt:

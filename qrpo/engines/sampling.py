@@ -5,7 +5,6 @@ is the same draw whether 10 or 50 samples are asked for, alone or among others, 
 that derive the seeds of `n` samples by counting up from one make neighbouring seeds share all but one sample.)
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -13,6 +12,7 @@ from typing import Literal, Protocol, runtime_checkable
 from pydantic import Field
 
 from qrpo.config import Section
+from qrpo.seeds import seeded_hash
 
 __all__ = ["Engine", "Sample", "SampleRequest", "SamplingConfig", "fits", "misfit", "sample_seed"]
 
@@ -86,8 +86,7 @@ class Engine(Protocol):
 
 def sample_seed(run_seed: int, prompt_id: str, sample_index: int, namespace: str = "reference") -> int:
     """The seed of one sample: 63 bits of a hash, so that no two samples of a run share one."""
-    name = f"{namespace}\0{run_seed}\0{prompt_id}\0{sample_index}"
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+    return int.from_bytes(seeded_hash(namespace, run_seed, prompt_id, sample_index)[:8], "big") >> 1
 
 
 def misfit(prompt_token_ids: Sequence[int], max_model_len: int, max_tokens: int) -> str | None:

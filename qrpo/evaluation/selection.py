@@ -4,7 +4,6 @@ The best of many on the prompts that it was chosen by looks better than it is. H
 id, so that every model, run and machine cuts the same prompts the same way.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ import numpy.typing as npt
 
 from qrpo.errors import DataError
 from qrpo.evaluation.statistics import Floats, bootstrap_interval
+from qrpo.seeds import seeded_hash
 
 __all__ = ["Choice", "choose_best", "selection_half"]
 
@@ -32,7 +32,7 @@ class Choice:
 
 def selection_half(prompt_ids: Sequence[str], seed: int = 0) -> npt.NDArray[np.bool_]:
     """Which prompts (P,) choose; the others report. Exactly half of them, the odd one reporting."""
-    digests = [hashlib.sha256(f"selection\0{seed}\0{name}".encode()).digest() for name in prompt_ids]
+    digests = [seeded_hash("selection", seed, prompt_id) for prompt_id in prompt_ids]
     chosen = np.zeros(len(prompt_ids), dtype=bool)
     chosen[sorted(range(len(digests)), key=digests.__getitem__)[: len(digests) // 2]] = True
     return chosen

@@ -35,11 +35,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from qrpo.callables import load_callable
 from qrpo.errors import ConfigError
 from qrpo.method.arrays import Array, Float64, is_torch, on_float64, to_float64
 from qrpo.method.closed_forms import identity_log_z, logit_log_z, power_log_z
 from qrpo.method.quadrature import TiltedNodes, tilted_nodes
-from qrpo.rewards.callables import load_callable
 
 __all__ = [
     "Identity",

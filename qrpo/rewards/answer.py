@@ -1,9 +1,9 @@
-"""Verifiable rewards: whether the completion gives the right answer that the dataset knows.
+"""Verifiable rewards: whether a completion gives the right answer, which is in the dataset.
 
 `math` lets `math-verify` find the last answer in the completion (LaTeX, `\\boxed`, fractions, percentages, sets, plain
 numbers) and compare it as mathematics: 1/2 is 0.5. `exact` compares text, for choices and words.
 
-Runs in child processes (`qrpo.rewards.workers`): some expressions take computer algebra for ever.
+Runs in child processes (`qrpo.rewards.worker_pool`): some expressions never end in computer algebra.
 """
 
 import importlib.metadata
@@ -18,11 +18,11 @@ from qrpo.config import execution_option
 from qrpo.data.chat import Messages
 from qrpo.errors import ConfigError, RewardError
 from qrpo.rewards.protocol import Answers, Columns, Reward, RewardSection, Score
-from qrpo.rewards.workers import Workers
+from qrpo.rewards.worker_pool import WorkerPool
 
 __all__ = ["AnswerReward", "AnswerRewardConfig"]
 
-_SECONDS = 5  # for reading one expression, and for comparing two; an answer that takes longer is wrong
+_SECONDS = 5  # limit for parsing one expression and for comparing two; an answer that takes longer is wrong
 
 
 class AnswerRewardConfig(RewardSection):
@@ -33,11 +33,11 @@ class AnswerRewardConfig(RewardSection):
     column: str = Field("answer", min_length=1)
     """The dataset's column with the right answer; where it is null, the reward does not apply."""
     match: Literal["math", "exact"] = "math"
-    """Equal as mathematics, or as text but for case and spaces."""
+    """`math`: equal as mathematics. `exact`: equal as text, ignoring case and spaces."""
     answer_after: str | None = Field(None, min_length=1)
-    """In the column, the answer is what follows the last of these marks: `####` in GSM8K."""
+    """In the column, the answer follows the last occurrence of this mark: `####` in GSM8K."""
     completion_after: str | None = Field(None, min_length=1)
-    """The same for completions; without the mark a completion is wrong. By default all of it is read."""
+    """The same for completions; a completion without the mark is wrong. By default the whole completion is read."""
     right: float = Field(1.0, allow_inf_nan=False)
     """Reward of a right answer."""
     wrong: float = Field(0.0, allow_inf_nan=False)
@@ -47,9 +47,9 @@ class AnswerRewardConfig(RewardSection):
     batch_size: int = execution_option(64, ge=1)
     """Completions per call."""
     workers: int = execution_option(1, ge=1)
-    """Processes that work side by side."""
+    """Concurrent processes."""
     timeout: float = execution_option(60.0, gt=0.0)
-    """Longest time for one call, in seconds; longer, and its rows are tried one by one."""
+    """Maximum time for one call, in seconds; after it, its rows are tried one by one."""
 
     def identity(self) -> dict[str, Any]:
         """The versions of what compares; ConfigError where it is not installed."""
@@ -65,11 +65,11 @@ class AnswerRewardConfig(RewardSection):
 
     def open(self, log: Path | None, answers: Answers | None) -> Reward:
         """The comparison in `workers` child processes."""
-        return Workers(
+        return WorkerPool(
             "qrpo.rewards.answer:AnswerReward",
             self,
             name=self.name,
-            count=self.workers,
+            workers=self.workers,
             batch_size=self.batch_size,
             timeout=self.timeout,
             log=log,
@@ -77,14 +77,14 @@ class AnswerRewardConfig(RewardSection):
 
 
 class AnswerReward:
-    """The comparison in this process, for `qrpo.rewards.workers`. Needs the main thread: math-verify uses signals."""
+    """The comparison in this process, for `WorkerPool`. Needs the main thread: math-verify uses signals."""
 
     def __init__(self, config: AnswerRewardConfig):
         self._config = config
         self._matches = _math_matcher(config.digits) if config.match == "math" else _same_text
 
-    def ready(self) -> set[str]:
-        """The one column that is wanted."""
+    def columns(self) -> set[str]:
+        """The one column that is needed."""
         return {self._config.column}
 
     def call(
@@ -139,7 +139,7 @@ def _math_matcher(digits: int) -> Any:
         wanted = parse(right, parsing_timeout=_SECONDS)
         if not wanted:
             raise ValueError(
-                f"math-verify can read no answer in {right[-60:]!r}: mend the data, or set answer_after"
+                f"math-verify can read no answer in {right[-60:]!r}: fix the data, or set answer_after"
             )
         found = parse(given, parsing_timeout=_SECONDS)
         return bool(found) and bool(verify(wanted, found, float_rounding=digits, timeout_seconds=_SECONDS))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from qrpo.callables import load_callable
 from qrpo.config import keyed
 from qrpo.data.chat import encode_conversation, load_tokenizer
 from qrpo.errors import ConfigError, ModelError, RewardError
@@ -27,7 +28,6 @@ from qrpo.rewards import (
     identity,
     open_reward,
 )
-from qrpo.rewards.callables import load_callable
 
 FILE = Path(__file__).with_name("reward_functions.py").resolve()
 HI = [{"role": "user", "content": "Hi there"}]
