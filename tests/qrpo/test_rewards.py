@@ -211,8 +211,8 @@ def test_functions_that_cannot_be_loaded_say_why(tmp_path: Path) -> None:
 
 
 def test_functions_of_installed_modules_are_found() -> None:
-    found = identity(FunctionRewardConfig(function="qrpo.engines.sampling:fits"))
-    assert found["function"] == "fits"
+    found = identity(FunctionRewardConfig(function="qrpo.engines.sampling:length_problem"))
+    assert found["function"] == "length_problem"
     assert {"qrpo/__init__.py", "qrpo/engines/sampling.py", "qrpo/config.py"} <= set(found["sources"])
 
 
