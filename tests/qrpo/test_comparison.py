@@ -5,7 +5,7 @@ import pytest
 
 from qrpo.errors import DataError
 from qrpo.evaluation.comparison import Contender, compare_methods
-from qrpo.evaluation.selection import selection_half
+from qrpo.evaluation.comparison import selection_half
 
 PROMPTS = [f"prompt-{number}" for number in range(40)]
 

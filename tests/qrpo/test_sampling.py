@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from qrpo.data.prompts import split_of
 from qrpo.engines.sampling import SamplingConfig, length_problem, sample_seed
-from qrpo.evaluation.selection import selection_half
+from qrpo.evaluation.comparison import selection_half
 from qrpo.seeds import seeded_hash
 
 
