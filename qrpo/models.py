@@ -1,7 +1,7 @@
-"""Which model is meant, what exactly it is, and how it is loaded, with an error a reader can act on.
+"""Models: configuration, identity and loading.
 
-A model is a folder or a Hugging Face hub id. Its identity goes into fingerprints: a folder is what its files say,
-wherever it lies; a hub id is its name and revision, told without any download.
+A model is a folder or a Hugging Face hub id. Its identity is part of fingerprints: the digest of a folder's files, or the
+name and revision of a hub id, which needs no download.
 """
 
 import hashlib
@@ -59,12 +59,12 @@ def require_model(model: ModelConfig) -> None:
     if not is_local(model):
         if model.path.count("/") > 1:
             raise ModelError(
-                f"no model folder {model.path!r} (from {Path.cwd()}): mend the path; a hub id is org/name"
+                f"no model folder {model.path!r} (from {Path.cwd()}): fix the path; a hub id is org/name"
             )
         return
     folder = Path(model.path).expanduser()
     if not folder.is_dir():
-        raise ModelError(f"no model folder {folder}: mend the path")
+        raise ModelError(f"no model folder {folder}: fix the path")
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"{folder} has no config.json: expected a Hugging Face model folder (config.json, *.safetensors, "
@@ -188,8 +188,6 @@ def _arguments(model: ModelConfig) -> dict[str, Any]:
 def _unloadable(model: ModelConfig, what: str, error: Exception) -> str:
     first = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
     remedy = (
-        "mend the folder"
-        if is_local(model)
-        else "check the id and revision, the network, and `hf auth login`"
+        "fix the folder" if is_local(model) else "check the id and revision, the network, and `hf auth login`"
     )
     return f"cannot load {what} from {model.path}: {first}. Remedy: {remedy}"

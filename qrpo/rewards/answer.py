@@ -1,7 +1,7 @@
 """Verifiable rewards: whether a completion gives the right answer, which is in the dataset.
 
 `math` lets `math-verify` find the last answer in the completion (LaTeX, `\\boxed`, fractions, percentages, sets, plain
-numbers) and compare it as mathematics: 1/2 is 0.5. `exact` compares text, for choices and words.
+numbers) and compare it as mathematics: 1/2 equals 0.5. `exact` compares text, for choices and words.
 
 Runs in child processes (`qrpo.rewards.worker_pool`): some expressions never end in computer algebra.
 """
@@ -31,7 +31,7 @@ class AnswerRewardConfig(RewardSection):
     kind: Literal["answer"] = "answer"
     """Says that this reward compares with the right answer."""
     column: str = Field("answer", min_length=1)
-    """The dataset's column with the right answer; where it is null, the reward does not apply."""
+    """The dataset's column with the right answer; the reward does not apply to rows where it is null."""
     match: Literal["math", "exact"] = "math"
     """`math`: equal as mathematics. `exact`: equal as text, ignoring case and spaces."""
     answer_after: str | None = Field(None, min_length=1)
@@ -52,7 +52,7 @@ class AnswerRewardConfig(RewardSection):
     """Maximum time for one call, in seconds; after it, its rows are tried one by one."""
 
     def identity(self) -> dict[str, Any]:
-        """The versions of what compares; ConfigError where it is not installed."""
+        """The versions of the packages that compare; ConfigError if they are not installed."""
         if self.match == "exact":
             return {}
         try:
@@ -96,11 +96,11 @@ class AnswerReward:
                 f"the data has no column {self._config.column!r} with the right answer: set the reward's `column`"
             )
         return [
-            self._score(said, right)
-            for said, right in zip(completions, columns[self._config.column], strict=True)
+            self._score(completion, right)
+            for completion, right in zip(completions, columns[self._config.column], strict=True)
         ]
 
-    def _score(self, said: str, right: Any) -> Score:
+    def _score(self, completion: str, right: Any) -> Score:
         if right is None:
             return Score(None)
         mark = self._config.answer_after
@@ -109,7 +109,7 @@ class AnswerReward:
             return Score(
                 None, f"the right answer {str(right)[-60:]!r} " + (f"has no {mark!r}" if mark else "is empty")
             )
-        given = _after(said, self._config.completion_after)
+        given = _after(completion, self._config.completion_after)
         try:
             matches = given is not None and self._matches(wanted, given)
         except ValueError as error:
@@ -118,7 +118,7 @@ class AnswerReward:
 
 
 def _after(text: str, mark: str | None) -> str | None:
-    """What follows the last mark; all of the text without one, None where the text lacks it."""
+    """The text after the last mark; the whole text if no mark is given, None if the text lacks it."""
     if mark is None:
         return text
     _, found, rest = text.rpartition(mark)

@@ -67,7 +67,7 @@ def test_path_and_revision_are_left_to_the_identity() -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("/nowhere/model", "no model folder /nowhere/model: mend the path"),
+        ("/nowhere/model", "no model folder /nowhere/model: fix the path"),
         ("./nowhere", "no model folder nowhere"),
         ("some/local/folder", "no model folder 'some/local/folder'.*a hub id is org/name"),
     ],
@@ -90,7 +90,7 @@ def test_damaged_folders_say_so(tiny_model: Path, tmp_path: Path) -> None:
     copy = tmp_path / "model"
     shutil.copytree(tiny_model, copy)
     (copy / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"cannot load its weights from .*mend the folder"):
+    with pytest.raises(ModelError, match=r"cannot load its weights from .*fix the folder"):
         load_causal_lm(config_of(copy))
     (copy / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(ModelError, match="cannot load its weights"):
