@@ -1,14 +1,14 @@
-"""Every error that the method raises on purpose.
+"""The exceptions of `qrpo`.
 
 QRPOError
-├── ConfigError     a setting is unknown, missing or impossible; the message starts with the key's path
+├── ConfigError     a setting is unknown, missing or invalid; the message starts with the key's path
 ├── DataError       an input file or row cannot be read or used
-├── ModelError      a model, tokenizer or chat template is missing or does not fit
+├── ModelError      a model, tokenizer or chat template is missing or unsuitable
 ├── RewardError     a reward cannot be loaded, or fails on every row
 ├── EngineError     a generation engine, or another child process, died
-└── TrainingError   training cannot go on (log-ratio mismatch at step 0, loss not finite, ...)
+└── TrainingError   training cannot continue (log-ratio mismatch at step 0, loss not finite, ...)
 
-A message says what was got, what was expected, where, and the remedy. Invariants of our own are asserted instead.
+A message says what was found, what was expected, where, and what to do. Internal invariants are asserted instead.
 """
 
 __all__ = [
@@ -23,11 +23,11 @@ __all__ = [
 
 
 class QRPOError(Exception):
-    """Base of all errors that a user can mend."""
+    """Base of all errors that a user can fix."""
 
 
 class ConfigError(QRPOError):
-    """A setting is unknown, missing or impossible."""
+    """A setting is unknown, missing or invalid."""
 
 
 class DataError(QRPOError):
@@ -35,7 +35,7 @@ class DataError(QRPOError):
 
 
 class ModelError(QRPOError):
-    """A model, tokenizer or chat template is missing or does not fit."""
+    """A model, tokenizer or chat template is missing or unsuitable."""
 
 
 class RewardError(QRPOError):
@@ -47,4 +47,4 @@ class EngineError(QRPOError):
 
 
 class TrainingError(QRPOError):
-    """Training cannot go on."""
+    """Training cannot continue."""

@@ -1,7 +1,7 @@
-"""A model: where it is, its identity for fingerprints, and loading it, with errors that say what to do.
+"""Models: configuration, identity and loading.
 
-A model is a folder or a Hugging Face hub id. A folder is identified by the content of its files, not by its path; a hub
-id by its name and revision, without a download.
+A model is a folder or a Hugging Face hub id. Its identity is part of fingerprints: the digest of a folder's files, or the
+name and revision of a hub id, which needs no download.
 """
 
 import hashlib

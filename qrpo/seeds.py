@@ -1,4 +1,4 @@
-"""The one hash from which everything random takes its seed."""
+"""Deterministic pseudo-random choices: hashes of names, equal on every machine and in every version."""
 
 import hashlib
 
@@ -6,5 +6,7 @@ __all__ = ["seeded_hash"]
 
 
 def seeded_hash(*parts: object) -> bytes:
-    """32 bytes that depend on the text of all parts (a purpose, a seed, what it is for) and on nothing else."""
-    return hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    """The sha256 of the parts, joined by NUL bytes; bytes count as they are, anything else as its `str`."""
+    return hashlib.sha256(
+        b"\0".join(part if isinstance(part, bytes) else str(part).encode() for part in parts)
+    ).digest()

@@ -1,9 +1,8 @@
-"""Messages to token ids and back, by the model's own chat template, the one way that every stage uses.
+"""Messages to token ids by the model's chat template, for all stages.
 
-A prompt's ids end where the assistant's turn begins; a completion's ids follow them, up to and including the token
-that ends the turn, just as an engine samples them. Prompt and completion are encoded apart and put together, never
-cut out of one encoding, because a tokenizer may merge text across the border. The template alone decides about the
-beginning-of-sequence token: no tokenizer adds a second one here.
+A prompt's ids end where the assistant's turn begins. A completion's ids follow them, up to and including the token that
+ends the turn, as an engine samples them. Prompt and completion are encoded separately and concatenated, never sliced from
+one encoding, because a tokenizer may merge text across the boundary. Only the template adds a beginning-of-sequence token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,12 +21,14 @@ __all__ = [
     "load_tokenizer",
 ]
 
+_MARKER = "QRPO-ends-here"  # a text that occurs in no template
+
 Messages = Sequence[Mapping[str, str]]
 """A conversation: mappings with `role` and `content`."""
 
 
 def load_tokenizer(model: ModelConfig | str, *, chat_template: bool = True) -> Any:
-    """The model's fast tokenizer; ModelError where it, or its chat template unless not needed, is missing."""
+    """The model's fast tokenizer; ModelError if it, or a required chat template, is missing."""
     if isinstance(model, str):
         model = ModelConfig(path=model)
     require_model(model)
@@ -52,7 +53,7 @@ def load_tokenizer(model: ModelConfig | str, *, chat_template: bool = True) -> A
     if chat_template and not tokenizer.chat_template:
         raise ModelError(
             f"the tokenizer of {model.path} has no chat template, so messages cannot become a prompt: put a "
-            "`chat_template.jinja` into the folder, best the one that the model was trained with"
+            "`chat_template.jinja` into the folder, preferably the one that the model was trained with"
         )
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -62,41 +63,43 @@ def load_tokenizer(model: ModelConfig | str, *, chat_template: bool = True) -> A
 
 
 def encode_prompt(tokenizer: Any, messages: Messages) -> list[int]:
-    """Token ids of the conversation so far, up to where the assistant begins to speak."""
+    """Token ids of the conversation so far, up to the beginning of the assistant's turn."""
     return _encode(tokenizer, _render(tokenizer, messages, generation=True))
 
 
 def encode_completion(tokenizer: Any, messages: Messages, text: str) -> list[int]:
-    """Token ids that follow `encode_prompt(tokenizer, messages)` when the assistant says `text`, end token included.
+    """Token ids that follow `encode_prompt(tokenizer, messages)` if the assistant answers `text`, end token included.
 
-    Checked: prompt ids and completion ids together decode to what the template renders for the whole conversation,
-    up to the end token, which is the first special token after the text. Where the template ends the turn without
-    one, the tokenizer's end-of-sequence token is added, since it is what ends a sampled completion. Raises DataError
-    where the text holds the end token, or the template does not render the prompt as the conversation's beginning.
+    The end token is the first special token after the text in the rendered conversation. If the template ends the turn
+    without one, the tokenizer's end-of-sequence token is added, since it ends sampled completions. Checks that prompt and
+    completion ids together decode to the rendered conversation up to the end token. Raises DataError if they do not, if
+    the text contains the end token, or if the template does not render the prompt as the conversation's beginning.
     """
     prompt = _render(tokenizer, messages, generation=True)
     whole = _render(tokenizer, [*messages, {"role": "assistant", "content": text}], generation=False)
     if not whole.startswith(prompt):
         raise DataError(
-            f"the chat template renders the prompt otherwise once it is answered: expected {prompt[-80:]!r} to begin "
+            f"the chat template renders the prompt differently once it is answered: expected {prompt[-80:]!r} to begin "
             f"the conversation, got {whole[: len(prompt)][-80:]!r}; use a template whose generation prompt begins its "
             "assistant turns"
         )
-    said = whole[len(prompt) :]
+    answer = whole[len(prompt) :]
     tail = _after_completion(tokenizer, messages)
-    end = len(said) - len(tail)
-    if not said.endswith(tail) or not said[:end].endswith((text, text.strip())):  # many templates trim
-        raise DataError(f"the chat template does not render the completion as it stands: got {said[:200]!r}")
-    body_ids = _encode(tokenizer, said[:end])
+    end = len(answer) - len(tail)
+    if not answer.endswith(tail) or not answer[:end].endswith(
+        (text, text.strip())
+    ):  # many templates strip the text
+        raise DataError(f"the chat template changes the completion: got {answer[:200]!r}")
+    body_ids = _encode(tokenizer, answer[:end])
     tail_ids = _encode(tokenizer, tail)
     special = _special_ids(tokenizer)
-    place = next((place for place, token_id in enumerate(tail_ids) if token_id in special), None)
-    tail_ids = [tokenizer.eos_token_id] if place is None else tail_ids[: place + 1]
+    end_index = next((index for index, token_id in enumerate(tail_ids) if token_id in special), None)
+    tail_ids = [tokenizer.eos_token_id] if end_index is None else tail_ids[: end_index + 1]
     if ends := {tail_ids[-1], tokenizer.eos_token_id} & set(body_ids):
         token = tokenizer.convert_ids_to_tokens(ends.pop())
-        raise DataError(f"the completion's text holds the end token {token!r} itself: strip it from the data")
+        raise DataError(f"the completion's text contains the end token {token!r}: remove it from the data")
     ids = body_ids + tail_ids
-    rendered = prompt + said[:end] + _decode(tokenizer, tail_ids)
+    rendered = prompt + answer[:end] + _decode(tokenizer, tail_ids)
     decoded = _decode(tokenizer, _encode(tokenizer, prompt) + ids)
     if decoded != rendered and _decode(tokenizer, _encode(tokenizer, rendered)) != decoded:
         raise DataError(
@@ -107,9 +110,9 @@ def encode_completion(tokenizer: Any, messages: Messages, text: str) -> list[int
 
 
 def foreign_tokens(tokenizer: Any, prompt_token_ids: Sequence[int]) -> str | None:
-    """Why a prompt's ids are not this tokenizer's work, in words; None where they may be.
+    """The reason why a prompt's ids cannot come from this tokenizer and chat template; None if they can.
 
-    Another tokenizer's ids decode to a text that is encoded otherwise; another template's do not end as this one's prompts do.
+    Text decoded from another tokenizer's ids is encoded to other ids; another template's prompts have another ending.
     """
     ids = [int(token_id) for token_id in prompt_token_ids]
     if not ids:
@@ -118,27 +121,26 @@ def foreign_tokens(tokenizer: Any, prompt_token_ids: Sequence[int]) -> str | Non
         return f"its token {max(ids)} comes from another tokenizer, this one has {len(tokenizer)}"
     text = _decode(tokenizer, ids)
     if (again := _encode(tokenizer, text)) != ids:
-        return f"its {len(ids)} tokens come from another tokenizer, this one writes the same text in {len(again)}, others"
+        return f"its {len(ids)} tokens come from another tokenizer, this one encodes the same text as {len(again)} other tokens"
     if tokenizer.chat_template is None:
         return None
-    words = "QRPO-ends-here"
     try:
-        prompt = _render(tokenizer, [{"role": "user", "content": words}], generation=True)
-    except DataError:  # a template that wants more than one user's message
+        prompt = _render(tokenizer, [{"role": "user", "content": _MARKER}], generation=True)
+    except DataError:  # the template requires more than one user message
         return None
-    ending = prompt.rpartition(words)[2]
+    ending = prompt.rpartition(_MARKER)[2]
     if not text.endswith(ending):
         return f"it comes from another chat template, this one's prompts end in {ending!r}, it in {text[-len(ending) :]!r}"
     return None
 
 
 def encode_conversation(tokenizer: Any, messages: Messages) -> list[int]:
-    """Token ids of a finished conversation as the template renders it: what a reward model reads."""
+    """Token ids of a complete conversation as the template renders it: the input of a reward model."""
     return _encode(tokenizer, _render(tokenizer, messages, generation=False))
 
 
 def encode_conversations(tokenizer: Any, conversations: Sequence[Messages]) -> list[list[int] | DataError]:
-    """`encode_conversation` of many at once, in one call of the tokenizer; a refused one is its DataError."""
+    """`encode_conversation` of many, in one call of the tokenizer; a DataError for each that the template refuses."""
     rendered: dict[int, str] = {}
     results: dict[int, list[int] | DataError] = {}
     for row, messages in enumerate(conversations):
@@ -165,10 +167,9 @@ def _render(tokenizer: Any, messages: Messages, *, generation: bool) -> str:
 
 
 def _after_completion(tokenizer: Any, messages: Messages) -> str:
-    """What the template puts behind an assistant's last words, seen on words that occur nowhere else."""
-    words = "QRPO-ends-here"
-    whole = _render(tokenizer, [*messages, {"role": "assistant", "content": words}], generation=False)
-    return whole.rpartition(words)[2]
+    """The text that the template appends to an assistant's answer."""
+    whole = _render(tokenizer, [*messages, {"role": "assistant", "content": _MARKER}], generation=False)
+    return whole.rpartition(_MARKER)[2]
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
@@ -180,6 +181,6 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
-    """Control tokens. The first after a completion's text ends the turn, whatever the model family calls it."""
+    """Control tokens. The first one after a completion's text ends the turn in every model family."""
     added = tokenizer.added_tokens_decoder.items()
     return {token_id for token_id, token in added if token.special} | set(tokenizer.all_special_ids)

@@ -1,17 +1,16 @@
-"""Raw dataset rows into prompts, in every format that TRL's users bring.
+"""Dataset rows to prompts, in all formats that TRL supports.
 
 | columns | prompt | offline completions |
 |---|---|---|
-| `prompt` | as it is: a string (one user message) or messages | none |
+| `prompt` | unchanged: a string (one user message) or messages | none |
 | `prompt`, `completion` | the same | the completion |
 | `prompt`, `chosen`, `rejected` | the same | both |
-| `chosen`, `rejected` | their longest common beginning | what follows it, in both |
-| `messages` | up to the last user message | the answer, where there is one |
+| `chosen`, `rejected` | their longest common prefix | the rest of both |
+| `messages` | up to the last user message | the answer, if there is one |
 
-As in TRL, `chosen` and `rejected` that are messages beside a `prompt` that is a string carry the prompt themselves.
-ShareGPT's `conversations` with `from` and `value` are read as `messages`. Every other column goes into `metadata`,
-where reward functions find it. A row that cannot be used raises DataError with the reason; the caller keeps it as a reject.
-Reading files into rows is `qrpo.data.sources`' work.
+As in TRL, if `prompt` is a string and `chosen` and `rejected` are messages, those messages contain the prompt. ShareGPT's
+`conversations` with `from` and `value` are read as `messages`. All other columns go into `metadata`, which reward functions
+receive. A row that cannot be used raises DataError with the reason; the caller records it as a reject.
 """
 
 import hashlib
@@ -26,6 +25,7 @@ from pydantic import Field, model_validator
 from qrpo.config import Section, outside_input
 from qrpo.data.sources import read_rows
 from qrpo.errors import DataError
+from qrpo.seeds import seeded_hash
 
 __all__ = ["Message", "Prompt", "PromptsConfig", "parse_row", "prompt_id", "read_rows", "split_of"]
 
@@ -38,22 +38,22 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 class PromptsConfig(Section):
-    """Where prompts come from and which of them are held out."""
+    """The source of prompts, and which of them are held out."""
 
     source: str = outside_input(..., min_length=1)
     """A JSONL, JSON, CSV or Parquet file (`.gz` and the like too): a path, glob or fsspec URL; or a Hugging Face
     dataset, `hf://org/name[/config][@revision][:split]`."""
     source_name: str | None = None
-    """What the `source` column says; by default the source's last part."""
+    """Value of the `source` column; by default the last part of the source's path."""
     columns: dict[Column, str | None] = Field(default_factory=dict)
     """The dataset's own names for `prompt`, `completion`, `chosen`, `rejected`, `messages`, as `{prompt: question}`;
     null keeps a column of that name out of it (it stays in the metadata)."""
     system_prompt: str | None = None
-    """Put before conversations that have no system message of their own."""
+    """System message for conversations that have none."""
     limit: int | None = Field(None, ge=1)
-    """Read only this many rows from the beginning."""
+    """Read only the first N rows."""
     eval_fraction: float = Field(0.0, ge=0.0, le=1.0)
-    """Share of prompts held out for evaluation, chosen by a hash of the prompt: appending prompts moves none."""
+    """Share of prompts held out for evaluation, chosen by a hash of the prompt: new prompts do not move others."""
     eval_source: str | None = outside_input(None)
     """A source whose prompts are all held out, instead of `eval_fraction`."""
 
@@ -71,12 +71,12 @@ class PromptsConfig(Section):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One row of the dataset, understood."""
+    """One parsed row of the dataset."""
 
     prompt_id: str
     messages: list[Message]
     conversational: bool
-    """False where the prompt came as a plain string."""
+    """False if the prompt was a plain string."""
     offline_completions: list[str]
     """From the completion, or chosen and rejected, in this order."""
     metadata: str
@@ -84,7 +84,7 @@ class Prompt:
 
 
 def prompt_id(messages: Sequence[Mapping[str, str]]) -> str:
-    """32 hex characters that depend on the roles and contents alone."""
+    """32 hex characters that depend only on roles and contents."""
     canonical = json.dumps(
         [[m["role"], m["content"]] for m in messages], ensure_ascii=False, separators=(",", ":")
     )
@@ -92,13 +92,13 @@ def prompt_id(messages: Sequence[Mapping[str, str]]) -> str:
 
 
 def split_of(prompt_id: str, eval_fraction: float) -> Literal["train", "eval"]:
-    """The side a prompt falls on, for good: a hash of its id against the fraction."""
-    digest = hashlib.sha256(f"split\0{prompt_id}".encode()).digest()
-    return "eval" if int.from_bytes(digest[:8], "big") < eval_fraction * 2**64 else "train"
+    """The split of a prompt, which never changes: a hash of its id compared with the fraction."""
+    position = int.from_bytes(seeded_hash("split", prompt_id)[:8], "big")
+    return "eval" if position < eval_fraction * 2**64 else "train"
 
 
 def parse_row(row: Mapping[str, Any], config: PromptsConfig) -> Prompt:
-    """The prompt in a row; DataError with the reason where the row cannot be used."""
+    """The prompt in a row; DataError with the reason if the row cannot be used."""
     values, rest = _pick_columns(row, config)
     prompt, completions = _split_prompt(values)
     conversational = not isinstance(prompt, str)
@@ -118,12 +118,12 @@ def parse_row(row: Mapping[str, Any], config: PromptsConfig) -> Prompt:
         identity = prompt_id(messages)
         (metadata.encode(), json.dumps(messages, ensure_ascii=False).encode(), "".join(completions).encode())
     except UnicodeEncodeError as error:
-        raise DataError(f"text that is no valid Unicode (a lone surrogate): {error}") from error
+        raise DataError(f"text that is not valid Unicode (a lone surrogate): {error}") from error
     return Prompt(identity, messages, conversational, completions, metadata)
 
 
 def _pick_columns(row: Mapping[str, Any], config: PromptsConfig) -> tuple[dict[Column, Any], dict[str, Any]]:
-    """The columns that have a meaning by their own name, and all others by the dataset's."""
+    """The columns with a meaning, by our name, and all others by the dataset's name."""
     names: dict[Column, str | None] = {column: config.columns.get(column, column) for column in _COLUMNS}
     if "messages" not in config.columns and "messages" not in row and "conversations" in row:
         names["messages"] = "conversations"
@@ -140,7 +140,7 @@ def _pick_columns(row: Mapping[str, Any], config: PromptsConfig) -> tuple[dict[C
 
 
 def _split_prompt(values: dict[Column, Any]) -> tuple[str | list[Message], list[str]]:
-    """(prompt, offline completions) by the formats in the module's docstring."""
+    """(prompt, offline completions) in the formats of the module's docstring."""
     prompt = _text_or_messages(values, "prompt")
     if "chosen" in values or "rejected" in values:
         chosen, rejected = (_text_or_messages(values, "chosen"), _text_or_messages(values, "rejected"))
@@ -155,7 +155,7 @@ def _split_prompt(values: dict[Column, Any]) -> tuple[str | list[Message], list[
             )
         explicit = prompt is not None and isinstance(prompt, str) == isinstance(chosen, str)
         if not explicit:
-            prompt, chosen, rejected = _common_beginning(chosen, rejected)
+            prompt, chosen, rejected = _split_common_prefix(chosen, rejected)
         assert prompt is not None
         return prompt, [_completion_text(chosen, "chosen"), _completion_text(rejected, "rejected")]
     if prompt is not None:
@@ -172,19 +172,19 @@ def _split_prompt(values: dict[Column, Any]) -> tuple[str | list[Message], list[
     )
 
 
-def _common_beginning(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """The prompt that `chosen` and `rejected` share, and their rests: TRL's rule for an implicit prompt."""
+def _split_common_prefix(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """The common prefix of `chosen` and `rejected`, and the rest of each: TRL's rule for an implicit prompt."""
     length = 0
-    for ours, theirs in zip(chosen, rejected, strict=False):
-        if ours != theirs:
+    for one, other in zip(chosen, rejected, strict=False):
+        if one != other:
             break
         length += 1
     if isinstance(chosen, str):
         if length > 0 and chosen[length - 1] == " ":
-            length -= 1  # as TRL: the space belongs to the answer's first token
+            length -= 1  # as in TRL: the space belongs to the answer's first token
     elif length == min(len(chosen), len(rejected)):  # the same answer twice: the prompt ends before it
         length = (
-            max((place for place in range(length) if chosen[place]["role"] != "assistant"), default=-1) + 1
+            max((index for index in range(length) if chosen[index]["role"] != "assistant"), default=-1) + 1
         )
     if length == 0:
         raise DataError(
@@ -217,7 +217,7 @@ def _text_or_messages(values: Mapping[Column, Any], column: Column) -> str | lis
     if not isinstance(value, (list, tuple)):
         expected = "a list of messages" if column == "messages" else "a string or a list of messages"
         raise DataError(f"{column!r} is of type {type(value).__name__}, expected {expected}")
-    return [_message(message, f"{column}[{place}]") for place, message in enumerate(value)]
+    return [_message(message, f"{column}[{index}]") for index, message in enumerate(value)]
 
 
 def _message(message: Any, where: str) -> Message:
@@ -249,7 +249,7 @@ def _joined_text(parts: Sequence[Any], where: str) -> str:
 
 
 def _jsonable(value: Any) -> Any:
-    """Plain JSON values: what Parquet and `datasets` bring besides (dates, decimals, bytes) becomes text."""
+    """Plain JSON values; other types of Parquet and `datasets` (dates, decimals, bytes) become text."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):

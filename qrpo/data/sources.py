@@ -1,8 +1,8 @@
-"""Rows out of files and datasets, one by one, each with where it stands; an unreadable row is a DataError in its place.
+"""Rows of files and datasets, each with its location. An unreadable row is a DataError in its place.
 
-JSONL, JSON, CSV and Parquet, compressed or not, at a path, a glob or any fsspec URL, and Hugging Face datasets as
-`hf://org/name[/config][@revision][:split]` (a folder too: `hf:///path/to/folder:train`). Files are streamed, but for
-`.json`, which is one value. What a whole file lacks (it is not there, or no Parquet file at all) is raised.
+Supported are JSONL, JSON, CSV and Parquet, compressed or not, at a path, a glob or any fsspec URL, and Hugging Face
+datasets as `hf://org/name[/config][@revision][:split]` (also a folder: `hf:///path/to/folder:train`). Files are streamed,
+except `.json`. Errors of a whole file (missing, or not a Parquet file) are raised.
 """
 
 import csv
@@ -34,12 +34,12 @@ _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 
 def is_dataset(source: str) -> bool:
-    """Whether the source is a Hugging Face dataset rather than files that can be read and digested."""
+    """Whether the source is a Hugging Face dataset, not files that can be read and hashed."""
     return source.startswith("hf://") and _format(source) is None
 
 
 def source_files(source: str) -> list[str]:
-    """The URLs of the files that a source names, sorted; DataError where there are none."""
+    """The URLs of the source's files, sorted; DataError if there are none."""
     try:
         fs, path = fsspec.url_to_fs(source)
         found = (
@@ -50,10 +50,10 @@ def source_files(source: str) -> list[str]:
             else []
         )
     except (ImportError, ValueError, OSError) as error:
-        raise DataError(f"cannot look for {source}: {error}") from error
+        raise DataError(f"cannot list {source}: {error}") from error
     if not found:
         raise DataError(
-            f"no file {source}" + ("" if "://" in source else f" (from {Path.cwd()})") + ": mend the path"
+            f"no file {source}" + ("" if "://" in source else f" (from {Path.cwd()})") + ": fix the path"
         )
     return [str(fs.unstrip_protocol(name)) if "://" in source else name for name in found]
 
@@ -61,7 +61,7 @@ def source_files(source: str) -> list[str]:
 def read_rows(source: str) -> Iterator[tuple[str, Row | DataError]]:
     """(where, row) for every row of the source, such as ("prompts.jsonl:17", {...}).
 
-    A row that cannot be read comes as a DataError that names the place, and reading goes on behind it.
+    For a row that cannot be read, `row` is a DataError that names its location; reading continues after it.
     """
     if is_dataset(source):
         yield from _dataset_rows(source)
@@ -70,7 +70,7 @@ def read_rows(source: str) -> Iterator[tuple[str, Row | DataError]]:
         kind = _format(url)
         if kind is None:
             raise DataError(
-                f"{url} is of no known kind, expected {', '.join(sorted(_FORMATS))} (or one of them .gz)"
+                f"{url} has no known format, expected {', '.join(sorted(_FORMATS))} (or one of them .gz)"
             )
         try:
             yield from _READERS[kind](url)
@@ -117,7 +117,7 @@ def _json_rows(url: str) -> Iterator[tuple[str, Row | DataError]]:
         first = next((line for line in text.splitlines() if line.strip()), b"")
         if isinstance(_parsed(first, url), DataError):
             raise DataError(f"{url} is not valid JSON: {error}") from error
-        yield from _jsonl_rows(url)  # JSON lines under another name
+        yield from _jsonl_rows(url)  # JSON lines in a file named .json
         return
     if isinstance(value, dict):
         lists = [rows for rows in value.values() if isinstance(rows, list)]
@@ -126,15 +126,15 @@ def _json_rows(url: str) -> Iterator[tuple[str, Row | DataError]]:
         value = lists[0]
     if not isinstance(value, list):
         raise DataError(f"{url}: got a JSON {type(value).__name__}, expected a list of objects")
-    for place, row in enumerate(value):
-        where = f"{url}[{place}]"
+    for index, row in enumerate(value):
+        where = f"{url}[{index}]"
         yield where, _as_row(row, where)
 
 
 def _csv_rows(url: str) -> Iterator[tuple[str, Row | DataError]]:
     csv.field_size_limit(1 << 30)
     with fsspec.open(url, "rb", compression="infer") as binary:
-        # undecodable bytes become lone surrogates here, so that only their own row is unusable
+        # undecodable bytes become lone surrogates, which make only their own row unusable
         file = io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(file, delimiter="\t" if ".tsv" in url.lower() else ",")
         header: list[str] | None = None
@@ -172,7 +172,7 @@ def _parquet_rows(url: str) -> Iterator[tuple[str, Row | DataError]]:
                     yield f"{url}[{number}]", row
                     number += 1
         except pa.ArrowInvalid as error:
-            raise DataError(f"{url} is no readable Parquet file: {error}") from error
+            raise DataError(f"{url} is not a readable Parquet file: {error}") from error
 
 
 def _dataset_rows(source: str) -> Iterator[tuple[str, Row | DataError]]:

@@ -1,7 +1,11 @@
-"""Generation engines: vLLM for real work, plain transformers where vLLM is not installed and for quick tests.
+"""Generation engines.
 
-`open_engine` gives an `Engine` (see `qrpo.engines.sampling`) that runs in a child process: nothing is started before the first
-sample is asked for, closing it gives all memory back, and an engine that dies is started again by the next call.
+    sampling        the `Engine` protocol, requests, samples, `SamplingConfig`, seeds
+    vllm            vLLM's offline engine
+    transformers    plain transformers, where vLLM is not installed and for quick tests
+
+`open_engine` returns an `Engine` in a child process. The process starts with the first sample, closing it frees all
+memory, and the next call restarts an engine that died.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from qrpo.config import Section, execution_option
-from qrpo.engines.sampling import Engine, Sample, SampleRequest, SamplingConfig, misfit
+from qrpo.engines.sampling import Engine, Sample, SampleRequest, SamplingConfig, length_problem
 from qrpo.errors import ConfigError, DataError
 from qrpo.models import Dtype, ModelConfig, context_length
 from qrpo.processes.child import Child
@@ -20,44 +24,44 @@ __all__ = ["EngineConfig", "open_engine"]
 
 
 class EngineConfig(Section):
-    """The engine that draws completions, and how much of the machine it takes."""
+    """The engine that samples completions, and the resources that it uses."""
 
     kind: Literal["vllm", "transformers"] = "vllm"
     """`vllm`, or `transformers` where vLLM is not installed."""
     dtype: Dtype = "auto"
-    """Precision to sample in; `auto` takes the model's setting."""
+    """Precision to sample in; `auto` uses the model's setting."""
     max_model_len: int | None = Field(None, ge=2)
-    """Tokens of prompt and completion together; by default the model's context length."""
+    """Maximum tokens of prompt and completion together; by default the model's context length."""
     options: dict[str, Any] = Field(default_factory=dict)
     """More arguments for `vllm.LLM`, as its documentation names them (`quantization`, `kv_cache_dtype`, ...)."""
     max_num_seqs: int = execution_option(256, ge=1)
-    """Completions that are worked on at the same time."""
+    """Completions that are generated at the same time."""
     max_num_batched_tokens: int | None = execution_option(None, ge=1)
     """Tokens in one step of vLLM; by default its own choice."""
     gpu_memory_utilization: float = execution_option(0.9, gt=0.0, le=1.0)
-    """Share of the GPU's memory that vLLM takes."""
+    """Share of the GPU's memory that vLLM uses."""
     kv_cache_gib: float | None = execution_option(None, gt=0.0)
-    """Size of the key-value cache in GiB; by default what gpu_memory_utilization leaves, on a CPU room for
+    """Size of the key-value cache in GiB; by default what gpu_memory_utilization leaves; on a CPU enough for
     max_num_seqs, at most 4 GiB."""
     tensor_parallel_size: int = execution_option(1, ge=1)
     """GPUs that share each layer."""
     pipeline_parallel_size: int = execution_option(1, ge=1)
-    """GPUs that share the layers among them."""
+    """Groups of GPUs, each with a part of the layers."""
     enforce_eager: bool | None = execution_option(None)
-    """Start quickly, without compiling or capturing graphs; by default on a CPU only."""
+    """Start faster, without compiling or capturing graphs; by default on a CPU only."""
     separate_process: bool = execution_option(False)
-    """Let vLLM put its core into yet another process: a slower start, and some more speed on a fast GPU."""
+    """Let vLLM run its core in another process: slower to start, somewhat faster on a fast GPU."""
     device: str | None = execution_option(None)
-    """Where the transformers engine runs: `cpu`, `cuda`, `cuda:1`; by default the first GPU where there is one."""
+    """Device of the transformers engine: `cpu`, `cuda`, `cuda:1`; by default the first GPU if there is one."""
 
 
 def open_engine(
     config: EngineConfig, model: ModelConfig, *, log: Path | None = None, env: dict[str, str] | None = None
 ) -> Engine:
-    """The configured engine on this model, not yet started; its output will be appended to `log`.
+    """The configured engine on this model, not started yet; its output is appended to `log`.
 
-    `env` are more environment variables for it, such as CUDA_VISIBLE_DEVICES. Raises ModelError where the model's
-    folder is unusable, ConfigError where max_model_len exceeds the model's context.
+    `env` holds more environment variables, such as CUDA_VISIBLE_DEVICES. Raises ModelError if the model's folder is
+    unusable, ConfigError if max_model_len exceeds the model's context.
     """
     context = context_length(model)
     if config.max_model_len is not None and config.max_model_len > context:
@@ -79,7 +83,7 @@ def open_engine(
 
 
 class _ChildEngine:
-    """An engine in a child process, as the `Engine` protocol wants it."""
+    """An `Engine` in a child process."""
 
     def __init__(self, child: Child, max_model_len: int):
         self._child = child
@@ -102,7 +106,7 @@ class _ChildEngine:
             if request.key in keys:
                 raise DataError(f"two requests have the key {request.key!r}: make keys unique within a call")
             keys.add(request.key)
-            if reason := misfit(request.prompt_token_ids, self._max_model_len, sampling.max_tokens):
+            if reason := length_problem(request.prompt_token_ids, self._max_model_len, sampling.max_tokens):
                 raise DataError(f"request {request.key!r}: {reason}")
         return self._child.stream("sample", requests, sampling) if requests else iter(())
 

@@ -1,11 +1,10 @@
-"""What is asked of a generation engine, and what it gives back. Engines live in `qrpo.engines`.
+"""The protocol of generation engines: requests, samples, sampling settings and seeds. Engines are in `qrpo.engines`.
 
-Every sample of a prompt is a request of its own with a seed of its own, a hash of who it is. So sample 7 of a prompt
-is the same draw whether 10 or 50 samples are asked for, alone or among others, today or on another machine. (Engines
-that derive the seeds of `n` samples by counting up from one make neighbouring seeds share all but one sample.)
+Every sample of a prompt is a request with a seed derived from its identity. So sample 7 of a prompt is the same whether
+10 or 50 samples are requested, alone or among others, today or on another machine. (Engines that derive the seeds of `n`
+samples by counting up make neighbouring seeds share all but one sample.)
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -13,33 +12,34 @@ from typing import Literal, Protocol, runtime_checkable
 from pydantic import Field
 
 from qrpo.config import Section
+from qrpo.seeds import seeded_hash
 
-__all__ = ["Engine", "Sample", "SampleRequest", "SamplingConfig", "fits", "misfit", "sample_seed"]
+__all__ = ["Engine", "Sample", "SampleRequest", "SamplingConfig", "length_problem", "sample_seed"]
 
 
 class SamplingConfig(Section):
-    """How completions are drawn; names and meanings are vLLM's."""
+    """How completions are sampled; names and meanings are vLLM's."""
 
     temperature: float = Field(1.0, ge=0.0, le=10.0)
-    """1 samples the model as it is, which is what the theory assumes; 0 always takes the likeliest token."""
+    """1 samples the model unchanged, as the theory assumes; 0 always takes the likeliest token."""
     top_p: float = Field(1.0, gt=0.0, le=1.0)
     """Keep the likeliest tokens that make up this probability; 1 keeps all."""
     top_k: int = Field(0, ge=0)
-    """Keep this many likeliest tokens; 0 keeps all."""
+    """Keep this many of the likeliest tokens; 0 keeps all."""
     min_p: float = Field(0.0, ge=0.0, lt=1.0)
     """Keep tokens at least this probable relative to the likeliest; 0 keeps all."""
     max_tokens: int = Field(1024, ge=1)
-    """Longest completion, in tokens, its end token included."""
+    """Maximum length of a completion in tokens, end token included."""
     stop: tuple[str, ...] = ()
-    """Strings that end a completion when they appear; they are left out of the text, not out of the tokens."""
+    """Strings that end a completion when they appear; the text excludes them, the tokens include them."""
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """One prompt and the samples wanted of it."""
+    """One prompt and the samples requested of it."""
 
     key: str
-    """Names the request in the answer; unique within a call."""
+    """Identifies the request in the answer; unique within a call."""
     prompt_token_ids: Sequence[int]
     samples: Sequence[tuple[int, int]]
     """(sample index, seed) pairs."""
@@ -53,48 +53,47 @@ class Sample:
     text: str
     """Without special tokens."""
     token_ids: list[int]
-    """With the end token where one was sampled."""
+    """With the end token if one was sampled."""
     finish_reason: Literal["stop", "length"]
     """`stop`: an end token or stop string; `length`: max_tokens were reached."""
     sampled_logprob: float
-    """Sum over the tokens of the engine's log-probability under the model, before temperature, top-p and the like."""
+    """Sum of the tokens' log-probabilities under the model, before temperature, top-p and the like."""
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """Draws completions. Calls from several threads are served one after another."""
+    """Samples completions. Calls from several threads are served one after another."""
 
     @property
     def max_model_len(self) -> int:
-        """Most tokens of prompt and completion together; known without starting the engine."""
+        """Maximum length of prompt and completion together, in tokens; known before the engine starts."""
         ...
 
     def sample(
         self, requests: Sequence[SampleRequest], sampling: SamplingConfig
     ) -> Iterator[tuple[str, list[Sample]]]:
-        """(key, samples in the order asked) for every request, each as it ends, so in any order.
+        """Yield (key, samples in the order requested) for every request as it finishes, so in any order.
 
-        Raises DataError before anything is started if a request does not fit (see `misfit`), EngineError if the
-        engine dies: what was yielded stays good, and the next call starts it again.
+        Raises DataError before anything starts if a request does not fit (see `length_problem`), EngineError if the
+        engine dies: results already yielded stay valid, and the next call starts it again.
         """
         ...
 
     def close(self) -> None:
-        """Give all memory back. A later call starts the engine again."""
+        """Free all memory. A later call starts the engine again."""
         ...
 
 
 def sample_seed(run_seed: int, prompt_id: str, sample_index: int, namespace: str = "reference") -> int:
     """The seed of one sample: 63 bits of a hash, so that no two samples of a run share one."""
-    name = f"{namespace}\0{run_seed}\0{prompt_id}\0{sample_index}"
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+    return int.from_bytes(seeded_hash(namespace, run_seed, prompt_id, sample_index)[:8], "big") >> 1
 
 
-def misfit(prompt_token_ids: Sequence[int], max_model_len: int, max_tokens: int) -> str | None:
-    """Why an engine cannot answer the prompt in full, or None if it can.
+def length_problem(prompt_token_ids: Sequence[int], max_model_len: int, max_tokens: int) -> str | None:
+    """Why an engine cannot answer the prompt in full; None if it can.
 
-    An engine would refuse the whole call for one prompt that is too long, and quietly shorten the completion of one
-    that nearly is: both are told apart here, before the call.
+    Checked before the call, because an engine refuses the whole call for one prompt that is too long, and silently
+    shortens the completion of a prompt that nearly is.
     """
     length = len(prompt_token_ids)
     if length == 0:
@@ -105,8 +104,3 @@ def misfit(prompt_token_ids: Sequence[int], max_model_len: int, max_tokens: int)
             f"context of {max_model_len} tokens (max_model_len)"
         )
     return None
-
-
-def fits(prompt_token_ids: Sequence[int], max_model_len: int, max_tokens: int) -> bool:
-    """Whether an engine can answer the prompt in full; `misfit` says why not."""
-    return misfit(prompt_token_ids, max_model_len, max_tokens) is None

@@ -1,9 +1,9 @@
-"""Sampling with plain transformers: no vLLM needed, slower, the same protocol.
+"""Sampling with plain transformers: slower than vLLM, the same protocol.
 
-Runs in the child process that `qrpo.engines.open_engine` starts. Each sample draws from a random stream of its own
-(one uniform number per token, turned into a token by the inverse of the cumulative distribution), so a completion
-depends on its seed and prompt and not on what shares its batch, up to floating-point ties. Batches are of samples in
-the order asked, padded on the left; rows that end leave the batch at once.
+Runs in the child process that `qrpo.engines.open_engine` starts. Each sample has its own random stream (one uniform
+number per token, mapped to a token by the inverse of the cumulative distribution). So a completion depends on its seed
+and prompt and not on the rest of its batch, up to floating-point ties. Batches hold samples in the order requested,
+padded on the left; finished rows leave the batch at once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,6 +21,18 @@ from qrpo.models import ModelConfig, load_causal_lm
 __all__ = ["TransformersEngine"]
 
 
+@dataclass(slots=True)
+class _Row:
+    """One sample that is being generated."""
+
+    request: SampleRequest
+    index: int
+    random: np.random.Generator
+    token_ids: list[int] = field(default_factory=list)
+    logprob: float = 0.0
+    finish_reason: Literal["stop", "length"] | None = None
+
+
 class TransformersEngine:
     """A loaded transformers model and its tokenizer."""
 
@@ -35,7 +47,7 @@ class TransformersEngine:
     def sample(
         self, requests: Sequence[SampleRequest], sampling: SamplingConfig
     ) -> Iterator[tuple[str, list[Sample]]]:
-        """(key, samples) of each request as its last sample ends."""
+        """Yield (key, samples) of each request as its last sample finishes."""
         vocabulary = self._model.get_input_embeddings().num_embeddings
         rows: list[_Row] = []
         for request in requests:
@@ -45,18 +57,18 @@ class TransformersEngine:
                 )
             rows.extend(_Row(request, index, np.random.default_rng(seed)) for index, seed in request.samples)
         left = {request.key: len(request.samples) for request in requests}
-        ended: dict[str, dict[int, Sample]] = {request.key: {} for request in requests}
+        finished: dict[str, dict[int, Sample]] = {request.key: {} for request in requests}
         for start in range(0, len(rows), self._batch_size):
             for row in self._run(rows[start : start + self._batch_size], sampling):
                 key = row.request.key
-                ended[key][row.index] = self._sample(row, sampling)
+                finished[key][row.index] = self._sample(row, sampling)
                 left[key] -= 1
                 if not left[key]:
-                    samples = ended.pop(key)
+                    samples = finished.pop(key)
                     yield key, [samples[index] for index, _ in row.request.samples]
 
-    def _run(self, rows: "list[_Row]", sampling: SamplingConfig) -> "Iterator[_Row]":
-        """Generate a batch; each row as it ends."""
+    def _run(self, rows: list[_Row], sampling: SamplingConfig) -> Iterator[_Row]:
+        """Generate a batch; yield each row as it finishes."""
         import torch
         from transformers import DynamicCache
 
@@ -64,10 +76,10 @@ class TransformersEngine:
         longest = max(len(row.request.prompt_token_ids) for row in rows)
         input_ids_BT = torch.zeros((len(rows), longest), dtype=torch.long)
         mask_BT = torch.zeros((len(rows), longest), dtype=torch.long)
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             prompt = torch.as_tensor(list(row.request.prompt_token_ids))
-            input_ids_BT[place, longest - len(prompt) :] = prompt
-            mask_BT[place, longest - len(prompt) :] = 1
+            input_ids_BT[index, longest - len(prompt) :] = prompt
+            mask_BT[index, longest - len(prompt) :] = 1
         input_ids_BT, mask_BT = input_ids_BT.to(device), mask_BT.to(device)
         positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
         cache = DynamicCache(config=self._model.config)
@@ -87,11 +99,11 @@ class TransformersEngine:
                 row.token_ids.append(token_id)
                 row.logprob += float(logprobs_V[token_id])
                 row.finish_reason = self._finish(row, sampling)
-            going = [place for place, row in enumerate(rows) if row.finish_reason is None]
+            running = [index for index, row in enumerate(rows) if row.finish_reason is None]
             yield from (row for row in rows if row.finish_reason is not None)
-            if len(going) < len(rows):
-                rows = [rows[place] for place in going]
-                keep = torch.as_tensor(going, dtype=torch.long, device=device)
+            if len(running) < len(rows):
+                rows = [rows[index] for index in running]
+                keep = torch.as_tensor(running, dtype=torch.long, device=device)
                 if not rows:
                     return
                 cache.batch_select_indices(keep)
@@ -100,16 +112,16 @@ class TransformersEngine:
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones((len(rows), 1))], dim=-1)
             positions_BT = positions_BT[:, -1:] + 1
 
-    def _finish(self, row: "_Row", sampling: SamplingConfig) -> Literal["stop", "length"] | None:
+    def _finish(self, row: _Row, sampling: SamplingConfig) -> Literal["stop", "length"] | None:
         if row.token_ids[-1] in self._end_ids:
             return "stop"
         if sampling.stop and any(text in self._text(row) for text in sampling.stop):
             return "stop"
         return "length" if len(row.token_ids) == sampling.max_tokens else None
 
-    def _sample(self, row: "_Row", sampling: SamplingConfig) -> Sample:
+    def _sample(self, row: _Row, sampling: SamplingConfig) -> Sample:
         text = self._text(row)
-        cuts = [place for stop in sampling.stop if (place := text.find(stop)) >= 0]
+        cuts = [start for stop in sampling.stop if (start := text.find(stop)) >= 0]
         assert row.finish_reason is not None
         return Sample(
             index=row.index,
@@ -119,28 +131,16 @@ class TransformersEngine:
             sampled_logprob=row.logprob,
         )
 
-    def _text(self, row: "_Row") -> str:
+    def _text(self, row: _Row) -> str:
         return self._tokenizer.decode(  # type: ignore[no-any-return]
             row.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
 
-@dataclass(slots=True)
-class _Row:
-    """One sample on its way."""
-
-    request: SampleRequest
-    index: int
-    random: np.random.Generator
-    token_ids: list[int] = field(default_factory=list)
-    logprob: float = 0.0
-    finish_reason: Literal["stop", "length"] | None = None
-
-
 def _draw(
     logprobs_V: "np.ndarray[Any, np.dtype[np.float64]]", sampling: SamplingConfig, random: np.random.Generator
 ) -> int:
-    """One token, by vLLM's meaning of temperature, min-p, top-k and top-p, applied in this order."""
+    """Draw one token. Temperature, min-p, top-k and top-p mean what they mean in vLLM, in this order."""
     if sampling.temperature == 0.0:
         return int(logprobs_V.argmax())
     scaled_V = logprobs_V / sampling.temperature
@@ -156,5 +156,5 @@ def _draw(
         before = mass - probabilities_V[order]
         probabilities_V[order[before >= sampling.top_p * mass[-1]]] = 0.0
     cumulative_V = np.cumsum(probabilities_V)
-    place = np.searchsorted(cumulative_V, random.random() * cumulative_V[-1], side="right")
-    return int(min(place, np.flatnonzero(probabilities_V)[-1]))
+    token_id = np.searchsorted(cumulative_V, random.random() * cumulative_V[-1], side="right")
+    return int(min(token_id, np.flatnonzero(probabilities_V)[-1]))

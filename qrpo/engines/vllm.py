@@ -1,11 +1,11 @@
-"""vLLM's offline engine, driven step by step so that completions come out as they end.
+"""vLLM's offline engine, driven step by step so that completions are available as they finish.
 
-Runs in the child process that `qrpo.engines.open_engine` starts. What is decided here, and why:
-- one request per (prompt, sample), each with its own seed: vLLM's own `n` counts seeds up and would repeat samples;
-- prompts one after another, all samples of a prompt together: the prefix cache then reads each prompt once;
-- requests are handed in as others end, a little more than run at once, so memory does not grow with the work;
-- the engine's core runs in this very process (it starts in seconds), unless a model is spread over several GPUs;
-- on a CPU no chunked prefill: together with seeds it kills the engine.
+Runs in the child process that `qrpo.engines.open_engine` starts. Decisions and reasons:
+- One request per (prompt, sample), each with its own seed: vLLM's `n` counts seeds up and would repeat samples.
+- Prompts in order, all samples of a prompt together: the prefix cache then computes each prompt once.
+- Requests are added as others finish, slightly more than run at once: memory does not grow with the number of prompts.
+- The engine's core runs in this process, which starts in seconds, unless a model is sharded over several GPUs.
+- No chunked prefill on a CPU: together with seeds it crashes the engine.
 """
 
 import gc
@@ -22,12 +22,12 @@ __all__ = ["VLLMEngine", "cpu_kv_cache_bytes", "require_cpu_heads", "saved_dtype
 
 
 class VLLMEngine:
-    """A loaded vLLM model. Made once per child process; `sample` may be called again and again."""
+    """A loaded vLLM model. Created once per child process; `sample` may be called many times."""
 
     def __init__(self, config: EngineConfig, model: ModelConfig, max_model_len: int):
         spread = config.tensor_parallel_size * config.pipeline_parallel_size > 1
-        self._several = spread or config.separate_process
-        if not self._several:
+        self._multiprocess = spread or config.separate_process
+        if not self._multiprocess:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_COLOR", "0")
         try:
@@ -38,7 +38,7 @@ class VLLMEngine:
                 f"vLLM cannot be imported ({error}): install it (`make install`, or `pip install vllm`), or set "
                 "engine.kind to transformers"
             ) from error
-        gc.freeze()  # vLLM collects garbage several times while it starts: not through all these modules again
+        gc.freeze()  # vLLM collects garbage several times at start: skip all modules loaded so far
         hf_config = load_model_config(model)
         on_cpu = current_platform.is_cpu()
         arguments: dict[str, Any] = {
@@ -54,7 +54,7 @@ class VLLMEngine:
             "enforce_eager": on_cpu if config.enforce_eager is None else config.enforce_eager,
             "enable_prefix_caching": True,
             "logprobs_mode": "raw_logprobs",
-            "generation_config": "auto",  # for its end tokens; sampling settings are all given per request
+            "generation_config": "auto",  # for its end tokens; every request states all sampling settings
         }
         if on_cpu:
             require_cpu_heads(hf_config, model)
@@ -68,12 +68,12 @@ class VLLMEngine:
             arguments["max_num_batched_tokens"] = config.max_num_batched_tokens
         self._llm = vllm.LLM(**{**arguments, **config.options})
         self._ahead = config.max_num_seqs + max(16, config.max_num_seqs // 4)
-        self._served = 0  # makes request names unique over calls
+        self._calls = 0  # makes request names unique across calls
 
     def sample(
         self, requests: Sequence[SampleRequest], sampling: SamplingConfig
     ) -> Iterator[tuple[str, list[Sample]]]:
-        """(key, samples) of each request as its last sample ends."""
+        """Yield (key, samples) of each request as its last sample finishes."""
         from vllm.inputs.engine import tokens_input
 
         engine = self._llm.llm_engine
@@ -83,20 +83,20 @@ class VLLMEngine:
                 raise DataError(
                     f"request {request.key!r}: a token id is outside the model's vocabulary of {vocabulary}"
                 )
-        self._served += 1
+        self._calls += 1
         todo = (
-            (place, number, seed)
-            for place, request in enumerate(requests)
+            (index, number, seed)
+            for index, request in enumerate(requests)
             for number, (_, seed) in enumerate(request.samples)
         )
         collected: list[dict[int, Sample]] = [{} for _ in requests]
         running = 0
         while True:
             while running < self._ahead and (task := next(todo, None)) is not None:
-                place, number, seed = task
+                index, number, seed = task
                 engine.add_request(
-                    f"{self._served}/{place}/{number}",
-                    tokens_input(list(requests[place].prompt_token_ids)),
+                    f"{self._calls}/{index}/{number}",
+                    tokens_input(list(requests[index].prompt_token_ids)),
                     _parameters(sampling, seed),
                 )
                 running += 1
@@ -106,36 +106,36 @@ class VLLMEngine:
                 if not output.finished:
                     continue
                 running -= 1
-                _, place, number = map(int, output.request_id.split("/"))
-                request, samples = requests[place], collected[place]
+                _, index, number = map(int, output.request_id.split("/"))
+                request, samples = requests[index], collected[index]
                 samples[number] = _sample(request.samples[number][0], output.outputs[0], request.key)
                 if len(samples) == len(request.samples):
-                    collected[place] = {}
+                    collected[index] = {}
                     yield request.key, [samples[n] for n in range(len(samples))]
 
     def close(self) -> None:
-        """End vLLM's own processes, where it has any. This process is about to end in any case."""
-        if self._several and callable(
+        """Stop vLLM's processes, if it started any. This process is about to end."""
+        if self._multiprocess and callable(
             shutdown := getattr(self._llm.llm_engine.engine_core, "shutdown", None)
         ):
             shutdown()
 
 
 def saved_dtype(hf_config: Any) -> str:
-    """What `auto` means everywhere else. vLLM's own `auto` would turn float32 into bfloat16 without asking."""
+    """The dtype that `auto` means elsewhere: the saved one. vLLM's `auto` silently turns float32 into bfloat16."""
     dtype = getattr(hf_config, "dtype", None) or getattr(hf_config.get_text_config(), "dtype", None)
     return "auto" if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def cpu_kv_cache_bytes(hf_config: Any, max_model_len: int, max_num_seqs: int) -> int:
-    """Room for `max_num_seqs` full sequences, but at most 4 GiB and at least one sequence.
+    """Key-value cache for `max_num_seqs` full sequences: at most 4 GiB, at least one sequence.
 
-    vLLM would take half of the machine's memory, and fill it with zeros first (3.5 s per GiB seen).
+    By default vLLM takes half of the machine's memory and fills it with zeros (3.5 s per GiB measured).
     """
     text = hf_config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
     head_dim = _head_dim(hf_config)
-    if not heads or not head_dim:  # not attention alone: no formula here
+    if not heads or not head_dim:  # not a pure attention model: no formula
         return 4 << 30
     sequence = (
         2 * text.num_hidden_layers * heads * head_dim * 4 * (max_model_len + 128)
@@ -144,7 +144,7 @@ def cpu_kv_cache_bytes(hf_config: Any, max_model_len: int, max_num_seqs: int) ->
 
 
 def require_cpu_heads(hf_config: Any, model: ModelConfig) -> None:
-    """Say before the start what vLLM would only say at the first step."""
+    """Raise ModelError before the start for head sizes that vLLM would refuse only at the first step."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     supported = CPUAttentionBackend.get_supported_head_sizes()

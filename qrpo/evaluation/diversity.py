@@ -1,10 +1,10 @@
-"""How different a model's samples of one prompt are from each other: a policy that collapsed says the same every time.
+"""Diversity of a model's samples of one prompt. A collapsed policy always gives the same answer.
 
-    unique            share of a prompt's samples that differ from all before them
-    distinct_1, _2    different tokens, and pairs of neighbouring tokens, over all of a prompt's samples (Li et al. 2016)
-    self_similarity   mean Jaccard overlap of the token pairs of two samples of the prompt; 1: all alike, 0: nothing shared
+    unique            share of different samples among a prompt's samples
+    distinct_1, _2    share of different tokens, and token bigrams, in all samples of a prompt (Li et al. 2016)
+    self_similarity   mean Jaccard overlap of the bigrams of two samples; 1: all equal, 0: nothing shared
 
-Cheap on purpose: counts of tokens, no model. Compare only numbers from equally many samples a prompt.
+All are counts of tokens; no model is needed. Compare only values from the same number of samples per prompt.
 """
 
 from collections.abc import Hashable, Sequence
@@ -19,9 +19,9 @@ __all__ = ["diversity"]
 
 
 def diversity(samples: Sequence[Sequence[Hashable]], prompt: Ints) -> dict[str, dict[str, float]]:
-    """Each measure's mean over prompts and standard error; NaN where no prompt has what it needs (two samples, a pair).
+    """Each measure's mean over prompts and standard error; NaN if no prompt has enough data (two samples, a bigram).
 
-    `samples` are token ids (or words) of S completions, `prompt` (S,) tells their prompts apart.
+    `samples` are token ids (or words) of S completions, `prompt` (S,) numbers their prompts.
     """
     groups: dict[int, list[Sequence[Hashable]]] = {}
     for tokens, one in zip(samples, prompt.tolist(), strict=True):
@@ -36,13 +36,13 @@ def diversity(samples: Sequence[Sequence[Hashable]], prompt: Ints) -> dict[str, 
 
 def _measures(group: list[Sequence[Hashable]]) -> dict[str, float]:
     whole = [tuple(tokens) for tokens in group]
-    pairs = [list(pairwise(tokens)) for tokens in whole]
-    sets = [frozenset(some) for some in pairs]
+    bigrams = [list(pairwise(tokens)) for tokens in whole]
+    sets = [frozenset(some) for some in bigrams]
     overlaps = [len(a & b) / len(a | b) for a, b in combinations(sets, 2) if a or b]
     return {
         "unique": len(set(whole)) / len(whole),
         "distinct_1": _share_distinct(whole),
-        "distinct_2": _share_distinct(pairs),
+        "distinct_2": _share_distinct(bigrams),
         "self_similarity": float(np.mean(overlaps)) if overlaps else float("nan"),
     }
 

@@ -1,13 +1,13 @@
-"""Is a better reward only a longer completion? Rewards compared at equal length, and what a token is worth.
+"""Rewards at equal length: is a better reward only a longer completion?
 
     win rate at equal length    P(win | dlength = 0) under logit P(win) = a + b tanh(dlength / std(dlength)), the length
                                 term of AlpacaEval 2's length-controlled win rate (Dubois et al. 2024), fitted to all
-                                pairs of samples of the same prompt; prompts count alike
-    reward gain at equal length d in reward = (one constant a prompt) + b length + d [policy]
+                                pairs of samples of the same prompt; prompts have equal weight
+    reward gain at equal length d in reward = (one constant per prompt) + b length + d [policy]
     reward per token            the slope of reward on length among one model's samples of the same prompt
 
-Lengths are in tokens. Standard errors are robust to whatever samples of one prompt have in common (a sandwich, clustered
-by prompt); they speak of the model's fit, not of whether length is the cause.
+Lengths are in tokens. Standard errors are clustered by prompt (sandwich estimator). They describe the fit, not whether
+length causes the reward.
 """
 
 from dataclasses import asdict, dataclass
@@ -22,22 +22,22 @@ __all__ = ["Slope", "compare_at_equal_length", "reward_per_token"]
 
 @dataclass(frozen=True)
 class Slope:
-    """How reward goes with length among samples of the same prompt."""
+    """The relation of reward to length among samples of the same prompt."""
 
     mean: float
-    """Reward per token; 0 where all lengths of a prompt are equal."""
+    """Reward per token; 0 if all lengths of a prompt are equal."""
     standard_error: float
     correlation: float
-    """Within prompts, in [-1, 1]; NaN where rewards or lengths do not vary."""
+    """Within prompts, in [-1, 1]; NaN if rewards or lengths do not vary."""
 
 
 def compare_at_equal_length(
     reward: Floats, length: Floats, prompt: Ints, ref_reward: Floats, ref_length: Floats, ref_prompt: Ints
 ) -> dict[str, Any]:
-    """A model's samples against the reference's, as they are and at equal length; plain numbers, for JSON.
+    """A model's samples against the reference's, unadjusted and at equal length; plain numbers, for JSON.
 
     Keys: `win_rate` (`mean`, `low`, `high`, `confidence`), `reward_gain` and `reward_gain_unadjusted` (`mean`,
-    `standard_error`), and `reward_per_token` of the `model` and the `reference`: the bias after and before.
+    `standard_error`), and `reward_per_token` of the `model` and the `reference`.
     """
     mine, theirs = sample_pairs(prompt, ref_prompt)
     won = (reward[mine] > ref_reward[theirs]) + 0.5 * (reward[mine] == ref_reward[theirs])
@@ -68,16 +68,16 @@ def reward_per_token(reward: Floats, length: Floats, prompt: Ints) -> Slope:
 
 
 def _win_rate(won: Floats, longer_by: Floats, prompt: Ints) -> dict[str, float]:
-    """P(win) at no difference in length, by logistic regression with standard errors clustered by prompt.
+    """P(win) at equal length, by logistic regression with standard errors clustered by prompt.
 
-    One more prompt, whose two pairs are a tie at each extreme of length, keeps the fit finite where a model wins always.
+    An additional prompt, with a tie at each extreme of length, keeps the fit finite if a model always wins.
     """
-    _, place, counts = np.unique(prompt, return_inverse=True, return_counts=True)
+    _, index, counts = np.unique(prompt, return_inverse=True, return_counts=True)
     spread = longer_by.std()
     x = np.tanh(longer_by / spread) if spread > 0 else np.zeros_like(longer_by)
     x, won = np.append(x, [1.0, -1.0]), np.append(won, [0.5, 0.5])
-    weight = np.append(1 / counts[place], [0.5, 0.5])
-    place = np.append(place, [len(counts)] * 2)
+    weight = np.append(1 / counts[index], [0.5, 0.5])
+    index = np.append(index, [len(counts)] * 2)
     design = np.stack([np.ones_like(x), x], axis=1)
     coefficients = np.zeros(2)
     for _ in range(50):
@@ -87,27 +87,27 @@ def _win_rate(won: Floats, longer_by: Floats, prompt: Ints) -> dict[str, float]:
         coefficients += step
         if np.abs(step).max() < 1e-10:
             break
-    error = _clustered_errors(design, weight * (won - chance), curvature, place)[0]
+    error = _clustered_errors(design, weight * (won - chance), curvature, index)[0]
     low, mean, high = (1 / (1 + np.exp(-(coefficients[0] + z * error))) for z in (-1.96, 0.0, 1.96))
     return {"mean": float(mean), "low": float(low), "high": float(high), "confidence": 0.95}
 
 
 def _within_prompts(values: Floats, regressors: Floats, prompt: Ints) -> tuple[Floats, Floats]:
-    """Least squares with a constant of its own for each prompt: coefficients and clustered standard errors, (R,) each."""
+    """Least squares with one constant per prompt: coefficients and clustered standard errors, (R,) each."""
     design = np.stack([_centred(column, prompt) for column in regressors.T], axis=1)
     scale = np.sqrt((design**2).mean(axis=0))
     design = design / np.where(scale > 0, scale, 1.0)
     centred = _centred(values, prompt)
     curvature = design.T @ design
     coefficients = np.linalg.pinv(curvature) @ (design.T @ centred)
-    place = np.unique(prompt, return_inverse=True)[1]
-    errors = _clustered_errors(design, centred - design @ coefficients, curvature, place)
+    index = np.unique(prompt, return_inverse=True)[1]
+    errors = _clustered_errors(design, centred - design @ coefficients, curvature, index)
     unscale = np.where(scale > 0, scale, np.inf)
     return coefficients / unscale, errors / unscale
 
 
-def _clustered_errors(design: Floats, residual: Floats, curvature: Floats, place: Ints) -> Floats:
-    scores = np.stack([np.bincount(place, weights=column * residual) for column in design.T], axis=1)
+def _clustered_errors(design: Floats, residual: Floats, curvature: Floats, index: Ints) -> Floats:
+    scores = np.stack([np.bincount(index, weights=column * residual) for column in design.T], axis=1)
     clusters = len(scores)
     if clusters < 2:
         return np.full(design.shape[1], np.nan)
@@ -118,7 +118,7 @@ def _clustered_errors(design: Floats, residual: Floats, curvature: Floats, place
 
 
 def _centred(values: Floats, prompt: Ints) -> Floats:
-    place = np.unique(prompt, return_inverse=True)[1]
-    means = np.bincount(place, weights=values) / np.bincount(place)
-    centred: Floats = values - means[place]
+    index = np.unique(prompt, return_inverse=True)[1]
+    means = np.bincount(index, weights=values) / np.bincount(index)
+    centred: Floats = values - means[index]
     return centred

@@ -1,11 +1,10 @@
-"""Means, win rates, divergences and their intervals, with prompts as the units of chance.
+"""Means, win rates, KL and their intervals over prompts.
 
-Samples of one prompt resemble each other, so every standard error and interval here is taken over prompts, never over
-samples. All functions are pure, on NumPy arrays with one entry a sample: `values`, and `prompt`, integers that tell
-prompts apart.
+Samples of one prompt are correlated, so standard errors and intervals are over prompts, never over samples. All functions
+are pure, on NumPy arrays with one entry per sample: `values`, and `prompt`, integers that number the prompts.
 
     win rate   P(policy's reward > reference's), ties a half, over all pairs of samples of the same prompt
-    KL         E_policy[log pi - log ref], from the policy's own samples: unbiased; may be negative by chance
+    KL         E_policy[log pi - log ref], from the policy's samples: unbiased; may be negative by chance
     k3         E_policy[ref/pi - 1 + log pi - log ref]: never negative, same expectation (Schulman 2020)
 """
 
@@ -30,14 +29,14 @@ RESAMPLES = 2000
 
 
 def prompt_means(values: Floats, prompt: Ints) -> Floats:
-    """Each prompt's mean, prompts ascending; NaN values, and prompts with nothing else, are left out."""
+    """Each prompt's mean, prompts ascending; NaN values, and prompts with no other values, are excluded."""
     known = ~np.isnan(values)
-    _, place = np.unique(prompt[known], return_inverse=True)
-    return np.bincount(place, weights=values[known]) / np.bincount(place)
+    _, index = np.unique(prompt[known], return_inverse=True)
+    return np.bincount(index, weights=values[known]) / np.bincount(index)
 
 
 def mean_by_prompt(values: Floats, prompt: Ints) -> dict[str, float]:
-    """`mean` over prompts of each prompt's mean, and its `standard_error`; NaN values are left out."""
+    """`mean` over prompts of each prompt's mean, and its `standard_error`; NaN values are excluded."""
     means = prompt_means(values, prompt)
     error = float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else float("nan")
     return {"mean": float(means.mean()) if len(means) else float("nan"), "standard_error": error}
@@ -54,7 +53,7 @@ def sample_pairs(prompt: Ints, ref_prompt: Ints) -> tuple[Ints, Ints]:
 
 
 def win_rates(reward: Floats, prompt: Ints, ref_reward: Floats, ref_prompt: Ints) -> Floats:
-    """One win rate for each prompt that both have samples of, prompts ascending: the share of pairs won, ties a half."""
+    """The share of pairs won, ties a half, for each prompt that both have samples of, prompts ascending."""
     mine, theirs = sample_pairs(prompt, ref_prompt)
     won = (reward[mine] > ref_reward[theirs]) + 0.5 * (reward[mine] == ref_reward[theirs])
     return prompt_means(won, prompt[mine])
@@ -76,18 +75,18 @@ def bootstrap_interval(values: Floats, *, confidence: float = 0.95, seed: int = 
     means = np.concatenate(
         [
             values[rng.integers(0, len(values), (rows, len(values)))].mean(axis=1)
-            for rows in np.full(RESAMPLES // 100, 100)  # a hundred at a time: many prompts fit into memory
+            for rows in np.full(RESAMPLES // 100, 100)  # a hundred at a time, to limit memory
         ]
     )
     return _percentiles(means, confidence)
 
 
 def seeds_and_prompts(values_SP: Floats, *, confidence: float = 0.95, seed: int = 0) -> dict[str, float]:
-    """The mean over S training seeds and P prompts, with what both contribute to its uncertainty.
+    """The mean over S training seeds and P prompts, with the uncertainty that both contribute.
 
-    `values_SP` has one value a seed and prompt (a prompt's mean reward, its win rate), all seeds on the same prompts.
-    `standard_error` is over seeds; `low` and `high` come from drawing seeds and prompts with replacement, each on its
-    own, which errs on the wide side (Owen 2007).
+    `values_SP` has one value per seed and prompt (mean reward, win rate), all seeds on the same prompts.
+    `standard_error` is over seeds; `low` and `high` come from resampling seeds and prompts independently with
+    replacement, which is conservative (Owen 2007).
     """
     seeds, prompts = values_SP.shape
     rng = np.random.default_rng(seed)

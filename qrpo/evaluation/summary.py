@@ -1,22 +1,21 @@
-"""Models against the reference on held-out prompts: what a table of fresh, scored samples says, and how surely.
+"""Compare models with the reference on held-out prompts, from a table of scored samples.
 
-`summarise` puts it together from `qrpo.evaluation.statistics` (means, win rates, KL; prompts are the units of chance),
-`qrpo.evaluation.length_control`, `qrpo.evaluation.diversity` and `qrpo.evaluation.selection`, which take plain arrays and can be used alone.
-`prompt_scores` gives the same per prompt, to compare runs with each other.
+`summarise` combines `statistics`, `length_control`, `diversity` and `comparison`, which take plain arrays and can be used
+alone. `prompt_scores` gives scores per prompt, to compare runs.
 """
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from qrpo.errors import DataError
+from qrpo.evaluation.comparison import choose_best
 from qrpo.evaluation.diversity import diversity
 from qrpo.evaluation.length_control import compare_at_equal_length
-from qrpo.evaluation.selection import choose_best
 from qrpo.evaluation.statistics import (
     Floats,
     Ints,
@@ -26,9 +25,8 @@ from qrpo.evaluation.statistics import (
     prompt_means,
     win_rates,
 )
-
-if TYPE_CHECKING:
-    from qrpo.training.settings import PolicyConfig
+from qrpo.method.theory import summary as theory_summary
+from qrpo.training.settings import PolicyConfig
 
 __all__ = ["COLUMNS", "json_numbers", "prompt_scores", "summarise"]
 
@@ -43,30 +41,30 @@ COLUMNS = (
     "finish_reason",
     "token_ids",
 )
-"""The columns of an evaluation table that are read here."""
+"""The columns of an evaluation table that `summarise` reads."""
 Score = Literal["reward", "quantile_reward", "length", "win_rate", "kl"]
 
 
 def summarise(
-    table: Any, config: "PolicyConfig | None" = None, *, num_ref: int | None = None, seed: int = 0
+    table: Any, config: PolicyConfig | None = None, *, num_ref: int | None = None, seed: int = 0
 ) -> dict[str, Any]:
-    """Compare the models of an evaluation table with the reference; plain numbers, for JSON (null for what is unknown).
+    """Compare the models of an evaluation table with the reference; plain numbers, for JSON (null for unknown values).
 
     `table`: a `pyarrow.Table` or a mapping of columns, one row per sample: `prompt_id`, `model` (reference, policy, and
     any others), `sample_index`, `reward`, `quantile_reward`, `model_logprob` (under the model that drew it),
-    `ref_logprob`, `finish_reason`, `token_ids`. Rows whose reward is null are left out.
+    `ref_logprob`, `finish_reason`, `token_ids`. Rows whose reward is null are excluded.
 
-    The answer describes `policy` and `reference` and compares the two: `win_rate`, `kl`, `length_controlled`. Where the
-    table has other models, `others` has the same of each, and `best` the one of all with the highest reward, chosen on
-    one half of the prompts and reported on the other. With `config` there is `theory`: what the optimum of its
-    transform and beta promises (QRPO's alone), and with `num_ref` what quantiles of so many references can attain of it.
+    The result describes `policy` and `reference` and compares the two: `win_rate`, `kl`, `length_controlled`. If the
+    table has other models, `others` holds the same of each, and `best` the model with the highest reward, chosen on one
+    half of the prompts and reported on the other. With a QRPO `config`, `theory` holds the values at the optimum for its
+    transform and beta, and with `num_ref` the values attainable from quantiles of this many references.
     """
     samples = _samples(table)
     if not {"policy", "reference"} <= samples.keys():
         got = {name: len(samples[name].reward) if name in samples else 0 for name in ("policy", "reference")}
         raise DataError(
             f"evaluation: {got['policy']} scored samples of the policy and {got['reference']} of the "
-            "reference, expected some of both; look at the stage's rejects"
+            "reference, expected some of both; check the stage's rejects"
         )
     reference = samples["reference"]
     result: dict[str, Any] = {
@@ -94,8 +92,8 @@ def summarise(
 def prompt_scores(table: Any, score: Score) -> tuple[list[str], dict[str, Floats]]:
     """Prompt ids (P,) and each model's mean score of each (P,), of the prompts that every model has samples of.
 
-    `win_rate` and `kl` are against the reference, which has no entry then. What `qrpo.evaluation.selection.choose_best` and
-    `qrpo.evaluation.statistics.seeds_and_prompts` take.
+    `win_rate` and `kl` are against the reference, which then has no entry. Input of `choose_best` and
+    `seeds_and_prompts`.
     """
     samples = _samples(table)
     shared = sorted(set.intersection(*(set(own.prompt_ids) for own in samples.values())))
@@ -129,10 +127,9 @@ class _Samples:
     def only(self, prompt_ids: Sequence[str]) -> "_Samples":
         wanted = set(prompt_ids)
         rows = np.array([row for row, one in enumerate(self.prompt_ids) if one in wanted], dtype=np.int64)
-        fields: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}
         kept: dict[str, Any] = {
             name: value[rows] if isinstance(value, np.ndarray) else [value[row] for row in rows]
-            for name, value in fields.items()
+            for name, value in vars(self).items()
         }
         return _Samples(**kept)
 
@@ -171,7 +168,7 @@ def _samples(table: Any) -> dict[str, _Samples]:
 
 
 def _describe(own: _Samples) -> dict[str, Any]:
-    """One model by itself. `reward_by_draw`: mean reward of every prompt's first sample, second, ...: as many seeds."""
+    """One model by itself. `reward_by_draw`: mean reward of all prompts' first samples, of their second, ..."""
     return {
         "samples": len(own.reward),
         "reward": mean_by_prompt(own.reward, own.prompt),
@@ -188,7 +185,7 @@ def _compare(own: _Samples, reference: _Samples, seed: int) -> dict[str, Any]:
     wins = win_rates(own.reward, own.prompt, reference.reward, reference.prompt)
     if not len(wins):
         raise DataError(
-            "evaluation: no prompt has scored samples of both a model and the reference; look at the rejects"
+            "evaluation: no prompt has scored samples of both a model and the reference; check the rejects"
         )
     low, high = bootstrap_interval(wins, seed=seed)
     return {
@@ -201,7 +198,7 @@ def _compare(own: _Samples, reference: _Samples, seed: int) -> dict[str, Any]:
 
 
 def json_numbers(value: Any) -> Any:
-    """The same with None for what JSON cannot say: a standard error from a single prompt or seed."""
+    """Replace numbers that JSON lacks (NaN, infinity) by None, such as the standard error of a single prompt."""
     if isinstance(value, dict):
         return {key: json_numbers(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -209,10 +206,8 @@ def json_numbers(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _promised(config: "PolicyConfig", num_ref: int | None) -> dict[str, Any]:
-    from qrpo.method.theory import summary
-
-    promised = summary(config.transform, config.beta, num_ref)
+def _promised(config: PolicyConfig, num_ref: int | None) -> dict[str, Any]:
+    promised = theory_summary(config.transform, config.beta, num_ref)
     names = {
         "win_rate": "quantile_reward",
         "kl": "kl",

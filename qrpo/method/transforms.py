@@ -32,10 +32,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from qrpo.callables import load_callable
 from qrpo.errors import ConfigError
 from qrpo.method.arrays import Array, Float64, is_torch, on_float64, to_float64
 from qrpo.method.quadrature import TiltedNodes, tilted_nodes
-from qrpo.rewards.callables import load_callable
 
 __all__ = [
     "Identity",

@@ -1,19 +1,17 @@
-"""Work in a child process that gives its memory back and never outlives its parent.
+"""Run an object in a child process that frees all its memory and never outlives its parent.
 
-Generation engines and reward models leave memory behind in the process that ran them, start processes of their own,
-and sometimes die. So each runs in a child: a `Child` keeps an object there (`qrpo.processes.serving.GeneratorFunction` where it is
-one function) and serves calls to its methods. It promises:
+Generation engines and reward models leave memory allocated, start processes and sometimes crash. `Child` keeps such an
+object in a child process and forwards calls of its methods. It guarantees:
 
-- the child leads a process group; closing it, or leaving its iterator half read, kills the whole group;
-- it dies with its parent, even by kill -9: a thread in the child waits for the end of a pipe that only the parent
-  holds open. (PR_SET_PDEATHSIG would do it for the *thread* that started the child, which may end long before.)
-- it runs ahead of the reader by a bounded amount, so an engine stays busy while its results are written down;
-- what it prints goes to a log file; its errors rise in the parent: a QRPOError as itself, anything else as an
-  EngineError that says how it ended and where its log lies.
+- The child leads a process group. Closing it, or abandoning an iterator, kills the whole group.
+- The child kills its group when the parent ends, even by SIGKILL: a thread in the child compares `os.getppid()` with
+  the parent's id. (PR_SET_PDEATHSIG acts on the end of the *thread* that started the child.)
+- The child computes ahead of the reader by a bounded number of bytes, so an engine stays busy while results are stored.
+- Output goes to a log file. A QRPOError is raised in the parent as it is; any other error becomes an EngineError that
+  names the log.
 
-The child is a fresh interpreter (`sys.executable`), not a fork: nothing of the parent's threads or CUDA state is in
-it. It does not import the parent's main script, so no `if __name__ == "__main__"` is asked of the user's. What runs
-in it is `qrpo.processes.serving`.
+The child is a new interpreter, not a fork: it shares no threads and no CUDA state with the parent. It does not import
+the parent's main script, so scripts need no `if __name__ == "__main__"`. Its code is `qrpo.processes.serving`.
 """
 
 import contextlib
@@ -33,23 +31,22 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
-import qrpo.errors
 from qrpo.errors import EngineError, QRPOError
 
 __all__ = ["Child"]
 
 _BOOT = (
     "import json, sys; boot = json.loads(sys.argv[1]); sys.path[:] = boot['path'];"
-    "from qrpo.processes.serving import serve; serve(boot['connection'], boot['lifeline'], boot['parent'])"
+    "from qrpo.processes.serving import serve; serve(boot['connection'], boot['parent'])"
 )
 
 
 class Child:
-    """An object that lives in a child process: `target(*args)` makes it there, at the first call.
+    """An object in a child process. The first call starts the process and creates the object as `target(*args)`.
 
-    Calls from several threads are served one after another. After the child died, or was killed because a call was
-    abandoned, the next call starts a new one. `log` is appended to; without it the output is kept only for errors.
-    With `patience`, a child whose call is abandoned is sent a SIGTERM and has so many seconds to save what it has.
+    Calls from several threads are served one after another. If the child died or was killed, the next call starts a
+    new one. Output is appended to `log`; without `log` it is kept only for error messages. With `patience`, a child
+    whose call is abandoned receives SIGTERM and has this many seconds to save its state.
     """
 
     def __init__(
@@ -63,32 +60,32 @@ class Child:
     ):
         self.name = name or target
         self._patience = patience
-        self._boot = (target, args)
+        self._target = (target, args)
         self._log = log
         self._env = dict(env or {})
         self._lock = threading.Lock()
-        self._owner: int | None = None
-        self._running: _Running | None = None
+        self._owner: int | None = None  # the thread whose call is being served
+        self._process: _Process | None = None
 
     @property
     def pid(self) -> int | None:
-        """The child's process id, which is also its group's, while it runs."""
-        return self._running.process.pid if self._running and self._running.alive() else None
+        """The id of the running child process and of its process group; None if it does not run."""
+        return self._process.popen.pid if self._process and self._process.alive() else None
 
     def call(self, method: str, *args: Any, timeout: float | None = None) -> Any:
-        """The result of one method call. After `timeout` seconds the child is killed and TimeoutError raised."""
+        """Return the result of a method. After `timeout` seconds, kill the child and raise TimeoutError."""
         with contextlib.closing(self._exchange(method, args, timeout, streaming=False)) as answers:
             return next(answers)
 
     def stream(self, method: str, *args: Any) -> Iterator[Any]:
-        """The items of a generator method, as they come. Closing the iterator early kills the child."""
+        """Yield the items of a generator method as they arrive. Closing the iterator early kills the child."""
         return self._exchange(method, args, None, streaming=True)
 
     def close(self, grace: float = 5.0) -> None:
-        """End the child: it may tidy up for `grace` seconds, then its group is killed. Calls may start it again."""
-        running, self._running = self._running, None
-        if running is not None:
-            running.stop(grace)
+        """Stop the child: it has `grace` seconds to clean up, then its group is killed. A later call restarts it."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.stop(grace)
 
     def _exchange(
         self, method: str, args: tuple[Any, ...], timeout: float | None, *, streaming: bool
@@ -97,53 +94,58 @@ class Child:
             raise EngineError(f"{self.name} is still answering this thread: read or close the first iterator")
         with self._lock:
             self._owner = threading.get_ident()
-            finished = yielded = False
+            reusable = yielded = False
             try:
-                running = self._start()
-                running.send((method, args))
+                process = self._start()
+                process.send((method, args))
                 while True:
-                    kind, payload = running.receive(timeout)
-                    if kind == "item":
-                        finished = not streaming  # a call has one item, and its reader leaves with it
-                        yielded = True
-                        yield payload
-                    elif kind == "done":
-                        finished = True
+                    kind, *payload = process.receive(timeout)
+                    if kind == "done":
+                        reusable = True
                         return
-                    else:
-                        # after an error of its own kind the child is well; after any other it is started afresh
-                        finished = payload["class"] not in (None, "EngineError") and not yielded
-                        raise _raised(payload, self.name, running.where())
+                    if kind == "error":
+                        # The child stays usable after a QRPOError, except after an EngineError or within a stream.
+                        reusable = type(payload[0]) not in (str, EngineError) and not yielded
+                        raise self._error(process, *payload)
+                    reusable = not streaming  # a call has one item, and its reader stops after it
+                    yielded = True
+                    yield payload[0]
             except _Ended as ended:
                 raise EngineError(f"{self.name} {ended}") from None
             finally:
                 self._owner = None
-                if not finished and self._running is not None:
-                    broken, self._running = self._running, None
+                if not reusable and self._process is not None:
+                    broken, self._process = self._process, None
                     if self._patience and broken.alive():
-                        broken.process.terminate()
+                        broken.popen.terminate()
                     broken.stop(grace=self._patience)
 
-    def _start(self) -> "_Running":
-        if self._running is not None and not self._running.alive():
-            self._running.stop(grace=0.0)
-            self._running = None
-        if self._running is None:
-            running = _Running(self._log, self._env)
-            self._running = running  # from here on the caller stops it if it fails
-            running.send(self._boot)
-            kind, payload = running.receive(None)
+    def _start(self) -> "_Process":
+        if self._process is not None and not self._process.alive():
+            self.close(grace=0.0)
+        if self._process is None:
+            self._process = process = _Process(
+                self._log, self._env
+            )  # `_exchange` stops it if the start fails
+            process.send(self._target)
+            kind, *payload = process.receive(None)
             if kind == "error":
-                raise _raised(payload, self.name, running.where())
-        return self._running
+                raise self._error(process, *payload)
+        return self._process
+
+    def _error(self, process: "_Process", error: QRPOError | str, trace: str) -> QRPOError:
+        if isinstance(error, str):
+            error = EngineError(f"{self.name} failed: {error}. {process.where()}")
+        error.add_note(f"In the child process:\n{trace}")
+        return error
 
 
 class _Ended(Exception):
-    """The child is gone; the text says how."""
+    """The child process ended or closed its connection; the message says how."""
 
 
-class _Running:
-    """One living child process and the two pipes to it."""
+class _Process:
+    """One child process and the connection to it."""
 
     def __init__(self, log: Path | None, env: Mapping[str, str]):
         self.log = log
@@ -153,78 +155,76 @@ class _Running:
         else:
             log.parent.mkdir(parents=True, exist_ok=True)
             self._output = log.open("ab+")
-        self.connection, theirs = Pipe()
-        lifeline, held = os.pipe()
-        boot = {
-            "connection": theirs.fileno(),
-            "lifeline": lifeline,
-            "parent": os.getpid(),
-            "path": [str(entry) for entry in sys.path],
-        }
+        self.connection, child_end = Pipe()
+        boot = {"connection": child_end.fileno(), "parent": os.getpid(), "path": list(map(str, sys.path))}
         try:
-            self.process = subprocess.Popen(
+            self.popen = subprocess.Popen(
                 [sys.executable, "-c", _BOOT, json.dumps(boot)],
                 stdin=subprocess.DEVNULL,
                 stdout=self._output,
                 stderr=subprocess.STDOUT,
-                pass_fds=(theirs.fileno(), lifeline),
+                pass_fds=(child_end.fileno(),),
                 start_new_session=True,
                 env={**os.environ, "PYTHONUNBUFFERED": "1", **env},
             )
         except BaseException:
             self.connection.close()
-            os.close(held)
             self._output.close()
             raise
         finally:
-            theirs.close()
-            os.close(lifeline)
-        # also runs when this object is collected and when the interpreter exits
-        self._end = weakref.finalize(self, _end, self.process, self.connection, held, self._output)
+            child_end.close()
+        # also runs when this object is garbage collected and when the interpreter exits
+        self._kill = weakref.finalize(self, _kill_group, self.popen, self.connection, self._output)
 
     def alive(self) -> bool:
         return self._status() is None
 
     def _status(self) -> int | None:
-        """The exit code, or minus the signal; None while it runs. Leaves the process unreaped, see `_end`."""
-        if self.process.returncode is not None:
-            return self.process.returncode
-        ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        """The exit code, or minus the signal; None while it runs. Does not reap the process, see `_kill_group`."""
+        if self.popen.returncode is not None:
+            return self.popen.returncode
+        ended = os.waitid(os.P_PID, self.popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if ended is None:
             return None
         return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
     def send(self, message: object) -> None:
-        data = pickle.dumps(message, protocol=5)  # first, so that what cannot be pickled raises here
+        data = pickle.dumps(message, protocol=5)  # outside `try`: errors of pickling are the caller's
         try:
             self.connection.send_bytes(data)
         except OSError:
-            raise _Ended(self._epitaph()) from None
+            raise _Ended(self._describe_end()) from None
 
-    def receive(self, timeout: float | None) -> tuple[str, Any]:
-        deadline = None if timeout is None else time.monotonic() + timeout
+    def receive(self, timeout: float | None) -> tuple[Any, ...]:
+        deadline = float("inf") if timeout is None else time.monotonic() + timeout
         while True:
-            wait = 1.0 if deadline is None else min(1.0, max(0.0, deadline - time.monotonic()))
+            wait = min(1.0, max(0.0, deadline - time.monotonic()))
             try:
-                # the process is asked too: something that it forked may still hold its end of the pipe open
+                # A grandchild may keep the connection open after the child died, so `alive` is checked as well.
                 if self.connection.poll(wait) or (not self.alive() and self.connection.poll(0)):
                     return pickle.loads(self.connection.recv_bytes())  # type: ignore[no-any-return]  # noqa: S301
             except (EOFError, OSError):
-                raise _Ended(self._epitaph()) from None
+                raise _Ended(self._describe_end()) from None
             if not self.alive():
-                raise _Ended(self._epitaph())
-            if deadline is not None and time.monotonic() >= deadline:
+                raise _Ended(self._describe_end())
+            if time.monotonic() >= deadline:
                 raise TimeoutError(f"no answer within {timeout:g} s")
 
     def where(self) -> str:
-        return f"its log: {self.log}" if self.log else f"its last output:\n{self._tail()}"
+        """The log's path, or the last lines of output if there is no log."""
+        if self.log:
+            return f"its log: {self.log}"
+        self._output.seek(0, os.SEEK_END)
+        self._output.seek(max(0, self._output.tell() - 16384))
+        lines = self._output.read().decode(errors="replace").splitlines()[-20:]
+        return "its last output:\n" + "\n".join(lines)
 
     def stop(self, grace: float) -> None:
         if grace and self.alive():
             with contextlib.suppress(OSError):
                 self.connection.send_bytes(pickle.dumps(None))
             self._wait(grace)
-        self._end()
+        self._kill()
 
     def _wait(self, seconds: float) -> int | None:
         deadline = time.monotonic() + seconds
@@ -232,9 +232,9 @@ class _Running:
             time.sleep(0.01)
         return status
 
-    def _epitaph(self) -> str:
+    def _describe_end(self) -> str:
         status = self._wait(5.0)
-        if status is None:  # it closed its end but lives on
+        if status is None:  # it closed its connection but still runs
             how = "stopped answering"
         elif status < 0:
             how = f"was killed by {signal.Signals(-status).name}"
@@ -242,30 +242,15 @@ class _Running:
                 how += " (the system does this where memory runs out)"
         else:
             how = f"exited with code {status}"
-        return f"{how} in the middle of its work. The next call starts it again. {self.where()}"
-
-    def _tail(self, lines: int = 20) -> str:
-        self._output.seek(0, os.SEEK_END)
-        self._output.seek(max(0, self._output.tell() - 16384))
-        return "\n".join(self._output.read().decode(errors="replace").splitlines()[-lines:])
+        return f"{how} during a call. The next call starts it again. {self.where()}"
 
 
-def _end(process: subprocess.Popen[bytes], connection: Connection, lifeline: int, output: IO[bytes]) -> None:
-    """Kill the child's group and close every pipe to it."""
-    # The group is signalled even where its leader has ended, since others of the group may live on. The leader is
-    # reaped only afterwards: until then no other group can have been given its number.
+def _kill_group(popen: subprocess.Popen[bytes], connection: Connection, output: IO[bytes]) -> None:
+    """Kill the child's process group and close the files that belong to it."""
+    # The group is signalled even if its leader has ended, since others of the group may still run. The leader is
+    # reaped only afterwards: until then no other group can get its number.
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        os.killpg(popen.pid, signal.SIGKILL)
+    popen.wait()
     connection.close()
-    os.close(lifeline)
     output.close()
-
-
-def _raised(failure: dict[str, Any], name: str, where: str) -> QRPOError:
-    if failure["class"] is not None:
-        error: QRPOError = getattr(qrpo.errors, failure["class"])(failure["message"])
-    else:
-        error = EngineError(f"{name} failed: {failure['message']}. {where}")
-    error.add_note(f"In the child process:\n{failure['traceback']}")
-    return error

@@ -1,7 +1,7 @@
-"""SIGTERM, which a scheduler sends some seconds before it takes the machine away: noted, to be acted on between two steps.
+"""Record SIGTERM, which schedulers send some seconds before they take a machine away, and act on it between two steps.
 
-Python runs signal handlers in the main thread alone, and training may run in another; so whoever has the main thread
-enters `noting_sigterm`, and the training loop asks `sigterm_came`.
+Python runs signal handlers in the main thread alone, and training may run in another. So the code that owns the main
+thread enters `noting_sigterm`, and the training loop asks `sigterm_came`.
 """
 
 import signal
@@ -16,7 +16,7 @@ _came = threading.Event()
 
 @contextmanager
 def noting_sigterm() -> Iterator[None]:
-    """Note a SIGTERM instead of dying of it while the block runs; does nothing outside the main thread."""
+    """Record a SIGTERM instead of ending the process while the block runs; no effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -29,5 +29,5 @@ def noting_sigterm() -> Iterator[None]:
 
 
 def sigterm_came() -> bool:
-    """Whether a SIGTERM was noted since the last `noting_sigterm` began."""
+    """Whether a SIGTERM arrived since the last `noting_sigterm` began."""
     return _came.is_set()

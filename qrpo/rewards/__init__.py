@@ -1,25 +1,28 @@
 """Rewards: one absolute number for each completion.
 
-| `kind` | what scores |
-|---|---|
-| `function` | a Python function in TRL's GRPO signature |
-| `model` | a Hugging Face reward model, run by transformers or vLLM |
-| `judge` | a language model behind an OpenAI-compatible server, asked to grade by a rubric |
-| `answer` | a comparison with the right answer, mathematical or to the letter |
-| `code` | the share of tests that the completion's code passes, run in a sandbox |
+    protocol       `RewardSection`, `Reward`, `Score`, and the weighted sum of several rewards
+    function       kind `function`: a Python function in TRL's GRPO signature
+    model          kind `model`: a Hugging Face reward model, run by transformers
+    pooling        the same under vLLM's pooling runner
+    judge          kind `judge`: a language model behind an OpenAI-compatible server grades by a rubric
+    grades         how a judge's answer becomes a score
+    chat_client    requests to the judge's server, with retries
+    answer         kind `answer`: comparison with the right answer, as mathematics or as text
+    code           kind `code`: the share of tests that the completion's code passes in the sandbox
+    worker_pool    child processes for code that may hang or crash
 
-`open_reward` gives a `Reward` that starts what it needs with the first call, in child processes where that is memory
-or foreign code: a reward model gives its memory back when closed, and a function that hangs is ended. Rows that cannot
-be scored come back with their `error`, in their place; a reward that scores no row at all raises RewardError.
+`open_reward` returns a `Reward` that starts what it needs with the first call, in child processes where it runs foreign
+code or takes much memory. A row that cannot be scored gets an `error` in its place; a reward that scores no row at all
+raises RewardError.
 
-A kind of one's own is one module like the others:
+To add a kind, write one module like the others:
 
-    class LengthConfig(RewardSection):                  # `name` and `weight` are there already
+    class LengthConfig(RewardSection):                  # has `name` and `weight`
         kind: Literal["length"] = "length"
-        longest: int = 100                              # a setting: changing it scores anew
-        batch: int = execution_option(64)                           # changing it does not
+        longest: int = 100                              # a setting: changing it scores again
+        batch: int = execution_option(64)               # changing it does not
 
-        def identity(self):                             # what else could change a score; see the protocol
+        def identity(self):                             # what else could change a score; see `protocol`
             return {}
 
         def open(self, log, answers):
@@ -30,13 +33,13 @@ A kind of one's own is one module like the others:
             self.longest = longest
 
         def score(self, prompts, completions, columns, *, conversational=None):
-            return [Score(min(len(said), self.longest) / self.longest) for said in completions]
+            return [Score(min(len(text), self.longest) / self.longest) for text in completions]
 
         def close(self): ...
 
-added to `RewardConfig` below. What each method owes is in `qrpo.rewards.protocol`. Rows that are scored by code of
-unknown temper go through `qrpo.rewards.workers`, which isolates, times out and retries them; memory that must come back
-belongs into a `qrpo.processes.child.Child`; answers that cost money go to the `answers` that `open` is given.
+and add it to `RewardConfig` below. `protocol` defines what each method must do. Use a `WorkerPool` for code that may hang
+or crash, a `qrpo.processes.child.Child` for memory that must be freed, and the `answers` given to `open` for answers that
+cost money.
 """
 
 from pathlib import Path
@@ -75,17 +78,17 @@ RewardConfig = Annotated[
 
 
 def open_reward(config: RewardSection, *, log: Path | None = None, answers: Answers | None = None) -> Reward:
-    """The configured reward. Children append their output to `log`; answers that cost money are kept in `answers`.
+    """The configured reward. Children append their output to `log`; answers that cost money are stored in `answers`.
 
-    Raises ConfigError or ModelError at once where what it needs is missing.
+    Raises ConfigError or ModelError at once if something that it needs is missing.
     """
-    config.identity()  # reads the file or folder: what is missing is told before anything starts
+    config.identity()  # reads the file or folder, so that what is missing is reported before anything starts
     return config.open(log, answers)
 
 
 def identity(config: RewardSection) -> dict[str, Any]:
-    """What the reward is beside its settings, for fingerprints. Paths are not in it.
+    """The reward's identity for fingerprints, without paths.
 
-    Together with `qrpo.config.keyed(config)` it tells apart whatever could score differently.
+    Two rewards that could score differently differ in it or in `qrpo.config.keyed(config)`.
     """
     return config.identity()

@@ -1,9 +1,9 @@
-"""Verifiable rewards: whether the completion gives the right answer that the dataset knows.
+"""Verifiable rewards: whether a completion gives the right answer, which is in the dataset.
 
 `math` lets `math-verify` find the last answer in the completion (LaTeX, `\\boxed`, fractions, percentages, sets, plain
-numbers) and compare it as mathematics: 1/2 is 0.5. `exact` compares text, for choices and words.
+numbers) and compare it as mathematics: 1/2 equals 0.5. `exact` compares text, for choices and words.
 
-Runs in child processes (`qrpo.rewards.workers`): some expressions take computer algebra for ever.
+Runs in child processes (`qrpo.rewards.worker_pool`): some expressions never end in computer algebra.
 """
 
 import importlib.metadata
@@ -18,11 +18,11 @@ from qrpo.config import execution_option
 from qrpo.data.chat import Messages
 from qrpo.errors import ConfigError, RewardError
 from qrpo.rewards.protocol import Answers, Columns, Reward, RewardSection, Score
-from qrpo.rewards.workers import Workers
+from qrpo.rewards.worker_pool import WorkerPool
 
 __all__ = ["AnswerReward", "AnswerRewardConfig"]
 
-_SECONDS = 5  # for reading one expression, and for comparing two; an answer that takes longer is wrong
+_SECONDS = 5  # limit for parsing one expression and for comparing two; an answer that takes longer is wrong
 
 
 class AnswerRewardConfig(RewardSection):
@@ -31,13 +31,13 @@ class AnswerRewardConfig(RewardSection):
     kind: Literal["answer"] = "answer"
     """Says that this reward compares with the right answer."""
     column: str = Field("answer", min_length=1)
-    """The dataset's column with the right answer; where it is null, the reward does not apply."""
+    """The dataset's column with the right answer; the reward does not apply to rows where it is null."""
     match: Literal["math", "exact"] = "math"
-    """Equal as mathematics, or as text but for case and spaces."""
+    """`math`: equal as mathematics. `exact`: equal as text, ignoring case and spaces."""
     answer_after: str | None = Field(None, min_length=1)
-    """In the column, the answer is what follows the last of these marks: `####` in GSM8K."""
+    """In the column, the answer follows the last occurrence of this mark: `####` in GSM8K."""
     completion_after: str | None = Field(None, min_length=1)
-    """The same for completions; without the mark a completion is wrong. By default all of it is read."""
+    """The same for completions; a completion without the mark is wrong. By default the whole completion is read."""
     right: float = Field(1.0, allow_inf_nan=False)
     """Reward of a right answer."""
     wrong: float = Field(0.0, allow_inf_nan=False)
@@ -47,12 +47,12 @@ class AnswerRewardConfig(RewardSection):
     batch_size: int = execution_option(64, ge=1)
     """Completions per call."""
     workers: int = execution_option(1, ge=1)
-    """Processes that work side by side."""
+    """Concurrent processes."""
     timeout: float = execution_option(60.0, gt=0.0)
-    """Longest time for one call, in seconds; longer, and its rows are tried one by one."""
+    """Maximum time for one call, in seconds; after it, its rows are tried one by one."""
 
     def identity(self) -> dict[str, Any]:
-        """The versions of what compares; ConfigError where it is not installed."""
+        """The versions of the packages that compare; ConfigError if they are not installed."""
         if self.match == "exact":
             return {}
         try:
@@ -65,11 +65,11 @@ class AnswerRewardConfig(RewardSection):
 
     def open(self, log: Path | None, answers: Answers | None) -> Reward:
         """The comparison in `workers` child processes."""
-        return Workers(
+        return WorkerPool(
             "qrpo.rewards.answer:AnswerReward",
             self,
             name=self.name,
-            count=self.workers,
+            workers=self.workers,
             batch_size=self.batch_size,
             timeout=self.timeout,
             log=log,
@@ -77,14 +77,14 @@ class AnswerRewardConfig(RewardSection):
 
 
 class AnswerReward:
-    """The comparison in this process, for `qrpo.rewards.workers`. Needs the main thread: math-verify uses signals."""
+    """The comparison in this process, for `WorkerPool`. Needs the main thread: math-verify uses signals."""
 
     def __init__(self, config: AnswerRewardConfig):
         self._config = config
         self._matches = _math_matcher(config.digits) if config.match == "math" else _same_text
 
-    def ready(self) -> set[str]:
-        """The one column that is wanted."""
+    def columns(self) -> set[str]:
+        """The one column that is needed."""
         return {self._config.column}
 
     def call(
@@ -96,11 +96,11 @@ class AnswerReward:
                 f"the data has no column {self._config.column!r} with the right answer: set the reward's `column`"
             )
         return [
-            self._score(said, right)
-            for said, right in zip(completions, columns[self._config.column], strict=True)
+            self._score(completion, right)
+            for completion, right in zip(completions, columns[self._config.column], strict=True)
         ]
 
-    def _score(self, said: str, right: Any) -> Score:
+    def _score(self, completion: str, right: Any) -> Score:
         if right is None:
             return Score(None)
         mark = self._config.answer_after
@@ -109,7 +109,7 @@ class AnswerReward:
             return Score(
                 None, f"the right answer {str(right)[-60:]!r} " + (f"has no {mark!r}" if mark else "is empty")
             )
-        given = _after(said, self._config.completion_after)
+        given = _after(completion, self._config.completion_after)
         try:
             matches = given is not None and self._matches(wanted, given)
         except ValueError as error:
@@ -118,7 +118,7 @@ class AnswerReward:
 
 
 def _after(text: str, mark: str | None) -> str | None:
-    """What follows the last mark; all of the text without one, None where the text lacks it."""
+    """The text after the last mark; the whole text if no mark is given, None if the text lacks it."""
     if mark is None:
         return text
     _, found, rest = text.rpartition(mark)
@@ -139,7 +139,7 @@ def _math_matcher(digits: int) -> Any:
         wanted = parse(right, parsing_timeout=_SECONDS)
         if not wanted:
             raise ValueError(
-                f"math-verify can read no answer in {right[-60:]!r}: mend the data, or set answer_after"
+                f"math-verify can read no answer in {right[-60:]!r}: fix the data, or set answer_after"
             )
         found = parse(given, parsing_timeout=_SECONDS)
         return bool(found) and bool(verify(wanted, found, float_rounding=digits, timeout_seconds=_SECONDS))

@@ -1,8 +1,8 @@
-"""The reward of code: the share of tests that the completion's code passes, run in `qrpo.sandbox`.
+"""The code reward: the share of tests that a completion's code passes in `qrpo.sandbox`.
 
 The tests are in columns of the dataset: `check(candidate)` as in LeetCodeDataset and HumanEval, or inputs and expected
-outputs of a program that reads standard input. A completion without code has reward 0; a row whose tests are broken
-has an error. `run_tests` gives the same for a list of completions, with whether all tests passed.
+outputs of a program that reads standard input. A completion without code has reward 0; a row with broken tests has an
+error. `run_tests` returns the verdicts themselves.
 """
 
 import importlib.metadata
@@ -23,7 +23,7 @@ from qrpo.sandbox.isolator import find_packages
 
 __all__ = ["CodeReward", "CodeRewardConfig", "fenced_code", "run_tests"]
 
-_VERSION = 1  # changes when the same code and tests could be judged otherwise
+_VERSION = 1  # increase it when the verdict on the same code and tests could change
 
 _FENCE = re.compile(r"[ \t]*(?P<mark>`{3,}|~{3,})[ \t]*(?P<language>[\w+.#-]*)[^`]*")
 _PYTHON = {"python", "python3", "py", ""}
@@ -41,20 +41,19 @@ class CodeRewardConfig(RewardSection):
     entry_point: str = "entry_point"
     """The column with the expression that they call, such as `add` or `Solution().twoSum`."""
     preamble: str | None = None
-    """The column with source that goes before solution and tests: imports, `class TreeNode`. LeetCodeDataset's is `prompt`."""
+    """The column with source that precedes solution and tests: imports, `class TreeNode`. LeetCodeDataset's is `prompt`."""
     inputs: str = "inputs"
     """The column with a program's inputs: a string or a list of strings."""
     outputs: str = "outputs"
-    """The column with what it should print for each of them."""
+    """The column with the expected output for each input."""
     limits: Limits = Limits()
     """What one solution may use."""
     packages: tuple[str, ...] = ()
-    """What solutions and tests may import beside the standard library: names of modules that are installed here, and need
-    no others."""
+    """Modules that solutions and tests may import besides the standard library; installed here, without dependencies."""
     workers: int | None = execution_option(None, ge=1)
-    """How many solutions run at once, by default one a core."""
+    """Solutions that run in parallel, by default one per core."""
     allow_unsandboxed: bool = False
-    """Run the code WITHOUT the sandbox, with all rights of this user. Never for what a model wrote."""
+    """Run the code WITHOUT the sandbox, with all rights of this user. Never use it for code that a model wrote."""
 
     def identity(self) -> dict[str, Any]:
         """The version of the judging, of the Python that runs the code, and of its packages."""
@@ -62,14 +61,14 @@ class CodeRewardConfig(RewardSection):
         return {"judging": _VERSION, "python": ".".join(map(str, sys.version_info[:2])), **versions}
 
     def open(self, log: Path | None, answers: Answers | None) -> "CodeReward":
-        """The sandbox, started by the first call; RewardError at once where bubblewrap is missing."""
+        """The sandbox, started by the first call; RewardError at once if bubblewrap is missing."""
         return CodeReward(self)
 
 
 def fenced_code(text: str, mention: str = "") -> str | None:
     """The code in the text's last fenced Python block that contains `mention`, or else its last; None without one.
 
-    Blocks without a language count. A block that the text leaves open goes to its end.
+    Blocks without a language count as Python. A block without a closing fence extends to the end of the text.
     """
     blocks: list[str] = []
     lines: list[str] = []
@@ -94,7 +93,7 @@ def fenced_code(text: str, mention: str = "") -> str | None:
 
 
 class CodeReward:
-    """Scores completions in the sandbox, as the `Reward` protocol wants it."""
+    """A `Reward` that scores completions in the sandbox."""
 
     def __init__(self, config: CodeRewardConfig):
         self._config = config
@@ -120,7 +119,7 @@ class CodeReward:
         ]
 
     def verdicts(self, completions: Sequence[str], columns: Columns) -> list[Verdict | DataError]:
-        """The verdict on each completion, in order; a DataError where the row's tests cannot be used."""
+        """The verdict on each completion, in order; a DataError if the row's tests cannot be used."""
         results: dict[int, Verdict | DataError] = {}
         solutions: dict[int, tuple[str, CheckTests | ProgramTests]] = {}
         for row, completion in enumerate(completions):
@@ -150,8 +149,8 @@ def run_tests(
 ) -> list[Verdict | DataError]:
     """The verdict on each completion (`share` of tests passed, `all_passed`), in order.
 
-    `columns` holds the tests by the names that `config` gives, one value per completion. A row whose tests cannot be
-    used has a DataError in its place. Raises RewardError where bubblewrap is missing.
+    `columns` holds the tests by the names in `config`, one value per completion. A row whose tests cannot be used has a
+    DataError in its place. Raises RewardError if bubblewrap is missing.
     """
     reward = CodeReward(config)
     try:
@@ -171,7 +170,7 @@ def _tests_of(values: Mapping[str, Any], config: CodeRewardConfig) -> CheckTests
         inputs, outputs = _texts(values, config.inputs), _texts(values, config.outputs)
         if len(inputs) != len(outputs) or not inputs:
             raise DataError(
-                f"got {len(inputs)} inputs and {len(outputs)} outputs, expected as many, and some"
+                f"got {len(inputs)} inputs and {len(outputs)} outputs, expected the same number, not 0"
             )
         return ProgramTests(inputs, outputs)
     test = "\n".join(_texts(values, config.test))

@@ -1,12 +1,12 @@
-"""Rewards that are Python functions, in the signature that TRL's GRPO users know.
+"""Rewards that are Python functions, in the signature of TRL's GRPO trainer.
 
     def reward(prompts, completions, answer, **columns) -> list[float | None]
 
 The function gets a batch: prompts and completions as strings, or as lists of messages where the dataset's prompts are
-messages, the sampled `completion_ids`, and the dataset's other columns by name. It may be `async`. None means "does
-not apply". It may leave out what it does not need, `**columns` too.
+messages; the sampled `completion_ids`; and the dataset's other columns by name. Parameters that it does not need may be
+omitted, `**columns` included. It may be `async`. None means "does not apply".
 
-It runs in child processes (`qrpo.rewards.workers`), with the folder of its file on `sys.path`.
+It runs in child processes (`qrpo.rewards.worker_pool`), with the folder of its file on `sys.path`.
 """
 
 import asyncio
@@ -20,12 +20,12 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
+from qrpo.callables import load_callable, source_digests, split_target
 from qrpo.config import execution_option, outside_input
 from qrpo.data.chat import Messages
 from qrpo.errors import ConfigError, QRPOError, RewardError
-from qrpo.rewards.callables import load_callable, source_digests, split_target
 from qrpo.rewards.protocol import Answers, Columns, Reward, RewardSection, Score
-from qrpo.rewards.workers import Workers
+from qrpo.rewards.worker_pool import WorkerPool
 
 __all__ = ["FunctionReward", "FunctionRewardConfig"]
 
@@ -40,11 +40,11 @@ class FunctionRewardConfig(RewardSection):
     version: str = ""
     """Change it when the function's answers change for a reason outside its source: a data file, a package."""
     batch_size: int = execution_option(256, ge=1)
-    """Most completions per call."""
+    """Maximum number of completions per call."""
     workers: int = execution_option(1, ge=1)
-    """Processes that work side by side, each with the function imported for itself."""
+    """Concurrent processes, each of which imports the function."""
     timeout: float = execution_option(60.0, gt=0.0)
-    """Longest time for one call, in seconds; longer, and its rows are tried one by one."""
+    """Maximum time for one call, in seconds; after it, its rows are tried one by one."""
 
     @field_validator("function")
     @classmethod
@@ -61,11 +61,11 @@ class FunctionRewardConfig(RewardSection):
 
     def open(self, log: Path | None, answers: Answers | None) -> Reward:
         """The function in `workers` child processes."""
-        return Workers(
+        return WorkerPool(
             "qrpo.rewards.function:FunctionReward",
             self.function,
             name=self.function,
-            count=self.workers,
+            workers=self.workers,
             batch_size=self.batch_size,
             timeout=self.timeout,
             log=log,
@@ -84,34 +84,30 @@ class FunctionReward:
         except Exception as error:
             raise RewardError(f"cannot import {target}: {_last_line(error)}") from error
         parameters = inspect.signature(self._function).parameters.values()
-        self._names = {
-            parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY
-        }
-        self._takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        self._names = {parameter.name for parameter in named}
+        self._required = [p.name for p in named if p.default is p.empty]
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
 
-    def ready(self) -> set[str] | None:
-        """The names of the columns that the function takes; None for all. Answers once it is loaded."""
+    def columns(self) -> set[str] | None:
+        """The names of the columns that the function takes; None for all."""
         return None if self._takes_all else self._names
 
     def call(
         self, prompts: Sequence[Messages], completions: Sequence[str], columns: Columns, conversational: bool
     ) -> list[Score]:
-        """The function's answer for the rows as one batch, checked; raises RewardError where it fails as a whole."""
+        """The function's checked result for the rows as one batch; RewardError where it fails as a whole."""
         arguments: dict[str, Any] = {
+            **{name: list(values) for name, values in columns.items()},
             "prompts": [_as_given(prompt, conversational) for prompt in prompts],
             "completions": [
                 [{"role": "assistant", "content": text}] if conversational else text for text in completions
             ],
-            **{
-                name: list(values)
-                for name, values in columns.items()
-                if name not in ("prompts", "completions")
-            },
         }
+        if not self._takes_all:
+            arguments = {name: value for name, value in arguments.items() if name in self._names}
         try:
-            values = self._run(
-                {name: arguments[name] for name in arguments if self._takes_all or name in self._names}
-            )
+            values = self._run(arguments)
         except (Exception, SystemExit) as error:
             traceback.print_exception(error)  # into the log
             raise RewardError(f"{self._target} raised {_last_line(error)}") from error
@@ -128,14 +124,7 @@ class FunctionReward:
         return [_checked(value) for value in values]
 
     def _run(self, arguments: dict[str, Any]) -> Any:
-        missing = [
-            name
-            for name, parameter in inspect.signature(self._function).parameters.items()
-            if parameter.default is parameter.empty
-            and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-            and name not in arguments
-        ]
-        if missing:
+        if missing := [name for name in self._required if name not in arguments]:
             given = ", ".join(sorted(arguments)) or "nothing"
             raise TypeError(f"it wants {', '.join(missing)}, which the data does not have (passed: {given})")
         result = self._function(**arguments)
@@ -163,8 +152,8 @@ def _checked(value: Any) -> Score:
 
 
 def _last_line(error: BaseException) -> str:
-    place = ""
+    where = ""
     if frames := traceback.extract_tb(error.__traceback__):
         frame = frames[-1]
-        place = f" ({Path(frame.filename).name}:{frame.lineno})"
-    return traceback.format_exception_only(error)[-1].strip() + place
+        where = f" ({Path(frame.filename).name}:{frame.lineno})"
+    return traceback.format_exception_only(error)[-1].strip() + where

@@ -1,18 +1,17 @@
-"""Rewards that a language model gives: it is shown the completion with a rubric and asked for a grade.
+"""Rewards from a language model that grades each completion by a rubric.
 
-Any OpenAI-compatible server will do (vLLM's, a provider's). The grade is read from the probabilities of the grades'
-tokens, as their mean value: a judge torn between 3 and 4 gives 3.5, and completions that a single sampled grade could
-not tell apart get an order (AlpacaEval 2 and constitutional rewards read judges so). Or it is parsed from the text, for
-servers that give no probabilities and judges that reason first.
+Any OpenAI-compatible server works (vLLM's, a provider's). The grade is the mean over the probabilities of the grades'
+tokens: a judge undecided between 3 and 4 gives 3.5, so completions with the same sampled grade are still ordered
+(AlpacaEval 2 and constitutional rewards do the same). Or the grade is parsed from the text, for servers that return no
+probabilities and judges that reason first. `qrpo.rewards.grades` has both.
 
-Answers cost money, so each is kept as it comes (`Answers`, see `qrpo.rewards.protocol`): a run that is started again,
-with another weight, other values of the grades, or after a kill, asks only what was never answered.
+Answers cost money, so each one is stored as it arrives (`Answers`, see `qrpo.rewards.protocol`). A run that starts
+again, with another weight, other values of the grades, or after a kill, asks only what was never answered.
 """
 
 import asyncio
 import hashlib
 import json
-import math
 import os
 import re
 import threading
@@ -20,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 from jinja2 import StrictUndefined, TemplateError
@@ -30,9 +29,9 @@ from pydantic import Field, field_validator, model_validator
 from qrpo.config import execution_option, outside_input
 from qrpo.data.chat import Messages
 from qrpo.errors import ConfigError, RewardError
-from qrpo.rewards.chat_server import ChatServer, Unanswered
-from qrpo.rewards.grades import essence, read_grade
-from qrpo.rewards.protocol import Answers, Columns, Reward, RewardSection, Score
+from qrpo.rewards.chat_client import ChatClient, RequestFailed
+from qrpo.rewards.grades import GradeSection
+from qrpo.rewards.protocol import Answers, Columns, Reward, Score
 
 __all__ = ["DEFAULT_TEMPLATE", "JudgeReward", "JudgeRewardConfig"]
 
@@ -55,20 +54,22 @@ You grade an assistant's reply by a rubric.
 
 Grade the reply from {{ grades[0] }} (worst) to {{ grades[-1] }} (best). Answer with the grade alone."""
 
-_TOP = 20  # most alternatives that servers give for a token
-_UNANSWERED_AT_MOST = (
-    5  # requests in a row without an answer, each after all its attempts: the server is down
+_TOP_LOGPROBS = 20  # the most alternatives per token that servers return
+_MAX_UNANSWERED = 5  # requests in a row without an answer, each after all its attempts: the server is down
+_STORE_EVERY, _STORE_SECONDS = 256, 5.0  # answers, and seconds of answers, that a kill may lose
+
+_ENVIRONMENT = SandboxedEnvironment(
+    undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
 )
-_KEEP_EVERY, _KEEP_SECONDS = 256, 5.0  # answers that a kill may cost
 
 
-class JudgeRewardConfig(RewardSection):
+class JudgeRewardConfig(GradeSection):
     """A reward that is a language model's grade."""
 
     kind: Literal["judge"] = "judge"
     """Says that this reward is a language model that grades."""
     base_url: str = outside_input(...)
-    """The server, as OpenAI's clients want it: `http://localhost:8000/v1`. Not in fingerprints: see `version`."""
+    """The server's URL, as OpenAI's clients want it: `http://localhost:8000/v1`. Not in fingerprints: see `version`."""
     model: str = Field(min_length=1)
     """The model's name at that server."""
     version: str = ""
@@ -81,36 +82,25 @@ class JudgeRewardConfig(RewardSection):
     """Jinja template of the request; it knows `rubric`, `grades`, `messages`, `prompt` (the last message), `completion`
     and the dataset's other columns."""
     system: str | None = None
-    """A system message before it."""
-    grades: dict[str, float] = Field(
-        default_factory=lambda: {str(grade): float(grade) for grade in range(1, 6)}, min_length=2
-    )
-    """What the judge may answer, worst first, and what each answer is worth."""
-    read: Literal["probabilities", "text"] = "probabilities"
-    """The mean over the grades' token probabilities, or the grade that the text names."""
-    pattern: str | None = None
-    """Where the grade stands in a longer answer: a regular expression whose one group is the grade; its last match
-    counts. By default the answer's first token (probabilities), or the last grade that the text names."""
-    min_probability: float = Field(0.5, ge=0.0, le=1.0)
-    """Least probability of all grades together; with less, the judge answered something else and the row fails."""
+    """A system message that precedes it."""
     max_tokens: int | None = Field(None, ge=1)
-    """Longest answer; by default 1 token where that is the grade, else 1024."""
+    """Maximum length of an answer; by default 1 token where that is the grade, else 1024."""
     temperature: float | None = Field(0.0, ge=0.0)
-    """For sampling the answer."""
+    """Sampling temperature of the answer."""
     extra: dict[str, Any] = Field(default_factory=dict)
-    """More of the request's body (`seed`, `reasoning_effort`, `chat_template_kwargs`, ...); null takes a field out."""
+    """More fields of the request's body (`seed`, `reasoning_effort`, `chat_template_kwargs`, ...); null removes a field."""
     concurrency: int = execution_option(32, ge=1)
-    """Requests at the same time."""
+    """Concurrent requests."""
     timeout: float = execution_option(120.0, gt=0.0)
-    """Longest wait for one answer, in seconds."""
+    """Maximum wait for one answer, in seconds."""
     attempts: int = execution_option(8, ge=1)
-    """How often a request is tried where the server is busy or breaks."""
+    """Attempts per request where the server is busy or fails."""
     backoff: float = execution_option(1.0, gt=0.0)
-    """The first wait between attempts, in seconds; it doubles up to a minute. Retry-After is obeyed besides."""
+    """First wait between attempts, in seconds; it doubles up to a minute. Retry-After is obeyed as well."""
     max_calls: int | None = execution_option(None, ge=0)
-    """Most answers to pay for. Those kept in the store count, so that a run started again does not begin anew."""
+    """Maximum number of answers to pay for. Answers in the store count, so a run started again continues the budget."""
     max_total_tokens: int | None = execution_option(None, ge=0)
-    """Most tokens, of requests and answers together, to pay for; the calls under way when it is reached may go past it."""
+    """Maximum number of tokens, of requests and answers together, to pay for; running calls may exceed it."""
 
     @field_validator("base_url")
     @classmethod
@@ -131,32 +121,8 @@ class JudgeRewardConfig(RewardSection):
             raise ValueError("expected the name of an environment variable, not a key")
         return value
 
-    @field_validator("grades", mode="before")
-    @classmethod
-    def _labels_are_text(cls, value: Any) -> Any:
-        return {str(label): worth for label, worth in value.items()} if isinstance(value, Mapping) else value
-
     @model_validator(mode="after")
-    def _can_be_read(self) -> "JudgeRewardConfig":
-        labels = list(self.grades)
-        if any(label != label.strip() or not label for label in labels):
-            raise ValueError(f"grades: the labels {labels} may not be empty, nor begin or end with a space")
-        if not all(map(math.isfinite, self.grades.values())):
-            raise ValueError("grades: each must be worth a finite number")
-        if self.read == "probabilities":
-            for one in labels:
-                if begun := [other for other in labels if other != one and other.startswith(one)]:
-                    raise ValueError(
-                        f"grades: {begun[0]!r} begins with {one!r}, so a first token cannot tell them apart; use other "
-                        "labels (0 to 9, letters), or `read: text`"
-                    )
-        if self.pattern is not None:
-            try:
-                groups = re.compile(self.pattern).groups
-            except re.error as error:
-                raise ValueError(f"pattern: not a regular expression: {error}") from error
-            if groups != 1:
-                raise ValueError(f"pattern: expected one group, the grade, got {groups}")
+    def _template_is_valid(self) -> Self:
         try:
             _ENVIRONMENT.parse(self.template)
         except TemplateError as error:
@@ -164,7 +130,7 @@ class JudgeRewardConfig(RewardSection):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """Nothing: all that could change a grade and can be known is a setting."""
+        """Nothing: everything that could change a grade and can be known is a setting."""
         return {}
 
     def open(self, log: Path | None, answers: Answers | None) -> Reward:
@@ -172,31 +138,23 @@ class JudgeRewardConfig(RewardSection):
         return JudgeReward(self, answers)
 
     def body(self, text: str) -> dict[str, Any]:
-        """The request that asks for the grade of a rendered template."""
+        """The request body that asks for the grade of a rendered template."""
         system = [{"role": "system", "content": self.system}] if self.system else []
+        grade_is_first_token = self.read == "probabilities" and self.pattern is None
         body: dict[str, Any] = {
             "model": self.model,
             "messages": [*system, {"role": "user", "content": text}],
-            "max_tokens": self.max_tokens or (1 if self._first_token else 1024),
+            "max_tokens": self.max_tokens or (1 if grade_is_first_token else 1024),
             "temperature": self.temperature,
         }
         if self.read == "probabilities":
-            body |= {"logprobs": True, "top_logprobs": _TOP}
+            body |= {"logprobs": True, "top_logprobs": _TOP_LOGPROBS}
         body |= self.extra
         return {name: value for name, value in body.items() if value is not None}
 
-    @property
-    def _first_token(self) -> bool:
-        return self.read == "probabilities" and self.pattern is None
-
-
-_ENVIRONMENT = SandboxedEnvironment(
-    undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-)
-
 
 class JudgeReward:
-    """A judge, as the `Reward` protocol wants it. Works in this process: all it does is wait."""
+    """A judge as a `Reward`. Runs in this process, since it only waits for the server."""
 
     def __init__(self, config: JudgeRewardConfig, answers: Answers | None = None):
         self._config = config
@@ -207,11 +165,10 @@ class JudgeReward:
                 f"the API key of {config.name}: the environment variable {config.api_key_env} is not set"
             )
         self._store = answers
-        # what decides an answer; how it is read afterwards does not, so that may change for nothing
+        # What decides an answer. How it is read afterwards is not included: changing that asks nothing again.
         asked = [config.version, config.read, config.pattern, config.template, config.rubric, config.body("")]
         self._group = _digest(asked)
-        self._answers: dict[str, dict[str, Any]] = {}
-        self._loaded = False
+        self._answers: dict[str, dict[str, Any]] | None = None  # by key; None until loaded
         self._lock = threading.Lock()
         self._calls = self._tokens = self._in_flight = 0
         self._unanswered = 0  # in a row
@@ -239,23 +196,22 @@ class JudgeReward:
             keys[row] = _digest(body)
             bodies[keys[row]] = body
         with self._lock:
-            self._load()
-            missing = {key: body for key, body in bodies.items() if key not in self._answers}
-            failed = _run(self._ask(missing)) if missing else {}
+            answers = self._load()
+            missing = {key: body for key, body in bodies.items() if key not in answers}
+            failed = _run(self._ask(missing, answers)) if missing else {}
             for row, key in keys.items():
-                answer = self._answers.get(key)
-                scores[row] = Score(None, failed[key]) if answer is None else read_grade(answer, self._config)
+                scores[row] = self._config.score(answers[key]) if key in answers else Score(None, failed[key])
         self._scored_any = self._scored_any or any(score.error is None for score in scores.values())
         if not self._scored_any and len(completions) > 1:
             raise RewardError(
-                f"{self._config.name} failed on each of {len(completions)} completions: {scores[0].error}. Mend it"
+                f"{self._config.name} failed on each of {len(completions)} completions: {scores[0].error}. Fix it"
             )
         return [scores[row] for row in range(len(completions))]
 
     def close(self) -> None:
-        """Forget the answers that were loaded. They stay where they are kept."""
+        """Free the loaded answers. They stay in the store."""
         with self._lock:
-            self._answers, self._loaded = {}, False
+            self._answers = None
 
     def _render(self, prompt: Messages, completion: str, columns: Mapping[str, Any]) -> str:
         return self._template.render(
@@ -269,22 +225,23 @@ class JudgeReward:
             }
         )
 
-    def _load(self) -> None:
-        if self._loaded:
-            return
-        kept = self._store.load(self._group) if self._store is not None else {}
-        self._answers = {key: json.loads(text) for key, text in kept.items()}
-        self._calls = len(self._answers)
-        self._tokens = sum(answer["tokens"] for answer in self._answers.values())
-        self._loaded = True
+    def _load(self) -> dict[str, dict[str, Any]]:
+        if self._answers is None:
+            stored = self._store.load(self._group) if self._store is not None else {}
+            self._answers = {key: json.loads(text) for key, text in stored.items()}
+            self._calls = len(self._answers)
+            self._tokens = sum(answer["tokens"] for answer in self._answers.values())
+        return self._answers
 
-    async def _ask(self, bodies: Mapping[str, dict[str, Any]]) -> dict[str, str]:
-        """Ask for all; answers go to `self._answers` and are kept. What failed and why, by key."""
+    async def _ask(
+        self, bodies: Mapping[str, dict[str, Any]], answers: dict[str, dict[str, Any]]
+    ) -> dict[str, str]:
+        """Send all requests; add what is answered to `answers` and store it. Returns the failures by key."""
         config = self._config
         failed: dict[str, str] = {}
         waiting = iter(bodies.items())
-        keeper = _Keeper(self._store, self._group)
-        server = ChatServer(
+        buffer = _AnswerBuffer(self._store, self._group)
+        client = ChatClient(
             config.base_url,
             self._key,
             connections=config.concurrency,
@@ -297,9 +254,9 @@ class JudgeReward:
             for key, body in self._within_budget(waiting):
                 self._in_flight += 1
                 try:
-                    answer = essence(await server.complete(body), config)
-                except Unanswered as error:
-                    self._note_unanswered(error)
+                    answer = config.extract(await client.complete(body))
+                except RequestFailed as error:
+                    self._count_unanswered(error)
                     failed[key] = str(error)
                     continue
                 finally:
@@ -307,18 +264,18 @@ class JudgeReward:
                 self._unanswered = 0
                 self._calls += 1
                 self._tokens += answer["tokens"]
-                self._answers[key] = answer
-                await keeper.add(key, answer)
+                answers[key] = answer
+                await buffer.add(key, answer)
 
         try:
-            async with server, asyncio.TaskGroup() as group:
+            async with client.http, asyncio.TaskGroup() as group:
                 for _ in range(min(config.concurrency, len(bodies))):
                     group.create_task(work())
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         finally:
-            keeper.flush()
-        left = sum(key not in self._answers and key not in failed for key in bodies)
+            buffer.flush()
+        left = sum(key not in answers and key not in failed for key in bodies)
         if left:
             raise RewardError(
                 f"{config.name}: the budget is used up ({self._calls} calls, {self._tokens} tokens) with {left} "
@@ -329,47 +286,46 @@ class JudgeReward:
     def _within_budget(
         self, waiting: Iterator[tuple[str, dict[str, Any]]]
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        config = self._config
+        calls, tokens = self._config.max_calls, self._config.max_total_tokens
         while True:
-            if config.max_calls is not None and self._calls + self._in_flight >= config.max_calls:
+            if calls is not None and self._calls + self._in_flight >= calls:
                 return
-            if config.max_total_tokens is not None and self._tokens >= config.max_total_tokens:
+            if tokens is not None and self._tokens >= tokens:
                 return
             if (item := next(waiting, None)) is None:
                 return
             yield item
 
-    def _note_unanswered(self, error: Unanswered) -> None:
+    def _count_unanswered(self, error: RequestFailed) -> None:
         self._unanswered = 0 if error.refused else self._unanswered + 1
-        if self._unanswered >= _UNANSWERED_AT_MOST:
+        if self._unanswered >= _MAX_UNANSWERED:
             raise RewardError(
                 f"{self._config.name}: {self._config.base_url} left {self._unanswered} requests in a row without an "
-                f"answer; {error}. The answers so far are kept: see to the server and run again"
+                f"answer; {error}. The answers so far are kept: check the server and run again"
             )
 
 
-class _Keeper:
-    """Hands answers to where they are kept, some at a time and seldom more than a few seconds late."""
+class _AnswerBuffer:
+    """Stores answers in groups, at most a few seconds after they arrive."""
 
     def __init__(self, store: Answers | None, group: str):
         self._store, self._group = store, group
-        self._fresh: dict[str, str] = {}
+        self._unstored: dict[str, str] = {}
         self._since = time.monotonic()
 
     async def add(self, key: str, answer: Mapping[str, Any]) -> None:
-        self._fresh[key] = json.dumps(answer, ensure_ascii=False)
-        if len(self._fresh) >= _KEEP_EVERY or time.monotonic() - self._since > _KEEP_SECONDS:
-            fresh, self._fresh = self._fresh, {}
+        self._unstored[key] = json.dumps(answer, ensure_ascii=False)
+        if len(self._unstored) >= _STORE_EVERY or time.monotonic() - self._since > _STORE_SECONDS:
             self._since = time.monotonic()
-            await asyncio.to_thread(self._keep, fresh)
+            answers, self._unstored = self._unstored, {}
+            await asyncio.to_thread(self._keep, answers)
 
     def flush(self) -> None:
-        fresh, self._fresh = self._fresh, {}
-        self._keep(fresh)
+        self._keep(self._unstored)
 
-    def _keep(self, fresh: Mapping[str, str]) -> None:
-        if fresh and self._store is not None:
-            self._store.keep(self._group, fresh)
+    def _keep(self, answers: Mapping[str, str]) -> None:
+        if answers and self._store is not None:
+            self._store.keep(self._group, answers)
 
 
 def _digest(value: Any) -> str:
@@ -378,10 +334,10 @@ def _digest(value: Any) -> str:
 
 
 def _run(asking: Any) -> Any:
-    """The result of a coroutine, from a thread that has an event loop of its own already or not."""
+    """The result of a coroutine, whether or not this thread runs an event loop (a notebook's does)."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(asking)
-    with ThreadPoolExecutor(1) as thread:  # a notebook's
+    with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, asking).result()

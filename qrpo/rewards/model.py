@@ -1,14 +1,15 @@
 """Rewards that are Hugging Face sequence-classification models with one score.
 
-The model reads the whole conversation through its own chat template. Completions are sorted by length and batched up
-to a number of tokens, padding included, so little of a batch is padding; results come back in the order given and do
-not depend on the batch beyond floating-point rounding. Scores are float32 whatever the model's precision.
+The model reads the whole conversation through its own chat template. Completions are sorted by length and batched up to
+a number of tokens, padding included, so batches have little padding. Results keep the order of the input and do not depend
+on the batch beyond floating-point rounding. Scores are float32 for any precision of the model.
 
-A model with several objectives that combines them itself (ArmoRM's shape) gives its `score`. Where memory runs out the
-batch is halved, and stays so. vLLM runs the same models: `qrpo.rewards.pooling`.
+For a model that combines several objectives itself (as ArmoRM does), its `score` is used. If memory runs out, the batch
+size is halved permanently. vLLM runs the same models: `qrpo.rewards.pooling`.
 """
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -29,8 +30,8 @@ __all__ = ["KEEP_MEMORY", "ModelReward", "ModelRewardConfig", "as_score", "encod
 logger = logging.getLogger(__name__)
 
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
-"""Environment of a process that scores on a CPU: glibc then keeps what a batch frees for the next one. Otherwise every
-activation is new memory from the kernel, which must fill it with zeros: a sixth of the time."""
+"""Environment of a process that scores on a CPU: glibc then reuses the memory of the previous batch. Otherwise the kernel
+allocates and zeroes new memory for every activation, which takes a sixth of the time."""
 
 
 class ModelRewardConfig(RewardSection):
@@ -39,30 +40,30 @@ class ModelRewardConfig(RewardSection):
     kind: Literal["model"] = "model"
     """Says that this reward is a Hugging Face model."""
     model: ModelConfig
-    """The model; float32 where memory allows, since bfloat16 turns some pairs round."""
+    """The model; use float32 if memory allows, since bfloat16 reverses the order of some pairs."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What runs it. Scores differ by rounding, so it counts in fingerprints."""
+    """The library that runs it. Scores differ by rounding, so it is part of fingerprints."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """More arguments for `vllm.LLM` (`quantization`, `hf_overrides`, ...); for that engine alone."""
+    """More arguments for `vllm.LLM` (`quantization`, `hf_overrides`, ...); only with `engine: vllm`."""
     max_length: int | None = Field(None, ge=1)
-    """Longest conversation in tokens, by default the model's context; longer ones fail rather than lose their end."""
+    """Maximum length of a conversation in tokens, by default the model's context; longer ones fail, none is truncated."""
     batch_tokens: int = execution_option(16384, ge=1)
     """Tokens per batch, padding included; halved when memory runs out. For vLLM, tokens in one step."""
     device: str | None = execution_option(None)
-    """Where transformers runs it: `cpu`, `cuda`, `cuda:1`; by default the first GPU where there is one."""
+    """Device under transformers: `cpu`, `cuda`, `cuda:1`; by default the first GPU if there is one."""
     gpu_memory_utilization: float = execution_option(0.9, gt=0.0, le=1.0)
-    """Share of the GPU's memory that vLLM takes."""
+    """Share of the GPU's memory that vLLM uses."""
     tensor_parallel_size: int = execution_option(1, ge=1)
     """GPUs that share the model under vLLM."""
 
     @model_validator(mode="after")
     def _options_have_an_engine(self) -> "ModelRewardConfig":
         if self.options and self.engine != "vllm":
-            raise ValueError("options are arguments for vLLM: set `engine: vllm`, or leave them out")
+            raise ValueError("options are arguments for vLLM: set `engine: vllm`, or remove them")
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What the model's files are, or its hub id and revision."""
+        """The digest of the model's files, or its hub id and revision."""
         return {"model": model_identity(self.model)}
 
     def open(self, log: Path | None, answers: Answers | None) -> Reward:
@@ -78,20 +79,20 @@ class ModelReward:
         self._max_length = config.max_length or context_length(config.model)
         self.model = load_reward_model(config.model, config.device)
         self._path = config.model.path
-        # a model with code of its own may have several and still give one score: seen when it is run
+        # a model with custom code may have several labels and still return one score: checked when it runs
         if (labels := self.model.config.num_labels) != 1 and not config.model.trust_remote_code:
             raise ModelError(not_one_score(self._path, labels))
         self._batch_tokens = config.batch_tokens
 
     @property
     def batch_tokens(self) -> int:
-        """The budget as it stands: what was configured, or less after memory ran out."""
+        """The current budget: the configured one, or less after memory ran out."""
         return self._batch_tokens
 
     def score(self, prompts: Sequence[Messages], completions: Sequence[str]) -> list[Score]:
         """One score per completion, in order; rows that are too long or that the template refuses have an error."""
         encoded, scores = encode_rows(self._tokenizer, prompts, completions, self._max_length)
-        # what needs most memory first: if it fits, all does
+        # longest first: if it fits into memory, all others do
         waiting = sorted(encoded, key=lambda row: len(encoded[row]), reverse=True)
         while waiting:
             batch = waiting[: _batch_rows([len(encoded[row]) for row in waiting], self._batch_tokens)]
@@ -104,7 +105,7 @@ class ModelReward:
         return [scores[row] for row in range(len(completions))]
 
     def _forward(self, ids: list[list[int]]) -> list[float] | None:
-        """The model's scores for one padded batch; None where memory ran out."""
+        """The model's scores for one padded batch; None if memory ran out."""
         import torch
 
         longest = max(map(len, ids))
@@ -130,7 +131,7 @@ class ModelReward:
         return found[:, 0].tolist()  # type: ignore[no-any-return]
 
     def _halve(self, rows: int, longest: int) -> None:
-        """Half the budget of a batch that did not fit. Called once its tensors are gone with the exception."""
+        """Halve the token budget after a batch did not fit. Its tensors must be freed before the call."""
         import torch
 
         torch.cuda.empty_cache()
@@ -143,10 +144,10 @@ class ModelReward:
         logger.warning("reward model out of memory: batch_tokens is now %d", self._batch_tokens)
 
     def _padding(self, ids: list[list[int]]) -> int:
-        """The id to pad with, which the model reads its own way: it scores the last token that is another.
+        """The padding id. Models score the last token that differs from it.
 
-        A model without one is used on single sequences by its users and scores the last token whatever it is. The
-        same comes of padding with an id that is in none of the sequences.
+        A model without a padding id scores the last token of single sequences. Padding with an id that occurs in none of
+        the sequences gives the same result.
         """
         text_config = self.model.config.get_text_config()
         if text_config.pad_token_id is not None and not getattr(self, "_pads_freely", False):
@@ -160,12 +161,13 @@ class ModelReward:
 
 
 class _ChildModel:
-    """A reward model in a child process, as the `Reward` protocol wants it."""
+    """A `Reward` with its model in a child process."""
 
     def __init__(self, config: ModelRewardConfig, log: Path | None):
-        target = {"transformers": "qrpo.rewards.model:alone", "vllm": "qrpo.rewards.pooling:PoolingReward"}[
-            config.engine
-        ]
+        target = {
+            "transformers": "qrpo.rewards.model:load_in_child",
+            "vllm": "qrpo.rewards.pooling:PoolingReward",
+        }[config.engine]
         env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         if config.engine == "transformers":
             env |= {name: value for name, value in KEEP_MEMORY.items() if name not in os.environ}
@@ -190,22 +192,22 @@ class _ChildModel:
         self._child.close()
 
 
-def alone(config: ModelRewardConfig) -> ModelReward:
+def load_in_child(config: ModelRewardConfig) -> ModelReward:
     """A reward model in a process that does nothing else.
 
-    It starts without two packages that transformers imports wherever they are installed, and that no score comes from:
-    that is a fifth of the start. A model with code of its own may want them.
+    It skips two packages that transformers imports if they are installed, and that no score needs: a fifth of the start.
+    A model with custom code may need them.
     """
     if not config.model.trust_remote_code:
         for package in ("scipy", "sklearn"):
-            sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # how Python notes what is not there
+            sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # marks the module as missing
     return ModelReward(config)
 
 
 def encode_rows(
     tokenizer: Any, prompts: Sequence[Messages], completions: Sequence[str], max_length: int
 ) -> tuple[dict[int, list[int]], dict[int, Score]]:
-    """Token ids of the rows that can be scored, by place, and the errors of the others."""
+    """Token ids of the rows that can be scored, by index, and the errors of the others."""
     encoded: dict[int, list[int]] = {}
     refused: dict[int, Score] = {}
     conversations = [
@@ -225,10 +227,9 @@ def encode_rows(
 
 
 def _batch_rows(lengths: Sequence[int], budget: int) -> int:
-    """How many of these rows, longest first, make the next batch: within the budget, and hardly any padding.
+    """The number of rows, longest first, of the next batch: within the token budget, and with little padding.
 
-    A batch ends early before a row that would be padding by more than a fifth, as among the few longest: a smaller
-    batch costs less than to compute what nobody reads.
+    A batch ends before a row of which more than a fifth would be padding: a smaller batch costs less.
     """
     most = max(1, budget // lengths[0])
     return next(
@@ -237,19 +238,19 @@ def _batch_rows(lengths: Sequence[int], budget: int) -> int:
 
 
 def not_one_score(path: str, got: int) -> str:
-    """The message for a classifier."""
+    """The error message for a classifier."""
     return f"{path} gives {got} scores, expected a reward model with one: a classifier's labels are no reward"
 
 
 def as_score(reward: float) -> Score:
-    """The model's number as a score, an error where it is not finite."""
-    if reward != reward or reward in (float("inf"), float("-inf")):
+    """The model's output as a score; an error if it is not finite."""
+    if not math.isfinite(reward):
         return Score(None, f"the reward model's score is {reward}, expected a finite number")
     return Score(reward)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """CUDA and its kin raise torch.OutOfMemoryError, the CPU's allocator a RuntimeError of this wording."""
+    """Accelerators raise torch.OutOfMemoryError, the CPU's allocator a RuntimeError with this text."""
     import torch
 
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -1,7 +1,7 @@
-"""Reward models run by vLLM's pooling runner: the same conversation, tokens and head as under transformers.
+"""Reward models under vLLM's pooling runner: the same conversation, tokens and head as under transformers.
 
-Runs in the child process that `qrpo.rewards.model` starts. vLLM batches by itself, so nothing is sorted here. It is
-asked for the raw logit: its own default would put a sigmoid on it.
+Runs in the child process that `qrpo.rewards.model` starts. vLLM does the batching. It is asked for the raw logit; by
+default it applies a sigmoid.
 """
 
 import os
@@ -17,11 +17,11 @@ from qrpo.rewards.protocol import Score
 
 __all__ = ["PoolingReward"]
 
-_CPU_SEQUENCES = 16  # conversations at a time, for which a CPU's key-value cache has room
+_CPU_SEQUENCES = 16  # concurrent conversations that fit a CPU's key-value cache
 
 
 class PoolingReward:
-    """A reward model in vLLM, in this process unless it is spread over several GPUs."""
+    """A reward model in vLLM, in this process unless it is sharded over several GPUs."""
 
     def __init__(self, config: ModelRewardConfig):
         model = config.model

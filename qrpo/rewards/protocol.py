@@ -1,7 +1,7 @@
-"""What every kind of reward takes, gives back and says about itself, and how several become one.
+"""The interface of every kind of reward, and the weighted sum of several.
 
-A kind is one module: a `RewardSection` that says what the user sets, what of it could change a score, and how to open
-it, and a `Reward` that scores. `qrpo.rewards` lists the sections; nothing else knows the kinds.
+A kind is one module with two classes. Its `RewardSection` declares the settings, the identity and how to open the reward;
+its `Reward` scores. `qrpo.rewards` lists the sections; no other code knows the kinds.
 """
 
 import math
@@ -23,13 +23,13 @@ Columns = Mapping[str, Sequence[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The reward of one completion, or why it has none."""
+    """The reward of one completion, or the reason why it has none."""
 
     reward: float | None
-    """None where `error` is set, or where the reward does not apply to the row."""
+    """None if `error` is set or the reward does not apply to the row."""
     error: str | None = None
     components: tuple[tuple[str, float], ...] = ()
-    """(name, value) of each reward that went into a weighted sum."""
+    """(name, value) of each reward in a weighted sum."""
 
 
 @runtime_checkable
@@ -44,61 +44,59 @@ class Reward(Protocol):
         *,
         conversational: Sequence[bool] | None = None,
     ) -> list[Score]:
-        """One score per completion, in order; a completion's score depends on its own row alone.
+        """One score per completion, in order; it depends on the completion's own row only.
 
-        `conversational` is false for the rows whose prompt came as a plain string (all true by default): functions
-        get those as strings, as TRL passes them. Raises RewardError where no row can be scored, EngineError where
-        the child process dies.
+        `conversational` is false for rows whose prompt is a plain string in the dataset (default: all true); functions
+        get those as strings, as in TRL. Raises RewardError if no row can be scored, EngineError if the child process dies.
         """
         ...
 
     def close(self) -> None:
-        """Give all memory back. A later call starts the reward again."""
+        """Free all memory. A later call starts the reward again."""
         ...
 
 
 class Answers(Protocol):
-    """Where a reward keeps answers that cost money, so that asking again costs nothing. The caller has the place.
+    """The caller's storage of answers that cost money, so that none is paid for twice.
 
-    Answers that were asked for with the same settings form a group; a key says which row was asked about, an answer
-    is any text.
+    Answers to requests with the same settings form a group; a key identifies the request, an answer is any text.
     """
 
     def load(self, group: str) -> dict[str, str]:
-        """All answers that were kept for the group, by key."""
+        """All stored answers of the group, by key."""
         ...
 
     def keep(self, group: str, answers: Mapping[str, str]) -> None:
-        """Keep some answers. When this returns they survive whatever comes."""
+        """Store answers durably before this returns."""
         ...
 
 
 class RewardSection(Section):
-    """What every reward has in the configuration. A kind adds its settings, `kind`, `identity` and `open`."""
+    """The settings of every reward. A kind adds its settings, `kind`, `identity` and `open`."""
 
     name: str = Field("reward", min_length=1)
-    """What its values are called among the components of a sum."""
+    """The name of its values among the components of a sum."""
     weight: float = Field(1.0, allow_inf_nan=False)
-    """Its factor in a sum of several rewards; 0 only keeps its value as a component."""
+    """Its factor in a sum of several rewards; 0 only records its value as a component."""
 
     def identity(self) -> dict[str, Any]:
         """What could change a score and is not a setting: the source of a function, the files of a model.
 
-        Goes into fingerprints beside `qrpo.config.keyed(self)`. Plain JSON values without paths; quick, offline and
-        without a GPU, since `qrpo plan` asks. Raises ConfigError or ModelError where something is missing.
+        Part of fingerprints, with `qrpo.config.keyed(self)`. Plain JSON values without paths. Must be fast, offline and
+        without a GPU, since `qrpo plan` calls it. Raises ConfigError or ModelError if something is missing.
         """
         raise NotImplementedError
 
     def open(self, log: Path | None, answers: Answers | None) -> Reward:
-        """The reward, which starts whatever it needs at its first call; children append their output to `log`."""
+        """The reward. It starts what it needs at its first call; children append their output to `log`."""
         raise NotImplementedError
 
 
 def combine(scores: Sequence[tuple[str, float, Sequence[Score]]]) -> list[Score]:
     """The weighted sum of several rewards' scores, given as (name, weight, scores), row by row.
 
-    As in TRL, a reward that does not apply to a row (None) is left out of its sum. A row that one reward failed on
-    fails with that error; so does a row that none applies to.
+    As in TRL, a reward that does not apply to a row (None) is excluded from its sum. A row fails if one reward fails on it
+    or none applies.
     """
     return [_combine_row(scores, row) for row in range(len(scores[0][2]))]
 

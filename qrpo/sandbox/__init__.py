@@ -1,17 +1,25 @@
-"""A sandbox for code that a model wrote, and tests of it whose answers the code cannot see.
+"""Run code that a model wrote, and test it without letting it see the tests' answers.
+
+    sandbox     `Sandbox`: solutions and tests in, verdicts out
+    limits      what one solution may use
+    jail        one bubblewrap jail, controlled from the host
+    isolator    the command line of bubblewrap
+    inside      what runs in the jail
 
     with Sandbox() as sandbox:
         (verdict,) = sandbox.judge([(code, CheckTests(test, entry_point="Solution().twoSum"))])
 
-Three kinds of process take part, and each trusts only the one above it:
+Three kinds of processes take part, and each trusts only those above it:
 
-    host      this process: carries bytes, runs nothing
-    judge     runs the tests, in a jail; the candidate it calls is a stand-in
-    solution  runs the code, in another jail, in a cell of its own; is told the arguments of calls, and nothing else
+    host        this process: transfers bytes, runs no foreign code
+    judge       runs the tests, in a jail; the candidate that the tests call is a proxy
+    solution    runs the code in another jail, in a new process; receives the arguments of calls and nothing else
 
-What the solution hands back is data (`qrpo.sandbox.inside.codec`), and the comparison is made where it cannot reach. There is
-no result to forge, no expected value to read and no comparison to patch: the only way to pass a test is to give the
-right answer. The isolator is bubblewrap; see `qrpo.sandbox.isolator`, `.inside.cell` and `.inside.seccomp` for what holds.
+What a solution returns is data (`qrpo.sandbox.inside.codec`), and the comparison happens in another process. There is no
+result to forge, no expected value to read and no comparison to patch: only the right answer passes a test.
+
+A jail runs a zygote: an interpreter with the imports done, which is forked for every job. `isolator`,
+`inside.isolation` and `inside.seccomp` say what isolates the jail and the forked processes.
 """
 
 from qrpo.sandbox.limits import Limits

@@ -1,7 +1,7 @@
-"""One jail, seen from outside: a nursery process that does one job after another, each in a cell of its own.
+"""One jail, controlled from the host: a zygote process that runs one job after another, each in a new process.
 
-The host only carries bytes. It writes a job into a pipe, reads what comes back up to a limit, and learns from the
-nursery, which foreign code cannot reach, how the cell ended.
+The host only transfers bytes. It writes a job into a pipe and reads the answer up to a limit. The zygote, which foreign
+code cannot reach, reports how the job's process exited.
 """
 
 import contextlib
@@ -17,30 +17,30 @@ from dataclasses import dataclass
 
 from qrpo.errors import EngineError
 from qrpo.sandbox.inside.framing import complete_frames, frame
-from qrpo.sandbox.inside.nursery import BUSY_SHARE, ENDED
+from qrpo.sandbox.inside.zygote import BUSY_SHARE, EXIT_RECORD
 from qrpo.sandbox.isolator import PACKAGES, bare_command, find_packages, jail_command
 from qrpo.sandbox.limits import Limits
 
-__all__ = ["Ended", "Jail", "Job"]
+__all__ = ["Exit", "Jail", "Job"]
 
 _START_SECONDS = 120.0
 _PATIENCE_SECONDS = 0.005
-_GRACE_SECONDS = 60.0  # for a nursery that hangs
+_GRACE_SECONDS = 60.0  # after all limits, until the zygote counts as hung
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
-    """How a cell ended."""
+class Exit:
+    """How a job's process exited."""
 
     status: int
     """Exit code, or minus the signal."""
     reason: str
-    """"" or why it was ended from outside: "wall time", "output"."""
+    """Why it was killed: "wall time" or "output"; else empty."""
     cpu_seconds: float
 
 
 class Jail:
-    """A running nursery. One job at a time; not for several threads at once. Close it, or use it as a context."""
+    """A running zygote. One job at a time, one thread at a time. Close it, or use it as a context manager."""
 
     def __init__(self, limits: Limits, *, packages: Sequence[str] = (), bare: bool = False):
         self.limits = limits
@@ -56,8 +56,8 @@ class Jail:
     def __exit__(self, *raised: object) -> None:
         self.close()
 
-    def start(self, *parts: bytes | str) -> "Job":
-        """Give a job, of so many messages, to a fresh cell. EngineError where the jail cannot be made."""
+    def start(self, *messages: bytes | str) -> "Job":
+        """Start a job, given by its messages, in a new process. EngineError if the jail cannot be created."""
         control = self._running()
         job_read, job_write = os.pipe()
         answer_read, answer_write = os.pipe()
@@ -67,18 +67,18 @@ class Jail:
             os.close(job_write)
             os.close(answer_read)
             self.close()
-            raise EngineError(f"the sandbox's process ended between two solutions: {error}") from error
+            raise EngineError(f"the sandbox's zygote exited between two jobs: {error}") from error
         finally:
             os.close(job_read)
             os.close(answer_write)
         os.set_blocking(job_write, False)
         os.set_blocking(answer_read, False)
         job = Job(self, control, job_write, answer_read)
-        job.send(*parts)
+        job.send(*messages)
         return job
 
     def close(self) -> None:
-        """End the nursery and whatever runs in its cells."""
+        """End the zygote and all its processes."""
         process, self._process = self._process, None
         if self._control is not None:
             self._control.close()
@@ -97,28 +97,28 @@ class Jail:
         if self._control is not None and self._process is not None and self._process.poll() is None:
             return self._control
         self.close()
-        control, theirs = socket.socketpair()
+        control, zygote_end = socket.socketpair()
         self._folder = tempfile.TemporaryDirectory(prefix="qrpo-sandbox-")
-        path = [str(place.parent) for place in self._packages.values()] if self._bare else [PACKAGES]
+        path = [str(package.parent) for package in self._packages.values()] if self._bare else [PACKAGES]
         importable = {"packages": list(self._packages), "path": path}
         settings = json.dumps({**self.limits.plain(), **importable, "bare": self._bare})
         command = (
-            bare_command(theirs.fileno(), settings)
+            bare_command(zygote_end.fileno(), settings)
             if self._bare
-            else jail_command(theirs.fileno(), settings, self._packages)
+            else jail_command(zygote_end.fileno(), settings, self._packages)
         )
-        with theirs, tempfile.TemporaryFile() as output:
+        with zygote_end, tempfile.TemporaryFile() as output:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(zygote_end.fileno(),),
                 cwd=self._folder.name,
                 env={"PYTHONHASHSEED": "0", "LANG": "C.UTF-8"},
             )
             self._control = control
-            theirs.close()
+            zygote_end.close()
             control.settimeout(_START_SECONDS)
             with contextlib.suppress(TimeoutError, ConnectionError):
                 if control.recv(1) == b"S":
@@ -126,16 +126,16 @@ class Jail:
                     return control
             self.close()
             output.seek(0)
-            said = output.read().decode(errors="replace").strip() or "it said nothing"
+            printed = output.read().decode(errors="replace").strip() or "it printed nothing"
             raise EngineError(
-                f"bubblewrap could not make a jail: {said}. It needs user namespaces: where a container or the system "
+                f"bubblewrap could not create a jail: {printed}. It needs user namespaces: where a container or the system "
                 "forbids them (kernel.apparmor_restrict_unprivileged_userns, user.max_user_namespaces, docker without "
                 "`--security-opt seccomp=unconfined`), allow them"
             )
 
 
 class Job:
-    """A job in a cell: what it has answered, and how it ended."""
+    """A job in its process: the output so far, and how it exited."""
 
     def __init__(self, jail: Jail, control: socket.socket, job: int, answer: int):
         self._jail = jail
@@ -148,47 +148,48 @@ class Job:
         longest = 2 * jail.limits.wall_seconds + jail.limits.cpu_seconds / BUSY_SHARE
         self._deadline = time.monotonic() + longest + _GRACE_SECONDS
         self.output = bytearray()
-        self.ended: Ended | None = None
+        self.exit: Exit | None = None
 
-    def send(self, *parts: bytes | str) -> None:
-        """Add messages to what the cell will read."""
-        for part in parts:
-            self._pending += frame(part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part)
+    def send(self, *messages: bytes | str) -> None:
+        """Queue messages for the process."""
+        for message in messages:
+            data = message.encode("utf-8", "surrogatepass") if isinstance(message, str) else message
+            self._pending += frame(data)
 
-    def finish(self) -> Ended:
-        """Let the cell read to the end, wait for it, and keep all that it answered in `output`."""
+    def finish(self) -> Exit:
+        """Let the process read to the end, wait for its exit, and keep its whole answer in `output`."""
         try:
-            while self.ended is None:
+            while self.exit is None:
                 self._exchange(closing=True)
-            return self.ended
+            return self.exit
         finally:
             self._close()
 
     def next_frame(self, count: int) -> bytes | None:
-        """The answer's message number `count` as soon as it is there; None where the cell has ended before it."""
+        """Message number `count` of the answer as soon as it is there; None if the process exited before it."""
         while True:
             frames = complete_frames(self.output, count + 1)
             if len(frames) > count:
                 return frames[count]
-            if self.ended is not None:
+            if self.exit is not None:
                 return None
             self._exchange(closing=False)
 
-    def abandon(self) -> None:
-        """End the cell now."""
-        if self.ended is None:
+    def kill(self) -> None:
+        """Kill the process now."""
+        if self.exit is None:
             with contextlib.suppress(OSError):
                 self._control.sendall(b"K")
             self.finish()
         self._close()
 
     def _exchange(self, *, closing: bool) -> None:
-        """Wait for something to happen, and take it in."""
+        """Wait for one or several events, and handle them."""
         if closing and not self._pending:
             self._close_job()
-            # most cells end soon, and their whole answer fits the pipe: it is then read once, and not piece by piece
+            # most processes exit soon and their answer fits the pipe: then one read is enough
             if select.select([self._control], [], [], _PATIENCE_SECONDS)[0]:
-                self._learn_the_end()
+                self._read_exit()
                 return
         poller = select.poll()
         poller.register(self._control, select.POLLIN)
@@ -205,39 +206,39 @@ class Job:
             except BrokenPipeError:
                 self._pending.clear()
         if self._control.fileno() in ready:
-            self._learn_the_end()
+            self._read_exit()
         elif not ready:
             self._fail("did not answer in time")
 
     def _read(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            piece = os.read(self._answer, 1 << 16)
-            self._reading = bool(piece)
-            self.output += piece
+            data = os.read(self._answer, 1 << 16)
+            self._reading = bool(data)
+            self.output += data
         if len(self.output) > self._limit and self._reading:
             self._reading = False
             self._control.sendall(b"K")
 
-    def _learn_the_end(self) -> None:
+    def _read_exit(self) -> None:
         message = b""
-        while len(message) < 1 + ENDED.size:
-            piece = self._control.recv(1 + ENDED.size - len(message))
-            if not piece:
+        while len(message) < 1 + EXIT_RECORD.size:
+            data = self._control.recv(1 + EXIT_RECORD.size - len(message))
+            if not data:
                 self._fail("died")
-            message += piece
-        status, reason, cpu = ENDED.unpack(message[1:])
-        while self._reading:  # all writers are gone: what is left is all there is
+            message += data
+        status, reason, cpu = EXIT_RECORD.unpack(message[1:])
+        while self._reading:  # all writers have exited: read the rest
             before = len(self.output)
             self._read()
             if len(self.output) == before:
                 break
         why = "output" if len(self.output) > self._limit else "wall time" if reason == b"w" else ""
-        self.ended = Ended(os.waitstatus_to_exitcode(status), why, cpu)
+        self.exit = Exit(os.waitstatus_to_exitcode(status), why, cpu)
         del self.output[self._limit :]
 
     def _fail(self, how: str) -> None:
         self._jail.close()
-        raise EngineError(f"the sandbox's nursery {how}; the next call starts another")
+        raise EngineError(f"the sandbox's zygote {how}; the next call starts another")
 
     def _close_job(self) -> None:
         if self._job is not None:

@@ -8,26 +8,27 @@ __all__ = ["Limits"]
 
 
 class Limits(Section):
-    """Limits of one solution, over all its tests together (a program read from standard input: for each test)."""
+    """Limits of one solution over all its tests together (a program that reads standard input: for each test)."""
 
     cpu_seconds: int = Field(10, ge=1)
-    """Processor time in seconds, all threads together. It decides, so a verdict does not hang on how busy the machine is."""
+    """Processor time in seconds, all threads together. A busy machine does not change a verdict, since this limit decides."""
     wall_seconds: float = Field(30.0, gt=0.0)
-    """Time on the clock in seconds, for those that wait instead of computing. One that computes may go on past
-    it, since a busy machine has starved it: as long as it has had a twentieth of the time as processor time."""
+    """Wall time in seconds, for solutions that wait instead of computing. A solution that had at least a twentieth of
+    this time as processor time may go on: a busy machine starved it."""
     memory_mb: int = Field(512, ge=64)
     """Address space in MiB."""
     tmp_mb: int = Field(16, ge=1)
-    """Size of its own /tmp in MiB; it can write nowhere else."""
+    """Size of its private /tmp in MiB; it can write nowhere else."""
     file_mb: int = Field(16, ge=0)
-    """Largest file in MiB."""
+    """Maximum file size in MiB."""
     output_mb: float = Field(4.0, gt=0.0)
-    """What it may return or print, in MiB; more, and it is ended."""
+    """Maximum size of what it returns or prints, in MiB; a solution that exceeds it is killed."""
     threads: int = Field(64, ge=1)
-    """Threads. (Processes: one, always.) Where root runs the pipeline the kernel does not count them, and memory_mb is the limit."""
+    """Threads. (Processes: always one.) If root runs the pipeline the kernel does not count them; memory_mb then limits
+    them."""
 
     def plain(self) -> dict[str, int | float]:
-        """In bytes and seconds, for the cells."""
+        """The limits in bytes and seconds, for the jail."""
         return {
             "cpu_seconds": self.cpu_seconds,
             "wall_seconds": self.wall_seconds,

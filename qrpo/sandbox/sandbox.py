@@ -1,11 +1,11 @@
-"""Solutions and their tests in, verdicts out, over as many jails as there are cores to use."""
+"""Judge solutions with their tests, in as many jails in parallel as there are cores."""
 
-import contextlib
+import itertools
 import json
 import logging
 import os
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,14 +14,16 @@ from typing import Self
 from qrpo.errors import DataError, EngineError
 from qrpo.sandbox.inside.framing import complete_frames
 from qrpo.sandbox.isolator import find_bubblewrap, find_packages
-from qrpo.sandbox.jail import Ended, Jail, Job
+from qrpo.sandbox.jail import Exit, Jail, Job
 from qrpo.sandbox.limits import Limits
 
 __all__ = ["CheckTests", "ProgramTests", "Sandbox", "Verdict"]
 
 logger = logging.getLogger(__name__)
 
-_PREPARED = 4096  # problems whose prepared tests are kept
+_MAX_PREPARED = 4096  # problems whose prepared tests are cached
+_MAX_JUDGEMENTS = 200  # judgements per judge process
+_NO_REPLY = b'!["RuntimeError",[]]'  # the proxy of a solution that has exited raises this
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +33,14 @@ class CheckTests:
     test: str
     """Source. Each statement of `check` that asserts something is one test."""
     entry_point: str
-    """An expression for the callable in the solution's names: `add`, `Solution().twoSum`."""
+    """An expression for the callable among the solution's names: `add`, `Solution().twoSum`."""
     preamble: str = ""
-    """Source that comes before the solution, and before the tests."""
+    """Source that precedes the solution, and the tests."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProgramTests:
-    """What a program should print for each text on its standard input; blanks at the ends of lines do not count."""
+    """What a program should print for each text on its standard input; spaces at line ends are ignored."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -50,7 +52,7 @@ class Verdict:
 
     passed: tuple[bool, ...]
     note: str = ""
-    """Why it did not come to its end, for people: "exit code 1", "SIGKILL", "wall time", "output"; else empty."""
+    """Why it did not finish, for people: "exit code 1", "signal 9 ...", "wall time", "output"; else empty."""
 
     @property
     def share(self) -> float:
@@ -65,6 +67,8 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
+    """The tests of one problem, compiled by a judge."""
+
     tests: int
     suite: bytes
     preamble: bytes
@@ -73,11 +77,11 @@ class _Prepared:
 
 
 class Sandbox:
-    """Judges solutions, each in a cell of its own. Serves several threads; started by the first call.
+    """Judges solutions, each in a new isolated process. Serves several threads; the first call starts the jails.
 
-    Raises RewardError at once where bubblewrap is missing, unless `allow_unsandboxed`: then solutions run with all
-    rights of this user, and a warning says so. `packages` may be imported beside the standard library. `workers` is how
-    many run at once, by default one a core.
+    Raises RewardError at once if bubblewrap is missing, unless `allow_unsandboxed`: then solutions run with all rights of
+    this user, and a warning says so. Solutions may import `packages` besides the standard library. `workers` solutions
+    run in parallel, by default one per core.
     """
 
     def __init__(
@@ -112,20 +116,12 @@ class Sandbox:
         self.close()
 
     def judge(self, solutions: Sequence[tuple[str, CheckTests | ProgramTests]]) -> list[Verdict | DataError]:
-        """A verdict for each (code, tests), in order; DataError in the place of one whose tests cannot be used."""
+        """A verdict for each (code, tests), in order; a DataError in place of one whose tests cannot be used."""
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="sandbox")
             pool = self._pool
-        waiting = deque(enumerate(solutions))
-        results: dict[int, Verdict | DataError] = {}
-        tasks = [pool.submit(self._work, waiting, results) for _ in range(min(self._workers, len(waiting)))]
-        try:
-            for task in tasks:
-                task.result()
-        finally:
-            waiting.clear()
-        return [results[place] for place in range(len(solutions))]
+        return list(pool.map(self._judge_one, *zip(*solutions, strict=True))) if solutions else []
 
     def close(self) -> None:
         """End every jail. A later call starts them again."""
@@ -136,24 +132,14 @@ class Sandbox:
         while self._free:
             self._free.pop().close()
 
-    def _work(
-        self,
-        waiting: "deque[tuple[int, tuple[str, CheckTests | ProgramTests]]]",
-        results: dict[int, Verdict | DataError],
-    ) -> None:
+    def _judge_one(self, code: str, tests: CheckTests | ProgramTests) -> Verdict | DataError:
         with self._lock:
             worker = self._free.pop() if self._free else self._new_worker()
         try:
-            with contextlib.suppress(IndexError):
-                while True:
-                    place, solution = waiting.popleft()
-                    try:
-                        results[place] = self._judged(worker, *solution)
-                    except (
-                        EngineError
-                    ):  # not the solution's doing, which cannot reach the nursery: once more, afresh
-                        worker.close()
-                        results[place] = self._judged(worker, *solution)
+            return self._judge_with(worker, code, tests)
+        except EngineError:  # a failure of the jail, which solutions cannot cause: try once more in new jails
+            worker.close()
+            return self._judge_with(worker, code, tests)
         finally:
             with self._lock:
                 self._free.append(worker)
@@ -162,11 +148,13 @@ class Sandbox:
         jails = [Jail(self.limits, packages=self._packages, bare=self._bare) for _ in range(2)]
         return _Worker(*jails)
 
-    def _judged(self, worker: "_Worker", code: str, tests: CheckTests | ProgramTests) -> Verdict | DataError:
+    def _judge_with(
+        self, worker: "_Worker", code: str, tests: CheckTests | ProgramTests
+    ) -> Verdict | DataError:
         if isinstance(tests, ProgramTests):
             if not tests.inputs or len(tests.inputs) != len(tests.outputs):
                 return DataError(
-                    f"got {len(tests.inputs)} inputs and {len(tests.outputs)} outputs, expected as many, and some"
+                    f"got {len(tests.inputs)} inputs and {len(tests.outputs)} outputs, expected the same number, not 0"
                 )
             return worker.run_program(code, tests)
         with self._lock:
@@ -175,13 +163,13 @@ class Sandbox:
             prepared = worker.prepare(tests)
             with self._lock:
                 self._prepared[tests] = prepared
-                if len(self._prepared) > _PREPARED:
+                if len(self._prepared) > _MAX_PREPARED:
                     self._prepared.popitem(last=False)
         return prepared if isinstance(prepared, DataError) else worker.judge(code, tests, prepared)
 
 
 class _Worker:
-    """Two jails: in one solutions run, in the other their judges, which see the tests and run no solution."""
+    """Two jails: one runs solutions, the other runs judges, which see the tests and run no solution."""
 
     def __init__(self, solutions: Jail, judges: Jail):
         self._solutions = solutions
@@ -201,77 +189,71 @@ class _Worker:
         return _Prepared(facts["tests"], frames[1], frames[2], tuple(frames[3:-1]), live=facts["calls"] < 0)
 
     def judge(self, code: str, tests: CheckTests, prepared: _Prepared) -> Verdict:
+        calls = prepared.calls
+        count = -1 if prepared.live else len(calls)
+        solution = self._solutions.start(
+            "solution", prepared.preamble, code, tests.entry_point, str(count), *calls
+        )
         if prepared.live:
-            return self._judge_live(code, tests, prepared)
-        solution = self._solution(code, tests, prepared)
+            return self._judge_live(solution, prepared)
         note = _note(solution.finish())
-        replies = complete_frames(solution.output, len(prepared.calls))
+        replies = complete_frames(solution.output, len(calls))
         return _verdict(prepared, self._judge.ask("judge", prepared.suite, str(len(replies)), *replies), note)
 
-    def _solution(self, code: str, tests: CheckTests, prepared: _Prepared) -> Job:
-        count = -1 if prepared.live else len(prepared.calls)
-        return self._solutions.start(
-            "solution", prepared.preamble, code, tests.entry_point, str(count), *prepared.calls
-        )
+    def _judge_live(self, solution: Job, prepared: _Prepared) -> Verdict:
+        numbers = itertools.count()
 
-    def _judge_live(self, code: str, tests: CheckTests, prepared: _Prepared) -> Verdict:
-        solution = self._solution(code, tests, prepared)
+        def reply(call: bytes) -> bytes:
+            solution.send(call)
+            return solution.next_frame(next(numbers)) or _NO_REPLY
+
         try:
-            asked = 0
-
-            def reply(call: bytes) -> bytes:
-                nonlocal asked
-                solution.send(call)
-                asked += 1
-                return solution.next_frame(asked - 1) or _GONE
-
             frames = self._judge.ask("step by step", prepared.suite, "0", reply=reply)
-            return _verdict(prepared, frames, _note(solution.ended) if solution.ended else "")
+            return _verdict(prepared, frames, _note(solution.exit) if solution.exit else "")
         finally:
-            solution.abandon()
+            solution.kill()
 
     def run_program(self, code: str, tests: ProgramTests) -> Verdict:
         passed, note = [], ""
         for text, expected in zip(tests.inputs, tests.outputs, strict=True):
             job = self._solutions.start("program", code, text)
-            ended = job.finish()
-            note = note or _note(ended)
-            passed.append(
-                ended.status == 0 and _lines(job.output.decode(errors="replace")) == _lines(expected)
-            )
+            result = job.finish()
+            note = note or _note(result)
+            printed = job.output.decode(errors="replace")
+            passed.append(result.status == 0 and _lines(printed) == _lines(expected))
         return Verdict(tuple(passed), note)
 
 
 class _Judge:
-    """A judge's cell, used for many judgements; where one ends it, that one is made again in a fresh cell, step by step."""
+    """A judge process, used for many judgements. A judgement that ends it is repeated step by step in a new process."""
 
     def __init__(self, jail: Jail):
         self._jail = jail
         self._job: Job | None = None
         self._uses = 0
 
-    def ask(self, *parts: bytes | str, reply: Callable[[bytes], bytes] | None = None) -> list[bytes]:
-        """The messages of the judge's answer; the last is b"." unless the cell ended before."""
-        if self._uses >= _JUDGEMENTS or reply is not None:  # calls made meanwhile cannot be made twice
+    def ask(self, *messages: bytes | str, reply: Callable[[bytes], bytes] | None = None) -> list[bytes]:
+        """The messages of the judge's answer; the last is b"." unless the process exited before."""
+        if self._uses >= _MAX_JUDGEMENTS or reply is not None:  # live calls cannot be made twice
             self._end()
-        fresh = self._job is None
-        frames = self._answer(parts, reply)
+        is_new = self._job is None
+        frames = self._answer(messages, reply)
         if frames[-1:] == [b"."] or reply is not None:
             return frames
-        if parts[0] == "judge":
-            return self._answer(("step by step", *parts[1:]), None)
-        return frames if fresh else self._answer(parts, None)
+        if messages[0] == "judge":
+            return self._answer(("step by step", *messages[1:]), None)
+        return frames if is_new else self._answer(messages, None)
 
     def close(self) -> None:
         self._job = None
         self._jail.close()
 
-    def _answer(self, parts: Sequence[bytes | str], reply: Callable[[bytes], bytes] | None) -> list[bytes]:
+    def _answer(self, messages: Sequence[bytes | str], reply: Callable[[bytes], bytes] | None) -> list[bytes]:
         if self._job is None:
             self._job, self._uses = self._jail.start("judge"), 0
         self._uses += 1
         self._job.output.clear()
-        self._job.send(*parts)
+        self._job.send(*messages)
         frames: list[bytes] = []
         while frames[-1:] != [b"."]:
             message = self._job.next_frame(len(frames))
@@ -286,11 +268,7 @@ class _Judge:
     def _end(self) -> None:
         job, self._job, self._uses = self._job, None, 0
         if job is not None:
-            job.abandon()
-
-
-_JUDGEMENTS = 200
-_GONE = b'!["RuntimeError",[]]'  # to which the stand-in answers by raising
+            job.kill()
 
 
 def _verdict(prepared: _Prepared, frames: Sequence[bytes], note: str) -> Verdict:
@@ -302,9 +280,9 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
-def _note(ended: Ended) -> str:
-    if ended.reason:
-        return ended.reason
-    if ended.status < 0:
-        return f"signal {-ended.status} after {ended.cpu_seconds:.1f} s of processor time"
-    return f"exit code {ended.status}" if ended.status else ""
+def _note(result: Exit) -> str:
+    if result.reason:
+        return result.reason
+    if result.status < 0:
+        return f"signal {-result.status} after {result.cpu_seconds:.1f} s of processor time"
+    return f"exit code {result.status}" if result.status else ""

@@ -12,7 +12,6 @@ of a pair loss has exactly two completions, the chosen one first, so everything 
 The formulas are in `qrpo.method.losses`.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 
 from qrpo.method.losses import Pairs, choose_pairs, dpo_loss, qrpo_loss, rebel_loss, simpo_loss
 from qrpo.method.transforms import get_transform, reference_scale
+from qrpo.seeds import seeded_hash
 from qrpo.training.arguments import QRPOSettings
 from qrpo.training.rows import PER_COMPLETION, TrainingRow, tensor_of
 
@@ -233,7 +233,7 @@ class PairSelector:
         generator = None
         if self._choice == "random":
             prompt = np.asarray(row["prompt_token_ids"], dtype=np.int64).tobytes()
-            digest = hashlib.sha256(f"pairs\0{self._seed}\0{step}\0".encode() + prompt).digest()
+            digest = seeded_hash("pairs", self._seed, step, prompt)
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
         return choose_pairs(reward_1K, self._choice, generator=generator)  # type: ignore[arg-type]
 

@@ -16,7 +16,7 @@ from pydantic import Field
 from qrpo.config import Section, execution_option, keyed
 from qrpo.data.chat import encode_completion, encode_prompt, load_tokenizer
 from qrpo.engines import EngineConfig
-from qrpo.engines.sampling import Engine, Sample, SampleRequest, SamplingConfig, misfit, sample_seed
+from qrpo.engines.sampling import Engine, Sample, SampleRequest, SamplingConfig, length_problem, sample_seed
 from qrpo.errors import DataError
 from qrpo.models import ModelConfig
 from storage import Manifest, PartRecord, Store, fingerprint
@@ -265,7 +265,7 @@ def sample_requests(
         except DataError as error:
             refused[prompt_id] = str(error)
             continue
-        problem = misfit(token_ids, engine.max_model_len, sampling.max_tokens)
+        problem = length_problem(token_ids, engine.max_model_len, sampling.max_tokens)
         if problem:
             refused[prompt_id] = problem
             continue

@@ -218,7 +218,7 @@ def test_missing_source_is_named(
     line = one_line(command("run", config, "--store", tmp_path / "store"), FAILED)
 
     assert "no file nowhere/prompts.jsonl" in line
-    assert "mend the path" in line
+    assert "fix the path" in line
 
 
 @pytest.mark.parametrize("command_name", ["run", "plan"])

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import storage
-from qrpo.evaluation.selection import selection_half
+from qrpo.evaluation.comparison import selection_half
 from qrpo.evaluation.summary import prompt_scores
 from storage import Store
 from tasks.comparison import candidates

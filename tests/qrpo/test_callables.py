@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from qrpo.callables import load_callable, source_digests, split_target
 from qrpo.errors import ConfigError
-from qrpo.rewards.callables import load_callable, source_digests, split_target
 
 
 def package(root: Path) -> Path:

@@ -151,8 +151,8 @@ def test_both_ways_to_hold_out_are_refused() -> None:
             r"roles \[user assistant\] after the prompt, expected \[assistant\]",
         ),
         ({"messages": "not a list"}, "'messages' is of type str"),
-        ({"prompt": "lone \ud800 surrogate"}, "no valid Unicode"),
-        ({"prompt": "x", "other": "\udcff"}, "no valid Unicode"),
+        ({"prompt": "lone \ud800 surrogate"}, "not valid Unicode"),
+        ({"prompt": "x", "other": "\udcff"}, "not valid Unicode"),
     ],
 )
 def test_unusable_rows_say_why(row: dict[str, Any], reason: str) -> None:

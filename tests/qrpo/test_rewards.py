@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from qrpo.callables import load_callable
 from qrpo.config import keyed
 from qrpo.data.chat import encode_conversation, load_tokenizer
 from qrpo.errors import ConfigError, ModelError, RewardError
@@ -27,7 +28,6 @@ from qrpo.rewards import (
     identity,
     open_reward,
 )
-from qrpo.rewards.callables import load_callable
 
 FILE = Path(__file__).with_name("reward_functions.py").resolve()
 HI = [{"role": "user", "content": "Hi there"}]
@@ -211,8 +211,8 @@ def test_functions_that_cannot_be_loaded_say_why(tmp_path: Path) -> None:
 
 
 def test_functions_of_installed_modules_are_found() -> None:
-    found = identity(FunctionRewardConfig(function="qrpo.engines.sampling:fits"))
-    assert found["function"] == "fits"
+    found = identity(FunctionRewardConfig(function="qrpo.engines.sampling:length_problem"))
+    assert found["function"] == "length_problem"
     assert {"qrpo/__init__.py", "qrpo/engines/sampling.py", "qrpo/config.py"} <= set(found["sources"])
 
 

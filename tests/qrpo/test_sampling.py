@@ -1,9 +1,13 @@
 """Seeds that never meet, and prompts that fit."""
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from qrpo.engines.sampling import SamplingConfig, fits, misfit, sample_seed
+from qrpo.data.prompts import split_of
+from qrpo.engines.sampling import SamplingConfig, length_problem, sample_seed
+from qrpo.evaluation.comparison import selection_half
+from qrpo.seeds import seeded_hash
 
 
 def test_no_two_samples_share_a_seed() -> None:
@@ -22,17 +26,23 @@ def test_a_seed_never_changes_between_versions() -> None:
     # stored completions were drawn with these: new samples of old prompts must go on from the same streams
     assert sample_seed(0, "0" * 32, 0) == 7067244709205728001
     assert sample_seed(0, "0" * 32, 0) == sample_seed(0, "0" * 32, 0, "reference")
+    assert sample_seed(3, "abc", 17, "policy") == 7594087781253297357
+
+
+def test_splits_halves_and_hashes_never_change_between_versions() -> None:
+    assert [split_of(f"p{i}", 0.5) for i in range(8)] == ["eval"] * 3 + ["train"] * 3 + ["eval"] * 2
+    half = selection_half([f"p{i}" for i in range(10)], seed=1)
+    assert np.flatnonzero(half).tolist() == [0, 1, 2, 3, 7]
+    assert seeded_hash("pairs", 3, 4, b"\x01\x02").hex().startswith("d18b26d961e4d919")
 
 
 def test_a_prompt_fits_if_it_and_the_completion_do() -> None:
-    assert misfit([1] * 90, max_model_len=100, max_tokens=10) is None
-    assert fits([1] * 90, max_model_len=100, max_tokens=10)
-    assert not fits([1] * 91, max_model_len=100, max_tokens=10)
-    assert misfit([1] * 91, 100, 10) == (
+    assert length_problem([1] * 90, max_model_len=100, max_tokens=10) is None
+    assert length_problem([1] * 91, 100, 10) == (
         "the prompt's 91 tokens and 10 for the completion (max_tokens) exceed the engine's context of 100 tokens "
         "(max_model_len)"
     )
-    assert misfit([], 100, 10) == "the prompt has no tokens"
+    assert length_problem([], 100, 10) == "the prompt has no tokens"
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_undecodable_csv_spoils_its_own_row_only(tmp_path: Path) -> None:
     path = tmp_path / "data.csv"
     path.write_bytes(b"prompt\n\xff\xfe\ngood\n")
     rows = rows_of(path)
-    with pytest.raises(DataError, match="no valid Unicode"):
+    with pytest.raises(DataError, match="not valid Unicode"):
         parse_row(rows[0], PromptsConfig(source="x"))
     assert rows[1] == {"prompt": "good"}
 
@@ -98,7 +98,7 @@ def test_parquet_keeps_nested_messages(tmp_path: Path) -> None:
     assert len(rows) == 3000
     assert rows[2999] == (f"{path}[2999]", {"prompt": messages, "n": 2999})
     path.write_bytes(b"not parquet")
-    with pytest.raises(DataError, match="no readable Parquet file"):
+    with pytest.raises(DataError, match="not a readable Parquet file"):
         rows_of(path)
 
 
@@ -114,11 +114,11 @@ def test_compressed_files_globs_and_urls_are_read(tmp_path: Path) -> None:
 
 
 def test_missing_and_unknown_files_say_so(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no file nowhere\.jsonl \(from .*\): mend the path"):
+    with pytest.raises(DataError, match=r"no file nowhere\.jsonl \(from .*\): fix the path"):
         rows_of("nowhere.jsonl")
     with pytest.raises(DataError, match="no file memory://sources/nothing"):
         rows_of("memory://sources/nothing.jsonl")
-    with pytest.raises(DataError, match="cannot look for nosuch://x"):
+    with pytest.raises(DataError, match="cannot list nosuch://x"):
         rows_of("nosuch://x.jsonl")
     (tmp_path / "data.docx").write_text("x")
     with pytest.raises(DataError, match=r"data\.docx is of no known kind, expected \.csv"):

@@ -1,7 +1,7 @@
-"""Public test suites, read from local files in the formats that they are published in.
+"""Public evaluation suites, read from local files in their published formats.
 
-    alpaca_eval    AlpacaEval 2: a judge's preference over a baseline, and the same at equal length, by the `alpaca-eval` package
-    leetcode       LeetCodeDataset: tests passed and pass@1, in the sandbox
-
-`completions` draws a model's completions with the engines of the pipeline.
+alpaca_eval    AlpacaEval 2: win rate and length-controlled win rate, by the `alpaca-eval` package
+leetcode       LeetCodeDataset: tests passed and pass@1, in the sandbox
+completions    a model's completions, sampled with the pipeline's engines
+files          the suites' files
 """

@@ -1,12 +1,12 @@
-"""AlpacaEval 2: a judge says how often a model's answers are preferred to a baseline's, as they are and at equal length.
+"""AlpacaEval 2: how often a judge prefers a model's answers to a baseline's, unadjusted and at equal length.
 
-The judging, its prompt and its statistics are the `alpaca-eval` package's own; here are its file formats, and a judge at any
-OpenAI-compatible address. The baseline's outputs in the published format (`alpaca_eval_gpt4_baseline.json`: a list of
-`instruction`, `output`, `generator`, `dataset`) are the list of prompts, too.
+The `alpaca-eval` package does the judging and the statistics. This module adds its file formats, and a judge behind any
+OpenAI-compatible URL. The baseline's published outputs (`alpaca_eval_gpt4_baseline.json`: a list of `instruction`,
+`output`, `generator`, `dataset`) are also the list of prompts.
 
 The length-controlled win rate is the package's regression. The published one (`length_controlled_v1`) needs the
-difficulty of each instruction, the file `df_gamed.csv` of the hub's tatsu-lab/alpaca_eval; without it the package's
-`length_controlled_minimal` is used, which knows lengths only: close, but not the leaderboard's number.
+difficulty of each instruction: the file `df_gamed.csv` of tatsu-lab/alpaca_eval on the Hugging Face Hub. Without it the
+package's `length_controlled_minimal` is used, which knows lengths only: close to the leaderboard's number, not equal.
 """
 
 import json
@@ -30,20 +30,20 @@ _FOLDS = 5  # the package cross-validates its regression
 
 
 class AlpacaEvalJudge(Section):
-    """Who judges, and how."""
+    """The judge."""
 
     annotator: str = "weighted_alpaca_eval_gpt4_turbo"
-    """A configuration that the package brings, whose prompt and parser are used: its evaluators_configs folder lists them."""
+    """The package's configuration whose prompt and parser are used; its evaluators_configs folder lists them."""
     model: str | None = None
-    """The judge's name at its server; by default the configuration's own."""
+    """The judge's name at its server; by default the one in the configuration."""
     url: str | None = None
-    """An OpenAI-compatible address such as http://localhost:8000/v1; by default OpenAI's."""
+    """An OpenAI-compatible URL such as http://localhost:8000/v1; by default OpenAI's."""
     api_key: str = execution_option("OPENAI_API_KEY")
-    """The environment variable with the key; a local server needs none."""
+    """The environment variable with the API key; a local server needs none."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """More arguments of a judging request: `temperature`, `top_logprobs`, ..."""
+    """More arguments of a request: `temperature`, `top_logprobs`, ..."""
     concurrency: int = execution_option(5, ge=1)
-    """Requests under way at once."""
+    """Concurrent requests."""
 
 
 def read_baseline(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
@@ -54,7 +54,7 @@ def read_baseline(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
 def model_outputs(
     baseline: Sequence[Mapping[str, Any]], answers: Mapping[int, str], generator: str
 ) -> list[dict[str, Any]]:
-    """A model's answers (by row of the baseline) in the package's format; rows without one are left out."""
+    """A model's answers (by row of the baseline) in the package's format; rows without one are skipped."""
     return [
         {
             "instruction": row["instruction"],
@@ -82,20 +82,19 @@ def judge_outputs(
     difficulty: Path | None = None,
     log: Path | None = None,
 ) -> dict[str, Any]:
-    """Let the package judge `outputs` against `baseline`, row by row; percentages and counts, for JSON.
+    """Let the package judge `outputs` against `baseline`, row by row; return percentages and counts, for JSON.
 
-    Annotations are kept in `folder`, so that what was judged once is not paid for again. `difficulty` is
-    df_gamed.csv. Keys: `win_rate`, `standard_error`, `discrete_win_rate`, `length_controlled_win_rate`,
+    Annotations are stored in `folder`, so no judgement is paid for twice. `difficulty` is df_gamed.csv. Keys: `win_rate`, `standard_error`, `discrete_win_rate`, `length_controlled_win_rate`,
     `length_controlled_standard_error`, `length_control` (the regression's name), `judged`, `unreadable`, `mean_length`
-    and `baseline_length` in characters. Raises ConfigError where the package or the judge's key is missing,
-    EngineError where the judge cannot be asked, DataError where no judgement could be read.
+    and `baseline_length` in characters. Raises ConfigError if the package or the judge's key is missing,
+    EngineError if the judge does not answer, DataError if no judgement could be read.
     """
     environment = {"OPENAI_MAX_CONCURRENCY": str(judge.concurrency), "IS_ALPACA_EVAL_2": "True"}
     key = os.environ.get(judge.api_key)
     if key is None and judge.url is None:
         raise ConfigError(
-            f"alpaca-eval: the environment has no {judge.api_key}, which OpenAI's judge needs; set it, or name a server "
-            "of your own with judge.url"
+            f"alpaca-eval: the environment has no {judge.api_key}, which OpenAI's judge needs; set it, or name your "
+            "server in judge.url"
         )
     environment["OPENAI_API_KEY"] = environment["OPENAI_API_KEYS"] = key or "none"
     if judge.url is not None:
@@ -112,7 +111,7 @@ def judge_outputs(
 
 
 class _Package:
-    """The package, in a child process of its own: it reads its settings from the environment when it is imported."""
+    """The package in a child process, because it reads its settings from the environment at import."""
 
     def judge(
         self, outputs: Path, baseline: Path, folder: Path, config: Path, difficulty: Path | None
@@ -124,10 +123,10 @@ class _Package:
         annotator = annotators.PairwiseAnnotator(
             annotators_config=str(config.resolve()), caching_path=str(folder / "judgements.json")
         )
-        # rows, not paths: the package would read a text of digits as a number
-        theirs, ours = (json.loads(path.read_text(encoding="utf-8")) for path in (baseline, outputs))
+        # rows instead of paths: the package reads a text of digits as a number
+        theirs, mine = (json.loads(path.read_text(encoding="utf-8")) for path in (baseline, outputs))
         try:
-            annotations = pd.DataFrame(annotator.annotate_head2head(outputs_1=theirs, outputs_2=ours))
+            annotations = pd.DataFrame(annotator.annotate_head2head(outputs_1=theirs, outputs_2=mine))
         except openai.OpenAIError as error:
             raise EngineError(
                 f"the judge cannot be asked: {error}. Check its url, the model's name and the key"
@@ -137,7 +136,7 @@ class _Package:
         readable = annotations[annotations["preference"].notna()]
         if not len(readable):
             raise DataError(
-                f"alpaca-eval: none of the judge's {len(annotations)} answers could be read; look at "
+                f"alpaca-eval: none of the judge's {len(annotations)} answers could be read; see "
                 f"{folder / 'annotations.json'}. A judge that names neither answer among its likeliest tokens needs a "
                 "larger judge.options.top_logprobs"
             )
@@ -153,7 +152,7 @@ class _Package:
 
 
 def _annotator_config(judge: AlpacaEvalJudge, folder: Path) -> Path:
-    """The package's configuration of the judge with the user's changes, written into `folder`."""
+    """Write the package's configuration of the judge with the user's changes into `folder`."""
     package = find_spec("alpaca_eval")
     if package is None or package.origin is None:
         raise ConfigError(
@@ -163,7 +162,7 @@ def _annotator_config(judge: AlpacaEvalJudge, folder: Path) -> Path:
     source = shipped / judge.annotator / "configs.yaml"
     if not source.is_file():
         raise ConfigError(
-            f"judge.annotator: alpaca-eval brings no configuration {judge.annotator!r}; they are in {shipped}"
+            f"judge.annotator: alpaca-eval has no configuration {judge.annotator!r}; they are in {shipped}"
         )
     ((name, config),) = yaml.safe_load(source.read_text()).items()
     arguments = config["completions_kwargs"]
@@ -180,7 +179,7 @@ def _annotator_config(judge: AlpacaEvalJudge, folder: Path) -> Path:
 
 
 def _length_controlled(annotations: Any, folder: Path, difficulty: Path | None) -> dict[str, Any]:
-    """The package's length-controlled win rate, with its own download replaced by a local file."""
+    """The package's length-controlled win rate, with its download replaced by a local file."""
     from alpaca_eval.metrics import glm_winrate  # type: ignore[import-untyped]
 
     keys = ("length_controlled_win_rate", "length_controlled_standard_error")
@@ -189,7 +188,7 @@ def _length_controlled(annotations: Any, folder: Path, difficulty: Path | None) 
         return {**dict.fromkeys(keys), "length_control": f"none: {readable} judgements, {_FOLDS} are needed"}
     name = "length_controlled_v1" if difficulty else "length_controlled_minimal"
     if difficulty is None:
-        # the package reads this file whether or not the regression has a term for it
+        # the package reads this file even if the regression has no term for it
         difficulty = folder / "no_difficulty.csv"
         lines = [f"none,{index},0.0\n" for index in range(len(annotations))]
         difficulty.write_text("model,index,instruction_difficulty\n" + "".join(lines))

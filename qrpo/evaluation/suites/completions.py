@@ -1,4 +1,4 @@
-"""A model's completions of a suite's prompts, by the engines and with the seeds of the pipeline."""
+"""A model's completions of a suite's prompts, sampled with the pipeline's engines and seeds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qrpo.data.chat import Messages, encode_prompt, load_tokenizer
 from qrpo.engines import EngineConfig, open_engine
-from qrpo.engines.sampling import Sample, SampleRequest, SamplingConfig, misfit, sample_seed
+from qrpo.engines.sampling import Sample, SampleRequest, SamplingConfig, length_problem, sample_seed
 from qrpo.errors import DataError
 from qrpo.models import ModelConfig
 
@@ -15,7 +15,7 @@ __all__ = ["Completions", "draw_completions"]
 
 @dataclass(frozen=True)
 class Completions:
-    """Samples by prompt key, and why a prompt could not be asked."""
+    """Samples by prompt key, and the reasons for prompts that do not fit."""
 
     samples: dict[str, list[Sample]]
     refused: dict[str, str]
@@ -32,9 +32,9 @@ def draw_completions(
     namespace: str = "suite",
     log: Path | None = None,
 ) -> Completions:
-    """`num_samples` completions of every prompt. The engine runs in a child process, which is ended before this returns.
+    """Sample `num_samples` completions of every prompt; the engine's process ends before this returns.
 
-    A sample's seed is a hash of `namespace`, `seed`, the prompt's key and the sample's index. Raises DataError where no
+    A sample's seed is a hash of `namespace`, `seed`, the prompt's key and the sample's index. Raises DataError if no
     prompt fits the engine's context.
     """
     opened = open_engine(engine, model, log=log)
@@ -42,13 +42,13 @@ def draw_completions(
     requests, refused = [], {}
     for key, messages in prompts.items():
         token_ids = encode_prompt(tokenizer, messages)
-        if reason := misfit(token_ids, opened.max_model_len, sampling.max_tokens):
+        if reason := length_problem(token_ids, opened.max_model_len, sampling.max_tokens):
             refused[key] = reason
             continue
         seeds = tuple((index, sample_seed(seed, key, index, namespace)) for index in range(num_samples))
         requests.append(SampleRequest(key, token_ids, seeds))
     if not requests:
-        raise DataError(f"no prompt can be asked: {next(iter(refused.values()), 'there is none')}")
+        raise DataError(f"no prompt fits the engine: {next(iter(refused.values()), 'there is none')}")
     try:
         samples = dict(opened.sample(requests, sampling))
     finally:

@@ -1,34 +1,23 @@
-"""The suites' published files: a JSON list or JSON lines, one object a row."""
+"""The suites' published files: a JSON list or JSON lines, one object per row."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from qrpo.data import sources
 from qrpo.errors import DataError
 
 __all__ = ["read_rows"]
 
 
 def read_rows(path: Path, required: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The rows of a JSON list or of JSON lines; DataError naming the file and row where one lacks a required field."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-    try:
-        rows = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else [json.loads(line) for line in text.splitlines() if line.strip()]
-        )
-    except ValueError as error:
-        raise DataError(f"{path}: neither a JSON list nor JSON lines: {error}") from None
-    for number, row in enumerate(rows):
-        lacking = [
-            name for name in required if not isinstance(row, dict) or not isinstance(row.get(name), str)
-        ]
-        if lacking:
-            raise DataError(f"{path}, row {number}: expected text in {', '.join(map(repr, lacking))}")
+    """All rows of a file; DataError naming the file and row if one lacks text in a required field."""
+    rows: list[dict[str, Any]] = []
+    for where, row in sources.read_rows(str(path)):
+        if isinstance(row, DataError):
+            raise row
+        if missing := [repr(name) for name in required if not isinstance(row.get(name), str)]:
+            raise DataError(f"{where}: expected text in {', '.join(missing)}")
+        rows.append(row)
     if not rows:
         raise DataError(f"{path}: there are no rows")
-    return list(rows)
+    return rows

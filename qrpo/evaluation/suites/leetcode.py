@@ -1,7 +1,7 @@
-"""LeetCodeDataset: how many of a problem's tests a model's solution passes, and how often all of them.
+"""LeetCodeDataset: the share of a problem's tests that a model's solution passes, and how often it passes all.
 
-Problems come as the published JSON lines: `task_id`, `query` (what the model is asked), `prompt` (imports that go before
-a solution), `entry_point`, `test`. Solutions run in the sandbox of the code reward.
+Problems are the published JSON lines: `task_id`, `query` (the question to the model), `prompt` (imports that precede a
+solution), `entry_point`, `test`. Solutions run in the sandbox of the code reward.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,11 +31,11 @@ def score_solutions(
     limits: Limits | None = None,
     seed: int = 0,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Score answers (texts with fenced code, by `task_id`); a summary for JSON, and one row a solution.
+    """Score answers (texts with fenced code, by `task_id`); return a summary for JSON, and one row per solution.
 
     The summary has `tests_passed` (share of a solution's tests, mean over problems) and `pass_at_1` (share of solutions
     that pass all), each with `standard_error`, `low` and `high` over problems; `problems`, `samples`, and `unusable`:
-    why problems could not be scored. Problems without an answer are left out.
+    the reasons why problems could not be scored. Problems without an answer are ignored.
     """
     rows = [
         {**problem, "solution": index, "text": text}
@@ -64,10 +64,14 @@ def score_solutions(
         raise DataError(
             f"leetcode: no solution could be scored: {next(iter(unusable.values()), 'there is none')}"
         )
-    place = np.unique([row["task_id"] for row in scored], return_inverse=True)[1]
-    summary: dict[str, Any] = {"problems": int(place.max()) + 1, "samples": len(scored), "unusable": unusable}
+    problem = np.unique([row["task_id"] for row in scored], return_inverse=True)[1]
+    summary: dict[str, Any] = {
+        "problems": int(problem.max()) + 1,
+        "samples": len(scored),
+        "unusable": unusable,
+    }
     for name, column in (("tests_passed", "tests_passed"), ("pass_at_1", "all_passed")):
         values = np.array([row[column] for row in scored], dtype=float)
-        low, high = bootstrap_interval(prompt_means(values, place), seed=seed)
-        summary[name] = {**mean_by_prompt(values, place), "low": low, "high": high}
+        low, high = bootstrap_interval(prompt_means(values, problem), seed=seed)
+        summary[name] = {**mean_by_prompt(values, problem), "low": low, "high": high}
     return summary, scored

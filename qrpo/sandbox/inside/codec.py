@@ -1,11 +1,11 @@
-"""Python values as inert data: what a solution returns reaches its judge as numbers, strings and containers, or not at all.
+"""Python values as inert data: a solution's result reaches the judge as numbers, strings and containers, or not at all.
 
-A value becomes a flat table of nodes, so that linked lists of any length, shared parts and cycles survive, and JSON,
-whose reader is safe on hostile input. Containers are named by their place in the table, as `[place]`. Subclasses of
-builtin types become the builtin type: an `int` whose `__eq__` always agrees arrives as a plain int. Arrays and scalars of
-NumPy travel where it is loaded, if they hold numbers. Instances of a class written in Python travel as their class's name
-and attributes, and are made again without calling any of its methods, where the reader knows a class of that name.
-Functions, iterators, files and the like do not travel.
+A value is encoded as a flat table of nodes in JSON. The table preserves linked lists of any length, shared parts and
+cycles; JSON's reader is safe on hostile input. A container is referenced by its index in the table, as `[index]`.
+Subclasses of builtin types become the builtin type: an `int` whose `__eq__` is always true arrives as a plain int. NumPy's
+numeric arrays and scalars are supported where NumPy is loaded. Instances of a class written in Python are encoded as the
+class's name and attributes; they are created again without calling any method, if the reader knows a class of that name.
+Functions, iterators, files and the like cannot be encoded.
 """
 
 import json
@@ -19,33 +19,33 @@ from typing import Any
 __all__ = ["CodecError", "decode", "encode"]
 
 _ATOMS = frozenset({type(None), bool, int, float, str})
-_JSON_INT = 1 << 63  # larger ones travel in hexadecimal, which Python reads and writes without limit
+_JSON_INT = 1 << 63  # larger ones are written in hexadecimal, for which Python has no size limit
 _WRITER, _READER = json.JSONEncoder(separators=(",", ":")), json.JSONDecoder()
 _NO_DATA = (type, ModuleType, FunctionType, MethodType, BuiltinFunctionType)
 
 
 class CodecError(Exception):
-    """The value is none that can travel, or the data describes none."""
+    """The value cannot be encoded, or the data does not describe a value."""
 
 
 def encode(value: Any) -> bytes:
-    """The value as JSON; CodecError where it holds what is no data."""
+    """The value as JSON; CodecError if a part of it is not data."""
     return _Encoder().encode(value)
 
 
 class _Encoder:
     def __init__(self) -> None:
         self._nodes: list[Any] = []
-        self._places: dict[int, int] = {}
-        self._alive: list[Any] = []  # an id must not be used again by another object
+        self._indices: dict[int, int] = {}
+        self._alive: list[Any] = []  # keeps ids unique while encoding
         self._waiting: deque[tuple[int, str, Any]] = deque()
 
     def encode(self, value: Any) -> bytes:
         try:
             root = self._reference(value)
             while self._waiting:
-                place, kind, item = self._waiting.popleft()
-                self._nodes[place] = [kind, *self._contents(kind, item)]
+                index, kind, item = self._waiting.popleft()
+                self._nodes[index] = [kind, *self._contents(kind, item)]
             return _WRITER.encode([root, self._nodes]).encode()
         except (RecursionError, ValueError) as error:
             raise CodecError(str(error)) from None
@@ -56,9 +56,9 @@ class _Encoder:
             if kind is int and not -_JSON_INT < value < _JSON_INT:
                 return self._add(["int", hex(value)])
             return value
-        place = self._places.get(id(value))
-        if place is not None:
-            return [place]
+        index = self._indices.get(id(value))
+        if index is not None:
+            return [index]
         if isinstance(value, (int, float, str)):
             return self._reference(_plain(value))
         if isinstance(value, (bytes, bytearray)):
@@ -69,13 +69,13 @@ class _Encoder:
         if numpy and isinstance(value, (numpy.ndarray, numpy.generic)) and value.dtype.kind in "biufc":
             return self._add(["numpy", value.dtype.str, list(value.shape), value.tobytes().hex()])
         self._alive.append(value)
-        if isinstance(value, (tuple, frozenset)):  # after its contents: the reader makes it whole at once
+        if isinstance(value, (tuple, frozenset)):  # after its contents: the reader creates it complete
             name = "tuple" if isinstance(value, tuple) else "frozenset"
             reference = self._add([name, self._references(value)])
-            self._places[id(value)] = reference[0]
+            self._indices[id(value)] = reference[0]
             return reference
         reference = self._add(None)
-        self._places[id(value)] = reference[0]
+        self._indices[id(value)] = reference[0]
         self._waiting.append((reference[0], _kind_of(value), value))
         return reference
 
@@ -101,7 +101,7 @@ class _Encoder:
 
 
 def _plain(value: Any) -> int | float | str:
-    """The number or text that an instance of a subclass is, asked of the builtin type and not of the subclass."""
+    """The number or text of an instance of a subclass, read by the builtin type's methods and not the subclass's."""
     if isinstance(value, int):
         return int.__index__(value)
     return float.__mul__(value, 1.0) if isinstance(value, float) else str.__str__(value)
@@ -113,13 +113,13 @@ def _kind_of(value: Any) -> str:
             return kind.__name__
     if hasattr(value, "__dict__") and not isinstance(value, _NO_DATA):
         return "object"
-    raise CodecError(f"a value of type {type(value).__name__} is no plain data")
+    raise CodecError(f"a value of type {type(value).__name__} is not plain data")
 
 
 def decode(data: bytes, find_class: Callable[[str], Any]) -> Any:
-    """The value that `data` describes; CodecError where it describes none.
+    """The value that `data` describes; CodecError if it describes none.
 
-    `find_class` gives the class whose objects may have a name; anything else but a class for other names.
+    `find_class` maps a name to the class that its objects get, and to anything but a class for unknown names.
     """
     try:
         root, nodes = _READER.decode(data.decode())
@@ -134,7 +134,7 @@ def _numpy(kind: str, shape: list[int], data: str) -> Any:
     if not re.fullmatch(r"[<>|][biufc]\d+", kind):
         raise CodecError(f"an array of {kind!r}")
     numpy = sys.modules["numpy"]
-    return numpy.frombuffer(bytes.fromhex(data), kind).reshape(shape).copy()[()]  # without axes: a scalar
+    return numpy.frombuffer(bytes.fromhex(data), kind).reshape(shape).copy()[()]  # a scalar if it has no axes
 
 
 _SHELLS = {"list": list, "dict": dict, "set": set, "deque": deque}
@@ -155,22 +155,22 @@ def _decode(root: Any, nodes: list[Any], find_class: Callable[[str], Any]) -> An
             if type(reference) not in _ATOMS:
                 raise CodecError("a container outside the table")
             return reference
-        (place,) = reference
-        found = values[place]
+        (index,) = reference
+        found = values[index]
         if found is _PENDING:
             raise CodecError("a tuple before its contents")
         return found
 
-    for place, node in enumerate(nodes):
+    for index, node in enumerate(nodes):
         if node[0] in ("tuple", "frozenset"):
             made = [value(item) for item in node[1]]
-            values[place] = tuple(made) if node[0] == "tuple" else frozenset(made)
+            values[index] = tuple(made) if node[0] == "tuple" else frozenset(made)
     for node, shell in zip(nodes, values, strict=True):
         if node[0] in ("list", "deque"):
             shell.extend([value(item) for item in node[1]])
         elif node[0] == "object":
             vars(shell).update(zip(map(str, node[2]), map(value, node[3]), strict=True))
-    for node, shell in zip(nodes, values, strict=True):  # last, since keys are hashed by what they hold
+    for node, shell in zip(nodes, values, strict=True):  # last, since hashes of keys depend on their contents
         if node[0] == "set":
             shell.update(map(value, node[1]))
         elif node[0] == "dict":
@@ -187,7 +187,7 @@ def _shell(node: list[Any], find_class: Callable[[str], Any]) -> Any:
     if kind == "object":
         found = find_class(node[1])
         if not isinstance(found, type):
-            raise CodecError(f"an object of a class {node[1]!r} that is not known here")
+            raise CodecError(f"an object of a class {node[1]!r} that is unknown here")
         return object.__new__(found)
     if kind in ("tuple", "frozenset"):
         return _PENDING

@@ -1,4 +1,4 @@
-"""Messages on a pipe: four bytes of length, then so many bytes."""
+"""Messages on a pipe: a length of four bytes, then the payload."""
 
 import os
 import struct
@@ -9,38 +9,38 @@ _LENGTH = struct.Struct("<I")
 
 
 def frame(payload: bytes) -> bytes:
-    """The payload with its length before it."""
+    """The payload, preceded by its length."""
     return _LENGTH.pack(len(payload)) + payload
 
 
 def write_frames(fd: int, *payloads: bytes) -> None:
-    """Write messages, however large."""
+    """Write messages of any size."""
     data = memoryview(b"".join(map(frame, payloads)))
     while data:
         data = data[os.write(fd, data) :]
 
 
 def complete_frames(data: bytes | bytearray, at_most: int) -> list[bytes]:
-    """The first messages in `data`; what follows a whole message and is none itself is left out."""
+    """The first complete messages in `data`, at most `at_most`."""
     frames: list[bytes] = []
-    place = 0
-    while len(frames) < at_most and place + _LENGTH.size <= len(data):
-        (length,) = _LENGTH.unpack_from(data, place)
-        place += _LENGTH.size
-        if place + length > len(data):
+    start = 0
+    while len(frames) < at_most and start + _LENGTH.size <= len(data):
+        (length,) = _LENGTH.unpack_from(data, start)
+        start += _LENGTH.size
+        if start + length > len(data):
             break
-        frames.append(bytes(data[place : place + length]))
-        place += length
+        frames.append(bytes(data[start : start + length]))
+        start += length
     return frames
 
 
 class Reader:
-    """Reads messages from a file descriptor; EOFError where it ends before the message does."""
+    """Reads messages from a file descriptor; EOFError if it ends within a message."""
 
     def __init__(self, fd: int):
         self._fd = fd
         self._data = b""
-        self._place = 0
+        self._offset = 0
 
     def frame(self) -> bytes:
         """The next message."""
@@ -52,16 +52,16 @@ class Reader:
         return self.frame().decode("utf-8", "surrogatepass")
 
     def _exactly(self, count: int) -> bytes:
-        end = self._place + count
+        end = self._offset + count
         if end > len(self._data):
-            pieces, missing = [self._data[self._place :]], end - len(self._data)
+            pieces, missing = [self._data[self._offset :]], end - len(self._data)
             while missing > 0:
                 piece = os.read(self._fd, max(1 << 16, min(missing, 1 << 20)))
                 if not piece:
                     raise EOFError("the pipe ended within a message")
                 pieces.append(piece)
                 missing -= len(piece)
-            self._data, self._place, end = b"".join(pieces), 0, count
-        found = self._data[self._place : end]
-        self._place = end
+            self._data, self._offset, end = b"".join(pieces), 0, count
+        found = self._data[self._offset : end]
+        self._offset = end
         return found

@@ -1,10 +1,10 @@
-"""The judge: runs a problem's tests in a cell where no solution ever runs, and asks for the solution's results.
+"""The judge: runs a problem's tests in a process that never runs a solution, and obtains the solution's results.
 
-`check(candidate)` is cut into its statements. Every statement that asserts something is one test; the others prepare it.
-The candidate that the tests call is a stand-in: the real one is called in the solution's own cell, and what it returned
-comes back as inert data. Where the calls' arguments depend on nothing but the tests' own text (the usual
-`assert candidate(...) == ...`), all calls are known beforehand: the solution answers them in one go, and the tests are judged
-afterwards. Otherwise they are made one by one, while the tests run.
+`check(candidate)` is split into its statements. Every statement with an assertion is one test; the others prepare tests.
+The candidate that the tests call is a proxy: the real one runs in the solution's process, and its results arrive as inert
+data. If the arguments of all calls depend only on the tests' source (as in the usual `assert candidate(...) == ...`), the
+calls are known in advance: the solution answers them in one pass, and the tests are judged afterwards. Otherwise they are
+made one by one while the tests run.
 """
 
 import ast
@@ -25,16 +25,16 @@ _REPLAY, _CAPTURE, _CANDIDATE = "__replayed_call__", "__captured_call__", "__can
 _NESTED = (ast.Lambda, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)  # fmt: skip
 
 
-def serve(jobs: Reader, answer: int, seal: Callable[[], None]) -> int:
-    """Prepare problems' tests and judge solutions' replies, one request after another, until the pipe ends.
+def serve(jobs: Reader, answer: int, drop_privileges: Callable[[], None]) -> int:
+    """Serve requests one after another until the pipe ends. b"." ends each answer.
 
-    "prepare", preamble, test, entry point: answered by JSON (`tests`, their number; `calls`, theirs, or -1 where they are
-    made one by one; or `error`), the suite compiled, the preamble compiled, and the calls. "judge", the compiled suite, the
-    number of replies, the replies: answered by b"1" or b"0" for each test, all at the end. "step by step" and the same: by
-    each as soon as it is known, and between them b"c" with a call that is to be made, whose reply comes next on the jobs'
-    pipe. b"." ends each answer.
+    - "prepare", preamble, test, entry point: answers with JSON (`tests` and `calls`, their numbers, where calls are -1 if
+      they are made one by one; or `error`), the compiled suite, the compiled preamble, and the calls.
+    - "judge", compiled suite, number of replies, replies: answers with b"1" or b"0" for each test, all at the end.
+    - "step by step" with the same: answers with each verdict as soon as it is known, and with b"c" and a call to make,
+      whose reply is the next message.
     """
-    seal()
+    drop_privileges()
     sys.setrecursionlimit(10_000)
 
     def ask(data: bytes) -> bytes:
@@ -73,7 +73,7 @@ def _prepared(preamble: str, test: str, entry_point: str) -> list[bytes]:
 
 
 class Suite:
-    """The tests of one problem: what defines their names, and one step for each statement."""
+    """The tests of one problem: code that defines names, and one step per statement."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class Suite:
         self._steps = steps
         self._candidates = candidates
         self.calls = calls
-        """Code that makes the list of the calls' arguments; None where they are not known beforehand."""
+        """Code that evaluates to the list of the calls' arguments; None if they are not known in advance."""
         self.tests = sum(is_test for is_test, _ in steps)
         module = types.ModuleType("tests")
         sys.modules["tests"] = module
@@ -96,7 +96,7 @@ class Suite:
 
     @classmethod
     def compiled(cls, preamble: str, test: str, entry_point: str) -> "Suite":
-        """From source; raises what the source raises, or ValueError where it is no test."""
+        """From source; raises what the source raises, or ValueError if it is not a test."""
         tree = ast.parse(test)
         check = next((n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "check"), None)
         if check is None:
@@ -108,14 +108,14 @@ class Suite:
             around = [node for node in tree.body if node is not check and not _calls_check(node)]
             body, candidate = check.body, check.args.args[0].arg
         definitions = [compile(preamble, "<preamble>", "exec"), _compiled(around)]
-        known = _known_beforehand(body, candidate)
+        known = _known_in_advance(body, candidate)
         replayed = _Replayed(candidate)
         try:
             if known:
                 steps = [(_asserts(node), _compiled([replayed.visit(node)])) for node in body]
                 return cls(definitions, steps, [candidate], _captures(replayed.calls))
             return cls(definitions, [(_asserts(node), _compiled([node])) for node in body], [candidate], None)
-        except SyntaxError:  # a `return` among the statements: the function is one test
+        except SyntaxError:  # a `return` among the statements: the whole function is one test
             assert check is not None
             whole = [node for node in ast.parse(test).body if not _calls_check(node)]
             call = ast.parse(f"check({_CANDIDATE})").body
@@ -123,7 +123,7 @@ class Suite:
 
     @classmethod
     def loaded(cls, data: bytes) -> "Suite":
-        """From what `dumped` gave."""
+        """From the result of `dumped`."""
         return cls(*marshal.loads(data))  # noqa: S302 - written by a judge
 
     def dumped(self) -> bytes:
@@ -135,7 +135,7 @@ class Suite:
         return marshal.dumps(self._parts[0][0])
 
     def captured_calls(self) -> list[bytes]:
-        """The calls that are known beforehand, encoded, in order."""
+        """The calls that are known in advance, encoded, in order."""
         if self.calls is None:
             return []
         self._names[_CAPTURE] = lambda *args, **kwargs: [list(args), kwargs]
@@ -144,10 +144,10 @@ class Suite:
     def verdicts(self, replies: list[bytes], ask: Callable[[bytes], bytes]) -> Iterator[bool]:
         """Whether each test passes, one after another."""
 
-        def replayed(place: int) -> Any:
-            if place >= len(replies):
-                raise RuntimeError("the solution ended before this call")
-            return self._result(replies[place])
+        def replayed(index: int) -> Any:
+            if index >= len(replies):
+                raise RuntimeError("the solution exited before this call")
+            return self._result(replies[index])
 
         def candidate(*args: Any, **kwargs: Any) -> Any:
             result, args_after, kwargs_after = self._result(ask(encode([list(args), kwargs])))
@@ -177,13 +177,13 @@ class Suite:
         raise kind(message)
 
     def _own_class(self, name: str) -> Any:
-        """The class that the preamble or the tests define by this name: the only ones that data may fill."""
+        """The class of this name in the preamble or the tests; data can create objects of no other class."""
         found = self._names.get(name)
         return found if isinstance(found, type) and found.__module__ == "tests" else None
 
 
-def _known_beforehand(body: list[ast.stmt], candidate: str) -> bool:
-    """Whether each use of the candidate is a plain call in an assertion, with arguments of the text's own."""
+def _known_in_advance(body: list[ast.stmt], candidate: str) -> bool:
+    """Whether each use of the candidate is a plain call in an assertion whose arguments use no variables of the test."""
     bound = {n.id for step in body for n in ast.walk(step) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}  # fmt: skip
     for step in body:
         uses = sum(isinstance(node, ast.Name) and node.id == candidate for node in ast.walk(step))
@@ -204,7 +204,7 @@ def _captures(calls: list[ast.Call]) -> types.CodeType:
 
 
 class _Replayed(ast.NodeTransformer):
-    """Puts the replay of call number i in the place of the call, and keeps the calls."""
+    """Replaces call number i by its replay, and collects the calls."""
 
     def __init__(self, candidate: str):
         self._candidate = candidate
@@ -214,8 +214,8 @@ class _Replayed(ast.NodeTransformer):
         if not _is_call_of(node, self._candidate):
             return self.generic_visit(node)
         self.calls.append(node)
-        place = ast.Constant(len(self.calls) - 1)
-        return ast.copy_location(ast.Call(ast.Name(_REPLAY, ast.Load()), [place], []), node)
+        index = ast.Constant(len(self.calls) - 1)
+        return ast.copy_location(ast.Call(ast.Name(_REPLAY, ast.Load()), [index], []), node)
 
 
 def _is_call_of(node: ast.AST, name: str) -> bool:
@@ -231,7 +231,7 @@ def _asserts(node: ast.stmt) -> bool:
 
 
 def _outside_scopes(node: ast.AST) -> Iterator[Any]:
-    """The nodes that are evaluated once, when the statement is: none in a function or a comprehension."""
+    """The nodes that are evaluated exactly once with the statement: none in a function or a comprehension."""
     yield node
     for inner in ast.iter_child_nodes(node):
         if not isinstance(inner, _NESTED):
@@ -243,7 +243,7 @@ def _compiled(body: list[ast.stmt]) -> types.CodeType:
 
 
 def _copy_back(ours: Any, theirs: Any) -> None:
-    """Make of an argument what the solution made of its copy."""
+    """Apply the solution's changes of an argument's copy to the argument."""
     if isinstance(ours, list):
         ours[:] = theirs
     elif isinstance(ours, (dict, set)):

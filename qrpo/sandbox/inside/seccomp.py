@@ -1,9 +1,9 @@
-"""The system calls that a solution may make: a seccomp filter, written as the kernel's own small program.
+"""The system calls that a solution may make: a seccomp filter, as a BPF program.
 
-It is a list of what is allowed. A solution may compute, use the memory, files and threads that it has, and tell the time.
-It may make no process (so that limits per process are limits on all it does), no socket but a pair joined to itself, no
-namespace or mount, no shared memory outside its own, and may neither trace nor look into another process. Whatever else
-it asks for fails with EPERM. Numbers are those of Linux's `unistd.h`; a program for another architecture is killed.
+It is an allow-list. A solution may compute, use its memory, files and threads, and read the time. It cannot create
+processes (so limits per process limit everything it does), sockets except a socket pair, namespaces, mounts or shared
+memory, and cannot trace or inspect another process. Any other call fails with EPERM. Call numbers are those of Linux's
+`unistd.h`; calls of another architecture kill the process.
 """
 
 import ctypes
@@ -47,7 +47,7 @@ def _numbers(table: str) -> dict[str, int]:
 
 
 ALLOWED = {"x86_64": _numbers(_X86_64), "aarch64": _numbers(_AARCH64)}
-"""By machine: the calls that are allowed, some of them only with the arguments that `_CONDITIONS` asks for."""
+"""By machine: the allowed calls, some of them only with arguments that satisfy `_CONDITIONS`."""
 
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
@@ -68,7 +68,7 @@ def _argument(index: int, *, high: bool = False) -> _Instruction:
 
 
 def _is_zero(index: int) -> list[_Instruction]:
-    """Allow where a pointer is null."""
+    """Allow a null pointer."""
     return [
         _argument(index),
         (_EQUAL, 0, 3, 0),
@@ -80,7 +80,7 @@ def _is_zero(index: int) -> list[_Instruction]:
 
 
 def _is_one_of(index: int, values: tuple[int, ...]) -> list[_Instruction]:
-    tests = [(_EQUAL, len(values) - place, 0, value) for place, value in enumerate(values)]
+    tests = [(_EQUAL, len(values) - index, 0, value) for index, value in enumerate(values)]
     return [_argument(index), *tests, (_RETURN, 0, 0, _DENY), (_RETURN, 0, 0, _ALLOW)]
 
 
@@ -98,12 +98,12 @@ _CONDITIONS: dict[str, list[_Instruction]] = {
     ],
     "clone3": [
         (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)
-    ],  # its flags cannot be seen: the C library then takes clone
+    ],  # a filter cannot read its flags; the C library then uses clone
 }
 
 
 def build_filter(machine: str) -> bytes:
-    """The program for `machine` (as `platform.machine()` names it); OSError where its numbers are not known."""
+    """The program for `machine` (as `platform.machine()` names it); OSError if its call numbers are unknown."""
     if machine not in ALLOWED:
         raise OSError(f"no system-call filter for {machine}, expected {' or '.join(ALLOWED)}")
     program: list[_Instruction] = [
@@ -111,7 +111,7 @@ def build_filter(machine: str) -> bytes:
         (_EQUAL, 1, 0, _AUDIT_ARCH[machine]),
         (_RETURN, 0, 0, _KILL),
         (_LOAD, 0, 0, _NUMBER),
-        (_AT_LEAST, 0, 1, 0x40000000),  # the x32 calls have numbers of their own
+        (_AT_LEAST, 0, 1, 0x40000000),  # x32 calls
         (_RETURN, 0, 0, _DENY),
         *_search(sorted((number, name) for name, number in ALLOWED[machine].items())),
     ]
@@ -119,7 +119,7 @@ def build_filter(machine: str) -> bytes:
 
 
 def _search(calls: list[tuple[int, str]]) -> list[_Instruction]:
-    """Finds a call's number by halves: the kernel tries a new filter on every number there is, for each cell anew."""
+    """Binary search of a call number. The kernel evaluates a new filter on all numbers, for every process that installs it."""
     if len(calls) > 4:
         middle = len(calls) // 2
         below = _search(calls[:middle])
@@ -139,7 +139,7 @@ _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _MODE_FILTER = 38, 22, 2
 
 
 class Filter:
-    """The program for a machine, ready to be installed."""
+    """The program for a machine, ready to install."""
 
     def __init__(self, libc: ctypes.CDLL, machine: str):
         program = build_filter(machine)
@@ -148,6 +148,6 @@ class Filter:
         self._install = (_PR_SET_SECCOMP, _MODE_FILTER, ctypes.byref(described), 0, 0)
 
     def install(self) -> None:
-        """Bind this process, and all its threads to come, to the program, for good."""
+        """Apply the program to this process and its future threads, permanently."""
         if self._prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or self._prctl(*self._install):
             raise OSError(ctypes.get_errno(), f"seccomp: {os.strerror(ctypes.get_errno())}")

@@ -1,4 +1,4 @@
-"""A cell's work on a solution: answer calls to it, or run it as a program. It never sees a test or an expected value."""
+"""The solution's role in a forked process: answer calls, or run as a program. It never sees a test or an expected value."""
 
 import atexit
 import builtins
@@ -16,17 +16,17 @@ from .framing import Reader, write_frames
 __all__ = ["call", "run_program"]
 
 
-def call(jobs: Reader, answer: int, seal: Callable[[], None]) -> int:
+def call(jobs: Reader, answer: int, drop_privileges: Callable[[], None]) -> int:
     """Define the solution and answer calls to its entry point, in order.
 
     The job: preamble (compiled), code, entry point, the number of calls, the calls; then, where that number is -1, calls one by
-    one until the pipe ends. A call is `encode([args, kwargs])`. The answer to it is b"=" and the result, or b"!" and what was raised;
-    to one of the later calls, the result and what the call has made of its arguments.
+    one until the pipe ends. A call is `encode([args, kwargs])`. The answer is b"=" and the result, or b"!" and the exception;
+    to one of the later calls, the result and the arguments as the call left them.
     """
     preamble, code, entry_point = jobs.frame(), jobs.text(), jobs.text()
     count = int(jobs.text())
     calls = [jobs.frame() for _ in range(count)]
-    seal()
+    drop_privileges()
     sys.setrecursionlimit(10_000)
     module = types.ModuleType("solution")
     sys.modules["solution"] = module
@@ -56,7 +56,7 @@ def _answer(candidate: Any, data: bytes, names: dict[str, Any], *, back: bool) -
         return b"!" + encode([name, str(error)[:1000]])
 
 
-def run_program(jobs: Reader, answer: int, seal: Callable[[], None]) -> int:
+def run_program(jobs: Reader, answer: int, drop_privileges: Callable[[], None]) -> int:
     """Run the code as `__main__` with the given text on standard input; standard output is the answer."""
     code, text = jobs.text(), jobs.frame()
     given = os.memfd_create("stdin")
@@ -66,7 +66,7 @@ def run_program(jobs: Reader, answer: int, seal: Callable[[], None]) -> int:
     os.dup2(given, 0)
     os.dup2(answer, 1)
     os.closerange(3, given + 1)
-    seal()
+    drop_privileges()
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.setrecursionlimit(10_000)

@@ -1,8 +1,8 @@
-"""Python objects named by a string, as configuration must name them: `package.module:name` or `path/to/file.py:name`.
+"""Python objects that a configuration names: `package.module:name` or `path/to/file.py:name`.
 
-`load_callable` imports one. `source_digests` says which code it is without running any of it: the file and, followed
-through its `import` statements, the local files beside it, so that editing a reward function or a module that it
-uses changes the fingerprint of what it computed. Data files that the code opens cannot be seen this way.
+`load_callable` imports one. `source_digests` identifies its code without running it: the file and the local files that
+its `import` statements reach. So editing a reward function, or a module that it uses, changes the fingerprint of its
+results. Data files that the code opens are not covered.
 """
 
 import ast
@@ -35,9 +35,9 @@ def split_target(target: str) -> tuple[str, str]:
 
 
 def load_callable(target: str) -> Callable[..., Any]:
-    """Import the object that `target` names. What importing its module raises is left to rise as it is.
+    """Import the object that `target` names. Errors of importing its module are not caught.
 
-    The folder of a file comes first on `sys.path`, as when Python runs the file, so that it can import its siblings.
+    A file's folder is put first on `sys.path`, as when Python runs the file, so that it can import its siblings.
     """
     where, name = split_target(target)
     module = _load_file(_existing_file(where)) if where.endswith(".py") else _load_module(where)
@@ -45,7 +45,7 @@ def load_callable(target: str) -> Callable[..., Any]:
     if not callable(found):
         functions = sorted(key for key, value in vars(module).items() if callable(value) and key[0] != "_")
         raise ConfigError(
-            f"{where} has no function {name!r} (it has {', '.join(functions) or 'none'}): mend the name in {target!r}"
+            f"{where} has no function {name!r} (it has {', '.join(functions) or 'none'}): fix the name in {target!r}"
         )
     return found  # type: ignore[no-any-return]
 
@@ -53,9 +53,9 @@ def load_callable(target: str) -> Callable[..., Any]:
 def source_digests(target: str) -> dict[str, str]:
     """sha256 of the file that `target` names and of the local files that it imports, by path relative to its root.
 
-    The root is the file's folder, or for a module the folder that holds its top package: nothing here depends on
-    where that folder lies. What lies outside it is not followed. A module of an installed package is its own file and
-    the package's version. Nothing is imported or run; raises ConfigError where the file is missing or has a syntax error.
+    The root is the file's folder, or for a module the folder of its top package; its location does not matter. Imports
+    from outside the root are not followed. A module of an installed package is its file and the package's version.
+    Nothing is imported or run. Raises ConfigError if the file is missing or has a syntax error.
     """
     where, _ = split_target(target)
     if where.endswith(".py"):
@@ -104,7 +104,7 @@ def _load_file(path: Path) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look the module up while it is being run
+    sys.modules[name] = module  # dataclasses and pickle look the module up while it runs
     try:
         spec.loader.exec_module(module)
     except BaseException:
@@ -125,7 +125,7 @@ def _load_module(name: str) -> Any:
 
 
 def _find_module(name: str) -> tuple[Path, Path]:
-    """(the folder that holds the top package, the module's file), without importing anything."""
+    """(the folder of the top package, the module's file), without importing anything."""
     top = name.split(".")[0]
     spec = PathFinder.find_spec(top)
     if spec is not None and spec.origin is not None:
@@ -138,7 +138,7 @@ def _find_module(name: str) -> tuple[Path, Path]:
     files = _module_files(root, name)
     leaf = root.joinpath(*name.split("."))
     if not files or files[-1] not in (leaf.with_suffix(".py"), leaf / "__init__.py"):
-        raise ConfigError(f"package {top!r} has no Python module {name!r}: mend the name")
+        raise ConfigError(f"package {top!r} has no Python module {name!r}: fix the name")
     return root, files[-1]
 
 
@@ -155,7 +155,7 @@ def _version(package: str) -> str:
 
 
 def _module_files(root: Path, module: str) -> list[Path]:
-    """The files under root that importing `module` runs: its packages' `__init__.py`, then its own."""
+    """The files under root that `import module` runs: its packages' `__init__.py`, then its own."""
     files = []
     folder = root
     for part in module.split("."):

@@ -1,14 +1,14 @@
-"""The warm interpreter that is forked once for every solution, and for every judge.
+"""The zygote: an interpreter with all imports done, forked for every solution and every judge.
 
-It has imported what solutions use, and reads nothing that concerns one: a request is one byte and two file descriptors,
-which only the fork uses. So no fork finds in its memory what another one was given. Over its socket to the host:
+It never reads a job: a request is one byte and two file descriptors, which only the forked process uses. So no forked
+process finds the data of another in its memory. Messages on its socket to the host:
 
-    from the host   b"R" and (job to read, place to answer)    fork; the fork reads its job and does it
+    from the host   b"R" and (job to read, answer to write)    fork; the forked process reads and runs its job
                     b"K"                                       kill it
     to the host     b"S"                                       ready
-                    b"E" and an `Ended`                        it has ended, and so have all its threads
+                    b"E" and an `EXIT_RECORD`                  it has exited, with all its threads
 
-It serves one request after another, and ends when the host's end of the socket closes.
+It serves one request after another and exits when the host closes the socket.
 """
 
 import gc
@@ -26,14 +26,14 @@ import time
 from typing import Any
 
 from . import judge, solution
-from .cell import Cells
 from .codec import encode
 from .framing import Reader, write_frames
+from .isolation import Isolation
 
-__all__ = ["BUSY_SHARE", "ENDED", "main"]
+__all__ = ["BUSY_SHARE", "EXIT_RECORD", "main"]
 
-ENDED = struct.Struct("<icd")
-"""Exit status as `os.waitpid` gives it; b"w" if its wall time had run out, else b"-"; CPU seconds."""
+EXIT_RECORD = struct.Struct("<icd")
+"""Exit status as `os.waitpid` returns it; b"w" if its wall time was exceeded, else b"-"; CPU seconds."""
 
 _PREIMPORTED = """
     abc array bisect builtins cmath collections collections.abc contextlib copy dataclasses datetime decimal enum fractions
@@ -42,8 +42,8 @@ _PREIMPORTED = """
 """
 
 BUSY_SHARE = 0.05
-"""A solution whose wall time is over goes on while it has had this share of it as CPU time: it is no sleeper, but starved
-by a busy machine. Its CPU limit ends it, after that limit divided by this share at the latest."""
+"""A solution may exceed its wall time if it used at least this share of it as CPU time: a busy machine starved it. Its
+CPU limit ends it, at the latest after that limit divided by this share."""
 
 
 def main(control: int, settings: str) -> None:
@@ -55,32 +55,32 @@ def main(control: int, settings: str) -> None:
     sys.path += limits["path"]
     for name in [*_PREIMPORTED.split(), *limits["packages"]]:
         importlib.import_module(name)
-    cells = Cells(limits, bare=limits["bare"])
+    isolation = Isolation(limits, bare=limits["bare"])
     host = socket.socket(fileno=control)
-    _rehearse()
+    _warm_up()
     random.seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
     gc.collect()
-    gc.freeze()  # so that a collection in the fork touches none of what it shares
+    gc.freeze()  # garbage collection in a forked process then leaves the shared pages alone
     host.sendall(b"S")
-    for fd in (1, 2):  # until here they told what went wrong
+    for fd in (1, 2):  # errors of the start were printed there
         os.dup2(0, fd)
     while True:
         request, fds, _, _ = socket.recv_fds(host, 1, 2)
         if not request:
             return
-        if request != b"R":  # a kill that came after the end
+        if request != b"R":  # a kill that arrived after the exit
             continue
-        child = cells.fork()
+        child = isolation.fork()
         if child == 0:
-            _become_cell(cells, host, *fds)
+            _run_job(isolation, host, *fds)
         for fd in fds:
             os.close(fd)
         host.sendall(b"E" + _wait(child, host, limits))
 
 
-_REHEARSAL = (
+_WARM_UP = (
     """
 from typing import *
 from functools import *
@@ -101,10 +101,10 @@ class Solution:
 )
 
 
-def _rehearse() -> None:
-    """Do a solution's job here, some times: what Python learns by doing (its specialized instructions, its caches) lies in
-    pages that every cell would otherwise write to, and learn again."""
-    preamble, code, entry_point = _REHEARSAL
+def _warm_up() -> None:
+    """Run a solution's job a few times: Python then specializes instructions and fills caches once, in shared pages, and
+    not again in every forked process."""
+    preamble, code, entry_point = _WARM_UP
     call = encode([[], {"numbers": [3, 1, 2], "wanted": 2}])
     job = [
         marshal.dumps(compile(preamble, "", "exec")),
@@ -123,17 +123,17 @@ def _rehearse() -> None:
     del sys.modules["solution"]
 
 
-def _become_cell(cells: Cells, host: socket.socket, job: int, answer: int) -> None:
-    """Do one job and exit; never returns."""
+def _run_job(isolation: Isolation, host: socket.socket, job: int, answer: int) -> None:
+    """Run one job in the forked process and exit; never returns."""
     status = 1
     try:
         host.close()
-        _arrange(job, answer)
-        cells.enter()
+        _move_descriptors(job, answer)
+        isolation.limit()
         jobs = Reader(_JOB)
         role = {"solution": solution.call, "program": solution.run_program, "judge": judge.serve}[jobs.text()]
-        status = role(jobs, _ANSWER, cells.seal)
-    except BaseException:  # foreign code has handlers of its own before this; nothing is printed anywhere
+        status = role(jobs, _ANSWER, isolation.drop_privileges)
+    except BaseException:  # roles handle errors of foreign code; nothing is printed
         status = 1
     finally:
         os._exit(status)
@@ -142,8 +142,8 @@ def _become_cell(cells: Cells, host: socket.socket, job: int, answer: int) -> No
 _ANSWER, _JOB = 3, 4
 
 
-def _arrange(job: int, answer: int) -> None:
-    """Put the answer at descriptor 3, the job at 4, and close everything after them. At 0 to 2 is nothing already."""
+def _move_descriptors(job: int, answer: int) -> None:
+    """Move the answer to descriptor 3 and the job to 4, and close all above. 0 to 2 are /dev/null already."""
     job, answer = os.dup2(job, 101), os.dup2(answer, 100)
     os.dup2(answer, _ANSWER)
     os.dup2(job, _JOB)
@@ -151,7 +151,7 @@ def _arrange(job: int, answer: int) -> None:
 
 
 def _wait(child: int, host: socket.socket, limits: dict[str, Any]) -> bytes:
-    """Wait for the child, kill it where it is time to, and say how it ended."""
+    """Wait for the child, kill it at its limits or by order, and return its exit record."""
     started = time.monotonic()
     wall, reason = float(limits["wall_seconds"]), b"-"
     deadline = started + wall
@@ -180,7 +180,7 @@ def _wait(child: int, host: socket.socket, limits: dict[str, Any]) -> bytes:
         _kill(child, True)  # what it may have forked
     _, status, usage = os.wait4(child, 0)
     os.close(handle)
-    return ENDED.pack(status, reason, usage.ru_utime + usage.ru_stime)
+    return EXIT_RECORD.pack(status, reason, usage.ru_utime + usage.ru_stime)
 
 
 def _kill(child: int, group: bool) -> None:

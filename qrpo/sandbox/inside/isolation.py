@@ -1,10 +1,10 @@
-"""One solution's own cell, made by its process around itself before it runs a line of foreign code.
+"""Isolation of one forked process, applied before it runs a line of foreign code.
 
-A cell is a new process namespace with a /tmp of its own, no capability, limits on time, memory, files and threads, and the
-system-call filter. Nothing in it outlives its first process, and nothing can leave it.
+The process gets a new process namespace, a private /tmp, no capabilities, limits on time, memory, files and threads, and
+the system-call filter. Nothing outlives the namespace's first process, and nothing can leave the namespace.
 
-What a cell costs is the memory it writes to, which the kernel copies page by page. So all that can be made ready is made
-before the fork.
+The main cost of a fork is the memory that it writes to, which the kernel copies page by page. So everything possible is
+prepared before the fork.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 from .seccomp import Filter
 
-__all__ = ["Cells"]
+__all__ = ["Isolation"]
 
 _NEW_PROCESSES = 0x20000000
 _NO_SUID_DEV_EXEC = 2 | 4 | 8
@@ -25,15 +25,15 @@ _CAPABILITY_VERSION_3 = 0x20080522
 _STACK = 64 << 20  # deep recursion needs more than the usual 8 MiB
 
 
-class Cells:
-    """Makes cells, one at a time. `bare` ones have the limits alone: no namespaces, no filter."""
+class Isolation:
+    """Forks isolated processes, one at a time. `bare`: limits only, no namespaces and no filter."""
 
     def __init__(self, limits: Mapping[str, int], *, bare: bool):
         self._bare = bare
         self._limits = _limits(limits, bare=bare)
         if bare:
             return
-        self._libc = ctypes.PyDLL(None, use_errno=True)  # keeps the interpreter's lock, as `fork` needs
+        self._libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL holds the interpreter's lock, as `fork` needs
         self._own_processes = os.pidfd_open(os.getpid())
         self._tmp_options = f"size={limits['tmp_bytes']},nr_inodes=1024,mode=0700".encode()
         self._mount_tmp()
@@ -42,10 +42,10 @@ class Cells:
         self._filter = Filter(self._libc, platform.machine())
 
     def fork(self) -> int:
-        """A fork whose child is the first of a new process namespace, and finds /tmp empty.
+        """Fork a child that is the first process of a new process namespace, with an empty /tmp.
 
-        It is the C library's: what Python does in a child besides is meant for processes with several threads, of which
-        this is none, and writes to a quarter of the pages that a cell ever writes to.
+        Calls the C library's fork: what `os.fork` does besides serves processes with several threads, and writes to a
+        quarter of all pages that a job ever writes to.
         """
         if self._bare:
             return os.fork()
@@ -60,18 +60,18 @@ class Cells:
             raise OSError("cannot fork")
         return child
 
-    def enter(self) -> None:
-        """In the child: all that is left, but for `seal`."""
+    def limit(self) -> None:
+        """In the child: start a session and set the limits."""
         os.setsid()
         if self._bare:
-            random.seed(0)  # which `os.fork` has undone
+            random.seed(0)  # `os.fork` has reseeded it
         else:
             os.chdir("/tmp")
         for limit, value in self._limits:
             resource.setrlimit(limit, value)
 
-    def seal(self) -> None:
-        """The last step before foreign code: no capabilities, and the filter."""
+    def drop_privileges(self) -> None:
+        """The last step before foreign code: drop all capabilities and install the filter."""
         if self._bare:
             return
         call, arguments = self._drop_capabilities
@@ -84,7 +84,7 @@ class Cells:
         self._pristine = self._state_of_tmp()
 
     def _state_of_tmp(self) -> tuple[int, ...]:
-        """Differs from that of a new /tmp as soon as anything has been made in it, even where it is gone again."""
+        """Differs from the state of a new /tmp once anything was created in it, even if it was removed again."""
         folder, space = os.stat("/tmp"), os.statvfs("/tmp")
         return folder.st_ino, folder.st_mode, folder.st_ctime_ns, space.f_bfree, space.f_ffree
 
