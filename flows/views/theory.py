@@ -31,7 +31,7 @@ def print_theory(promised: dict[str, Any], by_num_ref: Sequence[dict[str, Any]],
         "share of gain": ("gain_share", ".1%"),
         "signal/noise": ("snr", ".3g"),
         "noise of log ratio": ("log_ratio_noise", ".3g"),
-        "pairs distinguished": ("pairs_told_apart", ".1%"),
+        "distinct pairs": ("pairs_told_apart", ".1%"),
         "log Z, exact for n": ("log_z_finite", ".6g"),
     }
     title = "with n reference samples per prompt, fitted noise included"

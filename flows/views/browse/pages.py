@@ -174,7 +174,7 @@ class Pages:
 
     def row(self, request: Request) -> View:
         """One row in full, with its conversation."""
-        page, position = self._artifact(request, "row", checked=False), request.path_params["position"]
+        page, position = self._artifact(request, "rows", checked=False), request.path_params["position"]
         rows = ArtifactRows(self.store, page.manifest.parts)
         if not 0 <= position < len(rows):
             raise NotFoundError(f"{page.manifest.stage} has no row {position}")
