@@ -1,4 +1,4 @@
-"""`qrpo evaluate`: a run's models on its held-out prompts, as a table, and several runs that differ in their seed as one."""
+"""`qrpo evaluate`: a table of a run's models on its held-out prompts; several runs that differ in their seed as one."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from flows.views.show import find_manifest
+from flows.views.runs import RunArtifacts, find_manifest
 from qrpo.errors import ConfigError, DataError
 from qrpo.evaluation.statistics import seeds_and_prompts
 from qrpo.evaluation.summary import COLUMNS, prompt_scores
@@ -19,7 +19,7 @@ from tasks.config import PipelineConfig, load_config, parse_config
 __all__ = [
     "Cell",
     "across_runs",
-    "comparison_table",
+    "compare_models",
     "evaluation_table",
     "interval",
     "kept_steps",
@@ -36,26 +36,21 @@ def run_config(
     checkpoints: Sequence[str] = (),
     num_samples: int | None = None,
 ) -> PipelineConfig:
-    """The configuration of a run of the store, or in a file, with more models to evaluate and another number of samples.
+    """The configuration of a run of the store, or of a file, with more models to evaluate or other sample counts.
 
     `checkpoints` are steps of its training, or `all` that its policy keeps.
     """
     if name.endswith((".yaml", ".yml")):
         config = load_config(Path(name))
     else:
-        noted = store.run(name)
-        if noted is None:
-            known = ", ".join(sorted(store.runs())) or "none yet"
-            raise ConfigError(f"no run named {name!r} in {store.url}; its runs: {known}")
-        config = parse_config(noted["config"], where=f"run {name}")
+        config = parse_config(RunArtifacts(store, name).noted["config"], where=f"run {name}")
     raw = config.model_dump(mode="json")
     raw["evaluation"]["models"] |= {key: {"path": path} for key, path in (models or {}).items()}
     kept = kept_steps(store, config.name) if checkpoints else []
     for step in checkpoints:
         if step != "all" and step not in map(str, kept):
             known = (
-                ", ".join(map(str, kept))
-                or "none; policy.checkpoint_steps keeps some, in a training run of their own"
+                ", ".join(map(str, kept)) or "none; a training run with policy.checkpoint_steps keeps some"
             )
             raise ConfigError(
                 f"the policy of {config.name} has no checkpoint of step {step}; its checkpoints: {known}"
@@ -88,7 +83,7 @@ def named_models(pairs: Sequence[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Cell:
-    """One number as a person reads it, and how sure it is."""
+    """One number as text, and its error or interval."""
 
     value: str = ""
     note: str = ""
@@ -97,53 +92,54 @@ class Cell:
         return f"{self.value} {self.note}".strip()
 
 
-def comparison_table(summary: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[Cell]]]]:
-    """The models' names (and `optimum`, where theory says it), and a titled row of cells for each measure."""
+def compare_models(summary: Mapping[str, Any]) -> tuple[list[str], dict[str, list[Cell]]]:
+    """The models' names (and the optimum, if the loss has a theory), and title -> cells of each measure."""
     others = summary.get("others", {})
     described = [summary["reference"], summary["policy"], *others.values()]
     compared = [summary, *others.values()]
-    theory = summary.get("theory")
-    rows: list[tuple[str, list[Cell], str]] = []
-
-    def every(title: str, cells: Sequence[Cell], promise: str = "") -> None:
-        rows.append((title, list(cells), promise))
-
-    def against(title: str, reference: str, cells: Sequence[Cell], promise: str = "") -> None:
-        every(title, [Cell(reference), *cells], promise)
-
-    promised = {name: f"{theory[name]:.3f}" for name in ("quantile_reward", "kl")} if theory else {}
-    every("mean reward", [_measured(one["reward"]) for one in described])
-    quantile = promised.get("quantile_reward", "")
-    every("mean quantile reward", [_measured(one["quantile_reward"]) for one in described], quantile)
-    against(
-        "win rate against the reference", "0.5", [interval(one["win_rate"]) for one in compared], quantile
-    )
     controlled = [one["length_controlled"] for one in compared]
-    against("win rate at equal length", "0.5", [interval(one["win_rate"]) for one in controlled])
-    against("reward gained", "", [_measured(one["reward_gain_unadjusted"]) for one in controlled])
-    against("reward gained at equal length", "", [_measured(one["reward_gain"]) for one in controlled])
-    slopes = [
-        controlled[0]["reward_per_token"]["reference"],
-        *(one["reward_per_token"]["model"] for one in controlled),
-    ]
-    every("reward per token of length", [_measured(slope, 4) for slope in slopes])
-    against(
-        "KL to the reference, nats", "0", [_measured(one["kl"]) for one in compared], promised.get("kl", "")
-    )
-    every("completion length, tokens", [_measured(one["length"], 2) for one in described])
-    for key, title in (
-        ("unique", "distinct completions of a prompt"),
-        ("distinct_2", "distinct token pairs"),
-        ("self_similarity", "overlap of two completions"),
-    ):
-        every(title, [_measured(one["diversity"][key]) for one in described])
-    reasons = [
-        Cell(", ".join(f"{reason} {count:,}" for reason, count in one["finish_reasons"].items()))
-        for one in described
-    ]
-    every("finished by", reasons)
-    names = ["reference", "policy", *others, *([f"optimum for beta {theory['beta']:g}"] if theory else [])]
-    return names, [(title, [*cells, Cell(promise)] if theory else cells) for title, cells, promise in rows]
+    slopes = [one["reward_per_token"]["model"] for one in controlled]
+
+    def each(key: str, digits: int = 3) -> list[Cell]:
+        return [_measured(one[key], digits) for one in described]
+
+    def diversity(key: str) -> list[Cell]:
+        return [_measured(one["diversity"][key]) for one in described]
+
+    def gains(key: str) -> list[Cell]:
+        return [Cell(), *(_measured(one[key]) for one in controlled)]
+
+    rows = {
+        "mean reward": each("reward"),
+        "mean quantile reward": each("quantile_reward"),
+        "win rate against the reference": [Cell("0.5"), *(interval(one["win_rate"]) for one in compared)],
+        "win rate at equal length": [Cell("0.5"), *(interval(one["win_rate"]) for one in controlled)],
+        "reward gained": gains("reward_gain_unadjusted"),
+        "reward gained at equal length": gains("reward_gain"),
+        "reward per token of length": [
+            _measured(slope, 4) for slope in (controlled[0]["reward_per_token"]["reference"], *slopes)
+        ],
+        "KL to the reference, nats": [Cell("0"), *(_measured(one["kl"]) for one in compared)],
+        "completion length, tokens": each("length", 2),
+        "distinct completions of a prompt": diversity("unique"),
+        "distinct token pairs": diversity("distinct_2"),
+        "overlap of two completions": diversity("self_similarity"),
+        "finished by": [
+            Cell(", ".join(f"{reason} {count:,}" for reason, count in one["finish_reasons"].items()))
+            for one in described
+        ],
+    }
+    names = ["reference", "policy", *others]
+    if theory := summary.get("theory"):
+        names.append(f"optimum for beta {theory['beta']:g}")
+        optimum = {
+            "mean quantile reward": theory["quantile_reward"],
+            "win rate against the reference": theory["quantile_reward"],
+            "KL to the reference, nats": theory["kl"],
+        }
+        for title, cells in rows.items():
+            cells.append(Cell(f"{optimum[title]:.3f}" if title in optimum else ""))
+    return names, rows
 
 
 _BRIEF = {
@@ -156,16 +152,12 @@ _BRIEF = {
 
 
 def evaluation_table(summary: Mapping[str, Any], *, brief: bool = False) -> Table:
-    """The comparison as a person reads it; `brief`: its main lines."""
-    names, rows = comparison_table(summary)
-    title = (
-        f"{summary['prompts']} held-out prompts, {summary['policy']['samples']:,} fresh samples of each model"
-    )
-    table = Table(title=title, title_justify="left")
-    table.add_column("", no_wrap=True)
-    for name in names:
-        table.add_column(name)
-    for heading, cells in rows:
+    """The comparison for a terminal; `brief`: its main lines."""
+    names, rows = compare_models(summary)
+    samples = summary["policy"]["samples"]
+    title = f"{summary['prompts']} held-out prompts, {samples:,} fresh samples of each model"
+    table = Table(Column("", no_wrap=True), *names, title=title, title_justify="left")
+    for heading, cells in rows.items():
         if heading in _BRIEF or not brief:
             table.add_row(heading, *map(str, cells))
     return table
@@ -187,9 +179,9 @@ def print_comparison(summary: Mapping[str, Any], console: Console) -> None:
 
 
 def across_runs(store: Store, names: Sequence[str]) -> dict[str, Any]:
-    """Runs that differ in their seed as one: each score's mean over runs and prompts, with what both add to its interval.
+    """Runs that differ in their seed as one: each score's mean and 95% interval over runs and prompts.
 
-    Takes the prompts that all have in common; raises DataError where there are none.
+    Uses the prompts that all runs share. Raises DataError if there are none.
     """
     tables = [
         store.scan(find_manifest(store, name, "evaluation").parts).select(COLUMNS).collect().to_arrow()

@@ -1,11 +1,11 @@
-"""`qrpo verify` and `qrpo gc`: is what lies in the store what was written, and what does no run need?"""
+"""`qrpo verify` and `qrpo gc`: check the store's files, and remove what no run references."""
 
 from typing import Any
 
 from rich.console import Console
 
 from flows.cli.launch import launch
-from flows.views.show import size_text
+from flows.views.runs import size_text
 from storage import Store
 from storage.gc import GcPlan, collect, plan_gc
 from storage.verify import Finding, repair, verify
@@ -17,7 +17,7 @@ __all__ = ["check_store", "clean_store", "describe_gc", "print_gc", "rerun", "ve
 
 
 def verify_store(store: Store) -> list[Finding]:
-    """Every fault in the store, with a progress bar, or a line now and then where there is no terminal."""
+    """Every fault in the store, with a progress bar (log lines without a terminal)."""
     with reporting("verify", 0, in_prefect=False) as reporter:
 
         def report(done: int, total: int) -> None:
@@ -27,7 +27,7 @@ def verify_store(store: Store) -> list[Finding]:
 
 
 def check_store(store: Store, console: Console, *, mend: bool) -> dict[str, Any]:
-    """The findings; where `mend`, what they name is dropped and computed again by the runs that need it."""
+    """The findings. `mend`: drop what they name, and run the runs that need it again."""
     findings = verify_store(store)
     result: dict[str, Any] = {
         "store": store.url,
@@ -41,27 +41,20 @@ def check_store(store: Store, console: Console, *, mend: bool) -> dict[str, Any]
 
 
 def rerun(store: Store, console: Console) -> list[str]:
-    """Run every named run again, as far as it had come: only what is missing is computed."""
+    """Run every named run again up to its last stage: only what is missing is computed."""
     order = list(STAGES)
     names = []
     for name in store.runs():
         noted = store.run(name) or {}
-        stages = [stage for stage in noted.get("stages", {}) if stage in STAGES]
-        if stages:
-            last = max(stages, key=order.index)
-            launch(
-                parse_config(noted["config"], where=f"runs/{name}.json"),
-                store.url,
-                first=order[0],
-                last=last,
-                console=console,
-            )
+        if stages := [stage for stage in order if stage in noted.get("stages", {})]:
+            config = parse_config(noted["config"], where=f"runs/{name}.json")
+            launch(config, store.url, first=order[0], last=stages[-1], console=console)
             names.append(name)
     return names
 
 
 def clean_store(store: Store, *, remove: bool, **rules: Any) -> GcPlan:
-    """What can go by the rules of `plan_gc`; where `remove`, it has gone. With a progress bar, as `verify_store` has."""
+    """What the rules of `plan_gc` would remove. `remove`: remove it. With a progress bar, like `verify_store`."""
     with reporting("gc", 0, in_prefect=False) as reporter:
         plan = plan_gc(
             store, **rules, progress=lambda done, total: reporter.update(done, "manifests read", total=total)
@@ -73,23 +66,15 @@ def clean_store(store: Store, *, remove: bool, **rules: Any) -> GcPlan:
 
 
 def describe_gc(plan: GcPlan) -> dict[str, Any]:
-    """The plan as JSON."""
-    return {
-        "keep_runs": list(plan.keep_runs),
-        "drop_runs": list(plan.drop_runs),
-        "keys": list(plan.keys),
-        "bytes": plan.bytes,
-        "kept_bytes": plan.kept_bytes,
-    }
+    """The plan as JSON values."""
+    lists = {key: list(getattr(plan, key)) for key in ("keep_runs", "drop_runs", "keys")}
+    return {**lists, "bytes": plan.bytes, "kept_bytes": plan.kept_bytes}
 
 
 def print_gc(plan: GcPlan, console: Console, *, done: bool) -> None:
-    """The plan as a person reads it."""
-    verb = "removed" if done else "would go (add --yes to remove it)"
-    console.print(
-        f"{len(plan.parts)} parts and {len(plan.manifests)} manifests, {size_text(plan.bytes)}, {verb}; {size_text(plan.kept_bytes)} stay"
-    )
-    for name in plan.drop_runs:
-        console.print(f"  run {name}")
-    for key in plan.parts:
-        console.print(f"  {key}")
+    """Print the plan."""
+    counts = f"{len(plan.parts)} parts and {len(plan.manifests)} manifests, {size_text(plan.bytes)}"
+    verb = "removed" if done else "would be removed (add --yes to remove)"
+    console.print(f"{counts}, {verb}; {size_text(plan.kept_bytes)} stay")
+    for line in (*(f"run {name}" for name in plan.drop_runs), *plan.parts):
+        console.print(f"  {line}")

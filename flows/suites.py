@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.evaluate import interval
-from flows.views.show import find_manifest
+from flows.views.runs import find_manifest
 from qrpo.config import keyed
 from qrpo.engines.sampling import SamplingConfig
 from qrpo.errors import ConfigError
@@ -57,7 +57,7 @@ def request_of(
     temperature: float | None = None,
     max_tokens: int | None = None,
 ) -> SuiteRequest:
-    """The request for `policy`, `reference` or a model of evaluation.models of a run; sampling as the run's unless said."""
+    """The request for `policy`, `reference` or a model of evaluation.models; sampling is the run's unless given."""
     changes = {"temperature": temperature, "max_tokens": max_tokens}
     sampling = config.completions.sampling.model_copy(
         update={name: value for name, value in changes.items() if value is not None}
@@ -71,25 +71,16 @@ def alpaca_eval(
     request: SuiteRequest, judge: AlpacaEvalJudge, difficulty: Path | None = None
 ) -> dict[str, Any]:
     """Answer the baseline's instructions, let the judge compare, and write both and the result into the folder."""
-    baseline = read_baseline(request.data, request.limit)
-    prompts = {
-        str(number): [{"role": "user", "content": row["instruction"]}] for number, row in enumerate(baseline)
-    }
+    baseline, folder = read_baseline(request.data, request.limit), request.folder
+    prompts = {str(number): _user(row["instruction"]) for number, row in enumerate(baseline)}
     drawn, refused = _draw(request, "alpaca-eval", prompts, num_samples=1)
-    outputs = model_outputs(
-        baseline, {int(key): texts[0] for key, texts in drawn.items()}, request.model_name
-    )
-    answered = [row for number, row in enumerate(baseline) if str(number) in drawn]
-    write_outputs(request.folder / "outputs.json", outputs)
-    write_outputs(request.folder / "baseline.json", [{"generator": "baseline", **row} for row in answered])
-    judged = judge_outputs(
-        request.folder / "outputs.json",
-        request.folder / "baseline.json",
-        request.folder,
-        judge,
-        difficulty=difficulty,
-        log=request.folder / "log.txt",
-    )
+    texts = {int(key): texts[0] for key, texts in drawn.items()}
+    answered = [{"generator": "baseline", **row} for number, row in enumerate(baseline) if number in texts]
+    outputs, baselines = folder / "outputs.json", folder / "baseline.json"
+    write_outputs(outputs, model_outputs(baseline, texts, request.model_name))
+    write_outputs(baselines, answered)
+    log = folder / "log.txt"
+    judged = judge_outputs(outputs, baselines, folder, judge, difficulty=difficulty, log=log)
     return _finish(request, "alpaca-eval", {"judge": judge.model_dump(mode="json"), **judged}, refused)
 
 
@@ -98,7 +89,7 @@ def leetcode(request: SuiteRequest) -> dict[str, Any]:
     from qrpo.evaluation.suites.leetcode import read_problems, score_solutions
 
     problems = read_problems(request.data, request.limit)
-    prompts = {row["task_id"]: [{"role": "user", "content": row["query"]}] for row in problems}
+    prompts = {row["task_id"]: _user(row["query"]) for row in problems}
     drawn, refused = _draw(request, "leetcode", prompts, num_samples=request.num_samples)
     scored, rows = score_solutions(problems, drawn, seed=request.config.seed)
     with (request.folder / "solutions.jsonl").open("w", encoding="utf-8") as file:
@@ -126,37 +117,37 @@ def judge_of(settings: Sequence[str]) -> AlpacaEvalJudge:
 
 
 def print_suite(result: Mapping[str, Any], console: Console) -> None:
-    """A suite's result as a person reads it."""
-    table = Table(
-        "",
-        "value",
-        title=f"{result['suite']}: {result['model']} of run {result['run']}",
-        title_justify="left",
-    )
+    """A suite's result for a terminal."""
     if result["suite"] == "alpaca-eval":
-        table.add_row("win rate", f"{result['win_rate']:.2f}% ± {result['standard_error']:.2f}")
         controlled = result["length_controlled_win_rate"]
-        shown = (
-            f"{controlled:.2f}% ± {result['length_controlled_standard_error']:.2f}"
-            if controlled is not None
-            else "unknown"
-        )
-        table.add_row("length-controlled win rate", f"{shown} ({result['length_control']})")
-        table.add_row("judged", f"{result['judged']}, and {result['unreadable']} unreadable")
-        table.add_row(
-            "characters an answer",
-            f"{result['mean_length']:.0f}, the baseline {result['baseline_length']:.0f}",
-        )
+        shown = "unknown"
+        if controlled is not None:
+            shown = f"{controlled:.2f}% ± {result['length_controlled_standard_error']:.2f}"
+        rows = {
+            "win rate": f"{result['win_rate']:.2f}% ± {result['standard_error']:.2f}",
+            "length-controlled win rate": f"{shown} ({result['length_control']})",
+            "judged": f"{result['judged']}, and {result['unreadable']} unreadable",
+            "characters per answer": f"{result['mean_length']:.0f}, the baseline {result['baseline_length']:.0f}",
+        }
     else:
-        table.add_row("tests passed", str(interval(result["tests_passed"])))
-        table.add_row("pass@1", str(interval(result["pass_at_1"])))
-        table.add_row("problems", f"{result['problems']}, {result['samples']} solutions")
+        rows = {
+            "tests passed": str(interval(result["tests_passed"])),
+            "pass@1": str(interval(result["pass_at_1"])),
+            "problems": f"{result['problems']}, {result['samples']} solutions",
+        }
         if result["unusable"]:
-            table.add_row("unusable problems", str(len(result["unusable"])))
+            rows["unusable problems"] = str(len(result["unusable"]))
     if result["refused"]:
-        table.add_row("prompts that could not be asked", str(len(result["refused"])))
-    table.add_row("files", result["folder"])
+        rows["prompts that could not be asked"] = str(len(result["refused"]))
+    title = f"{result['suite']}: {result['model']} of run {result['run']}"
+    table = Table("", "value", title=title, title_justify="left")
+    for row in (rows | {"files": result["folder"]}).items():
+        table.add_row(*row)
     console.print(table)
+
+
+def _user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
 
 
 def _model(store: Store, config: PipelineConfig, name: str) -> ModelConfig:
@@ -177,7 +168,7 @@ def _model(store: Store, config: PipelineConfig, name: str) -> ModelConfig:
 def _draw(
     request: SuiteRequest, suite: str, prompts: Mapping[str, list[dict[str, str]]], num_samples: int
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Each prompt's texts, and the refused prompts; taken from the folder where the same was drawn there before."""
+    """Each prompt's texts, and the refused prompts; from the folder if the same was drawn before."""
     from qrpo.evaluation.suites.completions import draw_completions
 
     section = request.config.completions

@@ -1,29 +1,30 @@
-"""The pictures that a stage shows in Prefect's UI: one PNG a stage, drawn from columns of its artifact.
+"""The chart that a stage shows in Prefect's UI: one PNG per stage, drawn from columns of its artifact.
 
-Only the columns that a picture needs are read. Where nothing is to be drawn (no rows, a stage without a picture) there is none.
+A drawer reads only the columns that it needs. `plot_histogram` and `plot_curves` also draw the report's figures.
 """
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 
 from storage import Manifest, Store
+from tasks.artifact_summary import training_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Chart", "draw", "metrics_of"]
+__all__ = ["Chart", "draw", "plot_curves", "plot_histogram"]
 
 Chart = tuple[str, bytes]
 """A title and a PNG file."""
-_MOST_VALUES = 2_000_000  # a histogram of more looks the same
+_MAX_VALUES = 2_000_000  # a histogram of more looks the same
 
 
 def draw(manifest: Manifest, store: Store) -> Chart | None:
-    """The stage's picture, or None where it has none."""
+    """The stage's chart. None for a stage without one or without rows."""
     if manifest.stage not in _DRAWERS or not manifest.rows:
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -34,83 +35,96 @@ def draw(manifest: Manifest, store: Store) -> Chart | None:
     axes = figure.subplots()
     title = _DRAWERS[manifest.stage](axes, manifest, store)
     axes.grid(alpha=0.3)
-    if len(axes.get_legend_handles_labels()[0]) > 1:
-        axes.legend()
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return title, file.getvalue()
 
 
-def metrics_of(manifest: Manifest, store: Store) -> pl.DataFrame:
-    """What a training run logged, one row a logged step; empty where it left no such file."""
-    for part in manifest.parts:
-        for file in part.payload:
-            if file.name == "metrics.parquet":
-                return pl.read_parquet(io.BytesIO(store.read_bytes(file.key)))
-    return pl.DataFrame()
+def plot_histogram(
+    axes: "Axes",
+    values: Mapping[str, Any],
+    bins: Any = 40,
+    *,
+    density: bool = False,
+    colours: Mapping[str, str] | None = None,
+) -> None:
+    """Histograms of named values on shared bins, as shares or densities, with their means in the legend."""
+    edges: Any = np.histogram_bin_edges(np.concatenate(list(values.values())), bins) if values else bins
+    for number, (name, numbers) in enumerate(values.items()):
+        colour = (colours or {}).get(name, f"C{number}")
+        weights = None if density else np.full(len(numbers), 1 / len(numbers))
+        label = f"{name} (mean {numbers.mean():.3g})"
+        axes.hist(numbers, edges, weights=weights, density=density, color=colour, alpha=0.35, label=label)
+        if not density:
+            axes.axvline(numbers.mean(), color=colour, linestyle="--", linewidth=1.2)
+    if values:
+        axes.legend(loc="upper left")
 
 
-def _lengths(axes: "Axes", manifest: Manifest, store: Store) -> str:
-    columns = store.scan(manifest.parts).select("origin", length=pl.col("token_ids").list.len())
-    _histogram(axes, _by_origin(columns, "length"))
-    axes.set(xlabel="tokens in a completion", ylabel="completions")
+def plot_curves(axes: "Axes", metrics: pl.DataFrame, columns: Sequence[str], colours: Sequence[str]) -> None:
+    """Logged metrics over training steps: every value pale, a moving average dark."""
+    for name, colour in zip(columns, colours, strict=False):
+        rows = metrics.select("step", name).drop_nulls()
+        axes.plot(rows["step"], rows[name], color=colour, alpha=0.3, linewidth=1)
+        smooth = rows[name].ewm_mean(span=max(2.0, len(rows) / 15))
+        axes.plot(rows["step"], smooth, color=colour, label=name)
+    axes.set(xlabel="step")
+    if len(columns) > 1:
+        axes.legend()
+
+
+def completion_lengths(axes: "Axes", manifest: Manifest, store: Store) -> str:
+    """Tokens per completion, by origin."""
+    columns = store.scan(manifest.parts).select("origin", value=pl.col("token_ids").list.len())
+    plot_histogram(axes, _by_origin(columns))
+    axes.set(xlabel="tokens in a completion", ylabel="share of completions")
     return "Lengths of the completions"
 
 
-def _rewards(axes: "Axes", manifest: Manifest, store: Store) -> str:
-    columns = store.scan(manifest.parts).select("origin", "reward").filter(pl.col("reward").is_not_null())
-    _histogram(axes, _by_origin(columns, "reward"))
-    axes.set(xlabel="reward", ylabel="completions")
+def completion_rewards(axes: "Axes", manifest: Manifest, store: Store) -> str:
+    """Rewards by origin."""
+    plot_histogram(axes, _by_origin(store.scan(manifest.parts).select("origin", value="reward")))
+    axes.set(xlabel="reward", ylabel="share of completions")
     return "Rewards of the completions"
 
 
-def _quantiles(axes: "Axes", manifest: Manifest, store: Store) -> str:
-    lists = store.scan(manifest.parts).select("origin", "quantile_reward").collect().to_arrow()
-    flat = {name: lists[name].combine_chunks().flatten() for name in lists.column_names}
-    _histogram(
-        axes, _by_origin(pl.LazyFrame(flat).drop_nulls(), "quantile_reward"), bins=np.linspace(0, 1, 21)
-    )
-    axes.set(xlabel="quantile among the reference's rewards", ylabel="training completions", xlim=(0, 1))
+def training_quantiles(axes: "Axes", manifest: Manifest, store: Store) -> str:
+    """Quantile rewards of the training completions, by origin."""
+    columns = store.scan(manifest.parts).select("origin", value="quantile_reward")
+    columns = columns.explode("origin", "value", empty_as_null=False)
+    plot_histogram(axes, _by_origin(columns), np.linspace(0, 1, 21))
+    axes.set(xlabel="quantile among the reference's rewards", ylabel="share of completions", xlim=(0, 1))
     return "Quantile rewards (the reference's own are uniform)"
 
 
-def _training(axes: "Axes", manifest: Manifest, store: Store) -> str:
-    metrics = metrics_of(manifest, store)
-    logged = metrics.filter(pl.col("loss").is_not_null()) if "loss" in metrics.columns else metrics
-    if len(logged):
-        axes.plot(logged["step"], logged["loss"], marker="." if len(logged) < 50 else None)
+def training_loss(axes: "Axes", manifest: Manifest, store: Store) -> str:
+    """The loss over training steps."""
+    metrics = training_metrics(store, manifest)
+    if metrics is not None and "loss" in metrics.columns:
+        plot_curves(axes, metrics, ["loss"], ["C0"])
     axes.set(xlabel="step", ylabel="loss")
     return "Training loss"
 
 
-def _evaluation(axes: "Axes", manifest: Manifest, store: Store) -> str:
-    columns = store.scan(manifest.parts).select(origin="model", value="reward")
-    _histogram(axes, _by_origin(columns, "value"))
-    axes.set(xlabel="reward", ylabel="held-out completions")
+def evaluation_rewards(axes: "Axes", manifest: Manifest, store: Store) -> str:
+    """Rewards of the evaluated models' samples."""
+    plot_histogram(axes, _by_origin(store.scan(manifest.parts).select(origin="model", value="reward")))
+    axes.set(xlabel="reward", ylabel="share of held-out completions")
     return "Rewards of policy and reference on held-out prompts"
 
 
+def _by_origin(columns: pl.LazyFrame) -> dict[str, Any]:
+    """The values that are not null, by origin."""
+    frame = columns.drop_nulls().head(_MAX_VALUES).collect()
+    groups = frame.group_by("origin").agg("value").sort("origin")
+    return {row["origin"]: np.asarray(row["value"]) for row in groups.to_dicts()}
+
+
 _DRAWERS: Mapping[str, Callable[["Axes", Manifest, Store], str]] = {
-    "reference": _training,
-    "completions": _lengths,
-    "rewards": _rewards,
-    "quantiles": _quantiles,
-    "policy": _training,
-    "evaluation": _evaluation,
+    "reference": training_loss,
+    "completions": completion_lengths,
+    "rewards": completion_rewards,
+    "quantiles": training_quantiles,
+    "policy": training_loss,
+    "evaluation": evaluation_rewards,
 }
-
-
-def _by_origin(columns: pl.LazyFrame, value: str) -> dict[str, Any]:
-    frame = columns.head(_MOST_VALUES).collect()
-    groups = frame.group_by("origin").agg(pl.col(value)).sort("origin")
-    return {row["origin"]: np.asarray(row[value]) for row in groups.to_dicts()}
-
-
-def _histogram(axes: "Axes", values: Mapping[str, Any], bins: Any = 40) -> None:
-    if not isinstance(bins, int) or not values:
-        edges = bins
-    else:
-        edges = np.histogram_bin_edges(np.concatenate(list(values.values())), bins)
-    for name, numbers in values.items():
-        axes.hist(numbers, bins=edges, alpha=0.6, label=f"{name} (mean {numbers.mean():.3g})")
-    axes.legend()

@@ -1,11 +1,11 @@
-"""What a finished stage shows in Prefect: an asset with its lineage, and artifacts that a person reads without opening a file.
+"""What a finished stage shows in Prefect: an asset with its lineage, and artifacts that a person reads in the UI.
 
-The manifest in the store holds the truth; this is a view of it. So a server that cannot be reached costs the view, not the run.
+The manifest in the store is the truth and this is a view of it: an unreachable server loses the view, not the run.
 
 | in the UI | what |
 |---|---|
 | asset event | key: the artifact's URL; upstream: its parents' URLs; rows, bytes, rejects, fingerprint, parts, seconds |
-| markdown | what was made of what, numbers of every column that has some, reasons of rejects, commands to look further |
+| markdown | what it was made from, numbers of every numeric column, reject reasons, commands to look further |
 | table | a few rows as they are |
 | image | rewards, quantiles, lengths, the training curve |
 """
@@ -14,11 +14,11 @@ import base64
 import json
 import logging
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
+import polars.selectors as cs
 from httpx import HTTPError
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from prefect.assets import Asset, AssetProperties, add_asset_metadata, materialize
@@ -28,6 +28,7 @@ from prefect.utilities.annotations import quote
 
 from storage import Manifest, Store
 from tasks import charts
+from tasks.artifact_summary import reject_reasons, training_metrics
 from tasks.run_stage import StageResult
 from tasks.stages import STAGES
 
@@ -39,21 +40,22 @@ __all__ = ["artifact_key", "asset_key", "publish_stage"]
 log = logging.getLogger("qrpo")
 
 _SAMPLE_ROWS = 20
-_LONGEST_TEXT = 200  # characters of a cell; the database of the server keeps every table
+_CELL = 200  # characters; the server's database keeps every table
 _FORBIDDEN_IN_KEYS = re.compile(r"[\s#?&%\"'<>\[\]{}|\\^`]")
 
 
 def publish_stage(result: StageResult, config: "PipelineConfig", store_url: str) -> None:
-    """Show what `result` tells of in the UI of the flow run at hand; without a flow run there is nothing to do."""
+    """Show the stage's artifact in the UI of the current flow run. Does nothing outside of one."""
     if FlowRunContext.get() is None:
         return
     store = Store(store_url)
     manifest = store.manifest(result.stage, result.fingerprint)
-    assert manifest is not None, f"{result.stage}: its manifest was committed a moment ago"
+    assert manifest is not None, f"{result.stage}: its manifest was just committed"
+    parents = [_url(store, stage, fingerprint) for stage, fingerprint in manifest.parents.items()]
     task = _publish.with_options(
         task_run_name=f"publish {result.stage}",
         assets=[_asset(manifest, store)],
-        asset_deps=[asset_key(manifest_url) for manifest_url in _parent_urls(manifest, store)],
+        asset_deps=[asset_key(url) for url in parents],
     )
     shown: Any = quote((manifest, result, config, store))
     state = task(shown, return_state=True)
@@ -62,7 +64,7 @@ def publish_stage(result: StageResult, config: "PipelineConfig", store_url: str)
 
 
 def asset_key(url: str) -> str:
-    """The artifact's URL as Prefect's assets want their keys: a scheme, and none of the characters that they refuse."""
+    """The artifact's URL as a key of a Prefect asset: with a scheme, without the characters that Prefect refuses."""
     with_scheme = url if "://" in url else f"file://{url}"
     return _FORBIDDEN_IN_KEYS.sub("-", with_scheme)[:512]
 
@@ -77,9 +79,9 @@ def _server_did_not_answer(task: Any, run: Any, state: Any) -> bool:
 
 
 @materialize(
-    "qrpo://artifact",  # the real key is known with the manifest, see `publish_stage`
+    "qrpo://artifact",  # `publish_stage` replaces it with the manifest's key
     name="publish",
-    description="Show the stage's artifact in Prefect: asset, summary, sample rows, picture.",
+    description="Show the stage's artifact in Prefect: asset, summary, sample rows, chart.",
     cache_policy=NO_CACHE,
     persist_result=False,
     tags={"publish"},
@@ -90,33 +92,33 @@ def _server_did_not_answer(task: Any, run: Any, state: Any) -> bool:
 )
 def _publish(shown: tuple[Manifest, StageResult, "PipelineConfig", Store]) -> None:
     manifest, result, config, store = shown
-    add_asset_metadata(_asset(manifest, store), _metadata(manifest, config))
+    stage = manifest.stage
+    facts = ("stage", "fingerprint", "rows", "bytes", "rejects", "seconds", "code_version")
+    metadata = {name: getattr(manifest, name) for name in facts}
+    metadata |= {"run": config.name, "parts": len(manifest.parts), "inputs": dict(manifest.inputs)}
+    add_asset_metadata(_asset(manifest, store), metadata)
     create_markdown_artifact(
         _summary(manifest, result, config, store),
-        key=artifact_key(config.name, manifest.stage),
-        description=f"{manifest.stage} of run {config.name}: {manifest.rows:,} {STAGES[manifest.stage].unit}",
+        key=artifact_key(config.name, stage),
+        description=f"{stage} of run {config.name}: {manifest.rows:,} {STAGES[stage].unit}",
     )
     if not result.parts_computed:
-        return  # the pictures of the run that computed it are still there, under the same keys
-    rows = _sample(manifest, store)
-    if rows:
-        create_table_artifact(
-            rows,
-            key=artifact_key(config.name, manifest.stage, "rows"),
-            description=f"The first {len(rows)} rows of {manifest.stage}",
-        )
-    chart = charts.draw(manifest, store)
-    if chart is not None:
+        return  # the charts of the run that computed it are still there, under the same keys
+    if rows := _sample(manifest, store):
+        key = artifact_key(config.name, stage, "rows")
+        create_table_artifact(rows, key=key, description=f"The first {len(rows)} rows of {stage}")
+    if chart := charts.draw(manifest, store):
         title, png = chart
-        create_image_artifact(
-            "data:image/png;base64," + base64.b64encode(png).decode(),
-            key=artifact_key(config.name, manifest.stage, "chart"),
-            description=title,
-        )
+        image = "data:image/png;base64," + base64.b64encode(png).decode()
+        create_image_artifact(image, key=artifact_key(config.name, stage, "chart"), description=title)
+
+
+def _url(store: Store, stage: str, fingerprint: str) -> str:
+    return store.url_of(f"artifacts/{stage}/{fingerprint}")
 
 
 def _asset(manifest: Manifest, store: Store) -> Asset:
-    url = store.url_of(manifest.key).removesuffix("/manifest.json")
+    url = _url(store, manifest.stage, manifest.fingerprint)
     properties = AssetProperties(
         name=f"{manifest.stage} {manifest.fingerprint[:12]}",
         url=url if "://" in url else f"file://{url}",
@@ -125,122 +127,71 @@ def _asset(manifest: Manifest, store: Store) -> Asset:
     return Asset(key=asset_key(url), properties=properties)
 
 
-def _parent_urls(manifest: Manifest, store: Store) -> list[str]:
-    return [
-        store.url_of(f"artifacts/{stage}/{fingerprint}") for stage, fingerprint in manifest.parents.items()
-    ]
-
-
-def _metadata(manifest: Manifest, config: "PipelineConfig") -> dict[str, Any]:
-    return {
-        "stage": manifest.stage,
-        "run": config.name,
-        "fingerprint": manifest.fingerprint,
-        "rows": manifest.rows,
-        "bytes": manifest.bytes,
-        "rejects": manifest.rejects,
-        "parts": len(manifest.parts),
-        "seconds": manifest.seconds,
-        "code_version": manifest.code_version,
-        "inputs": dict(manifest.inputs),
-    }
-
-
 def _summary(manifest: Manifest, result: StageResult, config: "PipelineConfig", store: Store) -> str:
-    """The artifact as a page."""
+    """The artifact as a page of Markdown."""
     name, stage = config.name, manifest.stage
-    lines = [f"# {stage} of run {name}", ""]
     if result.parts_computed:
-        how = f"{result.parts_computed} parts computed in {result.seconds:.1f} s, {result.parts_cached} from the store."
+        done = f"{result.parts_computed} parts computed in {result.seconds:.1f} s, {result.parts_cached} from the store."
     elif result.parts_cached:
-        how = f"Nothing to compute: all {result.parts_cached} parts are in the store."
+        done = f"Nothing to compute: all {result.parts_cached} parts are in the store."
     else:
-        how = "Nothing to do for this configuration."
-    lines += [how, ""]
+        done = "Nothing to do for this configuration."
+    parents = ", ".join(f"{parent} `{found[:12]}`" for parent, found in manifest.parents.items())
     facts = {
         STAGES[stage].unit: f"{manifest.rows:,}",
-        "cannot be used": f"{manifest.rejects:,}",
+        "rejects": f"{manifest.rejects:,}",
         "bytes": f"{manifest.bytes:,}",
         "fingerprint": f"`{manifest.fingerprint}`",
-        "made from": ", ".join(f"{parent} `{found[:12]}`" for parent, found in manifest.parents.items())
-        or config.prompts.source,
-        "lies in": f"`{store.url_of(manifest.key).removesuffix('/manifest.json')}`",
+        "made from": parents or config.prompts.source,
+        "stored in": f"`{_url(store, stage, manifest.fingerprint)}`",
     }
-    lines += _table(("", ""), facts.items())
+    lines = [f"# {stage} of run {name}", "", done, *_table(("", ""), facts.items())]
     if result.parts_computed:
         lines += _numbers(manifest, store)
-        lines += _rejects(manifest, store)
+        reasons = reject_reasons(store, manifest)
+        lines += _table(("reason of rejects", "rows"), reasons.items())
     if stage == "evaluation" and "summary" in manifest.metadata:
-        lines += _compared(manifest.metadata["summary"])
+        lines += _comparison(manifest.metadata["summary"])
     lines += ["", "Look further on a machine that reaches the store:", ""]
-    lines += [
-        f"    qrpo inspect {name} {stage} --store {store.url}",
-        f"    qrpo show {name} {stage} --store {store.url}",
-    ]
+    lines += [f"    qrpo {command} {name} {stage} --store {store.url}" for command in ("inspect", "show")]
     return "\n".join(lines)
 
 
-def _table(head: tuple[str, ...], rows: Any) -> Iterator[str]:
-    yield "| " + " | ".join(head) + " |"
-    yield "|" + "---|" * len(head)
-    for row in rows:
-        yield ("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |")
+def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> Iterator[str]:
+    """The lines of a Markdown table; none without rows."""
+    for number, row in enumerate(rows):
+        if number == 0:
+            yield from ("", "| " + " | ".join(head) + " |", "|" + "---|" * len(head))
+        yield "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
 
 
-def _numbers(manifest: Manifest, store: Store) -> list[str]:
-    """Count, mean, spread and range of every column that holds numbers."""
-    frame = charts.metrics_of(manifest, store).lazy()
+def _numbers(manifest: Manifest, store: Store) -> Iterator[str]:
+    """Mean, standard deviation and range of every numeric column."""
     if any(part.table for part in manifest.parts):
-        frame = store.scan(manifest.parts)
-    schema = frame.collect_schema()
-    names = [column for column, kind in schema.items() if kind.is_numeric()]
-    if not names:
-        return []
-    of = {"mean": pl.Expr.mean, "std": pl.Expr.std, "min": pl.Expr.min, "max": pl.Expr.max}
-    found = frame.select(
-        *(
-            function(pl.col(column)).alias(f"{column}/{word}")
-            for column in names
-            for word, function in of.items()
-        )
-    ).collect()
-    values = found.to_dicts()[0]
-    rows = (
-        (column, *("" if (value := values[f"{column}/{word}"]) is None else f"{value:.5g}" for word in of))
-        for column in names
-    )
-    return ["", *_table(("column", *of), rows)]
+        table = store.scan(manifest.parts)
+    else:
+        metrics = training_metrics(store, manifest)
+        table = (pl.DataFrame() if metrics is None else metrics).lazy()
+    numeric = table.select(cs.numeric())
+    found = pl.collect_all([numeric.mean(), numeric.std(), numeric.min(), numeric.max()])
+    rows = []
+    for name in found[0].columns:
+        values: list[Any] = [frame[name].first() for frame in found]
+        rows.append((name, *("" if value is None else f"{value:.5g}" for value in values)))
+    return _table(("column", "mean", "std", "min", "max"), rows)
 
 
-def _rejects(manifest: Manifest, store: Store) -> list[str]:
-    counts: Counter[str] = Counter()
-    for part in manifest.parts:
-        if part.rejects:
-            counts.update(store.read_rejects(part)["reason"].to_pylist())
-    if not counts:
-        return []
-    return ["", *_table(("why rows cannot be used", "rows"), counts.most_common(10))]
-
-
-def _compared(summary: Mapping[str, Any]) -> list[str]:
+def _comparison(summary: Mapping[str, Any]) -> Iterator[str]:
     policy, reference, wins = summary["policy"], summary["reference"], summary["win_rate"]
+    titles = {"reward": "mean reward", "quantile_reward": "mean quantile reward", "length": "tokens"}
     rows = [
-        (what, f"{reference[key]['mean']:.4g}", f"{policy[key]['mean']:.4g}")
-        for what, key in (
-            ("mean reward", "reward"),
-            ("mean quantile reward", "quantile_reward"),
-            ("tokens", "length"),
-        )
+        (title, f"{reference[key]['mean']:.4g}", f"{policy[key]['mean']:.4g}")
+        for key, title in titles.items()
     ]
-    rows.append(
-        (
-            "win rate against the reference",
-            "0.5",
-            f"{wins['mean']:.3f} ({wins['low']:.3f} to {wins['high']:.3f})",
-        )
-    )
+    win_rate = f"{wins['mean']:.3f} ({wins['low']:.3f} to {wins['high']:.3f})"
+    rows.append(("win rate against the reference", "0.5", win_rate))
     rows.append(("KL to the reference, nats", "0", f"{summary['kl']['mean']:.4g}"))
-    return ["", *_table((f"{summary['prompts']} held-out prompts", "reference", "policy"), rows)]
+    return _table((f"{summary['prompts']} held-out prompts", "reference", "policy"), rows)
 
 
 def _sample(manifest: Manifest, store: Store) -> list[dict[str, str]]:
@@ -257,4 +208,4 @@ def _cell(value: Any) -> str:
         text = json.dumps(value, ensure_ascii=False, default=str)
     else:
         text = "" if value is None else str(value)
-    return text if len(text) <= _LONGEST_TEXT else f"{text[: _LONGEST_TEXT - 1]}…"
+    return text if len(text) <= _CELL else f"{text[: _CELL - 1]}…"

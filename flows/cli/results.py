@@ -164,7 +164,7 @@ def report(
 ) -> None:
     """A run as one self-contained HTML page: result, plots, completions side by side, lineage."""
     from flows.views.report import write_report
-    from flows.views.show import run_name
+    from flows.views.runs import run_name
     from storage import Store
 
     run = run_name(name)

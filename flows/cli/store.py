@@ -91,11 +91,13 @@ def inspect(
 
       qrpo inspect demo rewards --where "reward > 0.9" --export best.parquet
     """
-    from flows.views.inspect.command import Asked, answer
+    from flows.views.inspect.command import InspectOptions, answer
 
     wanted = columns.split(",") if columns else None
-    asked = Asked(name, stage, where, sort, sample, limit, exact, wanted, prompt_id, diff, export, hub)
-    found, show = answer(store, asked)
+    options = InspectOptions(
+        name, stage, where, sort, sample, limit, exact, wanted, prompt_id, diff, export, hub
+    )
+    found, show = answer(store, options)
     print_json(found) if as_json else show(out)
 
 

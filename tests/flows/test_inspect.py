@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 
 import storage
 from flows.cli import app
-from flows.views.inspect.query import Query, find_rows
-from flows.views.inspect.rows import Rows
+from flows.views.inspect.rows import ArtifactRows, Query, find_rows
 from flows.views.inspect.summary import column_nulls, summarise
 from storage import Store
 from tasks.stages import TABLES
@@ -132,7 +131,7 @@ def test_prompt_is_followed_into_the_shards_best_completion_first(url: str) -> N
 
 
 def test_only_the_parts_of_the_prompt_are_read(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows.views.inspect import rows as module
+    from storage import read as module
 
     opened: list[str] = []
     real = module.open_table
@@ -316,7 +315,7 @@ def test_numbers_of_a_big_artifact_are_estimates_that_say_so(tmp_path: Path) -> 
     store = Store(tmp_path)
     commit(store, "rewards", tables)
     manifest = store.manifest("rewards", store.run("one")["stages"]["rewards"]["fingerprint"])
-    rows = Rows(store, manifest.parts)
+    rows = ArtifactRows(store, manifest.parts)
     everything = pa.concat_tables(tables)["reward"].to_numpy()
 
     known = summarise(rows)["reward"]
@@ -325,7 +324,7 @@ def test_numbers_of_a_big_artifact_are_estimates_that_say_so(tmp_path: Path) -> 
     assert (known["min"], known["max"]) == (everything.min(), everything.max()), "footers are exact"
     assert known["quantiles"][3] == pytest.approx(np.median(everything), abs=0.02)
     assert column_nulls(rows)["error"] == 240_000
-    assert "least and most are exact, the rest is estimated from 80,000 rows" in inspect(str(tmp_path)).stdout
+    assert "min and max are exact, the rest is estimated from 80,000 rows" in inspect(str(tmp_path)).stdout
     exact = summarise(rows, exact=True)["reward"]
     assert exact["estimated_from"] is None
     assert exact["quantiles"][3] == pytest.approx(np.median(everything))
@@ -336,7 +335,7 @@ def test_looking_ends_when_time_is_up_and_says_how_far_it_came(tmp_path: Path) -
     size = 140_000  # more than is looked at together
     tables = [rewards_table(np.full(size, part, dtype=float), first=size * part) for part in range(2)]
     commit(store, "rewards", tables)
-    rows = Rows(store, storage.open(store, "one", "rewards").manifest.parts)
+    rows = ArtifactRows(store, storage.open(store, "one", "rewards").manifest.parts)
     query = Query(where="reward >= 1")
 
     cut = find_rows(rows, query, limit=3, seconds=0.0)
@@ -352,7 +351,7 @@ def test_search_looks_into_conversations_and_lists(url: str) -> None:
     store = Store(url)
     found = {}
     for stage, text in (("prompts", "MANY ARE 7 AND"), ("completions", "say 14 ("), ("rewards", "RIGHT")):
-        rows = Rows(store, storage.open(store, "one", stage).manifest.parts)
+        rows = ArtifactRows(store, storage.open(store, "one", stage).manifest.parts)
         found[stage] = find_rows(rows, Query(search=text), limit=100).matches
 
     assert found == {"prompts": 1, "completions": 6, "rewards": 72}

@@ -1,6 +1,6 @@
-"""A completion's tokens coloured by log-ratio, where a row stores log-probabilities of every token.
+"""A completion's tokens coloured by log-ratio, for rows that store log-probabilities of every token.
 
-Such a row has `token_ids`, and of the same length `model_token_logprobs` and `ref_token_logprobs`. The words come from
+Such a row has `token_ids` and, of the same length, `model_token_logprobs` and `ref_token_logprobs`. The words come from
 the tokenizer in the run's policy; without one the ids are shown.
 """
 
@@ -12,22 +12,22 @@ from storage import Manifest, Store
 
 __all__ = ["coloured_tokens"]
 
-_LOGPROBS = ("model_token_logprobs", "ref_token_logprobs")
+_COLUMNS = ("token_ids", "model_token_logprobs", "ref_token_logprobs")
 _STRONGEST = 3.0  # nats: the colour of any larger log-ratio
 _STEPS = 5
 
 
 def coloured_tokens(store: Store, policy: Manifest | None, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Per token `text`, `log_ratio` (nats) and `shade` from -5 to 5; nothing where the row does not store them."""
-    ids, model_T, ref_T = (row.get(name) or () for name in ("token_ids", *_LOGPROBS))
+    """Per token `text`, `log_ratio` (nats) and `shade` from -5 to 5; empty if the row does not store them."""
+    ids, model_T, ref_T = (row.get(name) or () for name in _COLUMNS)
     if not len(ids) == len(model_T) == len(ref_T):
         return []
-    texts = _texts(ids, _tokenizer(store, policy) if policy is not None else None)
-    tokens = []
-    for text, ours, theirs in zip(texts, model_T, ref_T, strict=True):
-        ratio = None if ours is None or theirs is None else ours - theirs
-        tokens.append({"text": text, "log_ratio": ratio, "shade": _shade(ratio)})
-    return tokens
+    ratios = [None if None in pair else pair[0] - pair[1] for pair in zip(model_T, ref_T, strict=True)]
+    texts = _texts(ids, _tokenizer(store, policy))
+    return [
+        {"text": text, "log_ratio": ratio, "shade": _shade(ratio)}
+        for text, ratio in zip(texts, ratios, strict=True)
+    ]
 
 
 def _shade(ratio: float | None) -> int:
@@ -37,7 +37,7 @@ def _shade(ratio: float | None) -> int:
 
 
 def _texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
-    """What each token adds to the decoded text; characters that span tokens stand with the token that completes them."""
+    """What each token adds to the decoded text; a character of several tokens is shown with the last of them."""
     if tokenizer is None:
         return [f"{token} " for token in ids]
     texts, done, start = [], "", 0
@@ -48,14 +48,14 @@ def _texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
             continue
         texts.append(whole[len(done) :])
         done = whole
-        if stop - start > 64:  # decoded from here on, so that long completions take linear time
+        if stop - start > 64:  # decode from here on, so that long completions take linear time
             done, start = "", stop
     return texts
 
 
-def _tokenizer(store: Store, policy: Manifest) -> Any:
-    for record in policy.parts:
-        for file in record.payload:
+def _tokenizer(store: Store, policy: Manifest | None) -> Any:
+    for part in policy.parts if policy else ():
+        for file in part.payload:
             if file.name == "tokenizer.json":
                 return _load(store, file.key)
     return None

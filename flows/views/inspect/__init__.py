@@ -1,12 +1,14 @@
 """Looking at data: what `qrpo inspect` prints and `qrpo browse` serves.
 
-rows       an artifact's rows, by row group: only the columns and groups that are asked for
-filters    SQL conditions from outside, which can look at the row at hand and at nothing else
-query      which rows: condition, search, order, sample, page
+command    which answer the options of `qrpo inspect` ask for
+stage      one artifact: schema, lineage, numbers and rows
+rows       an artifact's rows by position: read them, find those that a query asks for
+filters    SQL conditions from users, which see the row's own columns only
 summary    nulls, quantiles and a histogram of every numeric column
-lookup     rows of given prompts in other stages, found through what their parts were made from
+lookup     rows of given prompts in other stages, found through the parts' parents
 prompt     one prompt through every stage
 diff       the same stage of two runs
 export     rows into a file, or onto the Hugging Face hub
-terminal   all of that as a person reads it; `text` makes what models wrote harmless
+terminal   all of that in a terminal
+text       text that models wrote, made harmless
 """

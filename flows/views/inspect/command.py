@@ -1,4 +1,4 @@
-"""`qrpo inspect`: what was asked, and which of the answers it is."""
+"""`qrpo inspect`: which of its answers the options ask for."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,16 +8,18 @@ from typing import Any
 
 from rich.console import Console
 
-from flows.views.inspect.query import Query
-from flows.views.show import find_manifest, run_name
+from flows.views.inspect.rows import ArtifactRows, Query
+from flows.views.runs import find_manifest, run_name
 from qrpo.errors import ConfigError, DataError
 from storage import Store
 
-__all__ = ["Asked", "answer"]
+__all__ = ["InspectOptions", "answer"]
+
+Answer = tuple[dict[str, Any], Callable[[Console], None]]
 
 
 @dataclass(frozen=True)
-class Asked:
+class InspectOptions:
     """The command's options."""
 
     name: str
@@ -34,76 +36,71 @@ class Asked:
     hub: str | None = None
 
 
-def answer(url: str, asked: Asked) -> tuple[dict[str, Any], Callable[[Console], None]]:
-    """The answer as JSON values, and how to print it. Raises ConfigError for options that do not go together."""
-    chosen = [
-        f"--{name.replace('_', '-')}"
-        for name in ("prompt_id", "diff", "export", "hub")
-        if getattr(asked, name) is not None
-    ]
-    if len(chosen) > 1:
-        raise ConfigError(f"{' and '.join(chosen)} ask for different things; give one of them")
-    narrowed = [
-        f"--{name}" for name in ("where", "sort", "sample", "columns") if getattr(asked, name) is not None
-    ]
-    if narrowed and chosen and chosen[0] in ("--prompt-id", "--diff"):
-        raise ConfigError(f"{narrowed[0]} has no meaning with {chosen[0]}")
-    store, run = Store(url), run_name(asked.name)
-    if asked.prompt_id is not None:
-        return _prompt(store, run, asked.prompt_id)
-    if asked.diff is not None:
-        return _diff(store, run, asked)
-    if asked.export is not None or asked.hub is not None:
-        return _export(store, run, asked)
+def answer(url: str, options: InspectOptions) -> Answer:
+    """The answer as JSON values, and a function that prints it. Raises ConfigError for options that exclude each other."""
+
+    def given(*names: str) -> list[str]:
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
+
+    modes = given("prompt_id", "diff", "export", "hub")
+    if len(modes) > 1:
+        raise ConfigError(f"{' and '.join(modes)} ask for different things; give one of them")
+    narrowed = given("where", "sort", "sample", "columns")
+    if narrowed and modes and modes[0] in ("--prompt-id", "--diff"):
+        raise ConfigError(f"{narrowed[0]} has no meaning with {modes[0]}")
+    store, run = Store(url), run_name(options.name)
+    if options.export is not None or options.hub is not None:
+        return _export(store, run, options)
+
+    from flows.views.inspect import terminal
+
+    if options.diff is not None:
+        from flows.views.inspect.diff import diff_stage
+
+        names = [run_name(options.diff), run]
+        before, after = (find_manifest(store, name, options.stage) for name in names)
+        shown = {"runs": names, **diff_stage(store, before, after, limit=options.limit or 5)}
+        return shown, partial(terminal.print_diff, shown)
+
+    from flows.views.inspect.lookup import PromptLookup
+
+    data = PromptLookup(store, run)
+    if options.prompt_id is not None:
+        from flows.views.inspect.prompt import follow_prompt
+
+        shown = follow_prompt(data, options.prompt_id)
+        return shown, partial(terminal.print_prompt, shown)
     from flows.views.inspect.stage import inspect_stage
-    from flows.views.inspect.terminal import print_inspection
 
-    manifest = find_manifest(store, run, asked.stage)
-    query = Query(where=asked.where, sort=asked.sort, sample=asked.sample)
+    query = Query(where=options.where, sort=options.sort, sample=options.sample)
     shown = inspect_stage(
-        store, run, manifest, query, columns=asked.columns, limit=asked.limit or 5, exact=asked.exact
+        data,
+        options.stage,
+        query,
+        columns=options.columns,
+        limit=options.limit or 5,
+        exact=options.exact,
     )
-    return shown, partial(print_inspection, shown)
+    return shown, partial(terminal.print_inspection, shown)
 
 
-def _prompt(store: Store, run: str, prompt_id: str) -> tuple[dict[str, Any], Callable[[Console], None]]:
-    from flows.views.inspect.lookup import RunData
-    from flows.views.inspect.prompt import follow_prompt
-    from flows.views.inspect.terminal import print_prompt
-
-    followed = follow_prompt(RunData(store, run), prompt_id)
-    return followed, partial(print_prompt, followed)
-
-
-def _diff(store: Store, run: str, asked: Asked) -> tuple[dict[str, Any], Callable[[Console], None]]:
-    from flows.views.inspect.diff import diff_stage
-    from flows.views.inspect.terminal import print_diff
-
-    other = run_name(asked.diff or "")
-    before, after = (find_manifest(store, name, asked.stage) for name in (other, run))
-    shown = {"runs": [other, run], **diff_stage(store, before, after, limit=asked.limit or 5)}
-    return shown, partial(print_diff, shown, (other, run))
-
-
-def _export(store: Store, run: str, asked: Asked) -> tuple[dict[str, Any], Callable[[Console], None]]:
+def _export(store: Store, run: str, options: InspectOptions) -> Answer:
     from flows.views.inspect.export import export_rows, push_to_hub
-    from flows.views.inspect.rows import rows_of
 
-    manifest = find_manifest(store, run, asked.stage)
-    rows = rows_of(store, manifest)
-    if rows is None:
+    stage, columns, limit = options.stage, options.columns, options.limit
+    manifest = find_manifest(store, run, stage)
+    rows = ArtifactRows(store, manifest.parts)
+    if not rows.parts:
         raise DataError(
-            f"{asked.stage} of run {run!r} holds no table to export; `qrpo show {run} {asked.stage}` lists its files"
+            f"{stage} of run {run!r} has no table to export; `qrpo show {run} {stage}` lists its files"
         )
-    query = Query(where=asked.where, sort=asked.sort, sample=asked.sample)
-    if asked.export is not None:
-        written = export_rows(rows, query, asked.export, columns=asked.columns, limit=asked.limit)
-        done = {"rows": written, "file": str(asked.export)}
-        line = f"{written:,} rows written to {asked.export}"
+    query = Query(where=options.where, sort=options.sort, sample=options.sample)
+    done: dict[str, Any]
+    if options.export is not None:
+        written = export_rows(rows, query, options.export, columns=columns, limit=limit)
+        done = {"rows": written, "file": str(options.export)}
+        line = f"{written:,} rows written to {options.export}"
     else:
-        address = push_to_hub(
-            rows, manifest, run, asked.hub or "", query, columns=asked.columns, limit=asked.limit
-        )
-        done = {"dataset": address}
-        line = f"pushed to {address}"
+        url = push_to_hub(rows, manifest, run, options.hub or "", query, columns=columns, limit=limit)
+        done, line = {"dataset": url}, f"pushed to {url}"
     return done, lambda console: console.print(line)

@@ -3,50 +3,62 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import pyarrow.parquet as pq
 
-from flows.views.inspect.query import Query, find_rows
-from flows.views.inspect.rows import Rows
+from flows.views.inspect.rows import ArtifactRows, Query, find_rows
 from flows.views.inspect.text import visible
 from qrpo.errors import ConfigError, DataError
 from storage import Manifest
 
 __all__ = ["export_rows", "push_to_hub"]
 
-_AT_ONCE = 65_536  # rows
-_KINDS = (".parquet", ".jsonl", ".csv")
+_BATCH_ROWS = 65_536
+_ENDINGS = (".parquet", ".jsonl", ".csv")
 
 
 def export_rows(
-    rows: Rows, query: Query, path: Path, *, columns: Sequence[str] | None, limit: int | None
+    rows: ArtifactRows, query: Query, path: Path, *, columns: Sequence[str] | None, limit: int | None
 ) -> int:
-    """Write the rows of the query into a new file, whose ending says how; the number of rows.
+    """Write the rows of the query into a new file whose ending names the format; returns the number of rows.
 
-    In CSV, lists and structs are JSON texts. The file appears when it is whole; one that exists is not replaced.
+    In CSV, lists and structs are JSON texts. The file appears once it is complete; an existing file is not replaced.
     """
-    if path.suffix not in _KINDS:
-        raise ConfigError(f"--export {path}: the file's ending must be one of {', '.join(_KINDS)}")
+    if path.suffix not in _ENDINGS:
+        raise ConfigError(f"--export {path}: the file's ending must be one of {', '.join(_ENDINGS)}")
     if path.exists():
         raise ConfigError(f"--export {path}: this file exists; remove it or name another")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"--export {path}: there is no folder {path.absolute().parent}")
-    names = rows.check_columns(columns) if columns else list(rows.schema)
-    written = 0
-    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".exporting-") as folder:
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise ConfigError(f"--export {path}: there is no folder {parent}")
+    names = rows.check_columns(columns or list(rows.schema))
+    positions = find_rows(rows, query, limit=limit, seconds=float("inf"), count_seconds=0.0).positions
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".exporting-") as folder:
         unfinished = Path(folder, path.name)
-        write = {".parquet": _write_parquet, ".jsonl": _write_lines, ".csv": _write_csv}[path.suffix]
-        written = write(unfinished, _frames(rows, query, names, limit))
-        os.link(unfinished, path)  # refuses a file that came meanwhile
-    return written
+        with unfinished.open("wb") as file:
+            writer: pq.ParquetWriter | None = None
+            for start in range(0, max(1, len(positions)), _BATCH_ROWS):
+                frame = rows.take(positions[start : start + _BATCH_ROWS], names)
+                if path.suffix == ".parquet":
+                    table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
+                    writer = writer or pq.ParquetWriter(file, table.schema, compression="zstd")
+                    writer.write_table(table)
+                elif path.suffix == ".jsonl":
+                    frame.write_ndjson(file)  # NaN and infinities become null
+                else:
+                    nested = [_as_json(name) for name, kind in frame.schema.items() if kind.is_nested()]
+                    frame.with_columns(nested).write_csv(file, include_header=start == 0)
+            if writer is not None:
+                writer.close()
+        os.link(unfinished, path)  # fails if the file was created in the meantime
+    return len(positions)
 
 
 def push_to_hub(
-    rows: Rows,
+    rows: ArtifactRows,
     manifest: Manifest,
     run: str,
     repo: str,
@@ -55,9 +67,9 @@ def push_to_hub(
     columns: Sequence[str] | None,
     limit: int | None,
 ) -> str:
-    """Push the rows of the query as one Parquet file with a dataset card to a private dataset repository; its address.
+    """Push the rows of the query as one Parquet file with a dataset card to a private dataset repository; its URL.
 
-    The repository is made where there is none. Who pushes is what `hf auth login` or HF_TOKEN says.
+    Creates the repository if there is none. The account is that of `hf auth login` or HF_TOKEN.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -69,9 +81,9 @@ def push_to_hub(
         written = export_rows(rows, query, data, columns=columns, limit=limit)
         Path(folder, "README.md").write_text(_card(manifest, run, query, written), encoding="utf-8")
         try:
-            made = api.create_repo(repo, repo_type="dataset", private=True, exist_ok=True)
+            created = api.create_repo(repo, repo_type="dataset", private=True, exist_ok=True)
             api.upload_folder(
-                repo_id=made.repo_id,
+                repo_id=created.repo_id,
                 repo_type="dataset",
                 folder_path=folder,
                 commit_message=f"{manifest.stage} of run {run}",
@@ -83,101 +95,35 @@ def push_to_hub(
                 f"the hub did not take {repo}: {str(error).strip().splitlines()[0]}; "
                 "`hf auth login` or HF_TOKEN says who you are, and ORG/NAME must be yours to write to"
             ) from None
-    return f"{api.endpoint}/datasets/{made.repo_id}"
+    return f"{api.endpoint}/datasets/{created.repo_id}"
 
 
-def _frames(rows: Rows, query: Query, columns: Sequence[str], limit: int | None) -> Iterator[pl.DataFrame]:
-    """The rows, some at a time: straight through where all are meant, else those that are found."""
-    if query.is_plain and not query.sort and query.sample is None and limit is None:
-        yield from (chunk.frame for chunk in rows.scan(columns))
-        if not len(rows):
-            yield rows.take([], columns)
-        return
-    found = find_rows(rows, query, limit=limit, seconds=float("inf"), count_seconds=0.0)
-    for start in range(0, len(found.positions), _AT_ONCE):
-        yield rows.take(found.positions[start : start + _AT_ONCE], columns)
-    if not found.positions:
-        yield rows.take([], columns)
-
-
-def _write_parquet(path: Path, frames: Iterator[pl.DataFrame]) -> int:
-    writer: pq.ParquetWriter | None = None
-    written = 0
-    try:
-        for frame in frames:
-            table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
-            writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
-            writer.write_table(table)
-            written += table.num_rows
-    finally:
-        if writer is not None:
-            writer.close()
-    return written
-
-
-def _write_lines(path: Path, frames: Iterator[pl.DataFrame]) -> int:
-    written = 0
-    with path.open("w", encoding="utf-8") as file:
-        for frame in frames:
-            for row in frame.iter_rows(named=True):
-                file.write(json.dumps(_plain(row), ensure_ascii=False) + "\n")
-            written += frame.height
-    return written
-
-
-def _write_csv(path: Path, frames: Iterator[pl.DataFrame]) -> int:
-    written = 0
-    with path.open("wb") as file:
-        for number, frame in enumerate(frames):
-            nested = [name for name, kind in frame.schema.items() if kind.is_nested()]
-            texts = [
-                pl.Series(
-                    name,
-                    [
-                        None if v is None else json.dumps(_plain(v), ensure_ascii=False)
-                        for v in frame[name].to_list()
-                    ],
-                    dtype=pl.String,
-                )
-                for name in nested
-            ]
-            frame.with_columns(texts).write_csv(file, include_header=number == 0)
-            written += frame.height
-    return written
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and (value != value or abs(value) == float("inf")) else value
+def _as_json(name: str) -> pl.Expr:
+    """A nested column as JSON texts, null where it is null."""
+    wrapped = pl.struct(pl.col(name).alias("v")).struct.json_encode()  # {"v":...}
+    return pl.when(pl.col(name).is_not_null()).then(wrapped.str.slice(5).str.head(-1)).alias(name)
 
 
 def _card(manifest: Manifest, run: str, query: Query, rows: int) -> str:
     asked = {"where": query.where, "sort": query.sort, "sample": query.sample}
-    made = (
-        f"{rows:,} rows of the artifact `{manifest.stage}/{manifest.fingerprint}` ({manifest.rows:,} rows), "
-        f"made {manifest.created} by qrpo-pipeline {manifest.code_version}."
-    )
-    lines = [
-        "---",
-        "configs:",
-        "- config_name: default",
-        "  data_files: data/*.parquet",
-        "tags: [qrpo]",
-        "---",
-        f"# {manifest.stage} of run {run}",
-        "",
-        made,
-        *(f"- {name}: `{visible(str(value))}`" for name, value in asked.items() if value is not None),
-        "",
-        "Made from:",
-        *(f"- `{stage}/{fingerprint}`" for stage, fingerprint in manifest.parents.items()),
-        *(
-            f"- {visible(name)}: `{visible(json.dumps(value, default=str))}`"
-            for name, value in manifest.inputs.items()
-        ),
+    asked_lines = [f"- {name}: `{visible(str(value))}`" for name, value in asked.items() if value is not None]
+    parents = [f"- `{stage}/{fingerprint}`" for stage, fingerprint in manifest.parents.items()]
+    inputs = [
+        f"- {visible(name)}: `{visible(json.dumps(value, default=str))}`"
+        for name, value in manifest.inputs.items()
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(
+        [
+            "---\nconfigs:\n- config_name: default\n  data_files: data/*.parquet\ntags: [qrpo]\n---",
+            f"# {manifest.stage} of run {run}\n",
+            (
+                f"{rows:,} rows of the artifact `{manifest.stage}/{manifest.fingerprint}` ({manifest.rows:,} rows), "
+                f"created {manifest.created} by qrpo-pipeline {manifest.code_version}."
+            ),
+            *asked_lines,
+            "\nComputed from:",
+            *parents,
+            *inputs,
+            "",
+        ]
+    )

@@ -1,15 +1,13 @@
-"""SQL conditions from outside: one Boolean expression over the row at hand, in Polars' SQL.
+"""SQL conditions from users: one Boolean expression over a row's own columns, in Polars SQL.
 
     reward > 0.9 AND finish_reason = 'length'
     text ILIKE '%sorry%' OR ARRAY_LENGTH(token_ids) > 512
 
-Polars' SQL knows subqueries, and in them functions that read any file; it knows padding functions that make a gigabyte of one row, and
-aggregates, which would see only the rows that happen to be read together. So before Polars sees the text, every word in it that is
-called like a function has to be on a list, and no word may begin a query. What is parsed then may name only the table's columns.
+`pl.sql_expr` runs subqueries while it parses, and a subquery can read any file. So the text is checked before Polars
+sees it: only characters, words and functions that a condition needs. After parsing, it may name only the table's columns.
 """
 
 import re
-from collections.abc import Iterable
 
 import polars as pl
 
@@ -17,108 +15,103 @@ from qrpo.errors import DataError
 
 __all__ = ["FUNCTIONS", "apply_condition", "parse_condition"]
 
-_NUMBERS = (
+_NUMBER_FUNCTIONS = (
     "ABS CEIL CEILING FLOOR ROUND SIGN MOD DIV EXP LN LOG LOG2 LOG10 LOG1P POW POWER SQRT CBRT GREATEST LEAST"
 )
-_TEXTS = (
+_TEXT_FUNCTIONS = (
     "LENGTH CHAR_LENGTH CHARACTER_LENGTH OCTET_LENGTH BIT_LENGTH LOWER UPPER INITCAP LEFT RIGHT SUBSTR SUBSTRING STRPOS "
     "STARTS_WITH ENDS_WITH REGEXP_LIKE TRIM LTRIM RTRIM REVERSE"
 )
-_LISTS = "ARRAY_LENGTH ARRAY_CONTAINS ARRAY_MAX ARRAY_MIN ARRAY_MEAN ARRAY_SUM ARRAY_GET"
-_TYPES = "COALESCE NULLIF IFNULL IF CAST TRY_CAST"
-FUNCTIONS = frozenset(f"{_NUMBERS} {_TEXTS} {_LISTS} {_TYPES}".split())
-"""Functions that a condition may use; each gives one small value for one row."""
+_LIST_FUNCTIONS = "ARRAY_LENGTH ARRAY_CONTAINS ARRAY_MAX ARRAY_MIN ARRAY_MEAN ARRAY_SUM ARRAY_GET"
+_TYPE_FUNCTIONS = "COALESCE NULLIF IFNULL IF CAST TRY_CAST"
+FUNCTIONS = frozenset(f"{_NUMBER_FUNCTIONS} {_TEXT_FUNCTIONS} {_LIST_FUNCTIONS} {_TYPE_FUNCTIONS}".split())
+"""Functions that a condition may call. Each returns one small value per row; aggregates and padding are excluded."""
 
-_WORDS_BEFORE_BRACKETS = "AND OR NOT IN LIKE ILIKE RLIKE REGEXP BETWEEN WHEN THEN ELSE CASE IS"
-_OPERATORS = frozenset(_WORDS_BEFORE_BRACKETS.split())
-_WORDS_OF_QUERIES = (
-    "SELECT WITH FROM TABLE UNION INTERSECT EXCEPT VALUES OVER INTO INSERT UPDATE DELETE CREATE DROP ALTER ATTACH COPY "
-    "EXISTS ANY ALL SOME UNNEST LATERAL"
+_OPERATORS = frozenset(
+    [
+        "AND",
+        "OR",
+        "NOT",
+        "IN",
+        "LIKE",
+        "ILIKE",
+        "RLIKE",
+        "REGEXP",
+        "BETWEEN",
+        "WHEN",
+        "THEN",
+        "ELSE",
+        "CASE",
+        "IS",
+    ]
 )
-_FORBIDDEN = frozenset(_WORDS_OF_QUERIES.split())
-_TOKEN = re.compile(
-    r"""(?P<text>'(?:[^']|'')*')|(?P<quoted>"(?:[^"]|"")*")|(?P<word>[^\W\d]\w*)|(?P<number>\d[\w.]*)"""
-    r"""|(?P<space>\s+)|(?P<sign>::|<=|>=|<>|!=|!~\*|!~|~\*|~|\|\||[-+*/%<>=(),.\[\]])""",
-    re.UNICODE,
+_QUERY_WORDS = frozenset(
+    ["SELECT", "WITH", "FROM", "TABLE", "UNION", "VALUES", "OVER", "EXISTS", "ANY", "ALL", "SOME", "UNNEST"]
 )
-_LONGEST = 2000  # characters: a chain of ORs that long is still shallow enough for the parser's stack
+_QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*\"""")
+_UNEXPECTED = re.compile(r"""--|/\*|[^\w\s'".,()\[\]<>=!~|*/%+:-]""")
+_CALL = re.compile(r"""([^\W\d]\w*|")\s*\(""")
+_MAX_CHARACTERS = 2000  # a chain of ORs of this length does not overflow the parser's stack
 _EXAMPLE = """for example: reward > 0.9 AND finish_reason = 'length'"""
 
 
 def parse_condition(text: str, schema: pl.Schema) -> pl.Expr:
-    """The condition as an expression on a table of this schema; raises DataError with what is wrong."""
-    _check_words(text)
+    """The condition as an expression on a table with this schema. Raises DataError that says what is wrong."""
+    _check(text)
     try:
         condition = pl.sql_expr(text)
         names = condition.meta.root_names()
+        unknown = sorted(set(names) - set(schema))
+        if unknown:
+            raise DataError(
+                f"the condition names {', '.join(unknown)}, which is no column; the columns are {', '.join(schema)}. "
+                "Texts go in single quotes"
+            )
+        empty = pl.DataFrame(schema={name: schema[name] for name in names})
+        kind = empty.lazy().select(condition.alias("condition")).collect_schema()["condition"]
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-        raise DataError(f"the condition cannot be read: {_line(error)}; {_EXAMPLE}") from None
-    unknown = sorted(set(names) - set(schema))
-    if unknown:
-        raise DataError(
-            f"the condition names {', '.join(unknown)}, which is no column; the columns are {', '.join(schema)}. "
-            "Texts go in single quotes"
-        )
-    result = apply_condition(
-        pl.DataFrame(schema={name: schema[name] for name in names}), condition, check=True
-    )
-    assert result.is_empty()
+        raise DataError(f"the condition cannot be read: {_first_line(error)}; {_EXAMPLE}") from None
+    if kind not in (pl.Boolean, pl.Null):
+        raise DataError(f"the condition is {kind}, not true or false; {_EXAMPLE}")
+    apply_condition(empty, condition)
     return condition
 
 
-def apply_condition(frame: pl.DataFrame, condition: pl.Expr, *, check: bool = False) -> pl.DataFrame:
-    """The rows for which the condition holds; raises DataError where it cannot be evaluated."""
+def apply_condition(frame: pl.DataFrame, condition: pl.Expr) -> pl.DataFrame:
+    """The rows that meet the condition. Raises DataError if it cannot be evaluated."""
     try:
-        if check:
-            kind = frame.lazy().select(condition.alias("condition")).collect_schema()["condition"]
-            if kind not in (pl.Boolean, pl.Null):
-                raise DataError(f"the condition is {kind}, not true or false; {_EXAMPLE}")
         return frame.filter(condition)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-        raise DataError(f"the condition cannot be evaluated: {_line(error)}") from None
+        raise DataError(f"the condition cannot be evaluated: {_first_line(error)}") from None
 
 
-def _check_words(text: str) -> None:
-    if len(text) > _LONGEST:
-        raise DataError(f"the condition has {len(text)} characters, {_LONGEST} are allowed")
-    tokens = list(_tokens(text))
-    if not tokens:
-        raise DataError(f"the condition is empty; {_EXAMPLE}")
-    for (kind, token), (next_kind, following) in zip(tokens, [*tokens[1:], ("end", "")], strict=True):
-        if kind not in ("word", "quoted"):
-            continue
-        word = token.strip('"').upper()
-        if kind == "word" and next_kind == "text" and word not in _OPERATORS:
+def _check(text: str) -> None:
+    """Raise DataError for anything but a short expression of columns, literals, operators and FUNCTIONS."""
+    if not 0 < len(text.strip()) <= len(text) <= _MAX_CHARACTERS:
+        raise DataError(
+            f"a condition has 1 to {_MAX_CHARACTERS} characters, this one {len(text)}; {_EXAMPLE}"
+        )
+    if "\\'" in text:
+        raise DataError("a text may not have a backslash before a quote: it can be read in two ways")
+    bare = _QUOTED.sub(lambda found: found.group()[0] * 2, text)  # every quoted text becomes empty
+    if unexpected := _UNEXPECTED.search(bare):
+        raise DataError(f"{unexpected.group()!r} is not allowed in a condition; {_EXAMPLE}")
+    for word in re.findall(r"[^\W\d]+", bare):
+        if word.upper() in _QUERY_WORDS:
             raise DataError(
-                f"{token}{following} is not a text that a condition may hold: write it as {following}"
+                f"{word} is not allowed: a condition is an expression over the row's own columns, not a query. "
+                f"Put a column of that name in double quotes; {_EXAMPLE}"
             )
-        if kind == "word" and word in _FORBIDDEN:
-            raise DataError(
-                f"{token} is not allowed: a condition looks at the row's own columns, it is not a query. "
-                f"A column of that name goes in double quotes; {_EXAMPLE}"
-            )
-        if following == "(" and not (word in FUNCTIONS or (kind == "word" and word in _OPERATORS)):
-            raise DataError(
-                f"the function {token} is not allowed; allowed are {', '.join(sorted(FUNCTIONS))}"
-            )
+    for word in re.findall(r"(\w+)\s*'", bare):
+        if (
+            word.upper() not in _OPERATORS
+        ):  # E'...', DATE '...': other kinds of texts have other rules for quotes
+            raise DataError(f"{word} is not allowed before a text; write the text alone, {_EXAMPLE}")
+    for name in _CALL.findall(bare):
+        if name.upper() not in FUNCTIONS | _OPERATORS:
+            raise DataError(f"the function {name} is not allowed; allowed are {', '.join(sorted(FUNCTIONS))}")
 
 
-def _tokens(text: str) -> Iterable[tuple[str, str]]:
-    at = 0
-    while at < len(text):
-        found = _TOKEN.match(text, at)
-        if found is None or text.startswith(("--", "/*"), at):
-            raise DataError(
-                f"{text[at : at + 2].strip()!r} has no place in a condition (character {at + 1}); {_EXAMPLE}"
-            )
-        if found.lastgroup == "text" and re.search(r"\\'", found.group()):
-            raise DataError("a text may not have a backslash before a quote: it can be read in two ways")
-        if found.lastgroup != "space":
-            assert found.lastgroup is not None
-            yield found.lastgroup, found.group()
-        at = found.end()
-
-
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     line = str(error).partition("\n")[0]
     return line if len(line) <= 300 else line[:300] + " ..."

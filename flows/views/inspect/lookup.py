@@ -1,152 +1,132 @@
-"""Rows of given prompts in any stage, without reading the stage: parts know which parts they were made from.
+"""Rows of given prompts in any stage without reading the whole stage: parts record which parts they were made from.
 
-A prompt lies in one part of `prompts`; its completions, rewards, quantiles and shards lie in the parts that were made from that part.
-Where no part says so, all are read.
+A prompt is in one part of `prompts`. Its completions, rewards, quantiles and shards are in parts made from that part.
+If the records do not say so, every part is read.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
 import polars as pl
 
-from flows.views.inspect.rows import Rows
-from flows.views.show import stages_of
-from qrpo.errors import ConfigError, DataError
-from storage import Manifest, PartRecord, Store
+from flows.views.inspect.rows import ArtifactRows
+from flows.views.runs import RunArtifacts
+from qrpo.errors import DataError
+from storage import Manifest, PartRecord
 
-__all__ = ["RunData"]
+__all__ = ["PromptLookup"]
 
 
-class RunData:
-    """The artifacts of one run, and the rows in them. `known` are manifests that need not be read again."""
+class PromptLookup(RunArtifacts):
+    """A run's rows by prompt. `sources` are fingerprints of parts of `prompts`; an empty set means any part."""
 
-    def __init__(self, store: Store, run: str, known: Iterable[Manifest] = ()) -> None:
-        noted = store.run(run)
-        if noted is None:
-            runs = ", ".join(sorted(store.runs())) or "none yet"
-            raise ConfigError(f"no run named {run!r} in {store.url}; its runs: {runs}")
-        self.store, self.run, self.noted = store, run, noted
-        self._read: dict[tuple[str, str], Manifest | None] = {
-            (one.stage, one.fingerprint): one for one in known
-        }
-
-    def manifest(self, stage: str, fingerprint: str) -> Manifest | None:
-        """An artifact's manifest, read once."""
-        if (stage, fingerprint) not in self._read:
-            self._read[stage, fingerprint] = self.store.manifest(stage, fingerprint)
-        return self._read[stage, fingerprint]
-
-    @cached_property
-    def manifests(self) -> dict[str, Manifest]:
-        """Stage -> manifest, in the order of stages; a stage whose artifact was collected is left out."""
+    def find_prompt(self, beginning: str) -> tuple[str, frozenset[str]]:
+        """The id of the one prompt whose id begins like this, and its source. DataError if there is not exactly one."""
+        rows = ArtifactRows(
+            self.store, self.manifests["prompts"].parts if "prompts" in self.manifests else ()
+        )
         found = {
-            stage: self.manifest(stage, entry["fingerprint"])
-            for stage, entry in stages_of(self.noted).items()
+            prompt_id: part.fingerprint
+            for part in rows.parts
+            for _, frame in ArtifactRows(self.store, [part]).scan(["prompt_id"])
+            for prompt_id in frame["prompt_id"].filter(frame["prompt_id"].str.starts_with(beginning))
         }
-        return {stage: manifest for stage, manifest in found.items() if manifest is not None}
-
-    def prompt_id(self, beginning: str) -> str:
-        """The whole id of the one prompt whose id begins like this; DataError where there is none or more than one."""
-        found: dict[str, str] = {}
-        for part, ids in self._prompt_ids():
-            found |= dict.fromkeys(ids.filter(ids.str.starts_with(beginning)), part)
         if not found:
             raise DataError(
-                f"no prompt of run {self.run!r} has an id that begins with {beginning!r}; `qrpo inspect {self.run} prompts` shows ids"
+                f"no prompt of run {self.run!r} has an id that begins with {beginning!r}; "
+                f"`qrpo inspect {self.run} prompts` shows ids"
             )
         if len(found) > 1:
             raise DataError(
-                f"{len(found)} prompts have ids that begin with {beginning!r}: {', '.join(sorted(found)[:5])} ...; give more of it"
+                f"{len(found)} prompts have ids that begin with {beginning!r}: {', '.join(sorted(found)[:5])} ...; "
+                "give more of it"
             )
-        self._homes |= found
-        return next(iter(found))
+        ((prompt_id, source),) = found.items()
+        return prompt_id, frozenset([source])
 
     def find(
-        self, stage: str, prompt_ids: Collection[str], columns: Iterable[str] | None = None
+        self,
+        stage: str,
+        prompt_ids: Collection[str],
+        sources: frozenset[str],
+        columns: Iterable[str] | None = None,
     ) -> list[tuple[PartRecord, int, dict[str, Any]]]:
-        """The stage's rows of these prompts, each with its part and number in it; none where the stage has no such rows."""
+        """(part, number in the part, row) of the stage's rows of these prompts. Empty if the stage has no such rows."""
         manifest = self.manifests.get(stage)
-        rows = Rows(self.store, self._parts_about(manifest, prompt_ids)) if manifest else None
-        if rows is None or not rows.records or "prompt_id" not in rows.schema:
+        rows = ArtifactRows(self.store, self._parts_from(manifest, sources) if manifest else ())
+        if not rows.parts or "prompt_id" not in rows.schema:
             return []
         wanted = pl.Series(list(prompt_ids), dtype=pl.String).implode()
         positions: list[int] = []
-        for chunk in rows.scan(["prompt_id"]):
-            positions += (chunk.frame["prompt_id"].is_in(wanted).arg_true() + chunk.start).to_list()
-        taken = rows.take(positions, None if columns is None else rows.check_columns(list(columns)))
-        return [
-            (*rows.place(position), row) for position, row in zip(positions, taken.to_dicts(), strict=True)
-        ]
+        for start, frame in rows.scan(["prompt_id"]):
+            positions += (frame["prompt_id"].is_in(wanted).arg_true() + start).to_list()
+        taken = rows.take(
+            positions, None if columns is None else rows.check_columns(list(columns))
+        ).to_dicts()
+        return [(*rows.location(position), row) for position, row in zip(positions, taken, strict=True)]
 
-    def rows(
-        self, stage: str, prompt_ids: Collection[str], columns: Iterable[str] | None = None
-    ) -> list[dict[str, Any]]:
-        """The same, the rows alone."""
-        return [row for _, _, row in self.find(stage, prompt_ids, columns)]
-
-    def rejects(self, prompt_id: str) -> list[dict[str, Any]]:
-        """Everything that any stage left out of this prompt, with reasons."""
+    def rejects(self, prompt_id: str, sources: frozenset[str]) -> list[dict[str, Any]]:
+        """The rejects of every stage for this prompt."""
         return [
             row
             for manifest in self.manifests.values()
-            for record in self._parts_about(manifest, [prompt_id])
-            if record.rejects
-            for row in self.store.read_rejects(record).to_pylist()
+            for part in self._parts_from(manifest, sources)
+            if part.rejects
+            for row in self.store.read_rejects(part).to_pylist()
             if row["prompt_id"] == prompt_id
         ]
 
-    def note_home(self, prompt_id: str, part: PartRecord) -> None:
-        """Remember that this part has the prompt, so that it need not be searched for among all prompts."""
-        homes = self._made_from(part.fingerprint)
-        if len(homes) == 1:
-            self._homes[prompt_id] = next(iter(homes))
+    def conversations(self, rows: ArtifactRows, positions: Sequence[int]) -> list[dict[str, Any]]:
+        """For each row, the `messages` of its prompt and the `completion` that it is about, as far as there are any."""
+        if "prompt_id" not in rows.schema or not positions:
+            return [{} for _ in positions]
+        keys = [name for name in _COMPLETION if name in rows.schema and not rows.schema[name].is_nested()]
+        own = rows.take(positions, [*keys, *({"messages", "text"} & set(rows.schema))]).to_dicts()
+        above = [self._sources_of(rows.location(position)[0].fingerprint) for position in positions]
+        sources: frozenset[str] = frozenset().union(*above) if all(above) else frozenset()
+        ids = {row["prompt_id"] for row in own}
+        messages: dict[str, Any] = {}
+        if "messages" not in rows.schema:
+            found = self.find("prompts", ids, sources, ["prompt_id", "messages"])
+            messages = {row["prompt_id"]: row["messages"] for _, _, row in found}
+        texts: dict[Any, str] = {}
+        if "text" not in rows.schema and keys == list(_COMPLETION):
+            found = self.find("completions", ids, sources, [*_COMPLETION, "text"])
+            texts = {tuple(row[name] for name in _COMPLETION): row["text"] for _, _, row in found}
+        return [
+            {
+                "messages": row.get("messages") or messages.get(row["prompt_id"]),
+                "completion": row.get("text", texts.get(tuple(row.get(name) for name in _COMPLETION))),
+            }
+            for row in own
+        ]
 
-    @cached_property
-    def _homes(self) -> dict[str, str]:
-        """Prompt id -> fingerprint of its part of `prompts`, as far as it is known by now."""
-        return {}
+    def _parts_from(self, manifest: Manifest, sources: frozenset[str]) -> Sequence[PartRecord]:
+        """The parts made from these sources; all parts if that is not known of every part."""
+        above = [self._sources_of(part.fingerprint) for part in manifest.parts]
+        if not sources or not all(above):
+            return manifest.parts
+        return [part for part, own in zip(manifest.parts, above, strict=True) if own & sources]
 
-    def _made_from(self, part: str) -> frozenset[str]:
-        """The parts of `prompts` that a part goes back to row by row (a model goes back to all of them, and does not count)."""
-        if part not in self._homes_of_parts:
+    def _sources_of(self, part: str) -> frozenset[str]:
+        """The parts of `prompts` that a part was made from row by row. A model comes from all of them: not counted."""
+        if part not in self._sources:
             record = self._tables.get(part)
-            above = [self._made_from(parent) for parent in record.parents] if record else []
+            above = [self._sources_of(parent) for parent in record.parents] if record else []
             own = {part} if record and record.stage == "prompts" else ()
-            self._homes_of_parts[part] = frozenset(own).union(*above)
-        return self._homes_of_parts[part]
+            self._sources[part] = frozenset(own).union(*above)
+        return self._sources[part]
 
     @cached_property
-    def _homes_of_parts(self) -> dict[str, frozenset[str]]:
+    def _sources(self) -> dict[str, frozenset[str]]:
         return {}
 
     @cached_property
     def _tables(self) -> dict[str, PartRecord]:
         """Every part of the run that holds rows, by fingerprint."""
-        return {
-            part.fingerprint: part
-            for manifest in self.manifests.values()
-            if manifest.parts and manifest.parts[0].table is not None
-            for part in manifest.parts
-        }
+        parts = (part for manifest in self.manifests.values() for part in manifest.parts)
+        return {part.fingerprint: part for part in parts if part.table is not None}
 
-    def _parts_about(self, manifest: Manifest, prompt_ids: Collection[str]) -> Sequence[PartRecord]:
-        lacking = {prompt_id for prompt_id in prompt_ids if prompt_id not in self._homes}
-        for part, ids in self._prompt_ids() if lacking else ():
-            found = lacking.intersection(ids)
-            self._homes |= dict.fromkeys(found, part)
-            lacking -= found
-            if not lacking:
-                break
-        homes = {self._homes[prompt_id] for prompt_id in prompt_ids if prompt_id in self._homes}
-        made_from = [self._made_from(part.fingerprint) for part in manifest.parts]
-        if lacking or not all(made_from):
-            return manifest.parts
-        return [part for part, above in zip(manifest.parts, made_from, strict=True) if homes & above]
 
-    def _prompt_ids(self) -> Iterator[tuple[str, pl.Series]]:
-        """(fingerprint, prompt ids) of every part of `prompts`."""
-        rows = Rows(self.store, self.manifests["prompts"].parts if "prompts" in self.manifests else ())
-        for part, record in enumerate(rows.records):
-            if record.rows:
-                yield record.fingerprint, rows.read(rows.groups(part), ["prompt_id"])["prompt_id"]
+_COMPLETION = ("prompt_id", "origin", "sample_index")

@@ -1,25 +1,27 @@
-"""One prompt through every stage: the conversation, its completions by reward, and what became of each in training."""
+"""One prompt through every stage: the conversation, its completions by reward, and how training used each."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from flows.views.inspect.lookup import RunData
+from flows.views.inspect.lookup import PromptLookup
 from qrpo.method.quantiles import quantile_rewards
 
 __all__ = ["follow_prompt"]
 
+_QUANTILE = ("quantile_reward", "quantile_low", "quantile_high")
 
-def follow_prompt(run: RunData, beginning: str) -> dict[str, Any]:
+
+def follow_prompt(run: PromptLookup, beginning: str) -> dict[str, Any]:
     """Everything that a run has of one prompt; its id may be shortened to a unique beginning.
 
-    `stages` are the rows as they are stored. `completions` joins them, best reward first; each has `quantile_reward` where the
-    `quantiles` stage gave one, `rank`, the share of the reference's rewards at or below its own, and `became`, its place in the
-    shards or why it has none. `samples` are the evaluation's, in the same form.
+    `stages` are the rows as stored. `completions` joins them, best reward first. Each has `rank` (the share of
+    reference rewards at or below its own), the quantile reward if the `quantiles` stage computed one, and `became`:
+    its place in the shards, or why it has none. `samples` are those of the evaluation in the same form.
     """
-    prompt_id = run.prompt_id(beginning)
-    found = {stage: run.find(stage, [prompt_id]) for stage in run.manifests}
+    prompt_id, sources = run.find_prompt(beginning)
+    found = {stage: run.find(stage, [prompt_id], sources) for stage in run.manifests}
     stages = {
         stage: [row for _, _, row in rows]
         for stage, rows in found.items()
@@ -27,10 +29,28 @@ def follow_prompt(run: RunData, beginning: str) -> dict[str, Any]:
     }
     quantiles = next(iter(stages.get("quantiles", ())), None)
     ref_rewards = list(quantiles["ref_rewards"]) if quantiles else []
-    rejects = run.rejects(prompt_id)
-    completions = _joined(prompt_id, found, quantiles, rejects)
+    rejects = run.rejects(prompt_id, sources)
+    rewards = {_key(row): row for row in stages.get("rewards", ())}
+    judged = _by_completion(quantiles, _QUANTILE)
+    trained: dict[Any, dict[str, Any]] = {}
+    for part, number, row in found.get("shards", ()):
+        place = {"became": f"shard {part.fingerprint[:12]}, row {number}"}
+        trained |= {key: values | place for key, values in _by_completion(row, ("ref_logprob",)).items()}
+    rejected = {row["key"]: f"rejected by {row['stage']}: {row['reason']}" for row in rejects}
+    completions = []
+    for row in stages.get("completions", ()):
+        key = _key(row)
+        name = f"{prompt_id}/{row['origin']}/{row['sample_index']}"
+        became = rejected.get(name) or ("not trained on" if found.get("shards") else "")
+        completions.append(
+            {name: value for name, value in row.items() if name != "prompt_id"}
+            | {name: rewards.get(key, {}).get(name) for name in ("reward", "components", "error")}
+            | {"ref_logprob": None, "became": became}
+            | judged.get(key, dict.fromkeys(_QUANTILE))
+            | trained.get(key, {})
+        )
     samples = [
-        {**row, "origin": row["model"], "components": None, "error": None, "became": ""}
+        row | {"origin": row["model"], "components": None, "error": None, "became": ""}
         for row in stages.get("evaluation", ())
     ]
     for rows in (completions, samples):
@@ -48,50 +68,10 @@ def follow_prompt(run: RunData, beginning: str) -> dict[str, Any]:
     }
 
 
-def _joined(
-    prompt_id: str,
-    found: Mapping[str, Sequence[tuple[Any, int, dict[str, Any]]]],
-    quantiles: Mapping[str, Any] | None,
-    rejects: Sequence[Mapping[str, Any]],
-) -> list[dict[str, Any]]:
-    rewards = {_key(row): row for _, _, row in found.get("rewards", ())}
-    judged = _by_completion(quantiles, ("quantile_reward", "quantile_low", "quantile_high"))
-    trained: dict[tuple[str, int], dict[str, Any]] = {}
-    for part, number, row in found.get("shards", ()):
-        place = f"shard {part.fingerprint[:12]}, row {number}"
-        trained |= {
-            key: {**values, "became": place} for key, values in _by_completion(row, ("ref_logprob",)).items()
-        }
-    refused = {row["key"]: f"left out by {row['stage']}: {row['reason']}" for row in rejects}
-    joined = []
-    for _, _, row in found.get("completions", ()):
-        key = _key(row)
-        name = f"{prompt_id}/{row['origin']}/{row['sample_index']}"
-        became = refused.get(name) or ("not trained on" if found.get("shards") else "")
-        reward = rewards.get(key, {})
-        joined.append(
-            {
-                **{name: value for name, value in row.items() if name != "prompt_id"},
-                "reward": reward.get("reward"),
-                "components": reward.get("components"),
-                "error": reward.get("error"),
-                "ref_logprob": None,
-                "became": became,
-                **judged.get(key, {"quantile_reward": None, "quantile_low": None, "quantile_high": None}),
-                **trained.get(key, {}),
-            }
-        )
-    return joined
-
-
-def _by_completion(
-    row: Mapping[str, Any] | None, columns: Sequence[str]
-) -> dict[tuple[str, int], dict[str, Any]]:
+def _by_completion(row: Mapping[str, Any] | None, columns: Sequence[str]) -> dict[Any, dict[str, Any]]:
     """The list columns of a row that holds many completions, by completion."""
-    if row is None:
-        return {}
-    keys = list(zip(row["origin"], row["sample_index"], strict=True))
-    return {key: {name: row[name][place] for name in columns} for place, key in enumerate(keys)}
+    keys = list(zip(row["origin"], row["sample_index"], strict=True)) if row else []
+    return {key: {name: row[name][place] for name in columns} for place, key in enumerate(keys) if row}
 
 
 def _rank(rows: Sequence[dict[str, Any]], ref_rewards: Sequence[float]) -> None:

@@ -1,56 +1,41 @@
-"""An artifact's rows, read by row group: a question opens the parts that it needs and decodes the columns it names.
+"""An artifact's rows: read some, and find those that a query asks for.
 
-Everything goes through `storage.read.open_table`, so it works the same on every store, and a damaged part is told.
-Rows are numbered from 0 through the parts in the manifest's order; that number is a row's position.
+Rows are numbered from 0 through the parts in the manifest's order; that number is a row's position. Parts are opened
+with `storage.read`, so every kind of store works and a damaged part raises an error. Only the columns that decide are
+read to find rows, a few row groups at a time. So memory is bounded, a time limit holds, and an early answer costs little.
 """
 
-from bisect import bisect_left, bisect_right
+import random
+import time
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import accumulate
+from operator import or_
 from typing import Any, cast
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from flows.views.inspect.filters import apply_condition, parse_condition
 from qrpo.errors import DataError
-from storage import Manifest, PartRecord, Store
-from storage.read import open_table
+from storage import PartRecord, Store, read
 
-__all__ = ["Chunk", "Group", "Rows", "rows_of"]
+__all__ = ["ArtifactRows", "Found", "Query", "condition_of", "find_rows"]
 
-_BATCH = 1024  # rows decoded at a time where only some of a row group are wanted
-_SPAN_ROWS, _SPAN_BYTES = 131_072, 64 << 20  # looked at together
-
-
-@dataclass(frozen=True)
-class Group:
-    """One row group: the part's number, the group's number in the part, the position of its first row, its rows."""
-
-    part: int
-    number: int
-    start: int
-    rows: int
+_POSITION = "\0position"
+_CHUNK_ROWS, _CHUNK_BYTES = 131_072, 64 << 20  # filtered at a time
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Consecutive rows from position `start` on."""
+class ArtifactRows:
+    """The rows of some parts. Parts that hold a folder instead of a table are skipped."""
 
-    start: int
-    frame: pl.DataFrame
-
-
-class Rows:
-    """The rows of some parts. `records` must all hold tables."""
-
-    def __init__(self, store: Store, records: Sequence[PartRecord]) -> None:
+    def __init__(self, store: Store, parts: Sequence[PartRecord]) -> None:
         self.store = store
-        self.records = [record for record in records if record.table is not None]
-        self.starts = [0, *accumulate(record.rows for record in self.records)]
-        self._footers: dict[int, pq.FileMetaData] = {}
+        self.parts = [part for part in parts if part.table is not None]
+        self.starts = [0, *accumulate(part.rows for part in self.parts)]
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -62,111 +47,167 @@ class Rows:
 
     @cached_property
     def arrow_schema(self) -> pa.Schema:
-        """The same in Arrow's terms, with what may be null."""
-        with self._open(0) as opened:
+        """The Arrow schema, which says what may be null."""
+        with self.open(self.parts[0]) as opened:
             return opened.schema_arrow
 
+    def open(self, part: PartRecord) -> pq.ParquetFile:
+        """The part's Parquet file. Raises DamagedError if its size or row count is wrong."""
+        return read.open_table(self.store.files, part, sparse=True)
+
     def check_columns(self, columns: Sequence[str]) -> list[str]:
-        """The columns if they are there; raises DataError with what there is."""
+        """The columns. Raises DataError if one is unknown."""
         unknown = [name for name in columns if name not in self.schema]
         if unknown:
             raise DataError(f"no column {', '.join(unknown)}; the columns are {', '.join(self.schema)}")
         return list(columns)
 
-    def footer(self, part: int) -> pq.FileMetaData:
-        """A part's Parquet metadata, read once."""
-        if part not in self._footers:
-            self._open(part).close()
-        return self._footers[part]
-
-    def groups(self, part: int) -> list[Group]:
-        """The row groups of a part."""
-        footer = self.footer(part)
-        sizes = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
-        starts = accumulate(sizes, initial=self.starts[part])
-        return [
-            Group(part, number, start, size)
-            for number, (start, size) in enumerate(zip(starts, sizes, strict=False))
-        ]
-
-    def read(self, groups: Sequence[Group], columns: Sequence[str]) -> pl.DataFrame:
-        """Some row groups of one part."""
-        with self._open(groups[0].part) as opened:
-            return _frame(
-                opened.read_row_groups([group.number for group in groups], columns=list(columns)), columns
-            )
-
-    def scan(self, columns: Sequence[str]) -> Iterator[Chunk]:
-        """All rows, many at a time: small parts are put together, big ones come in pieces."""
+    def scan(self, columns: Sequence[str]) -> Iterator[tuple[int, pl.DataFrame]]:
+        """(position of the first row, rows) of all rows in chunks of several row groups."""
         held: list[pl.DataFrame] = []
         start = rows = size = 0
-        for part in range(len(self.records)):
-            with self._open(part) as opened:
-                for group in self.groups(part):
-                    held.append(_frame(opened.read_row_group(group.number, columns=list(columns)), columns))
-                    rows += group.rows
+        for part in self.parts:
+            with self.open(part) as opened:
+                for group in range(opened.num_row_groups):
+                    held.append(_frame(opened.read_row_group(group, columns=list(columns)), columns))
+                    rows += held[-1].height
                     size += int(held[-1].estimated_size())
-                    if rows >= _SPAN_ROWS or size >= _SPAN_BYTES:
-                        yield Chunk(start, pl.concat(held))
+                    if rows >= _CHUNK_ROWS or size >= _CHUNK_BYTES:
+                        yield start, pl.concat(held)
                         start, rows, size, held = start + rows, 0, 0, []
         if rows:
-            yield Chunk(start, pl.concat(held))
+            yield start, pl.concat(held)
 
     def take(self, positions: Sequence[int], columns: Sequence[str] | None = None) -> pl.DataFrame:
         """The rows at these positions, in that order."""
-        columns = list(self.schema) if columns is None else list(columns)
-        if not positions:
-            return pl.DataFrame(schema={name: self.schema[name] for name in columns})
+        columns = list(columns or self.schema)
+        ordered = sorted(set(positions))
         by_part: dict[int, list[int]] = {}
-        for position in sorted(set(positions)):
-            by_part.setdefault(self._part_of(position), []).append(position)
-        frames: list[pl.DataFrame] = []
-        for part, wanted in by_part.items():
-            with self._open(part) as opened:
-                for group in self.groups(part):
-                    inside = [p for p in wanted if group.start <= p < group.start + group.rows]
-                    frames += _pick(opened, group, inside, columns)
-        place = {position: row for row, position in enumerate(sorted(set(positions)))}
-        return pl.concat(frames)[[place[position] for position in positions]]
+        for position in ordered:
+            number = self._part_number(position)
+            by_part.setdefault(number, []).append(position - self.starts[number])
+        frames = [pl.DataFrame(schema={name: self.schema[name] for name in columns})]
+        for number, wanted in by_part.items():
+            first, count = wanted[0], wanted[-1] - wanted[0] + 1
+            table = read.read_rows(self.store.files, self.parts[number], first, count, columns)
+            frames.append(_frame(table, columns).select(pl.all().gather([row - first for row in wanted])))
+        row_of = {position: row for row, position in enumerate(ordered)}
+        return pl.concat(frames).select(pl.all().gather([row_of[position] for position in positions]))
 
-    def place(self, position: int) -> tuple[PartRecord, int]:
-        """The part of a position, and the row's number in it."""
-        part = self._part_of(position)
-        return self.records[part], position - self.starts[part]
+    def location(self, position: int) -> tuple[PartRecord, int]:
+        """The part of a position, and the row's number in that part."""
+        number = self._part_number(position)
+        return self.parts[number], position - self.starts[number]
 
-    def _part_of(self, position: int) -> int:
+    def _part_number(self, position: int) -> int:
         if not 0 <= position < len(self):
             raise DataError(f"there is no row {position}: rows are numbered from 0 to {len(self) - 1}")
         return bisect_right(self.starts, position) - 1
 
-    def _open(self, part: int) -> pq.ParquetFile:
-        opened = open_table(self.store.files, self.records[part], sparse=True)
-        self._footers.setdefault(part, opened.metadata)
-        return opened
+
+@dataclass(frozen=True)
+class Query:
+    """SQL condition, text to search for, column to sort by (with a minus: descending), seed of a random sample."""
+
+    where: str | None = None
+    search: str | None = None
+    sort: str | None = None
+    sample: int | None = None
 
 
-def rows_of(store: Store, manifest: Manifest) -> Rows | None:
-    """The artifact's rows; None where it holds a folder (a model) or nothing."""
-    rows = Rows(store, manifest.parts)
-    return rows if rows.records else None
+@dataclass(frozen=True)
+class Found:
+    """Positions in order. `matches` is None if time ended before all rows were searched; `searched` counts those rows."""
+
+    positions: Sequence[int]
+    matches: int | None
+    searched: int
 
 
-def _pick(
-    opened: pq.ParquetFile, group: Group, positions: Sequence[int], columns: Sequence[str]
-) -> Iterator[pl.DataFrame]:
-    """The rows of a row group at these ascending positions; decodes no further than the last one."""
-    if not positions:
-        return
-    at, done = group.start, 0
-    for batch in opened.iter_batches(batch_size=_BATCH, row_groups=[group.number], columns=list(columns)):
-        stop = bisect_left(positions, at + batch.num_rows)
-        if stop > done:
-            inside = [position - at for position in positions[done:stop]]
-            yield _frame(pa.Table.from_batches([batch]), columns)[inside]
-        at, done = at + batch.num_rows, stop
-        if done == len(positions):
-            return
+def condition_of(rows: ArtifactRows, query: Query) -> pl.Expr | None:
+    """Condition and search as one expression. None if the query has neither."""
+    condition = parse_condition(query.where, rows.schema) if query.where else None
+    if not query.search:
+        return condition
+    columns = [_contains(pl.col(name), kind, query.search.lower()) for name, kind in rows.schema.items()]
+    found = reduce(or_, [column for column in columns if column is not None], pl.lit(False))
+    return found if condition is None else condition & found
 
 
-def _frame(table: Any, columns: Sequence[str]) -> pl.DataFrame:
+def find_rows(
+    rows: ArtifactRows,
+    query: Query,
+    *,
+    limit: int | None,
+    offset: int = 0,
+    seconds: float = 30.0,
+    count_seconds: float = 5.0,
+) -> Found:
+    """The positions of `limit` matches (None: all) from number `offset` on.
+
+    The search ends after `seconds`; counting matches past the limit ends after `count_seconds`.
+    """
+    column, descending = (query.sort or "").removeprefix("-"), (query.sort or "").startswith("-")
+    if query.sort and rows.schema[rows.check_columns([column])[0]].is_nested():
+        raise DataError(f"rows cannot be sorted by {column}, which is {rows.schema[column]}")
+    condition = condition_of(rows, query)
+
+    def ordered(hits: pl.DataFrame) -> pl.DataFrame:
+        if not query.sort:
+            return hits
+        if hits[column].dtype.is_float():
+            hits = hits.with_columns(pl.col(column).fill_nan(None))
+        return hits.sort(column, descending=descending, nulls_last=True, maintain_order=True)
+
+    if query.sample is not None:
+        everything = find_rows(rows, Query(query.where, query.search), limit=None, seconds=seconds)
+        population = everything.positions
+        size = len(population) if limit is None else min(limit, len(population))
+        drawn: Sequence[int] = sorted(random.Random(query.sample).sample(population, size))
+        if query.sort:
+            hits = rows.take(drawn, [column]).with_columns(pl.Series(_POSITION, drawn, dtype=pl.Int64))
+            drawn = ordered(hits)[_POSITION].to_list()
+        return Found(drawn, everything.matches, everything.searched)
+    page = slice(offset, None if limit is None else offset + limit)
+    if condition is None and not query.sort:
+        return Found(range(len(rows))[page], len(rows), len(rows))
+
+    roots = condition.meta.root_names() if condition is not None else []
+    kept = [column] if query.sort else []
+    needed = list(dict.fromkeys([*kept, *roots])) or [next(iter(rows.schema))]
+    started, matches, searched, hits = time.monotonic(), 0, 0, pl.DataFrame()
+    for start, frame in rows.scan(needed):
+        matching = frame.with_row_index(_POSITION, start)
+        if condition is not None:
+            matching = apply_condition(matching, condition)
+        searched, matches = searched + frame.height, matches + matching.height
+        hits = (
+            pl.concat([hits, matching.select(_POSITION, *kept)])
+            if hits.width
+            else matching.select(_POSITION, *kept)
+        )
+        if page.stop is not None:  # keep no more than can be returned
+            hits = ordered(hits).head(page.stop)
+        enough = page.stop is not None and matches >= page.stop and not query.sort
+        if time.monotonic() - started > (min(seconds, count_seconds) if enough else seconds):
+            break
+    positions = ordered(hits)[_POSITION].to_list() if hits.width else []
+    return Found(positions[page], matches if searched == len(rows) else None, searched)
+
+
+def _contains(column: pl.Expr, kind: Any, text: str) -> pl.Expr | None:
+    """Whether a text, or a text inside lists and structs, contains `text` in any case. None for a type without texts."""
+    if kind == pl.String:
+        return column.str.to_lowercase().str.contains(text, literal=True).fill_null(False)
+    if isinstance(kind, pl.Struct):
+        fields = [_contains(column.struct.field(field.name), field.dtype, text) for field in kind.fields]
+        found = [field for field in fields if field is not None]
+        return reduce(or_, found) if found else None
+    if isinstance(kind, pl.List):
+        element = _contains(pl.element(), kind.inner, text)
+        return None if element is None else column.list.eval(element).list.any().fill_null(False)
+    return None
+
+
+def _frame(table: pa.Table, columns: Sequence[str]) -> pl.DataFrame:
     return cast(pl.DataFrame, pl.from_arrow(table.select(list(columns))))

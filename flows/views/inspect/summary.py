@@ -1,170 +1,96 @@
-"""Numbers of an artifact at a glance: nulls, extremes, quantiles and a histogram of every numeric column.
+"""Numbers of an artifact: nulls, extremes, quantiles and a histogram of every numeric column.
 
-What Parquet footers hold (rows, nulls, least, most) is exact. Quantiles, means and histograms come from all rows where there are few,
-else from row groups spread evenly over the artifact, and then `estimated_from` says how many rows that was.
-A list column counts every element; a list of named values (`components`) counts as one column for each name.
+Parquet footers give exact nulls, minima and maxima. Quantiles, means and histograms come from all rows if there are
+few, else from parts spread evenly over the artifact; then `estimated_from` says how many rows were read.
+A list column counts every element. A list of named values (`components`) counts as one column per name.
 """
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 
 from flows.views.inspect.filters import apply_condition
-from flows.views.inspect.rows import Group, Rows
+from flows.views.inspect.rows import ArtifactRows
 
 __all__ = ["QUANTILES", "column_nulls", "numbers_of", "summarise"]
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _BINS = 32
-_MOST_ROWS = 100_000  # rows that quantiles are estimated from
-_MOST_LENGTHS = 10_000  # of them with their token lists, which are long
-_MOST_FOOTERS = 1_000  # parts; past it, extremes are estimates too, and nulls are not told
+_MAX_ROWS = 100_000  # rows that quantiles are estimated from
+_MAX_TOKEN_ROWS = 10_000  # the same for columns of token ids, which are long
+_MAX_FOOTERS = 1_000  # parts; an artifact with more gets estimated extremes and no null counts
 
 
 def summarise(
-    rows: Rows, *, columns: Sequence[str] | None = None, condition: pl.Expr | None = None, exact: bool = False
+    rows: ArtifactRows,
+    *,
+    columns: Sequence[str] | None = None,
+    condition: pl.Expr | None = None,
+    exact: bool = False,
 ) -> dict[str, Any]:
-    """Numeric column -> count, nulls, mean, min, max, quantiles (at QUANTILES), histogram, estimated_from.
+    """Numeric column -> count, mean, std, min, max, quantiles (at QUANTILES), histogram, estimated_from.
 
-    `exact_extremes` says whether min and max are those of all rows. `exact` reads every row and footer. With a condition, of the rows that meet it; footers say nothing of those, so all of it then comes from the rows read.
+    `exact_extremes` says whether min and max are those of all rows. `exact` reads every row. With a condition, the
+    numbers are those of the rows that meet it.
     """
+    if not len(rows):
+        return {}
     wanted = [name for name in rows.schema if columns is None or name in columns]
-    most = len(rows) if exact else _MOST_ROWS
-    footers = _footer_statistics(rows, wanted, exact) if condition is None else {}
+    tokens = [name for name in wanted if "token_ids" in name]
+    others = [
+        n for n in wanted if n not in tokens and (_is_numeric(rows.schema[n]) or _is_named(rows.schema[n]))
+    ]
+    extremes = _extremes(rows, others, exact) if condition is None else {}
     numbers: dict[str, Any] = {}
-    read = [name for name in wanted if _is_numeric(rows.schema[name]) and "token_ids" not in name]
-    read += [name for name in wanted if _is_named(rows.schema[name])]
-    for names, budget in (
-        (read, most),
-        ([n for n in wanted if "token_ids" in n], most if exact else _MOST_LENGTHS),
-    ):
-        if not names or not len(rows):
+    for names, budget in ((others, _MAX_ROWS), (tokens, _MAX_TOKEN_ROWS)):
+        if not names:
             continue
-        frame, looked_at = _sampled(rows, names, condition, budget)
+        frame, looked_at = _sample(rows, names, condition, len(rows) if exact else budget)
         for name in names:
             for shown, values in _series(frame[name]):
                 known = numbers_of(values)
                 if known is None:
                     continue
-                extremes = footers.get(name) if shown == name else None
-                known |= {"min": extremes[0], "max": extremes[1]} if extremes else {}
-                known["exact_extremes"] = looked_at == len(rows) or extremes is not None
+                if shown in extremes:
+                    known["min"], known["max"] = extremes[shown]
                 known["quantiles"][0], known["quantiles"][-1] = known["min"], known["max"]
+                known["exact_extremes"] = looked_at == len(rows) or shown in extremes
                 known["estimated_from"] = looked_at if looked_at < len(rows) else None
                 numbers[shown] = known
     return numbers
 
 
-def column_nulls(rows: Rows, *, exact: bool = False) -> dict[str, int | None]:
-    """Column -> null rows, exact, from the footers, or of few rows by counting; None where neither says."""
-    never = {field.name for field in rows.arrow_schema if not field.nullable}
-    if len(rows.records) > _MOST_FOOTERS and not exact:
-        return {name: 0 if name in never else None for name in rows.schema}
-    counts: dict[str, int | None] = dict.fromkeys(rows.schema, 0)
-    for _, name, column in _column_chunks(rows, [name for name in rows.schema if name not in never]):
-        known = column.statistics is not None and column.statistics.has_null_count
-        flat = column.path_in_schema == name
-        held = counts[name]
-        counts[name] = held + column.statistics.null_count if known and flat and held is not None else None
-    unknown = [name for name, count in counts.items() if count is None]
-    if unknown and (exact or len(rows) <= _MOST_ROWS):  # a list's footer counts its elements
+def column_nulls(rows: ArtifactRows, *, exact: bool = False) -> dict[str, int | None]:
+    """Column -> exact number of null rows. None where the footers do not say and there are many rows."""
+    nullable = [field.name for field in rows.arrow_schema if field.nullable]
+    counts: dict[str, int | None] = dict.fromkeys(rows.schema, 0) | dict.fromkeys(nullable)
+    if len(rows.parts) > _MAX_FOOTERS and not exact:
+        return counts
+    for name, chunks in _footer_columns(rows, nullable).items():
+        flat = all(c.path_in_schema == name and c.statistics and c.statistics.has_null_count for c in chunks)
+        counts[name] = sum(chunk.statistics.null_count for chunk in chunks) if flat else None
+    unknown = [name for name in nullable if counts[name] is None]
+    if unknown and (exact or len(rows) <= _MAX_ROWS):  # the footer of a list counts its elements
         counts |= dict.fromkeys(unknown, 0)
-        for chunk in rows.scan(unknown):
-            counts |= {name: (counts[name] or 0) + chunk.frame[name].null_count() for name in unknown}
+        for _, frame in rows.scan(unknown):
+            counts |= {name: (counts[name] or 0) + frame[name].null_count() for name in unknown}
     return counts
 
 
-def _footer_statistics(rows: Rows, columns: Sequence[str], exact: bool) -> dict[str, tuple[float, float]]:
-    """Numeric column -> its least and greatest value, where every row group's footer says."""
-    numeric = [name for name in columns if _is_numeric(rows.schema[name]) and "token_ids" not in name]
-    if len(rows.records) > _MOST_FOOTERS and not exact:
-        return {}
-    found: dict[str, tuple[float, float]] = {}
-    silent: set[str] = set()
-    for _, name, column in _column_chunks(rows, numeric):
-        statistics = column.statistics
-        if statistics is None or not statistics.has_min_max:
-            if statistics is None or statistics.num_values:  # all null is no gap
-                silent.add(name)
-            continue
-        low, high = float(statistics.min), float(statistics.max)
-        before = found.get(name, (low, high))
-        found[name] = min(low, before[0]), max(high, before[1])
-    return {name: extremes for name, extremes in found.items() if name not in silent}
-
-
-def _column_chunks(rows: Rows, columns: Sequence[str]) -> Iterator[tuple[int, str, pq.ColumnChunkMetaData]]:
-    if not columns:
-        return
-    for part in range(len(rows.records)):
-        footer = rows.footer(part)
-        if not footer.num_row_groups:
-            continue
-        paths = [footer.schema.column(leaf).path.partition(".")[0] for leaf in range(footer.num_columns)]
-        leaves = [(leaf, name) for leaf, name in enumerate(paths) if name in columns]
-        for group in range(footer.num_row_groups):
-            described = footer.row_group(group)
-            for leaf, name in leaves:
-                yield part, name, described.column(leaf)
-
-
-def _sampled(
-    rows: Rows, columns: Sequence[str], condition: pl.Expr | None, budget: int
-) -> tuple[pl.DataFrame, int]:
-    """The columns of all rows where they are few, else of about `budget` rows in groups evenly spread; and how many were read."""
-    needed = list(dict.fromkeys([*columns, *(condition.meta.root_names() if condition is not None else ())]))
-    frames, read = [], 0
-    for groups in _spread(rows, budget):
-        frame = rows.read(groups, needed)
-        read += frame.height
-        frames.append(frame if condition is None else apply_condition(frame, condition).select(columns))
-    return pl.concat(frames), read
-
-
-def _spread(rows: Rows, budget: int) -> Iterator[list[Group]]:
-    """Row groups of one part at a time: all of them, or evenly spread ones that hold about `budget` rows."""
-    parts = [part for part, record in enumerate(rows.records) if record.rows]
-    if len(rows) <= budget:
-        yield from (rows.groups(part) for part in parts)
-        return
-    most = max(1, round(len(parts) * budget / len(rows)))
-    chosen = [parts[(2 * place + 1) * len(parts) // (2 * most)] for place in range(most)]
-    share = max(1, budget // most)
-    for part in chosen:
-        groups = rows.groups(part)
-        few = max(1, round(len(groups) * share / sum(group.rows for group in groups)))
-        yield [groups[(2 * place + 1) * len(groups) // (2 * few)] for place in range(min(few, len(groups)))]
-
-
-def _series(values: pl.Series) -> Iterator[tuple[str, pl.Series]]:
-    """The column's numbers: itself, the lengths of token lists, or one series for each name of named values."""
-    name, kind = values.name, values.dtype
-    if "token_ids" in name:
-        while isinstance(kind, pl.List) and isinstance(kind.inner, pl.List):
-            values, kind = _flat(values), kind.inner
-        yield f"{name} (length)", values.list.len()
-    elif _is_named(kind):
-        pairs = _flat(values).drop_nulls().to_frame().unnest(name)
-        for key in pairs["name"].unique(maintain_order=True):
-            yield f"{name}.{key}", pairs.filter(pl.col("name") == key)["value"]
-    else:
-        while isinstance(values.dtype, pl.List):
-            values = _flat(values)
-        yield name, values
-
-
 def numbers_of(values: pl.Series) -> dict[str, Any] | None:
-    """Count, mean, extremes, quantiles and histogram of a series' finite values; None where it has none or is no number."""
+    """Count, mean, extremes, quantiles and histogram of the finite values. None if there are none."""
     if not values.dtype.is_numeric():
         return None
-    finite = values.cast(pl.Float64).drop_nulls().drop_nans()
+    finite = values.cast(pl.Float64).drop_nulls()
     finite = finite.filter(finite.is_finite())
     if finite.is_empty():
         return None
     quantiles = [finite.quantile(share, "linear") for share in QUANTILES]
     low, high = float(quantiles[0] or 0.0), float(quantiles[-1] or 0.0)
+    counts, _ = np.histogram(finite, _BINS if high > low else 1, (low, high) if high > low else None)
     return {
         "count": len(finite),
         "mean": finite.mean(),
@@ -172,20 +98,76 @@ def numbers_of(values: pl.Series) -> dict[str, Any] | None:
         "min": low,
         "max": high,
         "quantiles": quantiles,
-        "histogram": {"low": low, "high": high, "counts": _histogram(finite, low, high)},
+        "histogram": {"low": low, "high": high, "counts": counts.tolist()},
     }
 
 
-def _histogram(values: pl.Series, low: float, high: float) -> list[int]:
-    if high <= low:
-        return [len(values)]
-    places = ((values - low) / (high - low) * _BINS).floor().clip(0, _BINS - 1).cast(pl.Int32)
-    counts = dict(places.value_counts().iter_rows())
-    return [counts.get(place, 0) for place in range(_BINS)]
+def _sample(
+    rows: ArtifactRows, columns: Sequence[str], condition: pl.Expr | None, budget: int
+) -> tuple[pl.DataFrame, int]:
+    """The rows that meet the condition among about `budget` rows of evenly spread parts; and how many were read."""
+    parts = [part for part in rows.parts if part.rows]
+    if len(rows) > budget:
+        count = max(1, round(len(parts) * budget / len(rows)))
+        parts = [parts[(2 * place + 1) * len(parts) // (2 * count)] for place in range(count)]
+    needed = list(dict.fromkeys([*columns, *(condition.meta.root_names() if condition is not None else ())]))
+    frames, looked_at = [], 0
+    for part in parts:
+        part_rows = 0
+        for _, frame in ArtifactRows(rows.store, [part]).scan(needed):
+            part_rows += frame.height
+            frames.append((frame if condition is None else apply_condition(frame, condition)).select(columns))
+            if part_rows >= budget / len(parts) and len(rows) > budget:
+                break
+        looked_at += part_rows
+    return pl.concat(frames), looked_at
+
+
+def _extremes(rows: ArtifactRows, columns: Sequence[str], exact: bool) -> dict[str, tuple[float, float]]:
+    """Numeric column -> minimum and maximum, if the footer of every row group has them."""
+    if len(rows.parts) > _MAX_FOOTERS and not exact:
+        return {}
+    numeric = [name for name in columns if _is_numeric(rows.schema[name])]
+    found = {}
+    for name, chunks in _footer_columns(rows, numeric).items():
+        known = [
+            c.statistics for c in chunks if not c.statistics or c.statistics.num_values
+        ]  # all null: no gap
+        if known and all(statistics and statistics.has_min_max for statistics in known):
+            found[name] = float(min(s.min for s in known)), float(max(s.max for s in known))
+    return found
+
+
+def _footer_columns(rows: ArtifactRows, columns: Sequence[str]) -> dict[str, list[pq.ColumnChunkMetaData]]:
+    """Column -> what the footers of all parts say of it, by row group and leaf."""
+    found: dict[str, list[pq.ColumnChunkMetaData]] = {name: [] for name in columns}
+    for part in rows.parts if columns else ():
+        with rows.open(part) as opened:
+            footer = opened.metadata
+        for group in map(footer.row_group, range(footer.num_row_groups)):
+            for chunk in map(group.column, range(group.num_columns)):
+                name = chunk.path_in_schema.partition(".")[0]
+                if name in found:
+                    found[name].append(chunk)
+    return found
+
+
+def _series(values: pl.Series) -> Iterator[tuple[str, pl.Series]]:
+    """The column's numbers: its values, the lengths of token lists, or one series per name of named values."""
+    name = values.name
+    if _is_named(values.dtype):
+        pairs = _flat(values).drop_nulls().to_frame().unnest(name)
+        for key in pairs["name"].unique(maintain_order=True):
+            yield f"{name}.{key}", pairs.filter(pl.col("name") == key)["value"]
+        return
+    lengths = "token_ids" in name
+    while isinstance(values.dtype, pl.List) and not (lengths and not isinstance(values.dtype.inner, pl.List)):
+        values = _flat(values)
+    yield (f"{name} (length)", values.list.len()) if lengths else (name, values)
 
 
 def _flat(values: pl.Series) -> pl.Series:
-    """The elements of all lists; empty lists and nulls give none."""
+    """The elements of all lists, without empty lists and nulls."""
     return values.explode(empty_as_null=False, keep_nulls=False)
 
 
@@ -194,7 +176,7 @@ def _is_numeric(kind: Any) -> bool:
 
 
 def _is_named(kind: Any) -> bool:
-    """Whether it is a list of values with names, as rewards' components are."""
+    """Whether it is a list of values with names, like `components` of rewards."""
     if not isinstance(kind, pl.List) or not isinstance(kind.inner, pl.Struct):
         return False
     fields = {field.name: field.dtype for field in kind.inner.fields}

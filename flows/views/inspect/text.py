@@ -1,4 +1,4 @@
-"""What models wrote, made harmless to look at: no control character reaches a terminal, no direction mark turns a page around."""
+"""Text that models wrote, made harmless: no control character reaches a terminal, no direction mark reverses a page."""
 
 import re
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 __all__ = ["INVISIBLE", "escape", "one_line", "visible"]
 
 INVISIBLE = re.compile(
-    # C0 and C1 controls but for tab and newline; soft hyphen; marks of width, joining and direction; line and paragraph separators;
-    # tags, variation selectors past the plain ones, and what has no meaning at all
+    # C0 and C1 controls except tab and newline; soft hyphen; marks of width, joining and direction; line and paragraph
+    # separators; tags; variation selectors past the plain ones; unassigned and surrogate code points
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f"
     "\u3164\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff\U0001d173-\U0001d17a\U000e0000-\U000e0fff\ud800-\udfff]"
 )
-"""Characters that are written out wherever data is shown. A carriage return before a newline is one of them."""
+"""Characters that views write out instead of printing. A carriage return before a newline is one of them."""
 
 
 def escape(character: str) -> str:
@@ -20,30 +20,22 @@ def escape(character: str) -> str:
 
 
 def visible(text: str) -> str:
-    """The text with invisible and commanding characters written out; newlines and tabs stay."""
+    """The text with invisible and control characters written out; newlines and tabs stay."""
     return INVISIBLE.sub(lambda found: escape(found.group()), text)
 
 
-def one_line(value: Any, most: int = 400) -> str:
-    """Any value of a row in one short harmless text; says how much was left out."""
+def one_line(value: Any, limit: int = 400) -> str:
+    """Any value of a row as a short harmless text that says how long the whole value is."""
     if isinstance(value, float):
         return f"{value:.5g}"
-    if (
-        isinstance(value, list)
-        and value
-        and isinstance(value[0], dict)
-        and value[0].keys() == {"name", "value"}
-    ):
-        value = ", ".join(f"{item['name']} {one_line(item['value'])}" for item in value[:most])
-    if isinstance(value, list) and value and isinstance(value[0], float):
-        value = (
-            "["
-            + ", ".join("null" if item is None else f"{item:.4g}" for item in value[:most])
-            + ", ..." * (len(value) > most)
-            + "]"
-        )
-    text = str(value[:most] if isinstance(value, list) and len(value) > most else value)
-    shown = visible(text[:most])
-    if isinstance(value, list) and len(value) > most:
-        return f"{shown} ... ({len(value):,} elements)"
-    return shown if len(text) <= most else f"{shown} ... ({len(text):,} characters)"
+    more = f" ... ({len(value):,} elements)" if isinstance(value, list) and len(value) > limit else ""
+    if isinstance(value, list):
+        first, value = next(iter(value), None), value[:limit]
+        if isinstance(first, dict) and first.keys() == {"name", "value"}:
+            value = ", ".join(f"{item['name']} {one_line(item['value'])}" for item in value)
+        elif isinstance(first, float):
+            value = "[" + ", ".join("null" if item is None else f"{item:.4g}" for item in value) + "]"
+    text = str(value)
+    if len(text) > limit and not more:
+        more = f" ... ({len(text):,} characters)"
+    return visible(text[:limit]) + more

@@ -1,7 +1,8 @@
-"""`qrpo report`: a run as one self-contained HTML page, for a person to read. No script, and nothing is fetched by it.
+"""`qrpo report`: a run as one self-contained HTML page. It has no script and fetches nothing.
 
-`content` gathers what the page says, `plots` draws, `page.html.j2` lays it out. What models wrote is escaped, never run: the
-page's own content security policy forbids scripts and every request.
+content        what the page says, read from the store
+plots          the figures, as SVG
+page.html.j2   the page; text that models wrote is escaped, and the page's policy forbids scripts and requests
 """
 
 from pathlib import Path
@@ -17,7 +18,7 @@ __all__ = ["render_report", "write_report"]
 
 
 def render_report(store: Store, run: str) -> str:
-    """The page of the run; ConfigError where there is no such run. Stages that have not run are left out."""
+    """The page of the run, without sections for stages that have not run. ConfigError if there is no such run."""
     content = gather(store, run)
     environment = Environment(
         loader=PackageLoader("flows.views.report", "."),
@@ -30,7 +31,7 @@ def render_report(store: Store, run: str) -> str:
 
 
 def write_report(store: Store, run: str, path: Path) -> dict[str, Any]:
-    """Write the page to `path`; what was written, for `--json`."""
+    """Write the page to `path`. Returns what `--json` prints."""
     page = render_report(store, run)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")

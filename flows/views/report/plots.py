@@ -1,4 +1,4 @@
-"""The report's pictures: matplotlib figures as inline SVG whose colours are the page's own, so that they follow light and dark."""
+"""The report's figures: matplotlib figures as inline SVG in the page's own colours, so that they follow light and dark."""
 
 import io
 import re
@@ -17,10 +17,11 @@ from flows.views.report.content import Content
 from qrpo.evaluation.statistics import Floats
 from qrpo.method.theory import attained, beta_table, estimate_noise, expected_reward, optimum_density
 from qrpo.method.transforms import get_transform
+from tasks.charts import plot_curves, plot_histogram
 
 __all__ = ["Plot", "draw"]
 
-# stand-ins in the drawing for the page's CSS variables
+# placeholders in the drawing for the page's CSS variables
 _INK, _FAINT, _POLICY, _REFERENCE, _THEORY = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
 _VARIABLES = {
     _INK: "currentColor",
@@ -29,6 +30,7 @@ _VARIABLES = {
     _REFERENCE: "var(--reference)",
     _THEORY: "var(--theory)",
 }
+_COLOURS = {"reference": _REFERENCE, "policy": _POLICY}
 _STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -46,12 +48,12 @@ _STYLE = {
     "ytick.color": _FAINT,
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), _INK),
 }
-_POINTS = 1_500  # of a scatter plot: more only makes a heavier page
+_POINTS = 1_500  # of a scatter plot; more only makes the page larger
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One picture with its heading and what it shows."""
+    """One figure with its heading and what it shows."""
 
     title: str
     text: str
@@ -59,10 +61,10 @@ class Plot:
 
 
 def draw(content: Content) -> list[Plot]:
-    """The pictures that the run has data for, in the order of the page."""
+    """The figures that the run has data for, in the order of the page."""
     plots = []
     for name, (title, text, figure) in _FIGURES.items():
-        with mpl.rc_context(_STYLE):
+        with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
             drawing = Figure(figsize=(4.6, 3.2), layout="constrained")
             if figure(drawing.subplots(), content):
                 plots.append(Plot(title, text, _svg(drawing, name, title)))
@@ -70,89 +72,66 @@ def draw(content: Content) -> list[Plot]:
 
 
 def _svg(figure: Figure, name: str, title: str) -> Markup:
-    """The figure as an SVG element with ids of its own, page colours, a label, and no metadata."""
+    """The figure as an SVG element with unique ids, page colours, a label, and no metadata."""
     buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(
-        r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{title}">', svg, count=1
-    )
+    head = rf'<svg \1 role="img" aria-label="{title}">'
+    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', head, svg, count=1)
     svg = svg.replace("xlink:href=", "href=")
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, variable)
     return Markup(svg)
 
 
-def _values(content: Content, model: str, column: str) -> Floats:
+def _values(content: Content, column: str) -> dict[str, Floats]:
+    """Model -> a column of its samples."""
     assert content.evaluation is not None
-    return content.evaluation.filter(pl.col("model") == model)[column].to_numpy().astype(float)
+    return {
+        name: content.evaluation.filter(pl.col("model") == name)[column].to_numpy().astype(float)
+        for name in _COLOURS
+    }
 
 
 def _rewards(axes: Any, content: Content) -> bool:
-    if content.evaluation is None:
-        if not content.ref_rewards:
-            return False
-        series = {"reference": np.concatenate(content.ref_rewards)}
+    if content.evaluation is not None:
+        values = _values(content, "reward")
+    elif content.ref_rewards:
+        values = {"reference": np.concatenate(content.ref_rewards)}
     else:
-        series = {name: _values(content, name, "reward") for name in ("reference", "policy")}
-    everything = np.concatenate(list(series.values()))
-    bins = np.histogram_bin_edges(everything, bins=min(40, max(10, len(np.unique(everything)))))
-    for name, values in series.items():
-        colour = _POLICY if name == "policy" else _REFERENCE
-        weights = np.full(len(values), 1 / len(values))
-        axes.hist(values, bins, weights=weights, color=colour, alpha=0.35)
-        axes.hist(values, bins, weights=weights, color=colour, histtype="step", linewidth=1.4, label=name)
-        axes.axvline(values.mean(), color=colour, linestyle="--", linewidth=1.2)
+        return False
+    distinct = len(np.unique(np.concatenate(list(values.values()))))
+    plot_histogram(axes, values, min(40, max(10, distinct)), colours=_COLOURS)
     axes.set(xlabel="reward (dashed: means)", ylabel="share of completions")
-    axes.legend(loc="upper left")
     return True
 
 
 def _density(axes: Any, content: Content) -> bool:
+    settings = content.config.policy
     if content.evaluation is None:
         return False
-    bins = np.linspace(0, 1, 21)
-    for name, colour in (("reference", _REFERENCE), ("policy", _POLICY)):
-        axes.hist(
-            _values(content, name, "quantile_reward"),
-            bins,
-            density=True,
-            color=colour,
-            alpha=0.35,
-            label=name,
-        )
-    if content.config.policy.loss == "qrpo":
-        settings = content.config.policy
+    if settings.loss == "qrpo":
         t = np.linspace(0.002, 0.998, 400)
-        axes.plot(
-            t,
-            optimum_density(settings.transform, settings.beta, t),
-            color=_THEORY,
-            label=f"optimum, beta {settings.beta:g}",
-        )
+        density = optimum_density(settings.transform, settings.beta, t)
+        axes.plot(t, density, color=_THEORY, label=f"optimum, beta {settings.beta:g}")
     axes.axhline(1.0, color=_INK, linestyle=":", linewidth=1)
+    plot_histogram(
+        axes, _values(content, "quantile_reward"), np.linspace(0, 1, 21), density=True, colours=_COLOURS
+    )
     axes.set(xlabel="quantile reward", ylabel="density", xlim=(0, 1))
-    axes.legend(loc="upper left")
     return True
 
 
-def _curve(column: str, label: str, more: tuple[str, ...] = ()) -> Callable[[Any, Content], bool]:
+def _curve(label: str, *columns: str) -> Callable[[Any, Content], bool]:
     def figure(axes: Any, content: Content) -> bool:
-        if content.metrics is None or column not in content.metrics.columns:
+        if content.metrics is None or columns[0] not in content.metrics.columns:
             return False
-        shown = [name for name in (column, *more) if name in content.metrics.columns]
-        for name, colour in zip(shown, (_POLICY, _THEORY), strict=False):
-            rows = content.metrics.select("step", name).drop_nulls()
-            axes.plot(rows["step"], rows[name], color=colour, alpha=0.3, linewidth=1)
-            smooth = rows[name].ewm_mean(span=max(2.0, len(rows) / 15))
-            axes.plot(rows["step"], smooth, color=colour, label=name)
-        axes.set(xlabel="step", ylabel=label)
-        if len(shown) > 1:
-            axes.legend()
+        shown = [name for name in columns if name in content.metrics.columns]
+        plot_curves(axes, content.metrics, shown, (_POLICY, _THEORY))
+        axes.set(ylabel=label)
         return True
 
     return figure
@@ -162,8 +141,9 @@ def _length(axes: Any, content: Content) -> bool:
     if content.evaluation is None:
         return False
     rng = np.random.default_rng(0)
-    for name, colour in (("reference", _REFERENCE), ("policy", _POLICY)):
-        length, reward = _values(content, name, "length"), _values(content, name, "reward")
+    lengths, rewards = _values(content, "length"), _values(content, "reward")
+    for name, colour in _COLOURS.items():
+        length, reward = lengths[name], rewards[name]
         some = rng.permutation(len(length))[:_POINTS]
         jitter = rng.uniform(-0.25, 0.25, len(some))
         axes.scatter(length[some] + jitter, reward[some], s=5, color=colour, alpha=0.25, linewidths=0)
@@ -176,94 +156,70 @@ def _length(axes: Any, content: Content) -> bool:
     return True
 
 
-def _measured(
-    axes: Any, content: Content, score: Callable[[dict[str, Any], dict[str, Any]], tuple[float, float]]
-) -> None:
-    """The models' points over KL, with two standard errors."""
-    assert content.summary is not None
-    farthest = 3 * max(axes.get_xlim()[1], content.summary["kl"]["mean"] or 0.0)
-    compared = {"policy": content.summary, **content.summary.get("others", {})}
-    for name, one in compared.items():
-        value, error = score(content.summary["policy"] if name == "policy" else one, one)
+def _frontier(axes: Any, content: Content) -> list[dict[str, Any]]:
+    """The optima of a range of betas around the run's own; none for a loss without this theory."""
+    settings = content.config.policy
+    if content.summary is None or settings.loss != "qrpo":
+        return []
+    axes.set(xlabel="KL to the reference, nats")
+    lowest = get_transform(settings.transform).min_beta
+    betas = settings.beta * np.geomspace(0.15, 30, 36)
+    return list(beta_table(settings.transform, [beta for beta in betas if beta > lowest]))
+
+
+def _plot_models(axes: Any, content: Content, score: Callable[[Any, Any], tuple[float, float]]) -> None:
+    """A point per model over its KL, with two standard errors; `score` of its samples and its comparison."""
+    summary = content.summary or {}
+    farthest = 3 * max(axes.get_xlim()[1], summary["kl"]["mean"] or 0.0)
+    for name, one in {"policy": summary, **summary.get("others", {})}.items():
+        value, error = score(one["policy"] if name == "policy" else one, one)
         kl = one["kl"]
         if kl["mean"] is None or (name != "policy" and kl["mean"] > farthest):
             continue  # a model without a KL, or so far away that the rest would shrink to a dot
-        colour = _POLICY if name == "policy" else _INK
-        axes.errorbar(
-            kl["mean"],
-            value,
-            yerr=2 * error,
-            xerr=2 * (kl["standard_error"] or 0),
-            fmt="o",
-            markersize=4,
-            color=colour,
-            label=name,
-        )
-
-
-def _frontier_betas(content: Content) -> list[float]:
-    settings = content.config.policy
-    lowest = get_transform(settings.transform).min_beta
-    return [beta for beta in settings.beta * np.geomspace(0.15, 30, 36) if beta > lowest]
+        style = {"fmt": "o", "markersize": 4, "color": _COLOURS.get(name, _INK), "label": name}
+        axes.errorbar(kl["mean"], value, yerr=2 * error, xerr=2 * (kl["standard_error"] or 0), **style)
+    axes.legend(loc="lower right")
 
 
 def _win_rate_frontier(axes: Any, content: Content) -> bool:
-    settings = content.config.policy
-    if content.summary is None or settings.loss != "qrpo":
+    curve, settings = _frontier(axes, content), content.config.policy
+    if not curve:
         return False
-    curve = beta_table(settings.transform, _frontier_betas(content))
-    axes.plot(
-        [row["kl"] for row in curve],
-        [row["win_rate"] for row in curve],
-        color=_THEORY,
-        label="theoretical frontier",
-    )
+    kl, win_rate = ([row[key] for row in curve] for key in ("kl", "win_rate"))
+    axes.plot(kl, win_rate, color=_THEORY, label="theoretical frontier")
     (best,) = beta_table(settings.transform, [settings.beta])
     axes.plot(best["kl"], best["win_rate"], "D", color=_THEORY, label=f"optimum, beta {settings.beta:g}")
     got = attained(settings.transform, settings.beta, content.config.completions.num_ref)
-    axes.plot(
-        got.kl, got.win_rate, "s", color=_THEORY, fillstyle="none", label=f"from {got.num_ref} references"
-    )
+    label = f"from {got.num_ref} references"
+    axes.plot(got.kl, got.win_rate, "s", color=_THEORY, fillstyle="none", label=label)
     axes.plot(0, 0.5, "o", color=_REFERENCE, label="reference")
-    _measured(
-        axes,
-        content,
-        lambda _, one: (one["win_rate"]["mean"], (one["win_rate"]["high"] - one["win_rate"]["low"]) / 4),
-    )
-    axes.set(xlabel="KL to the reference, nats", ylabel="win rate against the reference")
-    axes.legend(loc="lower right")
+    axes.set(ylabel="win rate against the reference")
+
+    def score(_: Any, compared: Any) -> tuple[float, float]:
+        wins = compared["win_rate"]
+        return wins["mean"], (wins["high"] - wins["low"]) / 4
+
+    _plot_models(axes, content, score)
     return True
 
 
 def _reward_frontier(axes: Any, content: Content) -> bool:
-    settings = content.config.policy
-    if content.summary is None or settings.loss != "qrpo":
+    curve, settings = _frontier(axes, content), content.config.policy
+    if not curve or content.summary is None:
         return False
     flat = np.concatenate(content.ref_rewards)
     offsets = np.cumsum([0, *(len(rewards) for rewards in content.ref_rewards)])
-    curve = beta_table(settings.transform, _frontier_betas(content))
-    means = [
-        float(np.nanmean(expected_reward(settings.transform, row["beta"], flat, ref_offsets=offsets)))
-        for row in curve
-    ]
+    rewards = (expected_reward(settings.transform, row["beta"], flat, ref_offsets=offsets) for row in curve)
+    means = [float(np.nanmean(one)) for one in rewards]
     axes.plot([row["kl"] for row in curve], means, color=_THEORY, label="theoretical frontier")
-    reference = content.summary["reference"]["reward"]
-    axes.errorbar(
-        0,
-        reference["mean"],
-        yerr=2 * (reference["standard_error"] or 0),
-        fmt="o",
-        markersize=4,
-        color=_REFERENCE,
-        label="reference",
-    )
-    _measured(
-        axes,
-        content,
-        lambda described, _: (described["reward"]["mean"], described["reward"]["standard_error"] or 0),
-    )
-    axes.set(xlabel="KL to the reference, nats", ylabel="mean reward")
-    axes.legend(loc="lower right")
+
+    def score(described: Any, _: Any = None) -> tuple[float, float]:
+        return described["reward"]["mean"], described["reward"]["standard_error"] or 0
+
+    mean, error = score(content.summary["reference"])
+    axes.errorbar(0, mean, yerr=2 * error, fmt="o", markersize=4, color=_REFERENCE, label="reference")
+    axes.set(ylabel="mean reward")
+    _plot_models(axes, content, score)
     return True
 
 
@@ -271,28 +227,24 @@ def _noise(axes: Any, content: Content) -> bool:
     settings, num_ref = content.config.policy, content.config.completions.num_ref
     if settings.loss != "qrpo" or not content.ref_rewards:
         return False
-    counts = sorted({1, 2, 3, 5, 10, 20, 50, 100, num_ref})
-    noise = [estimate_noise(settings.transform, n).noise / settings.beta for n in counts]
-    axes.plot(counts, noise, "o-", color=_THEORY, markersize=3.5, label="in theory")
-    here = estimate_noise(settings.transform, num_ref).noise / settings.beta
-    axes.plot(num_ref, here, "o", color=_POLICY, markersize=8, label=f"this run, n = {num_ref}")
+    noise = {
+        count: estimate_noise(settings.transform, count).noise / settings.beta
+        for count in sorted({1, 2, 3, 5, 10, 20, 50, 100, num_ref})
+    }
+    axes.plot(noise.keys(), noise.values(), "o-", color=_THEORY, markersize=3.5, label="in theory")
+    axes.plot(num_ref, noise[num_ref], "o", color=_POLICY, markersize=8, label=f"this run, n = {num_ref}")
     axes.set(
         xscale="log",
         yscale="log",
-        xlabel="reference samples a prompt (num_ref)",
+        xlabel="reference samples per prompt (num_ref)",
         ylabel="noise of the target log ratio, nats",
     )
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(ScalarFormatter())
         axis.set_minor_formatter(NullFormatter())
     axes.set_xticks([1, 3, 10, 30, 100])
-    axes.set_yticks(
-        [
-            size
-            for size in np.outer(10.0 ** np.arange(-3, 4), [1, 3]).ravel()
-            if min(noise) / 1.5 < size < max(noise) * 1.5
-        ]
-    )
+    low, high = min(noise.values()) / 1.5, max(noise.values()) * 1.5
+    axes.set_yticks([y for y in np.outer(10.0 ** np.arange(-3, 4), [1, 3]).ravel() if low < y < high])
     axes.legend()
     return True
 
@@ -306,7 +258,7 @@ _FIGURES: dict[str, tuple[str, str, Callable[[Any, Content], bool]]] = {
     ),
     "win-rate": (
         "Win rate against KL",
-        "What each beta promises, and where the policy came to; bars are two standard errors. Models far off are left out.",
+        "What each beta promises, and where the policy is; bars are two standard errors. Models far off are not shown.",
         _win_rate_frontier,
     ),
     "reward-kl": (
@@ -324,12 +276,12 @@ _FIGURES: dict[str, tuple[str, str, Callable[[Any, Content], bool]]] = {
     "log-ratio": (
         "Log ratio of training completions",
         "log policy - log reference, and the value that the objective asks for.",
-        _curve("log_ratio/mean", "nats", ("log_ratio/target",)),
+        _curve("nats", "log_ratio/mean", "log_ratio/target"),
     ),
-    "gradient": ("Gradient norm", "Before clipping.", _curve("grad_norm", "norm")),
+    "gradient": ("Gradient norm", "Before clipping.", _curve("norm", "grad_norm")),
     "accuracy": (
         "Order of pairs",
         "Share of training pairs that the policy ranks as their rewards do.",
-        _curve("rewards/accuracies", "share"),
+        _curve("share", "rewards/accuracies"),
     ),
 }
