@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.console import Console
 
-from flows.cli.launch import launch
+from flows.cli.pipeline_run import run_pipeline
 from flows.views.show import size_text
 from storage import Store
 from storage.gc import GcPlan, collect, plan_gc
@@ -45,7 +45,7 @@ def rerun(store: Store, console: Console) -> list[str]:
         stages = [stage for stage in noted.get("stages", {}) if stage in STAGES]
         if stages:
             last = max(stages, key=order.index)
-            launch(
+            run_pipeline(
                 parse_config(noted["config"], where=f"runs/{name}.json"),
                 store.url,
                 first=order[0],

@@ -1,4 +1,4 @@
-"""`qrpo demo`: the example's inputs, made on the spot, and their configuration."""
+"""The inputs of `qrpo demo`."""
 
 import shutil
 from pathlib import Path
@@ -11,12 +11,12 @@ _EXAMPLE = Path(__file__).parents[2] / "examples" / "demo"
 
 
 def demo_config(folder: Path = Path("demo")) -> PipelineConfig:
-    """The demo's configuration, after its prompts, base model, reward and YAML file were put into `folder`.
+    """Write prompts, base model, reward and YAML file into `folder` and return the configuration.
 
-    What is there already stays, so that an edited demo is run as it was edited.
+    Existing files are kept, so an edited demo runs as edited.
     """
     if not (folder / "base" / "config.json").is_file():
-        from examples.demo.task import write_demo  # loads torch, to build a model
+        from examples.demo.task import write_demo  # imports torch, to build a model
 
         write_demo(folder)
     for name in ("config.yaml", "reward.py"):

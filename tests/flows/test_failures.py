@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from flows.cli import app
 from qrpo.errors import ConfigError, DataError, EngineError
 from storage import Store, StoreUnavailableError
-from tasks.retries import may_pass
+from tasks.retries import is_transient
 
 
 def unavailable(passing: bool) -> StoreUnavailableError:
@@ -49,8 +49,8 @@ def unavailable(passing: bool) -> StoreUnavailableError:
         (ZeroDivisionError(), False),
     ],
 )
-def test_only_what_may_pass_is_tried_again(error: Exception, expected: bool) -> None:
-    assert may_pass(error) is expected
+def test_only_transient_errors_are_retried(error: Exception, expected: bool) -> None:
+    assert is_transient(error) is expected
 
 
 @pytest.fixture(scope="module")
@@ -490,14 +490,14 @@ def test_automations_are_made_once_and_need_a_block_that_is_there(prefect_server
     from prefect.blocks.notifications import CustomWebhookNotificationBlock
     from prefect.client.orchestration import get_client
 
-    from flows.service.automations import find_dead_runs, tell_of_failures
+    from flows.service.automations import mark_silent_runs, notify_of_failures
 
     CustomWebhookNotificationBlock(name="alerts", url="http://127.0.0.1:9/hook").save("alerts")
     with get_client(sync_client=True) as client:
         for _ in range(2):  # a second deployment changes them, and adds none
-            names = [find_dead_runs(client), tell_of_failures(client, "custom-webhook/alerts")]
+            names = [mark_silent_runs(client), notify_of_failures(client, "custom-webhook/alerts")]
         found = [automation for name in names for automation in client.read_automations_by_name(name)]
         with pytest.raises(ConfigError, match="no such block on the server"):
-            tell_of_failures(client, "slack-webhook/missing")
+            notify_of_failures(client, "slack-webhook/missing")
 
     assert [automation.name for automation in found] == names
