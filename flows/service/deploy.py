@@ -31,7 +31,15 @@ from storage import Store
 from tasks.config import PipelineConfig
 from tasks.stages import STAGES
 
-__all__ = ["DeployOptions", "PoolType", "declarations", "deploy", "deployed_lines", "job_template"]
+__all__ = [
+    "DeployOptions",
+    "PoolType",
+    "create_pool",
+    "declarations",
+    "deploy",
+    "deployed_lines",
+    "job_template",
+]
 
 PoolType = Literal["process", "docker", "kubernetes"]
 
@@ -64,7 +72,7 @@ def deploy(config: PipelineConfig, store_url: str, options: DeployOptions) -> di
     try:
         with get_client(sync_client=True) as client:
             _check_secrets(client, options)
-            _create_pool(client, options)
+            create_pool(client, options)
             deployments = [_deployment(entry, parameters, options) for entry in declarations()]
             for deployment in deployments:
                 deployment.apply()
@@ -140,16 +148,16 @@ def _deployment(
     variables = variables | {"env": variables["env"] | secrets}
     if options.image is not None:
         variables["image"] = options.image
-    schedules = entry["schedules"]
-    if schedules and options.cron is not None:
-        schedules = [{"slug": "schedule", "cron": options.cron, "timezone": options.timezone}]
+    change: dict[str, Any] = {}
+    if options.cron is not None:
+        change = {"cron": options.cron, "timezone": options.timezone, "active": True}
     deployment = RunnerDeployment.from_entrypoint(
         entry["entrypoint"],
         name=entry["name"],
         description=entry["description"],
         tags=entry["tags"],
         parameters=parameters,
-        schedules=[Schedule(**schedule) for schedule in schedules],
+        schedules=[Schedule(**{**schedule, **change}) for schedule in entry["schedules"]],
         concurrency_limit=ConcurrencyLimitConfig(**entry["concurrency_limit"]),
         work_pool_name=options.pool,
         work_queue_name=entry["work_pool"]["work_queue_name"],
@@ -192,7 +200,7 @@ def _check_secrets(client: SyncPrefectClient, options: DeployOptions) -> None:
             ) from None
 
 
-def _create_pool(client: SyncPrefectClient, options: DeployOptions) -> None:
+def create_pool(client: SyncPrefectClient, options: DeployOptions) -> None:
     """Create the work pool and its queues. An existing pool keeps its template, which may have been changed in the UI."""
     try:
         client.read_work_pool(options.pool)

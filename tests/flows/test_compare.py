@@ -14,6 +14,7 @@ from qrpo.evaluation.summary import prompt_scores
 from storage import Store
 from tasks.comparison import candidates
 from tasks.config import load_config
+from tests.support.flows import run_json
 
 METHODS = {
     "dpo": {"policy.loss": "dpo"},
@@ -67,16 +68,14 @@ def test_a_comparison_without_methods_says_what_to_write(
 
 @pytest.mark.slow
 def test_methods_share_their_samples_and_are_judged_on_the_same_half(
-    trained: Path, copy_of: Callable[[Path], Path], tmp_path: Path, qrpo: Callable[..., Any]
+    trained: Path, copy_of: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     folder = copy_of(trained)
     settings = yaml.safe_load((trained / "config.yaml").read_text())
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings | {"compare": {"seeds": [0], "methods": METHODS}}))
-    arguments = ("compare", config, "--store", folder, "--json")
-    result = qrpo(*arguments, "--out", tmp_path / "report.json")
-    assert result.exit_code == 0, result.stderr
-    report = json.loads(result.stdout.splitlines()[-1])
+    arguments = ("compare", config, "--store", folder)
+    report = run_json(*arguments, "--out", tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text()) == report
     assert list(report["methods"]) == ["dpo", "few", "qrpo"]
     assert len(report["methods"]["qrpo"]["tried"]) == 2
@@ -102,5 +101,4 @@ def test_methods_share_their_samples_and_are_judged_on_the_same_half(
     assert report["methods"]["dpo"]["scores"]["reward"]["mean"] == pytest.approx(expected)
     assert report["methods"]["dpo"]["scores"]["reward"]["standard_error"] is None, "of a single seed"
 
-    again = json.loads(qrpo(*arguments).stdout.splitlines()[-1])
-    assert again == report
+    assert run_json(*arguments) == report
