@@ -24,6 +24,7 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.runner.storage import LocalStorage
 from prefect.schedules import Schedule
 from prefect.workers.utilities import get_default_base_job_template_for_infrastructure_type
+from pydantic import ValidationError
 
 from flows.service.automations import mark_silent_runs, notify_of_failures
 from qrpo.errors import ConfigError, EngineError
@@ -181,8 +182,8 @@ def _check(options: DeployOptions, store: str) -> None:
         return
     try:
         CronSchedule(cron=options.cron, timezone=options.timezone)
-    except ValueError as error:
-        reason = " ".join(str(error).splitlines()[2:3]).strip() or str(error)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise ConfigError(
             f"--cron {options.cron!r}, --timezone {options.timezone!r}: {reason}. "
             "Expected five fields, such as '0 3 * * *' for every night at 3:00, and a zone such as Europe/Zurich"

@@ -58,15 +58,18 @@ def copy(run: Path, tmp_path: Path) -> tuple[Path, Path]:
     return run / "task" / "config.yaml", tmp_path / "store"
 
 
-def parsed(result: Any) -> dict[str, Any]:
-    """The one JSON object on standard output."""
+def parsed(*arguments: Any) -> dict[str, Any]:
+    """The one JSON object that the command prints on standard output."""
+    result = invoke(*arguments, "--json")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.count("\n") == 1
     value: dict[str, Any] = json.loads(result.stdout)
     return value
 
 
-def plain(result: Any) -> str:
+def plain(*arguments: Any) -> str:
+    """What the command prints for people."""
+    result = invoke(*arguments)
     assert result.exit_code == 0, result.stderr
     return str(result.stdout)
 
@@ -78,13 +81,13 @@ def plain(result: Any) -> str:
     "name", ["demo", "run", "plan", "ls", "show", "inspect", "browse", "theory", "serve", "deploy"]
 )
 def test_every_command_has_help(name: str) -> None:
-    assert name in plain(invoke("--help"))
-    assert "Usage" in plain(invoke(name, "--help"))
+    assert name in plain("--help")
+    assert "Usage" in plain(name, "--help")
 
 
 @pytest.mark.parametrize("name", ["run", "plan", "ls", "show", "verify", "gc", "serve", "deploy", "theory"])
 def test_help_has_an_example(name: str) -> None:
-    assert f"qrpo {name}" in plain(invoke(name, "--help")).split("Example", 1)[-1]
+    assert f"qrpo {name}" in plain(name, "--help").split("Example", 1)[-1]
 
 
 def test_shell_completes_stages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,14 +105,14 @@ def test_shell_completes_stages(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_show_config_prints_every_default_with_its_meaning_and_reads_back(
     write_task: Callable[..., Path], tmp_path: Path
 ) -> None:
-    shown = plain(invoke("run", write_task(tmp_path), "--show-config", "--set", "policy.beta=0.25"))
+    shown = plain("run", write_task(tmp_path), "--show-config", "--set", "policy.beta=0.25")
 
     config = yaml.safe_load(shown)
     assert config["policy"]["beta"] == 0.25
     assert config["completions"]["sampling"]["temperature"] == 1.0
     assert "# Strength of the KL penalty to the reference; " in shown
     (tmp_path / "again.yaml").write_text(shown)
-    assert plain(invoke("run", tmp_path / "again.yaml", "--show-config")) == shown
+    assert plain("run", tmp_path / "again.yaml", "--show-config") == shown
 
 
 def test_long_values_of_the_configuration_are_not_folded(
@@ -117,7 +120,7 @@ def test_long_values_of_the_configuration_are_not_folded(
 ) -> None:
     path = "x" * 300 + ".jsonl"
 
-    shown = plain(invoke("run", write_task(tmp_path), "--show-config", "--set", f"prompts.source={path}"))
+    shown = plain("run", write_task(tmp_path), "--show-config", "--set", f"prompts.source={path}")
 
     assert f"source: {path}" in shown
 
@@ -142,7 +145,7 @@ def test_plan_of_an_empty_store_counts_the_parts_and_writes_nothing(
 ) -> None:
     config = write_task(tmp_path / "task", prompts=30)
 
-    planned = parsed(invoke("plan", config, "--store", tmp_path / "store", "--json"))
+    planned = parsed("plan", config, "--store", tmp_path / "store")
 
     stages = planned["stages"]
     assert planned["run"] == "tiny"
@@ -161,11 +164,9 @@ def test_plan_of_an_empty_store_counts_the_parts_and_writes_nothing(
 @pytest.mark.slow
 def test_plan_for_people_says_what_and_why(run: Path) -> None:
     shown = plain(
-        invoke(
-            "plan",
-            run / "task" / "config.yaml",
-            *("--store", run / "store", "--set", "quantiles.ties=mid", "--set", "completions.num_ref=4"),
-        )
+        "plan",
+        run / "task" / "config.yaml",
+        *("--store", run / "store", "--set", "quantiles.ties=mid", "--set", "completions.num_ref=4"),
     )
 
     assert "nothing" in shown
@@ -175,10 +176,10 @@ def test_plan_for_people_says_what_and_why(run: Path) -> None:
 @pytest.mark.slow
 def test_plan_says_what_the_run_then_does(copy: tuple[Path, Path]) -> None:
     config, store = copy
-    options = ("--store", store, "--set", "quantiles.ties=mid", "--json")
-    planned = parsed(invoke("plan", config, *options))["stages"]
+    options = ("--store", store, "--set", "quantiles.ties=mid")
+    planned = parsed("plan", config, *options)["stages"]
 
-    done = parsed(invoke("run", config, *options, "--until", "quantiles"))["stages"]
+    done = parsed("run", config, *options, "--until", "quantiles")["stages"]
 
     for name, stage in done.items():
         assert stage["parts_cached"] == planned[name]["parts_cached"], name
@@ -192,9 +193,8 @@ def test_plan_says_what_the_run_then_does(copy: tuple[Path, Path]) -> None:
 
 @pytest.mark.slow
 def test_run_prints_a_summary_and_commands_to_look_at_it(run: Path) -> None:
-    result = invoke("run", run / "task" / "config.yaml", "--store", run / "store", "--until", "quantiles")
+    shown = plain("run", run / "task" / "config.yaml", "--store", run / "store", "--until", "quantiles")
 
-    shown = plain(result)
     for stage in ("prompts", "completions", "rewards", "quantiles"):
         assert stage in shown
     assert "policy" not in shown
@@ -207,18 +207,18 @@ def test_run_prints_a_summary_and_commands_to_look_at_it(run: Path) -> None:
 
 @pytest.mark.slow
 def test_run_from_and_until_go_through_those_stages_alone(run: Path) -> None:
-    options = ("--store", run / "store", "--json", "--from", "completions", "--until", "rewards")
+    options = ("--store", run / "store", "--from", "completions", "--until", "rewards")
 
-    stages = parsed(invoke("run", run / "task" / "config.yaml", *options))["stages"]
+    stages = parsed("run", run / "task" / "config.yaml", *options)["stages"]
 
     assert list(stages) == ["completions", "rewards"]
 
 
 @pytest.mark.slow
 def test_run_only_one_stage(run: Path) -> None:
-    options = ("--store", run / "store", "--json", "--only", "rewards")
+    options = ("--store", run / "store", "--only", "rewards")
 
-    stages = parsed(invoke("run", run / "task" / "config.yaml", *options))["stages"]
+    stages = parsed("run", run / "task" / "config.yaml", *options)["stages"]
 
     assert list(stages) == ["rewards"]
     assert stages["rewards"]["parts_computed"] == 0
@@ -227,9 +227,9 @@ def test_run_only_one_stage(run: Path) -> None:
 @pytest.mark.slow
 def test_force_computes_a_cached_stage_again_and_nothing_else(copy: tuple[Path, Path]) -> None:
     config, store = copy
-    options = ("--store", store, "--json", "--until", "quantiles", "--force", "rewards")
+    options = ("--store", store, "--until", "quantiles", "--force", "rewards")
 
-    stages = parsed(invoke("run", config, *options))["stages"]
+    stages = parsed("run", config, *options)["stages"]
 
     assert stages["rewards"]["parts_cached"] == 0
     assert stages["rewards"]["parts_computed"] > 0
@@ -244,11 +244,11 @@ def test_name_and_store_come_from_options_and_environment(
     config, store = copy
     monkeypatch.setenv("QRPO_STORE", str(store))
 
-    done = parsed(invoke("run", config, "--json", "--until", "quantiles", "--set", "name=second"))
+    done = parsed("run", config, "--until", "quantiles", "--set", "name=second")
 
     assert (done["run"], done["store"]) == ("second", str(store))
     assert all(stage["parts_computed"] == 0 for stage in done["stages"].values())
-    assert set(parsed(invoke("ls", "--json"))["runs"]) == {"second", "tiny"}
+    assert set(parsed("ls")["runs"]) == {"second", "tiny"}
 
 
 # Look at it
@@ -256,19 +256,19 @@ def test_name_and_store_come_from_options_and_environment(
 
 @pytest.mark.slow
 def test_ls_lists_runs_and_their_artifacts_in_the_stages_order(run: Path) -> None:
-    listed = parsed(invoke("ls", "--store", run / "store", "--json"))
+    listed = parsed("ls", "--store", run / "store")
 
     stages = listed["runs"]["tiny"]["stages"]
     assert list(stages) == ["prompts", "reference", "completions", "rewards", "quantiles"]
     assert stages["rewards"]["rows"] == stages["completions"]["rows"]
     assert stages["completions"]["bytes"] > 0
-    shown = plain(invoke("ls", "--store", run / "store"))
+    shown = plain("ls", "--store", run / "store")
     assert stages["quantiles"]["fingerprint"][:12] in shown
 
 
 def test_ls_of_an_empty_store_says_so(tmp_path: Path) -> None:
-    assert parsed(invoke("ls", "--store", tmp_path / "store", "--json"))["runs"] == {}
-    assert "no run" in plain(invoke("ls", "--store", tmp_path / "store"))
+    assert parsed("ls", "--store", tmp_path / "store")["runs"] == {}
+    assert "no run" in plain("ls", "--store", tmp_path / "store")
 
 
 @pytest.mark.slow
@@ -276,12 +276,12 @@ def test_show_names_parts_that_exist_and_everything_that_made_them(run: Path) ->
     summary = json.loads((run / "summary.json").read_text())["stages"]
 
     for stage in summary:
-        shown = parsed(invoke("show", "tiny", stage, "--store", run / "store", "--json"))
+        shown = parsed("show", "tiny", stage, "--store", run / "store")
         assert shown["fingerprint"] == summary[stage]["fingerprint"]
         assert shown["rows"] == summary[stage]["rows"]
         assert all(Path(url).is_file() for url in shown["parts"])
         assert {"config", "inputs", "lineage", "code_version", "created", "seconds", "bytes"} <= shown.keys()
-    person = plain(invoke("show", run / "task" / "config.yaml", "rewards", "--store", run / "store"))
+    person = plain("show", run / "task" / "config.yaml", "rewards", "--store", run / "store")
     assert summary["rewards"]["fingerprint"] in person
 
 
@@ -299,9 +299,9 @@ def test_stage_that_was_not_run_is_told_with_the_remedy(run: Path) -> None:
 def test_inspect_gives_columns_numbers_and_rows(run: Path) -> None:
     import polars as pl
 
-    shown = parsed(invoke("inspect", "tiny", "rewards", "--store", run / "store", "--limit", "3", "--json"))
+    shown = parsed("inspect", "tiny", "rewards", "--store", run / "store", "--limit", "3")
 
-    parts = parsed(invoke("show", "tiny", "rewards", "--store", run / "store", "--json"))["parts"]
+    parts = parsed("show", "tiny", "rewards", "--store", run / "store")["parts"]
     rewards = pl.scan_parquet(parts).collect()["reward"]
     assert shown["columns"]["reward"] == "Float32"
     assert len(shown["samples"]) == 3
@@ -314,9 +314,9 @@ def test_inspect_gives_columns_numbers_and_rows(run: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["prompts", "completions", "rewards", "quantiles"])
 def test_inspect_for_people_names_every_column_in_full(run: Path, stage: str) -> None:
-    columns = parsed(invoke("inspect", "tiny", stage, "--store", run / "store", "--json"))["columns"]
+    columns = parsed("inspect", "tiny", stage, "--store", run / "store")["columns"]
 
-    shown = plain(invoke("inspect", "tiny", stage, "--store", run / "store"))
+    shown = plain("inspect", "tiny", stage, "--store", run / "store")
 
     for column in columns:
         assert column in shown.split("╭")[0], "the table above the rows names it"
@@ -324,7 +324,7 @@ def test_inspect_for_people_names_every_column_in_full(run: Path, stage: str) ->
 
 @pytest.mark.slow
 def test_hostile_text_is_shown_as_it_is(run: Path) -> None:
-    shown = plain(invoke("inspect", "tiny", "prompts", "--store", run / "store", "--limit", "21"))
+    shown = plain("inspect", "tiny", "prompts", "--store", run / "store", "--limit", "21")
 
     for text in ("[bold]x[/bold]", "<script>alert(1)</script>", "[/]", ":smile:", "日本語"):
         assert text in shown
@@ -334,15 +334,13 @@ def test_hostile_text_is_shown_as_it_is(run: Path) -> None:
 @pytest.mark.slow
 def test_one_prompt_is_followed_through_the_stages(run: Path) -> None:
     options = ("--store", run / "store")
-    samples = parsed(invoke("inspect", "tiny", "prompts", *options, "--limit", "21", "--json"))["samples"]
+    samples = parsed("inspect", "tiny", "prompts", *options, "--limit", "21")["samples"]
     prompt = next(
         row for row in samples if row["split"] == "train" and "bold" in row["messages"][0]["content"]
     )
 
-    followed = parsed(
-        invoke("inspect", "tiny", "prompts", *options, "--prompt-id", prompt["prompt_id"][:12], "--json")
-    )
-    shown = plain(invoke("inspect", "tiny", "prompts", *options, "--prompt-id", prompt["prompt_id"][:12]))
+    followed = parsed("inspect", "tiny", "prompts", *options, "--prompt-id", prompt["prompt_id"][:12])
+    shown = plain("inspect", "tiny", "prompts", *options, "--prompt-id", prompt["prompt_id"][:12])
 
     assert followed["prompt_id"] == prompt["prompt_id"]
     stages = followed["stages"]
@@ -368,12 +366,12 @@ def test_prompt_id_that_is_unknown_or_not_unique_is_told(run: Path) -> None:
 
 @pytest.mark.slow
 def test_theory_gives_numbers_for_machines_and_a_table_for_people() -> None:
-    promised = parsed(invoke("theory", "--beta", "0.1", "--num-ref", "20", "--json"))
+    promised = parsed("theory", "--beta", "0.1", "--num-ref", "20")
 
     assert promised["beta"] == 0.1
     assert 0.5 < promised["win_rate"] < 1
     assert promised["by_num_ref"]
-    assert "log Z" in plain(invoke("theory", "--beta", "0.1"))
+    assert "log Z" in plain("theory", "--beta", "0.1")
 
 
 @pytest.mark.parametrize(
