@@ -63,9 +63,11 @@ def _known_stage(given: Any) -> Any:
     return given
 
 
-def stage_option(flag: str, help: str, **settings: Any) -> Any:  # noqa: A002  (typer's name)
+def stage_option(flag: str, text: str) -> Any:
     """An option whose values are stages."""
-    return typer.Option(flag, help=help, autocompletion=_complete_stage, callback=_known_stage, **settings)
+    return typer.Option(
+        flag, metavar="STAGE", help=text, autocompletion=_complete_stage, callback=_known_stage
+    )
 
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML configuration.")]

@@ -43,7 +43,7 @@ def run(
     overrides: Overrides = None,
     force: Annotated[
         list[str] | None,
-        stage_option("--force", "Compute this stage again even if it is cached.", metavar="STAGE"),
+        stage_option("--force", "Compute this stage again even if it is cached."),
     ] = None,
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print the whole configuration and stop.")

@@ -117,7 +117,7 @@ def test_rows_whose_reward_raises_or_is_no_number_are_rejects_and_the_others_are
 
     assert done.exit_code == 0, done.stderr
     assert "rewards: 12 of 84 rows cannot be used; reasons in " in done.stderr
-    assert json.loads(done.stdout)["stages"]["rewards"]["rows"] == 72
+    assert json.loads(done.stdout)["stages"]["rewards"]["rejects"] == 12
     reasons = [reject["reason"] for reject in reject_rows(store, "rewards")]
     raised = [reason for reason in reasons if "ValueError: cannot judge 3" in reason]
     assert len(raised) == 4

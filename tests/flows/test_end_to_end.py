@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from typer.testing import CliRunner
 
-from flows.cli import app
+from tests.support.flows import invoke, run_json
 
 pytestmark = pytest.mark.slow
 
@@ -21,29 +20,26 @@ NUM_REF, NUM_SAMPLES, PROMPTS = 4, 3, 40
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run: its configuration, its store, and what `qrpo run --json` said."""
+    """A finished run: its configuration, its store, and what `qrpo run --json` and `qrpo show --json` printed."""
 
     config: Path
     store: Path
     summary: dict[str, Any]
-    show: Callable[[str], dict[str, Any]]
+    shown: dict[str, dict[str, Any]]
 
     def rows(self, stage: str) -> list[dict[str, Any]]:
         """A stage's rows, by plain polars from the URLs that `qrpo show --json` names."""
-        return pl.scan_parquet(self.show(stage)["parts"]).collect().to_dicts()
+        return pl.scan_parquet(self.shown[stage]["parts"]).collect().to_dicts()
 
     def model(self, stage: str) -> Path:
         """The folder of a model stage."""
-        (config,) = [Path(url) for url in self.show(stage)["parts"] if url.endswith("/config.json")]
+        (config,) = [Path(url) for url in self.shown[stage]["parts"] if url.endswith("/config.json")]
         return config.parent
 
 
 @pytest.fixture(scope="module")
 def finished(
-    tmp_path_factory: pytest.TempPathFactory,
-    write_task: Callable[..., Path],
-    qrpo_process: Callable[..., Any],
-    prefect_server: str,
+    tmp_path_factory: pytest.TempPathFactory, write_task: Callable[..., Path], prefect_server: str
 ) -> Finished:
     folder = tmp_path_factory.mktemp("end-to-end")
     config = write_task(
@@ -57,17 +53,9 @@ def finished(
         policy__logging_steps=1,
     )
     store = folder / "store"
-    done = qrpo_process("run", config, "--store", store, "--json", PREFECT_API_URL=prefect_server)
-    assert done.returncode == 0, done.stderr
-
-    def show(stage: str) -> dict[str, Any]:
-        shown = CliRunner().invoke(app, ["show", "tiny", stage, "--store", str(store), "--json"])
-        assert shown.exit_code == 0, shown.stderr
-        described: dict[str, Any] = json.loads(shown.stdout)
-        return described
-
-    described = {stage: show(stage) for stage in STAGES}
-    return Finished(config, store, json.loads(done.stdout), described.__getitem__)
+    summary = run_json("run", config, "--store", store)
+    shown = {stage: run_json("show", "tiny", stage, "--store", store) for stage in STAGES}
+    return Finished(config, store, summary, shown)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +97,7 @@ def test_every_stage_reports_its_work(finished: Finished) -> None:
     assert all(stage["rejects"] == 0 for stage in stages.values())
     assert all(stage["parts_computed"] > 0 and stage["parts_cached"] == 0 for stage in stages.values())
     for name, stage in stages.items():
-        assert stage["fingerprint"] == finished.show(name)["fingerprint"]
+        assert stage["fingerprint"] == finished.shown[name]["fingerprint"]
 
 
 def test_prompts_hold_every_source_row_once_and_both_splits(finished: Finished) -> None:
@@ -143,7 +131,7 @@ def test_reference_has_learnt_the_chosen_completions(
             chosen = tokenizer.encode(row["offline_completions"][0], add_special_tokens=False)
             gains.append(logprob(model, prompt, chosen) - logprob(base, prompt, chosen))
 
-    assert finished.show("reference")["rows"] == len(gains)
+    assert finished.shown["reference"]["rows"] == len(gains)
     assert np.mean(gains) > 1.0
 
 
@@ -286,7 +274,7 @@ def test_first_loss_is_that_of_a_zero_log_ratio(finished: Finished) -> None:
     from storage import ShardReader, Store
 
     store = Store(finished.store)
-    manifest = store.manifest("shards", finished.show("shards")["fingerprint"])
+    manifest = store.manifest("shards", finished.shown["shards"]["fingerprint"])
     assert manifest is not None
     reader = ShardReader(store, manifest.parts, seed=0)
     first = [row["quantile_reward"] for row, _ in zip(reader.iterate(0), range(8), strict=False)]
@@ -406,10 +394,12 @@ def test_second_run_is_cached_and_starts_no_server(
     assert set(after) == set(before)
 
 
-def test_second_run_says_so_to_a_person(finished: Finished, qrpo_process: Callable[..., Any]) -> None:
-    done = qrpo_process("run", finished.config, "--store", finished.store)
+def test_second_run_says_so_to_a_person(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL")  # it would start a server, and say so
 
-    assert done.returncode == 0, done.stderr
+    done = invoke("run", finished.config, "--store", finished.store)
+
+    assert done.exit_code == 0, done.stderr
     assert done.stdout.count("cached") == len(STAGES)
     assert "Prefect server" not in done.stderr
 
@@ -418,7 +408,7 @@ def test_second_run_says_so_to_a_person(finished: Finished, qrpo_process: Callab
 def test_duckdb_reads_every_artifact(finished: Finished, stage: str) -> None:
     import duckdb
 
-    shown = finished.show(stage)
+    shown = finished.shown[stage]
 
     count = duckdb.execute(
         "select count(*), count(distinct prompt_id) from read_parquet($1)", [shown["parts"]]
@@ -434,7 +424,7 @@ def test_lineage_leads_down_to_the_source_and_the_model(finished: Finished) -> N
     import hashlib
 
     source = hashlib.sha256((finished.config.parent / "prompts.jsonl").read_bytes()).hexdigest()
-    lineage = finished.show("evaluation")["lineage"]
+    lineage = finished.shown["evaluation"]["lineage"]
 
     by_stage = {step["stage"]: step for step in lineage}
     assert set(by_stage) == set(STAGES) - {"evaluation"}
