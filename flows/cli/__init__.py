@@ -8,7 +8,6 @@ Exit codes: 0 done, 1 failed, 2 bad usage or configuration.
     store          ls, show, inspect, browse, verify, gc
     results        theory, evaluate, report
     service        serve, deploy
-    demo           the inputs of `qrpo demo`
     pipeline_run   run a span of stages and print the summary
 
 A command imports what it needs when it is called, so that `--help` and shell completion answer at once.

@@ -15,26 +15,6 @@ from rich.console import Console
 
 from flows.stage_order import STAGE_ORDER
 
-__all__ = [
-    "AsJson",
-    "ConfigPath",
-    "Cron",
-    "Gpus",
-    "Notify",
-    "Overrides",
-    "RunName",
-    "StageName",
-    "StoreUrl",
-    "Timezone",
-    "app",
-    "command",
-    "err",
-    "out",
-    "print_json",
-    "print_result",
-    "stage_option",
-]
-
 app = typer.Typer(
     name="qrpo",
     help="Align language models to absolute rewards, stage by stage. Start with `qrpo demo`. "

@@ -1,6 +1,7 @@
 """Commands that run stages, or preview a run."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,9 +28,17 @@ def demo(store: StoreUrl = "artifacts", as_json: AsJson = False) -> None:
 
     Example: qrpo demo, then qrpo inspect demo rewards
     """
-    from flows.cli.demo import demo_config
+    from tasks.config import load_config
 
-    _run(demo_config(), store, as_json)
+    folder, example = Path("demo"), Path(__file__).parents[2] / "examples" / "demo"
+    if not (folder / "base" / "config.json").is_file():
+        from examples.demo.task import write_demo  # imports torch, to build a model
+
+        write_demo(folder)
+    for name in ("config.yaml", "reward.py"):
+        if not (folder / name).exists():  # an edited demo runs as edited
+            shutil.copy(example / name, folder / name)
+    _run(load_config(folder / "config.yaml"), store, as_json)
 
 
 @command()

@@ -4,7 +4,6 @@ What is deployed with `qrpo deploy` is then run by its schedule, by hand, cancel
 One run after the other on one store, each going on from what the one before left.
 """
 
-import base64
 import json
 import os
 import pwd
@@ -15,14 +14,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
@@ -134,22 +132,15 @@ class Service:
         )
 
     def call(self, method: str, path: str, body: Any = None, auth: str | None = AUTH) -> Any:
-        request = urllib.request.Request(
-            self.api + path,
-            method=method,
-            data=None if body is None else json.dumps(body).encode(),
-            headers={"content-type": "application/json"},
-        )
-        if auth is not None:
-            request.add_header("Authorization", f"Basic {base64.b64encode(auth.encode()).decode()}")
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            text = answer.read()
-        return json.loads(text) if text else None
+        login = httpx.BasicAuth(*auth.split(":")) if auth else None
+        answer = httpx.request(method, self.api + path, json=body, auth=login, timeout=60)
+        answer.raise_for_status()
+        return answer.json() if answer.content else None
 
     def healthy(self) -> bool:
         try:
             return bool(self.call("GET", "/health"))
-        except (urllib.error.URLError, OSError):
+        except httpx.HTTPError:
             return False
 
     def deployment(self, name: str) -> Any:
@@ -320,7 +311,7 @@ def test_form_in_the_ui_has_titles_descriptions_and_choices(service: Service) ->
 
 def test_server_lets_nobody_in_without_the_password(service: Service) -> None:
     for auth in (None, "admin:wrong"):
-        with pytest.raises(urllib.error.HTTPError, match="401"):
+        with pytest.raises(httpx.HTTPStatusError, match="401"):
             service.call("POST", "/flow_runs/filter", {}, auth=auth)
 
 
