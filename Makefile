@@ -44,7 +44,7 @@ demo: $(STAMP) ## prompts become a better policy, in minutes, nothing to downloa
 	$(VENV)/bin/qrpo demo
 
 test: $(STAMP) system ## the whole test suite
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP) lint types ## lint, types, import contracts, fast tests
 	$(VENV)/bin/python -m pytest -q -n 2 -m "not slow"

@@ -1,4 +1,4 @@
-"""`qrpo compare`: QRPO, DPO, REBEL, SimPO and whatever settings, trained from the same samples and judged on the same prompts."""
+"""`qrpo compare`: methods and settings, trained on the same samples and evaluated on the same prompts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,23 +22,27 @@ from tasks.stages import STAGES
 __all__ = ["compare", "comparison_table"]
 
 SCORES: tuple[Score, ...] = ("reward", "win_rate", "quantile_reward", "kl", "length")
-_OWN: tuple[Score, ...] = ("reward", "quantile_reward", "length")  # what the reference has by itself
+_REFERENCE_SCORES: tuple[Score, ...] = (
+    "reward",
+    "quantile_reward",
+    "length",
+)  # others compare with the reference
 
 
 @flow(name="compare", flow_run_name="{config.name}: compare methods")
 def compare(config: PipelineConfig, store: str = DEFAULT_STORE) -> dict[str, Any]:
-    """Train every method over its grid and seeds, evaluate each policy, and report each method's best.
+    """Train every method over its grid and seeds, evaluate each policy, and report the best of each method.
 
-    The stages up to the rewards are the same for all, so they are computed once; a policy that the store has is not trained again.
-    Every candidate is a run of its own, to be looked at like any other. Raises ConfigError where `compare.methods` is empty.
+    All candidates share the stages up to the rewards. A policy that the store already has is not trained again. Every candidate
+    is a named run. Raises ConfigError if `compare.methods` is empty.
 
     Args:
-        config: The YAML file as a form; its section `compare` says what is trained.
+        config: The YAML file as a form; its section `compare` names the methods.
         store: Where artifacts are kept: a folder of the worker's machine, or a URL such as s3://bucket/qrpo.
     """
     if not config.compare.methods:
         raise ConfigError(
-            "compare.methods is empty: name what to compare, such as `dpo: {policy.loss: dpo, policy.beta: [0.1, 0.3]}`"
+            "compare.methods is empty: add a method, such as `dpo: {policy.loss: dpo, policy.beta: [0.1, 0.3]}`"
         )
     log = get_run_logger()
     every = list(candidates(config))
@@ -51,7 +55,7 @@ def compare(config: PipelineConfig, store: str = DEFAULT_STORE) -> dict[str, Any
 
 
 def judge(config: PipelineConfig, store: Store, every: Sequence[Candidate]) -> dict[str, Any]:
-    """The comparison of finished candidates: what `qrpo.evaluation.comparison.compare_methods` says, and the reference's own scores."""
+    """The report of `qrpo.evaluation.comparison.compare_methods` on finished candidates, with the scores of the reference."""
     tables = {
         candidate.config.name: storage.open(store, candidate.config.name, "evaluation").dataset.to_table(
             list(COLUMNS)
@@ -63,23 +67,21 @@ def judge(config: PipelineConfig, store: Store, every: Sequence[Candidate]) -> d
     if len(shared) < 2:
         raise DataError(
             f"compare: {len(shared)} held-out prompts have samples of every policy, expected at least two; hold out more "
-            "(prompts.eval_fraction), and look at the evaluations' rejects"
+            "(prompts.eval_fraction), and check the rejects of the evaluations"
         )
+    points: dict[tuple[str, str], list[Candidate]] = {}
+    for candidate in every:
+        points.setdefault((candidate.method, repr(candidate.settings)), []).append(candidate)
     contenders: dict[str, list[Contender]] = {}
-    for settings in {repr((one.method, one.settings)): one for one in every}.values():
-        of_seeds = [
-            one for one in every if (one.method, one.settings) == (settings.method, settings.settings)
-        ]
+    for (method, _), of_seeds in points.items():
         scores: dict[str, Floats] = {
             name: np.array([[by_prompt[one.config.name][name][p] for p in shared] for one in of_seeds])
             for name in SCORES
         }
-        contenders.setdefault(settings.method, []).append(Contender(settings.settings, scores))
+        contenders.setdefault(method, []).append(Contender(of_seeds[0].settings, scores))
     report = compare_methods(contenders, shared, select_by=config.compare.select_by, seed=config.seed)
-    reference: dict[str, float] = {}
-    for name in _OWN:
-        _, scores_of = prompt_scores(next(iter(tables.values())), name)
-        reference[name] = float(scores_of["reference"].mean())
+    table = next(iter(tables.values()))
+    reference = {name: float(prompt_scores(table, name)[1]["reference"].mean()) for name in _REFERENCE_SCORES}
     plain: dict[str, Any] = json_numbers(
         {"run": config.name, "seeds": len(config.compare.seeds), **report, "reference": reference}
     )
@@ -87,7 +89,7 @@ def judge(config: PipelineConfig, store: Store, every: Sequence[Candidate]) -> d
 
 
 def comparison_table(report: dict[str, Any]) -> Table:
-    """The report as a person reads it: one line a method."""
+    """The report as a table with one row per method."""
     select_by = report["select_by"].replace("_", " ")
     title = (
         f"{report['run']}: each method's best by {select_by} on half of the held-out prompts, reported on the other "

@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.console import Console
 
-from flows.cli.launch import launch
+from flows.cli.pipeline_run import run_pipeline
 from flows.views.runs import size_text
 from storage import Store
 from storage.gc import GcPlan, collect, plan_gc
@@ -46,9 +46,16 @@ def rerun(store: Store, console: Console) -> list[str]:
     names = []
     for name in store.runs():
         noted = store.run(name) or {}
-        if stages := [stage for stage in order if stage in noted.get("stages", {})]:
-            config = parse_config(noted["config"], where=f"runs/{name}.json")
-            launch(config, store.url, first=order[0], last=stages[-1], console=console)
+        stages = [stage for stage in noted.get("stages", {}) if stage in STAGES]
+        if stages:
+            last = max(stages, key=order.index)
+            run_pipeline(
+                parse_config(noted["config"], where=f"runs/{name}.json"),
+                store.url,
+                first=order[0],
+                last=last,
+                console=console,
+            )
             names.append(name)
     return names
 

@@ -21,9 +21,9 @@ from tasks.config import PipelineConfig
 from tasks.engines import close_engine, keep
 from tasks.plan import PartPlan, StagePlan
 from tasks.progress import Reporter, reporting
-from tasks.retries import RETRY_DELAYS, worth_another_try
+from tasks.retries import RETRY_DELAYS, retry_if_transient
 from tasks.reuse import with_candidates
-from tasks.runners import Errand, Workers, uses_workers
+from tasks.runners import RemoteWork, WorkerPool, uses_workers
 from tasks.stage import Stage
 from tasks.stages import STAGES
 from tasks.work import Progress, Work
@@ -99,13 +99,13 @@ def _computing(
 
     if not uses_workers(config, parts):
         return config.run.parts_per_task, here
-    workers = stack.enter_context(Workers(stage, config, store.url))
+    workers = stack.enter_context(WorkerPool(config, store.url, uses_gpu=stage != "quantiles"))
 
-    def errand(group: Group) -> dict[str, Any]:
-        return {"label": group[0], "work": Errand(work(group), workers.place)}
+    def arguments(group: Group) -> dict[str, Any]:
+        return {"label": group[0], "work": RemoteWork(work(group), workers.setup)}
 
     def spread(groups: Iterable[Group]) -> Iterator[Group]:
-        for group, _ in workers.spread(timed, groups, errand):
+        for group, _ in workers.run(timed, groups, arguments):
             reporter.update(reporter.done + len(group[1]), f"{workers.count} workers")
             yield group
 
@@ -129,14 +129,14 @@ def _share(leases: Leases, group: Sequence[PartPlan]) -> tuple[list[PartPlan], l
     retries=len(RETRY_DELAYS),
     retry_delay_seconds=RETRY_DELAYS,
     retry_jitter_factor=0.2,
-    retry_condition_fn=worth_another_try,
+    retry_condition_fn=retry_if_transient,
 )
-def compute_parts(label: str, work: Work[Any] | Errand, reporter: Reporter | None = None) -> list[str]:
+def compute_parts(label: str, work: Work[Any] | RemoteWork, reporter: Reporter | None = None) -> list[str]:
     """Compute and commit one group of parts; the fingerprints of those that were computed in this attempt.
 
-    A worker, which gets its work as an errand, reports nothing in between: the driver counts its groups.
+    A worker gets its work as `RemoteWork` and reports no progress: the driver counts its groups.
     """
-    work = work.arrive() if isinstance(work, Errand) else work
+    work = work.receive() if isinstance(work, RemoteWork) else work
     reporter = reporter or Reporter(work.stage, len(work.parts), None)
     todo = [
         part for part in work.parts if part.replace or work.store.part(part.key) is None

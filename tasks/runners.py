@@ -1,15 +1,15 @@
-"""Where the groups of a stage are computed: in this process, or spread over the workers of a process pool, Dask or Ray.
+"""Where the groups of a stage are computed: in this process, or on workers of a process pool, Dask or Ray.
 
-A runner is one of Prefect's task runners, opened for one stage and closed with it, so that no engine of one stage is left on
-a GPU that the next stage needs. What a group computes does not depend on where; a worker needs the configuration, the store and
-nothing of this machine's disk. What is decided here, and why:
+A pool of workers is one of Prefect's task runners. It is opened for one stage and closed with it, so that no engine stays on a
+GPU that the next stage needs. A worker needs the configuration and the store, nothing from this machine's disk. Its results do
+not depend on where it runs. The rules:
 
-- the driver hands out groups as workers become free, two for each worker, so that leases are claimed just before the work starts;
-- leases are the driver's: it has the one heartbeat, however many workers come and go. A worker that dies takes no lease with
-  it; a driver that dies is followed by its workers, and another run takes its parts over;
-- a worker does one group at a time and keeps its engine for the next one; it sees only its own GPUs;
-- a group whose worker died is given to another one: by Dask and Ray themselves, for the process pool here. Parts that the dead
-  worker had committed are not computed again.
+- The driver submits groups as workers become free, two per worker, so that leases are claimed just before the work starts.
+- The driver holds all leases and sends their heartbeat. A worker that dies holds none. If the driver dies, its workers end too,
+  and another run takes over its parts.
+- A worker computes one group at a time, keeps its engine for the next group, and sees only its own GPUs.
+- If a worker dies, another one gets its group: Dask and Ray do this themselves, `WorkerPool.run` does it for the process pool.
+  Parts that the dead worker had committed are not computed again.
 """
 
 import math
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from glob import glob
 from importlib import import_module
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, TypeVar
 
 from prefect.futures import PrefectFuture, as_completed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
@@ -35,34 +35,32 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
 from qrpo.errors import ConfigError, EngineError, QRPOError
 from tasks.config import PipelineConfig
 from tasks.engines import close_engine
-from tasks.stages import STAGES
 from tasks.work import Work
 
-__all__ = ["Errand", "Place", "Workers", "uses_workers"]
+__all__ = ["RemoteWork", "WorkerPool", "WorkerSetup", "uses_workers"]
 
 T = TypeVar("T")
 
-_AHEAD = 2  # groups for each worker that are handed out: one at work, one waiting
-_MOST_DEATHS = (
-    3  # of process pool workers with no group finished in between; Dask and Ray have the same by default
-)
+_GROUPS_PER_WORKER = 2  # submitted at a time: one running, one waiting
+_MAX_DEATHS = 3  # of pool workers without a finished group in between; Dask and Ray have the same default
+_WORKER_DIED = {"KilledWorker", "WorkerCrashedError", "NodeDiedError", "OutOfMemoryError"}  # in Dask and Ray
 
 
 @dataclass(frozen=True)
-class Place:
-    """What a worker must know of where it is."""
+class WorkerSetup:
+    """What a worker process must set up before it works."""
 
     runner: str
-    stage: str = ""
-    """Names one stage of one run: what arrives after that was ended is turned away."""
+    session: str = ""
+    """Identifies one stage of one run. A worker rejects work of a session that has ended."""
     driver: int = 0
-    """The process that a worker on this machine ends with; 0 on a cluster of other machines."""
+    """Process id of the driver on this machine, with which the worker ends; 0 on a cluster."""
     gpus: tuple[str, ...] = ()
-    """The GPUs that the workers of this machine share out among themselves."""
+    """GPUs of this machine, shared by its workers."""
     gpus_per_worker: int = 0
 
-    def settle(self) -> None:
-        """See only this worker's GPUs, and end with the driver."""
+    def apply(self) -> None:
+        """Limit this process to its own GPUs, and end it when the driver ends."""
         if self.gpus and self.gpus_per_worker:
             first = _worker_number(self.runner) * self.gpus_per_worker % len(self.gpus)
             own = self.gpus[first : first + self.gpus_per_worker]
@@ -72,34 +70,32 @@ class Place:
             threading.Thread(target=_end_with, args=(self.driver,), name="watch-driver", daemon=True).start()
 
 
-class Errand:
-    """Work on its way to a worker. A plain object, since Prefect and Dask take tuples and dataclasses apart."""
+class RemoteWork:
+    """Work that is sent to a worker. A plain object, since Prefect and Dask copy tuples and dataclasses item by item."""
 
-    def __init__(self, work: Work[Any], place: Place) -> None:
-        self._work, self._place = work, place
+    def __init__(self, work: Work[Any], setup: WorkerSetup) -> None:
+        self._work, self._setup = work, setup
 
-    def arrive(self) -> Work[Any]:
-        """The work, once the worker is ready for it. A retry comes here again; it does not outlive its run."""
-        if self._place.stage in _ended:
-            raise QRPOError("the run that this work is for has ended")
-        self._place.settle()
+    def receive(self) -> Work[Any]:
+        """Set up this worker and return the work. A retry calls this again; raises QRPOError if the run has ended."""
+        if self._setup.session in _ended_sessions:
+            raise QRPOError("the run of this work has ended")
+        self._setup.apply()
         return self._work
 
 
-_ended: set[str] = set()  # stages, in a worker of a cluster that outlives them
+_watching = threading.Event()
+_ended_sessions: set[str] = set()  # in a worker of a cluster that is still running
 
 
-def _end_stage(stage: str) -> None:
-    """Called in every worker of a cluster that is not ours."""
-    _ended.add(stage)
+def _end_session(session: str) -> None:
+    """Run in every worker of a cluster that outlives the run."""
+    _ended_sessions.add(session)
     close_engine()
 
 
-_watching = threading.Event()
-
-
 def _worker_number(runner: str) -> int:
-    """Workers of one pool or local cluster are numbered one after another."""
+    """The workers of one pool or local cluster have consecutive numbers."""
     if runner == "dask":
         from distributed import get_worker
 
@@ -110,51 +106,49 @@ def _worker_number(runner: str) -> int:
 def _end_with(driver: int) -> None:
     while os.getppid() == driver:
         time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGKILL)  # and what it started goes with it, see qrpo.processes.child
+    os.kill(os.getpid(), signal.SIGKILL)  # its child processes then end too, see qrpo.processes.child
 
 
 def uses_workers(config: PipelineConfig, parts: int) -> bool:
-    """Whether this many parts are for workers: on this machine only where there is something to share out.
-
-    A single part (a training run) then stays in this process, where it sees all GPUs.
-    """
+    """Whether workers compute this many parts. On this machine, a single part (a training run) stays in this process: it sees all GPUs."""
     return config.run.runner != "local" and (parts > 1 or config.run.cluster is not None)
 
 
-class Workers:
-    """The workers of one stage, while the block runs.
+class WorkerPool:
+    """The workers of one stage; a context manager.
 
-    Raises ConfigError where the runner's package is not installed, its cluster does not answer, or the store is this process's alone.
+    Raises ConfigError if the runner's package is not installed, its cluster does not answer, or the store is in this process's memory.
     """
 
-    def __init__(self, stage: str, config: PipelineConfig, store_url: str) -> None:
-        run = config.run
+    def __init__(self, config: PipelineConfig, store_url: str, *, uses_gpu: bool) -> None:
+        run, engine, gpus = config.run, config.completions.engine, _gpus()
         if store_url.startswith("memory://"):
             raise ConfigError(
-                f"run.runner {run.runner}: workers cannot see a memory:// store; use another one"
+                f"run.runner {run.runner}: workers cannot see a memory:// store; use another store"
             )
         self.kind, self.cluster = run.runner, run.cluster
-        engine = config.completions.engine
-        gpus = _gpus()
-        wanted = engine.tensor_parallel_size * engine.pipeline_parallel_size
-        self.gpus_per_worker = (
-            run.gpus_per_worker if run.gpus_per_worker is not None else wanted if gpus else 0
-        )
-        if not STAGES[stage].uses_gpu:
-            self.gpus_per_worker = 0
-        share = len(gpus) // self.gpus_per_worker if self.gpus_per_worker else os.cpu_count() or 1
-        self.count = run.workers or (0 if run.cluster else max(1, share))
-        here = self.kind != "ray" and run.cluster is None
-        if here and gpus and self.count * self.gpus_per_worker > len(gpus):
+        self.gpus_per_worker = 0
+        if uses_gpu and run.gpus_per_worker is not None:
+            self.gpus_per_worker = run.gpus_per_worker
+        elif uses_gpu and gpus:
+            self.gpus_per_worker = engine.tensor_parallel_size * engine.pipeline_parallel_size
+        default = len(gpus) // self.gpus_per_worker if self.gpus_per_worker else os.cpu_count() or 1
+        self.count = run.workers or (0 if run.cluster else max(1, default))
+        local = self.kind != "ray" and run.cluster is None
+        if local and gpus and self.count * self.gpus_per_worker > len(gpus):
             raise ConfigError(
                 f"run.workers: {self.count} workers of {self.gpus_per_worker} GPUs each do not fit the {len(gpus)} GPUs "
                 "that are visible here; lower run.workers or run.gpus_per_worker"
             )
-        driver = os.getpid() if here else 0
-        token = secrets.token_hex(8)
-        self.place = Place(self.kind, token, driver, gpus if here else (), self.gpus_per_worker)
+        self.setup = WorkerSetup(
+            self.kind,
+            session=secrets.token_hex(8),
+            driver=os.getpid() if local else 0,
+            gpus=gpus if local else (),
+            gpus_per_worker=self.gpus_per_worker,
+        )
         self._stack = ExitStack()
-        self._runner: TaskRunner[Any] | None = None
+        self._runner: Any = None
 
     def __enter__(self) -> Self:
         self._open()
@@ -163,28 +157,27 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close(at_once=error is not None)
+        self._close(kill=error is not None)
 
-    def group_size(self, parts: int, most: int) -> int:
-        """Parts of one group, at most `most`: fewer where there would not be enough groups for all workers."""
-        return max(1, min(most, math.ceil(parts / (_AHEAD * self.count))))
+    def group_size(self, parts: int, maximum: int) -> int:
+        """Parts of one group: fewer than `maximum` if there would not be enough groups for all workers."""
+        return max(1, min(maximum, math.ceil(parts / (_GROUPS_PER_WORKER * self.count))))
 
-    def spread(
+    def run(
         self, task: Any, calls: Iterable[T], arguments: Callable[[T], dict[str, Any]]
     ) -> Iterator[tuple[T, Any]]:
-        """Each call with the task's result, as they end. The next calls are taken while earlier ones are at work.
+        """Yield each call with the task's result, as they end. Takes more calls while earlier ones run.
 
-        Raises what a task raises, and EngineError where a call's workers keep dying.
+        Raises what a task raises, and EngineError if workers keep dying.
         """
         coming, lost = iter(calls), deque[T]()
         running: dict[PrefectFuture[Any], T] = {}
         deaths = 0
         while True:
-            while len(running) < _AHEAD * self.count:
+            while len(running) < _GROUPS_PER_WORKER * self.count:
                 call = lost.popleft() if lost else next(coming, None)
                 if call is None:
                     break
-                assert self._runner is not None
                 running[self._runner.submit(task, parameters=arguments(call))] = call
             if not running:
                 return
@@ -194,18 +187,17 @@ class Workers:
                 result = done.result()
             except BrokenProcessPool:
                 deaths += 1
-                if deaths > _MOST_DEATHS:
-                    raise EngineError(_death(deaths)) from None
+                if deaths > _MAX_DEATHS:
+                    raise EngineError(_deaths_message(deaths)) from None
                 lost.extend([call, *running.values()])
                 running.clear()
-                self._close(at_once=True)
+                self._close(kill=True)
                 self._open()
-            except QRPOError:
-                raise
             except Exception as error:
-                if type(error).__name__ in _LOST:
-                    raise EngineError(f"{_death(_MOST_DEATHS + 1)} ({type(error).__name__})") from error
-                raise
+                if type(error).__name__ not in _WORKER_DIED:
+                    raise
+                message = f"{_deaths_message(_MAX_DEATHS + 1)} ({type(error).__name__})"
+                raise EngineError(message) from error
             else:
                 deaths = 0
                 yield call, result
@@ -214,21 +206,19 @@ class Workers:
         try:
             self._runner = {"process": self._process, "dask": self._dask, "ray": self._ray}[self.kind]()
             self._stack.enter_context(self._runner)
-            if self.kind == "dask":
-                self.count = self.count or sum(cast(Any, self._runner).client.nthreads().values())
-            elif self.kind == "ray":
-                self.count = self.count or self._ray_slots()
+            if not self.count:
+                self.count = self._cluster_workers()
         except ImportError as error:
             raise ConfigError(
                 f"run.runner is {self.kind}, which is not installed ({error}): `pip install 'qrpo-pipeline[{self.kind}]'`"
             ) from None
-        except (OSError, TimeoutError, ConnectionError) as error:
+        except OSError as error:  # TimeoutError and ConnectionError are OSErrors
             if self.cluster is None:
                 raise
-            told = f"run.cluster: no {self.kind} cluster answers at {self.cluster}: {error}"
+            message = f"run.cluster: no {self.kind} cluster answers at {self.cluster}: {error}"
             if self.kind == "ray" and "RAY_AUTH_MODE" not in os.environ:
-                told += "; one that wants a token needs RAY_AUTH_MODE=token here, and its token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
-            raise ConfigError(told) from None
+                message += "; a cluster with a token needs RAY_AUTH_MODE=token here, and the token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+            raise ConfigError(message) from None
         if not self.count:
             raise ConfigError(f"run.cluster: the {self.kind} cluster at {self.cluster} has no workers yet")
 
@@ -240,7 +230,7 @@ class Workers:
 
         if self.cluster is not None:
             return DaskTaskRunner(address=self.cluster)
-        # no limit of memory: what a worker loads lies in its children, which Dask does not see
+        # no memory limit: Dask does not see the memory of a worker's child processes
         local = {
             "n_workers": self.count,
             "threads_per_worker": 1,
@@ -251,40 +241,40 @@ class Workers:
 
     def _ray(self) -> TaskRunner[Any]:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        task_runners: Any = import_module("prefect_ray.task_runners")
+        runner: Any = import_module("prefect_ray.task_runners").RayTaskRunner
         remote_options: Any = import_module("prefect_ray.context").remote_options
-        # GPU workers live for one task unless told otherwise: then each group would start its engine anew
+        # by default a GPU worker lives for one task, and each group would start its engine again
         self._stack.enter_context(remote_options(num_cpus=1, num_gpus=self.gpus_per_worker, max_calls=0))
-        quiet = {"log_to_driver": False, "logging_level": "error"}
-        if self.cluster is not None:
-            return cast(TaskRunner[Any], task_runners.RayTaskRunner(address=self.cluster, init_kwargs=quiet))
-        local = {"num_cpus": self.count, "include_dashboard": False, **quiet}
-        return cast(TaskRunner[Any], task_runners.RayTaskRunner(address="local", init_kwargs=local))
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+        if self.cluster is None:
+            options |= {"num_cpus": self.count, "include_dashboard": False}
+        opened: TaskRunner[Any] = runner(address=self.cluster or "local", init_kwargs=options)
+        return opened
 
-    def _ray_slots(self) -> int:
-        ray: Any = import_module("ray")
-        resources = ray.cluster_resources()
-        if self.gpus_per_worker:
-            return int(resources.get("GPU", 0) // self.gpus_per_worker)
-        return int(resources.get("CPU", 0))
+    def _cluster_workers(self) -> int:
+        if self.kind == "dask":
+            return sum(self._runner.client.nthreads().values())
+        resources = import_module("ray").cluster_resources()
+        return int(
+            resources.get("GPU", 0) // self.gpus_per_worker
+            if self.gpus_per_worker
+            else resources.get("CPU", 0)
+        )
 
-    def _close(self, at_once: bool) -> None:
+    def _close(self, kill: bool) -> None:
         if self.kind == "dask" and self.cluster is not None and self._runner is not None:
-            cast(Any, self._runner).client.run(_end_stage, self.place.stage)
-        if at_once and self.kind == "process":
-            for process in multiprocessing.active_children():  # a pool would wait for the end of its groups
+            self._runner.client.run(_end_session, self.setup.session)
+        if kill and self.kind == "process":
+            for process in multiprocessing.active_children():  # the pool would wait for the end of its groups
                 process.kill()
         self._runner = None
         self._stack.close()
 
 
-_LOST = {"KilledWorker", "WorkerCrashedError", "NodeDiedError", "OutOfMemoryError"}  # of Dask and Ray
-
-
-def _death(times: int) -> str:
+def _deaths_message(deaths: int) -> str:
     return (
-        f"the workers of one group of parts died {times} times one after another (the system kills them where memory runs "
-        "out): give them more memory, or lower run.workers. What they committed is kept"
+        f"the workers of one group of parts died {deaths} times in a row (the system kills them when memory runs out): "
+        "give them more memory, or lower run.workers. Committed parts are kept"
     )
 
 

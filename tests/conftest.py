@@ -52,12 +52,15 @@ def tiny_reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prefect_server() -> Iterator[str]:
     """A real Prefect server with a database of its own; the URL of its API, which PREFECT_API_URL names meanwhile."""
-    from prefect.settings import PREFECT_API_URL
+    from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
     from prefect.testing.utilities import prefect_test_harness
+
+    # a flow with heartbeats ends up to a second late; the flows of other processes still send them
+    no_heartbeats = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-        with prefect_test_harness(server_startup_timeout=300):
+        with prefect_test_harness(server_startup_timeout=300), no_heartbeats:
             url = str(PREFECT_API_URL.value())
             patch.setenv("PREFECT_API_URL", url)
             yield url

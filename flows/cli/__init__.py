@@ -1,15 +1,16 @@
 """The `qrpo` command.
 
-Standard output carries what was asked for (a table, or one JSON object with `--json`); progress and warnings go to standard error.
+Standard output carries the result: a table, or one JSON object with `--json`. Progress and warnings go to standard error.
 Exit codes: 0 done, 1 failed, 2 bad usage or configuration.
 
-    app        what every command shares
-    run        demo, run, compare, plan
-    store      ls, show, inspect, browse, verify, gc
-    results    theory, evaluate, report
-    service    serve, deploy
+    app            what all commands share: options, consoles, error lines
+    run            demo, run, compare, plan
+    store          ls, show, inspect, browse, verify, gc
+    results        theory, evaluate, report
+    service        serve, deploy
+    pipeline_run   run a span of stages and print the summary
 
-A command imports what it needs when it is called: `--help` and the shell's completion must answer at once.
+A command imports what it needs when it is called, so that `--help` and shell completion answer at once.
 """
 
 from flows.cli import results, run, service, store  # noqa: F401  (each adds its commands)
@@ -20,7 +21,7 @@ __all__ = ["app", "main"]
 
 
 def main() -> None:
-    """The console script's entry."""
+    """Run the `qrpo` console script."""
     set_defaults(
         PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL="CRITICAL", PREFECT_LOGGING_HANDLERS_DEBUG_LEVEL="CRITICAL"
     )

@@ -1,4 +1,4 @@
-"""What every command of `qrpo` shares: the options, the two consoles, and how errors are told."""
+"""What all commands of `qrpo` share: options, the two consoles, and error lines."""
 
 import inspect
 import json
@@ -15,59 +15,45 @@ from rich.console import Console
 
 from tasks.stages import STAGE_NAMES
 
-__all__ = [
-    "AsJson",
-    "ConfigPath",
-    "Cron",
-    "Gpus",
-    "Notify",
-    "Overrides",
-    "RunName",
-    "StageName",
-    "StoreUrl",
-    "Timezone",
-    "app",
-    "command",
-    "complete_stage",
-    "err",
-    "known_stage",
-    "out",
-    "print_json",
-    "tell",
-]
-
 app = typer.Typer(
     name="qrpo",
     help="Align language models to absolute rewards, stage by stage. Start with `qrpo demo`. "
-    "`qrpo --install-completion` teaches the shell commands, options and stages.",
+    "`qrpo --install-completion` adds shell completion of commands, options and stages.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-# no markup: what models wrote is printed as it is
+# no markup: text that models wrote is printed as it is
 out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def complete_stage(incomplete: str) -> list[str]:
-    """For the shell's completion."""
+def _complete_stage(incomplete: str) -> list[str]:
+    """Shell completion of stages."""
     return [stage for stage in STAGE_NAMES if stage.startswith(incomplete)]
 
 
-def known_stage(given: Any) -> Any:
-    """A stage, several or none as they were given; raises BadParameter for one that does not exist."""
+def _known_stage(given: Any) -> Any:
+    """Pass on one stage, a list of stages or None; raise BadParameter for a stage that does not exist."""
     for name in given if isinstance(given, list) else [given]:
         if name is not None and name not in STAGE_NAMES:
             raise typer.BadParameter(f"no stage {name!r}; the stages are {', '.join(STAGE_NAMES)}")
     return given
 
 
+def stage_option(flag: str, text: str) -> Any:
+    """An option whose values are stages."""
+    return typer.Option(
+        flag, metavar="STAGE", help=text, autocompletion=_complete_stage, callback=_known_stage
+    )
+
+
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML configuration.")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or a configuration file.")]
 StageName = Annotated[
-    str, typer.Argument(metavar="STAGE", autocompletion=complete_stage, callback=known_stage)
+    str, typer.Argument(metavar="STAGE", autocompletion=_complete_stage, callback=_known_stage)
 ]
 StoreUrl = Annotated[
     str, typer.Option("--store", envvar="QRPO_STORE", help="Folder or fsspec URL of the store.")
@@ -76,58 +62,53 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: --set policy.beta=0.1"),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for programs.")]
 Cron = Annotated[
-    str | None,
-    typer.Option(
-        "--cron", metavar="'M H D M W'", help="When to run the pipeline; by default never by itself."
-    ),
+    str | None, typer.Option("--cron", metavar="'M H D M W'", help="Schedule of the pipeline. Default: none.")
 ]
 Timezone = Annotated[str, typer.Option("--timezone", help="The schedule's time zone.")]
 Gpus = Annotated[int, typer.Option("--gpus", min=1, help="Runs that may use a GPU at the same time.")]
 Notify = Annotated[
     str | None,
-    typer.Option(
-        "--notify", metavar="TYPE/NAME", help="Prefect notification block that is told of failures."
-    ),
+    typer.Option("--notify", metavar="TYPE/NAME", help="Prefect notification block that announces failures."),
 ]
 _Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and every log line.")]
 
 
 def command(name: str | None = None) -> Callable[[F], F]:
-    """Make a function a command of `qrpo` that also takes --debug, and whose errors are told in one line."""
+    """Make a function a command of `qrpo` that also takes --debug and prints each error as one line."""
 
     def register(function: F) -> F:
         @wraps(function)
-        def told(*arguments: Any, debug: bool = False, **options: Any) -> Any:
+        def run(*arguments: Any, debug: bool = False, **options: Any) -> Any:
             with _errors_as_lines(debug):
                 return function(*arguments, **options)
 
-        # what typer reads
+        # typer reads both
         signature = inspect.signature(function)
         added = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_Debug)
         parameters = [*signature.parameters.values(), added]
-        told.__dict__["__signature__"] = signature.replace(parameters=parameters)
-        told.__annotations__ = {**function.__annotations__, "debug": _Debug}
-        app.command(name)(told)
+        run.__dict__["__signature__"] = signature.replace(parameters=parameters)
+        run.__annotations__ = {**function.__annotations__, "debug": _Debug}
+        app.command(name)(run)
         return function
 
     return register
 
 
-def tell(value: Any, table: Any, as_json: bool) -> None:
-    """`value` for machines or `table` for people, on standard output."""
+def print_result(value: Any, table: Any, as_json: bool) -> None:
+    """Print `value` as JSON or `table` as text on standard output."""
     print_json(value) if as_json else out.print(table)
 
 
 def print_json(value: Any) -> None:
-    """One line on standard output."""
+    """Print one line on standard output."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
     sys.stdout.flush()
 
 
-class _Lines(logging.Handler):
-    """Log records as lines that are never folded, so that a path in one can be copied."""
+class _LineHandler(logging.Handler):
+    """Print log records without folding them, so that a path in one can be copied."""
 
     def emit(self, record: logging.LogRecord) -> None:
         err.print(self.format(record), style="yellow" if record.levelno >= logging.WARNING else None)
@@ -135,34 +116,26 @@ class _Lines(logging.Handler):
 
 @contextmanager
 def _errors_as_lines(debug: bool) -> Iterator[None]:
-    """One readable line for what a user can mend; a traceback only with --debug."""
+    """Print an error as one line with its exit code; with `debug`, let it rise with its traceback."""
+    from qrpo.errors import ConfigError, QRPOError
+    from storage import StoreError
+
     logger = logging.getLogger("qrpo")
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
     logger.propagate = False
-    logger.handlers = [_Lines()]
+    logger.handlers = [_LineHandler()]
     try:
         yield
     except (typer.Exit, typer.BadParameter, typer.Abort):
         raise
     except KeyboardInterrupt:
-        err.print(
-            "interrupted; the parts that were finished are kept, and the same command goes on from there"
-        )
+        err.print("interrupted; the parts that were finished are kept; the same command continues from there")
         raise typer.Exit(1) from None
     except Exception as error:
         if debug:
             raise
-        raise typer.Exit(_report(error)) from None
-
-
-def _report(error: Exception) -> int:
-    from qrpo.errors import ConfigError, QRPOError
-    from storage import StoreError
-
-    if isinstance(error, (QRPOError, StoreError)):
-        err.print(f"error: {error}", style="red")
-    else:
-        err.print(
-            f"error: {type(error).__name__}: {error} (run again with --debug for the traceback)", style="red"
-        )
-    return 2 if isinstance(error, ConfigError) else 1
+        text = str(error)
+        if not isinstance(error, (QRPOError, StoreError)):
+            text = f"{type(error).__name__}: {error} (run again with --debug for the traceback)"
+        err.print(f"error: {text}", style="red")
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None

@@ -1,4 +1,4 @@
-"""Commands about what training came to, and what it can come to."""
+"""Commands about results: expected, measured, reported."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,11 +16,11 @@ def theory(
     ] = "identity",
     num_ref: Annotated[int, typer.Option("--num-ref", min=1, help="Reference samples per prompt.")] = 50,
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="Also draw it into this file (png, svg, pdf).")
+        Path | None, typer.Option("--plot", help="Also plot it into this file (png, svg, pdf).")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What the optimum promises for a transform and beta, before any GPU time is spent.
+    """Compute the optimum for a transform and beta, before any GPU time is spent.
 
     Example: qrpo theory --beta 0.1 --transform identity --num-ref 50 --plot theory.png
     """
@@ -44,22 +44,22 @@ def evaluate(
     ],
     models: Annotated[
         list[str] | None,
-        typer.Option("--model", metavar="NAME=PATH", help="Compare this model too: a folder or hub id."),
+        typer.Option("--model", metavar="NAME=PATH", help="Also compare this model: a folder or hub id."),
     ] = None,
     checkpoints: Annotated[
         list[str] | None,
         typer.Option(
             "--checkpoint",
             metavar="STEP",
-            help="Compare the policy of this step of its training too; or `all`.",
+            help="Also compare the policy at this training step, or `all` saved steps.",
         ),
     ] = None,
-    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Fresh samples a prompt.")] = None,
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="New samples per prompt.")] = None,
     suite: Annotated[
-        str | None, typer.Option("--suite", help="A public suite instead: alpaca-eval or leetcode.")
+        str | None, typer.Option("--suite", help="Evaluate on a public suite: alpaca-eval or leetcode.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option("--data", help="The suite's file: the baseline's outputs, or the problems.")
+        Path | None, typer.Option("--data", help="The suite's file: outputs of the baseline, or problems.")
     ] = None,
     which: Annotated[
         str,
@@ -67,34 +67,39 @@ def evaluate(
             "--which", help="The model for the suite: policy, reference, step-N, or one of --model."
         ),
     ] = "policy",
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the suite's first rows.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Only the first N rows of the suite.")
+    ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", min=1, help="Longest answer; by default the run's.")
+        int | None,
+        typer.Option("--max-tokens", min=1, help="Maximum tokens of an answer. Default: the run's."),
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option("--temperature", min=0.0, help="By default the run's.")
+        float | None, typer.Option("--temperature", min=0.0, help="Sampling temperature. Default: the run's.")
     ] = None,
     judge: Annotated[
         list[str] | None,
         typer.Option(
             "--judge",
             metavar="KEY=VALUE",
-            help="alpaca-eval's judge: url, model, annotator, api_key, concurrency, options.NAME.",
+            help="Judge of alpaca-eval: url, model, annotator, api_key, concurrency, options.NAME.",
         ),
     ] = None,
     difficulty: Annotated[
         Path | None,
-        typer.Option("--difficulty", help="df_gamed.csv, for the leaderboard's length-controlled win rate."),
+        typer.Option(
+            "--difficulty", help="df_gamed.csv, for the length-controlled win rate of the leaderboard."
+        ),
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option("--out", help="Where a suite's files go; by default SUITE-RUN-MODEL.")
+        Path | None, typer.Option("--out", help="Folder for the suite's files. Default: SUITE-RUN-MODEL.")
     ] = None,
     store: StoreUrl = "artifacts",
     as_json: AsJson = False,
 ) -> None:
-    """Policy, reference and other models on the held-out prompts, or one of them on a public suite.
+    """Evaluate policy, reference and other models on the held-out prompts, or one model on a public suite.
 
-    Several runs that differ in their seed are also taken as one. Examples:
+    Runs that differ only in their seed are also summarized together. Examples:
 
       qrpo evaluate my-run
 
@@ -109,34 +114,20 @@ def evaluate(
 
       qrpo evaluate my-run --suite leetcode --data LeetCodeDataset-test.jsonl --samples 4
     """
-    from flows.evaluate import across_runs, named_models, print_comparison, run_config
+    from flows.evaluate import named_models, run_config
     from storage import Store
 
-    opened = Store(store)
-    more = named_models(models or ())
+    opened, more = Store(store), named_models(models or ())
     if suite is None:
-        results = {}
-        for name in names:
-            results[name] = _evaluate_run(run_config(opened, name, more, checkpoints or (), samples), store)
-            if not as_json:
-                print_comparison(results[name], out)
-        answer: dict[str, Any] = {"runs": results}
-        if len(names) > 1:
-            answer["together"] = across_runs(opened, names)
-        if as_json:
-            print_json(answer)
-        elif len(names) > 1:
-            out.print("all runs together, 95% intervals over runs and prompts:")
-            for score in ("reward", "quantile_reward", "win_rate", "kl", "length"):
-                value = answer["together"][score]
-                out.print(f"  {score}: {value['mean']:.4g} ({value['low']:.4g} to {value['high']:.4g})")
+        configs = {name: run_config(opened, name, more, checkpoints or (), samples) for name in names}
+        _evaluate_runs(configs, opened, as_json)
         return
     if len(names) != 1 or data is None:
         raise typer.BadParameter("--suite takes one run, and the suite's file with --data")
     from flows.suites import SUITES, judge_of, print_suite, request_of
 
     if suite not in SUITES:
-        raise typer.BadParameter(f"no suite {suite!r}; there are {', '.join(SUITES)}")
+        raise typer.BadParameter(f"no suite {suite!r}; the suites are {', '.join(SUITES)}")
     config = run_config(opened, names[0], more)
     request = request_of(
         opened,
@@ -157,12 +148,12 @@ def evaluate(
 def report(
     name: RunName,
     path: Annotated[
-        Path | None, typer.Option("--out", help="The page's file; by default report-RUN.html.")
+        Path | None, typer.Option("--out", help="File of the page. Default: report-RUN.html.")
     ] = None,
     store: StoreUrl = "artifacts",
     as_json: AsJson = False,
 ) -> None:
-    """A run as one self-contained HTML page: result, plots, completions side by side, lineage."""
+    """Write a run as one self-contained HTML page: result, plots, completions side by side, lineage."""
     from flows.views.report import write_report
     from flows.views.runs import run_name
     from storage import Store
@@ -172,13 +163,28 @@ def report(
     print_json(written) if as_json else out.print(f"{written['report']} ({written['bytes'] / 1024:.0f} KiB)")
 
 
-def _evaluate_run(config: Any, url: str) -> dict[str, Any]:
-    """The summary of the run's evaluation, computed where it is not in the store yet."""
-    from flows.cli.launch import launch
+def _evaluate_runs(configs: dict[str, Any], store: Any, as_json: bool) -> None:
+    """Print the evaluation of each run, computed if the store does not have it, and of several runs together."""
+    from flows.cli.pipeline_run import run_pipeline
+    from flows.evaluate import across_runs, print_comparison
     from qrpo.errors import DataError
 
-    result = launch(config, url, first="evaluation", last="evaluation", console=err)
-    if "evaluation" not in result:
-        raise DataError(f"run {config.name} holds out no prompt, so there is nothing to evaluate it on")
-    summary: dict[str, Any] = result["evaluation"]
-    return summary
+    answer: dict[str, Any] = {"runs": {}}
+    for name, config in configs.items():
+        result = run_pipeline(config, store.url, first="evaluation", console=err)
+        if "evaluation" not in result:
+            raise DataError(
+                f"run {config.name} has no held-out prompts to evaluate on; set prompts.eval_fraction"
+            )
+        answer["runs"][name] = result["evaluation"]
+        if not as_json:
+            print_comparison(result["evaluation"], out)
+    if len(configs) > 1:
+        answer["together"] = together = across_runs(store, list(configs))
+        if not as_json:
+            out.print("all runs together, 95% intervals over runs and prompts:")
+            for score in ("reward", "quantile_reward", "win_rate", "kl", "length"):
+                value = together[score]
+                out.print(f"  {score}: {value['mean']:.4g} ({value['low']:.4g} to {value['high']:.4g})")
+    if as_json:
+        print_json(answer)

@@ -1,6 +1,7 @@
-"""Commands that compute, or say what would be computed."""
+"""Commands that run stages, or preview a run."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,61 +13,46 @@ from flows.cli.app import (
     Overrides,
     StoreUrl,
     command,
-    complete_stage,
     err,
-    known_stage,
     out,
     print_json,
-    tell,
+    print_result,
+    stage_option,
 )
 from tasks.stages import STAGE_NAMES
 
 
 @command()
 def demo(store: StoreUrl = "artifacts", as_json: AsJson = False) -> None:
-    """The whole pipeline on this machine in minutes: builds a small model and a task, nothing to download.
+    """Run the whole pipeline on this machine in minutes, with a small model and task. Downloads nothing.
 
     Example: qrpo demo, then qrpo inspect demo rewards
     """
-    from flows.cli.demo import demo_config
+    from tasks.config import load_config
 
-    _run(demo_config(Path("demo")), store, as_json=as_json)
+    folder, example = Path("demo"), Path(__file__).parents[2] / "examples" / "demo"
+    if not (folder / "base" / "config.json").is_file():
+        from examples.demo.task import write_demo  # imports torch, to build a model
+
+        write_demo(folder)
+    for name in ("config.yaml", "reward.py"):
+        if not (folder / name).exists():  # an edited demo runs as edited
+            shutil.copy(example / name, folder / name)
+    _run(load_config(folder / "config.yaml"), store, as_json)
 
 
 @command()
 def run(
     config: ConfigPath,
     first: Annotated[
-        str | None,
-        typer.Option(
-            "--from",
-            autocompletion=complete_stage,
-            callback=known_stage,
-            help="Start with this stage; those before must be complete.",
-        ),
+        str | None, stage_option("--from", "Start with this stage; earlier stages must be complete.")
     ] = None,
-    last: Annotated[
-        str | None,
-        typer.Option(
-            "--until", autocompletion=complete_stage, callback=known_stage, help="Stop after this stage."
-        ),
-    ] = None,
-    only: Annotated[
-        str | None,
-        typer.Option(
-            "--only", autocompletion=complete_stage, callback=known_stage, help="Run this stage alone."
-        ),
-    ] = None,
+    last: Annotated[str | None, stage_option("--until", "Stop after this stage.")] = None,
+    only: Annotated[str | None, stage_option("--only", "Run this stage alone.")] = None,
     overrides: Overrides = None,
     force: Annotated[
         list[str] | None,
-        typer.Option(
-            "--force",
-            metavar="STAGE",
-            autocompletion=complete_stage,
-            callback=known_stage,
-            help="Compute this stage again even where it is cached.",
-        ),
+        stage_option("--force", "Compute this stage again even if it is cached."),
     ] = None,
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print the whole configuration and stop.")
@@ -74,7 +60,7 @@ def run(
     store: StoreUrl = "artifacts",
     as_json: AsJson = False,
 ) -> None:
-    """Run the stages of CONFIG; what the store already has is not computed again.
+    """Run the stages of CONFIG. What the store already has is not computed again.
 
     Examples:
 
@@ -92,16 +78,10 @@ def run(
         return
     if only is not None and (first is not None or last is not None):
         raise typer.BadParameter("--only STAGE stands alone: it means --from STAGE --until STAGE")
-    if first and last and STAGE_NAMES.index(first) > STAGE_NAMES.index(last):
+    first, last = only or first or STAGE_NAMES[0], only or last or STAGE_NAMES[-1]
+    if STAGE_NAMES.index(first) > STAGE_NAMES.index(last):
         raise typer.BadParameter(f"--from {first} comes after --until {last}, so no stage is left to run")
-    _run(
-        loaded,
-        store,
-        first=only or first or STAGE_NAMES[0],
-        last=only or last or STAGE_NAMES[-1],
-        force=tuple(force or ()),
-        as_json=as_json,
-    )
+    _run(loaded, store, as_json, first=first, last=last, force=tuple(force or ()))
 
 
 @command()
@@ -114,33 +94,32 @@ def compare(
     store: StoreUrl = "artifacts",
     as_json: AsJson = False,
 ) -> None:
-    """Train every method of the section `compare` over its grid and seeds, and report each method's best.
+    """Train every method of the section `compare` over its grid and seeds, and report the best of each method.
 
-    All share their samples, rewards and held-out prompts; what the store already has is not trained again.
+    All methods share their samples, rewards and held-out prompts. Policies that the store already has are not trained again.
 
     Example: qrpo compare examples/compare/config.yaml --out comparison.json
     """
+    from flows.service.server import start_server
     from tasks.config import load_config
 
     loaded = load_config(config, overrides or ())
-    from flows.service.server import start_server
-
-    server_answers = start_server()
+    wait_for_server = start_server()
     from flows.compare import compare as compare_methods
     from flows.compare import comparison_table
 
-    server_answers()
+    wait_for_server()
     report = compare_methods(loaded, store)
     if write is not None:
         write.write_text(json.dumps(report, indent=1) + "\n")
-    tell(report, comparison_table(report), as_json)
+    print_result(report, comparison_table(report), as_json)
 
 
 @command()
 def plan(
     config: ConfigPath, overrides: Overrides = None, store: StoreUrl = "artifacts", as_json: AsJson = False
 ) -> None:
-    """What `qrpo run` would compute, what is cached, and why. Runs nothing, writes nothing.
+    """Show what `qrpo run` would compute, what is cached, and why. Runs nothing, writes nothing.
 
     Examples:
 
@@ -153,22 +132,11 @@ def plan(
     from tasks.config import load_config
 
     stages = preview(load_config(config, overrides or ()), Store(store))
-    tell(stages, preview_table(stages), as_json)
+    print_result(stages, preview_table(stages), as_json)
 
 
-def _run(
-    config: Any,
-    store: str,
-    *,
-    first: str = STAGE_NAMES[0],
-    last: str = STAGE_NAMES[-1],
-    force: tuple[str, ...] = (),
-    as_json: bool,
-) -> None:
-    from flows.cli.launch import launch, print_summary
+def _run(config: Any, store: str, as_json: bool, **span: Any) -> None:
+    from flows.cli.pipeline_run import print_summary, run_pipeline
 
-    summary = launch(config, store, first=first, last=last, force=force, console=err)
-    if as_json:
-        print_json(summary)
-    else:
-        print_summary(summary, out)
+    summary = run_pipeline(config, store, console=err, **span)
+    print_json(summary) if as_json else print_summary(summary, out)

@@ -1,6 +1,6 @@
 """Commands that hand runs to a Prefect server and its workers."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -16,7 +16,7 @@ from flows.cli.app import (
     command,
     err,
     print_json,
-    tell,
+    print_result,
 )
 
 
@@ -26,7 +26,7 @@ def serve(
     cron: Cron = None,
     timezone: Timezone = "UTC",
     host: Annotated[
-        str, typer.Option("--host", help="Address to listen at; 0.0.0.0 opens it to everybody.")
+        str, typer.Option("--host", help="Address to listen on; 0.0.0.0 lets other machines connect.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 4200,
     gpus: Gpus = 1,
@@ -35,7 +35,7 @@ def serve(
     store: StoreUrl = "artifacts",
     as_json: AsJson = False,
 ) -> None:
-    """Server, worker and schedule on this machine, in one command. Runs are started by the schedule, in the browser or by hand.
+    """Start server, worker and schedule on this machine. The schedule, the browser or `prefect deployment run` starts runs.
 
     Examples:
 
@@ -49,28 +49,19 @@ def serve(
     def ready(served: dict[str, Any]) -> None:
         print_json(served) if as_json else err.print("\n".join(serving_lines(served)))
 
-    serve(
-        load_config(config, overrides or ()),
-        store,
-        cron=cron,
-        timezone=timezone,
-        host=host,
-        port=port,
-        gpus=gpus,
-        notify=notify,
-        console=err,
-        ready=ready,
-    )
+    options = {"cron": cron, "timezone": timezone, "gpus": gpus, "notify": notify}
+    loaded = load_config(config, overrides or ())
+    serve(loaded, store, host=host, port=port, console=err, ready=ready, **options)
 
 
 @command()
 def deploy(
     config: ConfigPath,
     pool: Annotated[
-        str, typer.Option("--pool", help="The work pool's name; it is made where missing.")
+        str, typer.Option("--pool", help="Name of the work pool, which is created if it does not exist.")
     ] = "qrpo",
     pool_type: Annotated[
-        str, typer.Option("--type", help="Where runs happen: process, docker or kubernetes.")
+        Literal["process", "docker", "kubernetes"], typer.Option("--type", help="Where runs happen.")
     ] = "process",
     image: Annotated[
         str | None, typer.Option("--image", help="The image of docker and kubernetes jobs.")
@@ -91,7 +82,7 @@ def deploy(
     store: StoreUrl = "artifacts",
     as_json: AsJson = False,
 ) -> None:
-    """Put the pipeline and every stage as deployments on the Prefect server that PREFECT_API_URL names.
+    """Create deployments of the pipeline and of every stage on the Prefect server that PREFECT_API_URL names.
 
     Examples:
 
@@ -99,7 +90,7 @@ def deploy(
 
       qrpo deploy config.yaml --type kubernetes --image registry/qrpo:1 --store s3://bucket/qrpo
     """
-    from flows.service.deploy import DeployOptions, deploy, deployed_lines, pool_type_of
+    from flows.service.deploy import DeployOptions, deploy, deployed_lines
     from tasks.config import load_config
 
     pairs = [secret.partition("=") for secret in secrets or ()]
@@ -107,15 +98,7 @@ def deploy(
         raise typer.BadParameter(
             "--secret takes VARIABLE=BLOCK, such as AWS_SECRET_ACCESS_KEY=qrpo-s3-secret-key"
         )
-    options = DeployOptions(
-        pool=pool,
-        pool_type=pool_type_of(pool_type),
-        image=image,
-        cron=cron,
-        timezone=timezone,
-        gpus=gpus,
-        secrets={variable: block for variable, _, block in pairs},
-        notify=notify,
-    )
+    blocks = {variable: block for variable, _, block in pairs}
+    options = DeployOptions(pool, pool_type, cron, timezone, gpus, image, blocks, notify)
     deployed = deploy(load_config(config, overrides or ()), store, options)
-    tell(deployed, "\n".join(deployed_lines(deployed)), as_json)
+    print_result(deployed, "\n".join(deployed_lines(deployed)), as_json)

@@ -1,16 +1,16 @@
-"""Commands on what the store has: look at it, check it, clean it up."""
+"""Commands that read, check and clean the store."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flows.cli.app import AsJson, RunName, StageName, StoreUrl, command, err, out, print_json, tell
+from flows.cli.app import AsJson, RunName, StageName, StoreUrl, command, err, out, print_json, print_result
 
 
 @command("ls")
 def list_store(store: StoreUrl = "artifacts", as_json: AsJson = False) -> None:
-    """The runs in the store, with the artifacts that each produced.
+    """List the runs in the store, with the artifacts of each.
 
     Example: qrpo ls --store s3://bucket/qrpo
     """
@@ -18,12 +18,12 @@ def list_store(store: StoreUrl = "artifacts", as_json: AsJson = False) -> None:
     from storage import Store
 
     runs = list_runs(Store(store))
-    tell(runs, runs_table(runs), as_json)
+    print_result(runs, runs_table(runs), as_json)
 
 
 @command()
 def show(name: RunName, stage: StageName, store: StoreUrl = "artifacts", as_json: AsJson = False) -> None:
-    """One artifact: what it is, what made it, and where its Parquet files lie.
+    """Show one artifact: its contents, its inputs, and the paths of its Parquet files.
 
     Examples:
 
@@ -35,7 +35,7 @@ def show(name: RunName, stage: StageName, store: StoreUrl = "artifacts", as_json
     from storage import Store
 
     described = describe(Store(store), name, stage)
-    tell(described, artifact_table(described), as_json)
+    print_result(described, artifact_table(described), as_json)
 
 
 @command()
@@ -44,11 +44,11 @@ def inspect(
     stage: StageName,
     where: Annotated[
         str | None,
-        typer.Option("--where", metavar="SQL", help='Only rows for which this holds: --where "reward > 0.9"'),
+        typer.Option("--where", metavar="SQL", help='Only rows that match: --where "reward > 0.9"'),
     ] = None,
     sort: Annotated[
         str | None,
-        typer.Option("--sort", metavar="COLUMN", help="Sort by a column; -COLUMN: greatest first."),
+        typer.Option("--sort", metavar="COLUMN", help="Sort by a column; -COLUMN sorts descending."),
     ] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Rows to show (5), or to export (all).")
@@ -59,9 +59,7 @@ def inspect(
     sample: Annotated[
         int | None, typer.Option("--sample", metavar="SEED", help="Rows drawn at random.")
     ] = None,
-    exact: Annotated[
-        bool, typer.Option("--exact", help="Read every row where an estimate would come sooner.")
-    ] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Read every row instead of estimating.")] = False,
     prompt_id: Annotated[
         str | None, typer.Option("--prompt-id", help="Follow one prompt through every stage.")
     ] = None,
@@ -79,7 +77,7 @@ def inspect(
     store: StoreUrl = "artifacts",
     as_json: AsJson = False,
 ) -> None:
-    """Look at the data: columns, distributions, rows and rejects of a stage, or one prompt through all of them.
+    """Show columns, distributions, rows and rejects of a stage, or one prompt through all stages.
 
     Examples:
 
@@ -104,18 +102,18 @@ def inspect(
 @command()
 def browse(
     host: Annotated[
-        str, typer.Option("--host", help="Address to listen on; any but loopback asks for a token.")
+        str, typer.Option("--host", help="Address to listen on; all but loopback require a token.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8421,
     token: Annotated[
         str | None,
         typer.Option(
-            "--token", envvar="QRPO_BROWSE_TOKEN", help="The token to ask for; made up where needed."
+            "--token", envvar="QRPO_BROWSE_TOKEN", help="The token to require; generated if needed."
         ),
     ] = None,
     store: StoreUrl = "artifacts",
 ) -> None:
-    """The store in a web page: runs, rows, distributions, prompts, two runs side by side. Read-only."""
+    """Serve a read-only web page of the store: runs, rows, distributions, prompts, two runs side by side."""
     from flows.views.browse.server import serve
     from storage import Store
 
@@ -126,12 +124,14 @@ def browse(
 def verify(
     repair: Annotated[
         bool,
-        typer.Option("--repair", help="Drop what is damaged and let the runs that need it compute it again."),
+        typer.Option(
+            "--repair", help="Delete damaged parts and let the runs that need them compute them again."
+        ),
     ] = False,
     store: StoreUrl = "artifacts",
     as_json: AsJson = False,
 ) -> None:
-    """Check every file of the store: sha256, row counts, schemas, records, manifests. Exit code 1 where anything is wrong.
+    """Check every file of the store: sha256, row counts, schemas, records, manifests. Exit code 1 if anything is wrong.
 
     Examples:
 
@@ -149,8 +149,8 @@ def verify(
     else:
         for finding in checked["findings"]:
             out.print(f"{finding['kind']}: {finding['message']}")
-        mended = f", {len(checked['dropped'])} repaired" if "dropped" in checked else ""
-        out.print(f"{len(checked['findings'])} faults in {checked['store']}{mended}")
+        repaired = f", {len(checked['dropped'])} repaired" if "dropped" in checked else ""
+        out.print(f"{len(checked['findings'])} faults in {checked['store']}{repaired}")
     if left:
         raise typer.Exit(1)
 
@@ -158,24 +158,18 @@ def verify(
 @command()
 def gc(
     keep: Annotated[
-        list[str] | None, typer.Option("--keep", metavar="RUN", help="Keep this run; others go.")
+        list[str] | None, typer.Option("--keep", metavar="RUN", help="Keep this run; remove others.")
     ] = None,
-    newest: Annotated[
-        int | None, typer.Option("--newest", min=0, help="Keep the newest so many runs.")
-    ] = None,
+    newest: Annotated[int | None, typer.Option("--newest", min=0, help="Keep the N newest runs.")] = None,
     days: Annotated[
-        float | None, typer.Option("--days", min=0.0, help="Keep runs younger than so many days.")
+        float | None, typer.Option("--days", min=0.0, help="Keep runs younger than N days.")
     ] = None,
-    grace: Annotated[
-        float, typer.Option("--grace", min=0.0, help="Leave alone what is younger than so many hours.")
-    ] = 1.0,
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Really remove; without it, only say what would go.")
-    ] = False,
+    grace: Annotated[float, typer.Option("--grace", min=0.0, help="Keep files younger than N hours.")] = 1.0,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove the files; without it, only list them.")] = False,
     store: StoreUrl = "artifacts",
     as_json: AsJson = False,
 ) -> None:
-    """Remove what no run needs. Without a rule every named run is kept, and nothing goes without --yes.
+    """Remove artifacts that no run references. Keeps every named run unless a rule is given. Removes nothing without --yes.
 
     Examples:
 

@@ -1,8 +1,8 @@
-"""What the server itself does about runs that go wrong, whether or not the process of the run still lives.
+"""Prefect automations: the server acts on failed runs even if the process of the run is gone.
 
-A run sends a heartbeat every 30 seconds. One that fell silent (machine lost, worker and run killed) would stay "Running" for
-ever and keep its place in the queue: after 90 seconds it is marked as crashed. Failed and crashed runs are told of by a
-notification block (Slack, e-mail, a webhook, ...), which is made once in the UI and named here.
+A run sends a heartbeat every 30 seconds. If its machine is lost, the run would stay "Running" for ever and keep its place in the
+queue, so the server marks it as crashed after 90 seconds of silence. A notification block (Slack, e-mail, a webhook, ...), which
+you create once in the UI, can announce failed and crashed runs.
 """
 
 from datetime import timedelta
@@ -15,77 +15,69 @@ from prefect.exceptions import ObjectNotFound
 
 from qrpo.errors import ConfigError
 
-__all__ = ["find_dead_runs", "tell_of_failures"]
+__all__ = ["mark_silent_runs", "notify_of_failures"]
 
-SILENCE = timedelta(seconds=90)
-_ENDS = ("Completed", "Failed", "TimedOut", "Crashed", "Cancelled", "Paused", "Suspended")
+_SILENCE = timedelta(seconds=90)
+_HEARTBEAT = "prefect.flow-run.heartbeat"
+_FINAL_STATES = ("Completed", "Failed", "TimedOut", "Crashed", "Cancelled", "Paused", "Suspended")
 _RUNS = {"prefect.resource.id": "prefect.flow-run.*"}
 
 
-def find_dead_runs(client: SyncPrefectClient) -> str:
-    """Make the automation that marks silent runs as crashed; its name."""
-    heartbeat = "prefect.flow-run.heartbeat"
+def mark_silent_runs(client: SyncPrefectClient) -> str:
+    """Create or update the automation that marks silent runs as crashed; return its name."""
     trigger = EventTrigger(
         match=_RUNS,
-        after={heartbeat},
-        expect={heartbeat, *(f"prefect.flow-run.{state}" for state in _ENDS)},
+        after={_HEARTBEAT},
+        expect={_HEARTBEAT, *(f"prefect.flow-run.{state}" for state in _FINAL_STATES)},
         for_each={"prefect.resource.id"},
         posture=Posture.Proactive,
         threshold=1,
-        within=SILENCE,
+        within=_SILENCE,
     )
     message = (
-        f"No sign of life for {SILENCE.seconds} seconds: the process or its machine is gone. "
-        "What was committed is kept; run it again and it goes on from there."
+        f"No heartbeat for {_SILENCE.seconds} seconds: the process or its machine is gone. "
+        "Committed parts are kept, and the next run continues from them."
     )
-    return _make(
-        client,
-        "QRPO: silent runs have crashed",
-        f"A run without heartbeat for {SILENCE.seconds} s gives its place in the queue back.",
-        trigger,
-        ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message=message),
-    )
+    action = ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message=message)
+    description = f"A run without a heartbeat for {_SILENCE.seconds} s frees its place in the queue."
+    return _save(client, "QRPO: silent runs have crashed", description, trigger, action)
 
 
-def tell_of_failures(client: SyncPrefectClient, block: str) -> str:
-    """Make the automation that notifies by the block `type/name`, such as `slack-webhook/alerts`; its name.
+def notify_of_failures(client: SyncPrefectClient, block: str) -> str:
+    """Create or update the automation that notifies through `block` (type/name); return its name.
 
-    Raises ConfigError where there is no such block.
+    Raises ConfigError if the server has no such block.
     """
     kind, slash, name = block.partition("/")
     try:
         document = client.read_block_document_by_name(name if slash else block, kind)
     except ObjectNotFound:
         raise ConfigError(
-            f"--notify {block}: no such block on the server. Make one in the UI (Blocks, Add Block, for instance Slack "
-            "Webhook), and name it as type/name: slack-webhook/alerts"
+            f"--notify {block}: no such block on the server. Create one in the UI (Blocks, Add Block, for instance Slack "
+            "Webhook) and name it as type/name: slack-webhook/alerts"
         ) from None
     trigger = EventTrigger(
         match=_RUNS,
-        match_related={"prefect.resource.role": "deployment"},  # not every subflow of a failed pipeline, too
+        match_related={"prefect.resource.role": "deployment"},  # not the subflows of a failed pipeline
         expect={"prefect.flow-run.Failed", "prefect.flow-run.TimedOut", "prefect.flow-run.Crashed"},
         posture=Posture.Reactive,
         threshold=1,
     )
-    return _make(
-        client,
-        "QRPO: tell of failures",
-        f"Failed and crashed runs of deployments are told by {block}.",
-        trigger,
-        SendNotification(
-            block_document_id=document.id,
-            subject="QRPO: {{ flow_run.name }} {{ flow_run.state.name }}",
-            body="{{ flow_run.name }}: {{ flow_run.state.name }}\n{{ flow_run.state.message }}\n{{ flow_run|ui_url or '' }}",
-        ),
+    action = SendNotification(
+        block_document_id=document.id,
+        subject="QRPO: {{ flow_run.name }} {{ flow_run.state.name }}",
+        body="{{ flow_run.name }}: {{ flow_run.state.name }}\n{{ flow_run.state.message }}\n{{ flow_run|ui_url or '' }}",
     )
+    description = f"{block} announces failed and crashed runs of deployments."
+    return _save(client, "QRPO: tell of failures", description, trigger, action)
 
 
-def _make(
+def _save(
     client: SyncPrefectClient, name: str, description: str, trigger: EventTrigger, action: ActionTypes
 ) -> str:
     automation = AutomationCore(name=name, description=description, trigger=trigger, actions=[action])
-    for found in client.read_automations_by_name(name):
-        client.update_automation(found.id, automation)
-        return name
-    client.create_automation(automation)
+    if found := client.read_automations_by_name(name):
+        client.update_automation(found[0].id, automation)
+    else:
+        client.create_automation(automation)
     return name

@@ -1,6 +1,6 @@
-"""Where the chatter goes: what Prefect and other libraries log is kept in a file, and the terminal stays quiet.
+"""Keep the log lines of Prefect and other libraries in a file, and the terminal quiet.
 
-Engines, rewards and training write to logs of their own, see `tasks.work.Work.log`; an error that comes from one names it.
+Engines, rewards and training write their own logs, see `tasks.work.Work.log`. An error from one of them names its log.
 """
 
 import logging
@@ -13,24 +13,23 @@ from rich.console import Console
 from storage import Store
 from storage.read import cache_folder
 
-__all__ = ["log_file", "logging_to"]
+__all__ = ["log_path", "logging_to"]
 
 _FORMAT = "%(asctime)s %(levelname)-7s %(name)s  %(message)s"
 
 
-def log_file(store: Store, run: str) -> Path:
-    """The log of a run: beside a local store's data, else in the user's cache folder."""
-    name = f"logs/{run}/run.log"
-    path = store.local_path(name) or cache_folder() / name
+def log_path(store: Store, name: str) -> Path:
+    """The path of `logs/name` in a local store, otherwise in the user's cache folder. Creates its folder."""
+    path = store.local_path(f"logs/{name}") or cache_folder() / "logs" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
 @contextmanager
 def logging_to(path: Path, console: Console) -> Iterator[None]:
-    """Append every log record and warning of this process to `path`; where the block fails, say so on the console.
+    """Append all log records and warnings of this process to `path`; print the path if the block fails.
 
-    Call it after Prefect has set up its own logging, which would remove other handlers.
+    Call it after Prefect has set up its logging, which would remove other handlers.
     """
     handler = logging.FileHandler(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter(_FORMAT))

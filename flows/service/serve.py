@@ -1,7 +1,7 @@
-"""`qrpo serve`: a Prefect server, the deployments, their schedule and a worker, all in one command on one machine.
+"""`qrpo serve`: a Prefect server, the deployments, their schedule and a worker, in one command on one machine.
 
-Server and worker live in child processes that end with this one, however it ends. Ctrl-C cancels the runs that are going on:
-their finished parts stay, their engines are shut down, and the next run goes on from there.
+Server and worker are child processes that end with this process. Ctrl-C cancels the current runs: their finished parts are kept,
+their engines are shut down, and the next run continues from there.
 """
 
 import os
@@ -11,28 +11,27 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from flows.service.logs import log_path
 from flows.service.server import open_server
 from qrpo.errors import ConfigError, EngineError
 from qrpo.processes.child import Child
 from storage import Store
-from storage.read import cache_folder
 from tasks.config import PipelineConfig
 
 __all__ = ["PoolWorker", "serve", "serving_lines"]
 
-_LONGEST_STOP = 15.0  # seconds for runs to end after they were cancelled
+_STOP_SECONDS = 15.0  # for cancelled runs to end
 
 
 class PoolWorker:
-    """Lives in a child process: a Prefect process worker of one work pool."""
+    """A Prefect process worker of one work pool, in a child process."""
 
     def run(self, pool: str) -> None:
-        """Take runs from the pool until this process ends."""
+        """Run what the pool schedules until this process ends."""
         import asyncio
 
         from prefect.workers.process import ProcessWorker
@@ -44,38 +43,33 @@ def serve(
     config: PipelineConfig,
     store_url: str,
     *,
-    cron: str | None,
-    timezone: str,
     host: str,
     port: int,
-    gpus: int,
-    notify: str | None,
     console: Console,
     ready: Callable[[dict[str, Any]], None],
+    **options: Any,
 ) -> None:
-    """Serve until interrupted. Uses the server that PREFECT_API_URL names, else starts one at `host` and `port`.
+    """Serve until interrupted, with the server that PREFECT_API_URL names or a new one at `host` and `port`.
 
-    Runs happen in a work pool of this machine's own. `ready` is told once what is served, and where. Raises ConfigError where
-    the port is taken, EngineError where the worker ends by itself.
+    `options` are fields of `DeployOptions`. The runs use a work pool of this machine. Calls `ready` with the object that `--json`
+    prints. Raises ConfigError if the port is in use, EngineError if the worker ends.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):  # a service manager ends it as Ctrl-C does
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGTERM comes from a service manager
         signal.signal(number, signal.default_int_handler)
-    logs = _log_folder(Store(store_url))
+    logs = log_path(Store(store_url), "serve/worker.log").parent
     server: Child | None = None
     if "PREFECT_API_URL" not in os.environ:
         _check_port(host, port)
         console.print("starting the Prefect server ...")
-        server, answers = open_server(host, port, services=True, log=logs / "server.log")
-        answers()
+        server, wait_for_server = open_server(host, port, services=True, log=logs / "server.log")
+        wait_for_server()
     from flows.service.deploy import DeployOptions, deploy
 
     console.print("deploying the flows ...")
-    options = DeployOptions(
-        pool=f"qrpo-{socket.gethostname()}", cron=cron, timezone=timezone, gpus=gpus, notify=notify
-    )
-    deployed = deploy(config, store_url, options)
+    pool = f"qrpo-{socket.gethostname()}"
+    deployed = deploy(config, store_url, DeployOptions(pool=pool, **options))
     worker = Child("flows.service.serve:PoolWorker", name="the worker", log=logs / "worker.log")
-    working = threading.Thread(target=_work, args=(worker, options.pool), name="worker", daemon=True)
+    working = threading.Thread(target=_work, args=(worker, pool), name="worker", daemon=True)
     working.start()
     url = os.environ["PREFECT_API_URL"].removesuffix("/api")
     ready({**deployed, "url": url, "logs": str(logs)})
@@ -86,67 +80,62 @@ def serve(
     except KeyboardInterrupt:
         console.print("ending ...")
     finally:
-        if cancelled := _end(worker, options.pool):
+        if cancelled := _end(worker, pool):
             console.print(f"cancelled {', '.join(cancelled)}; finished parts are kept")
         if server is not None:
             server.close()
 
 
 def _work(worker: Child, pool: str) -> None:
-    with suppress(EngineError):  # it is ended from outside; why it ended by itself stands in its log
+    with suppress(EngineError):  # `_end` kills it; if it failed, its log has the reason
         worker.call("run", pool)
 
 
 def serving_lines(served: dict[str, Any]) -> list[str]:
-    """What is served, as a person reads it."""
+    """What is served, as text."""
     url, schedule = served["url"], served["schedule"]
     return [
         f"serving {len(served['deployments'])} deployments of run {served['run']} at {url}/deployments",
         *([f"scheduled: pipeline/pipeline at {schedule}"] if schedule else []),
-        f"start one:  prefect deployment run pipeline/pipeline   (PREFECT_API_URL={url}/api), or in the browser",
+        f"start a run in the browser, or with:  PREFECT_API_URL={url}/api prefect deployment run pipeline/pipeline",
         f"logs: {served['logs']}",
-        "Ctrl-C ends it",
+        "press Ctrl-C to stop",
     ]
 
 
 def _end(worker: Child, pool: str) -> list[str]:
-    """Cancel what runs in this pool, give it some seconds to end, then end the worker and all below it; the runs' names."""
+    """Cancel the runs of this pool, wait some seconds for them, then kill the worker's process group; return the runs' names."""
     import httpx
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
-    from prefect.client.schemas.objects import FlowRun, StateType
+    from prefect.client.schemas.objects import FlowRun
     from prefect.states import Cancelled, Cancelling
 
-    def going_on(*types: StateType) -> list[FlowRun]:
-        return client.read_flow_runs(
-            flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": list(types)}}}),
-            work_pool_filter=WorkPoolFilter.model_validate({"name": {"any_": [pool]}}),
-        )
+    def runs(*states: str) -> list[FlowRun]:
+        body = {
+            "flow_runs": {"state": {"type": {"any_": states}}},
+            "work_pools": {"name": {"any_": [pool]}},
+        }
+        found = client.request("POST", "/flow_runs/filter", json=body).json()
+        return [FlowRun.model_validate(run) for run in found]
 
-    message = "`qrpo serve` was ended; what was committed is kept."
+    message = "`qrpo serve` ended; committed parts are kept."
     names: list[str] = []
     try:
         with get_client(sync_client=True) as client:
-            for run in going_on(StateType.RUNNING, StateType.PENDING):
+            for run in runs("RUNNING", "PENDING"):
                 client.set_flow_run_state(run.id, Cancelling(message=message))
                 names.append(run.name)
-            deadline = time.monotonic() + _LONGEST_STOP
-            while time.monotonic() < deadline and going_on(StateType.CANCELLING):
+            deadline = time.monotonic() + _STOP_SECONDS
+            while time.monotonic() < deadline and runs("CANCELLING"):
                 time.sleep(0.5)
             worker.close()
-            for run in going_on(StateType.CANCELLING):  # they had not begun, or did not listen
+            for run in runs("CANCELLING"):  # they had not begun, or did not react
                 client.set_flow_run_state(run.id, Cancelled(message=message), force=True)
     except httpx.HTTPError:
-        pass  # the server is gone already, and with it whoever could be asked
+        pass  # the server is already gone
     finally:
         worker.close()
     return names
-
-
-def _log_folder(store: Store) -> Path:
-    folder = store.local_path("logs/serve") or cache_folder() / "logs" / "serve"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _check_port(host: str, port: int) -> None:
@@ -157,5 +146,5 @@ def _check_port(host: str, port: int) -> None:
         except OSError as error:
             raise ConfigError(
                 f"--host {host} --port {port} cannot be used: {error.strerror}. Choose another port, or set "
-                "PREFECT_API_URL where a Prefect server runs already"
+                "PREFECT_API_URL to a Prefect server that is already running"
             ) from None

@@ -1,7 +1,7 @@
-"""A Prefect server of our own, where none is running: started beside the work, and gone with it.
+"""A Prefect server in a child process that ends with this process, even after kill -9.
 
-Prefect's own ephemeral server outlives a killed flow and loses records at exit. This one runs in a child process that ends when
-this process does, however that happens. Its database is Prefect's usual one, so past runs stay visible to a later `prefect server start`.
+Prefect's own ephemeral server survives a killed flow and loses records at exit. The database is Prefect's default one, so a
+later `prefect server start` still shows past runs.
 """
 
 import atexit
@@ -9,11 +9,9 @@ import os
 import socket
 import threading
 import time
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.error import URLError
 
 from qrpo.errors import EngineError
 from qrpo.processes.child import Child
@@ -24,73 +22,59 @@ _STARTUP_SECONDS = 180.0
 
 
 def start_server() -> Callable[[], object]:
-    """Use the Prefect server that PREFECT_API_URL names, else start one and point PREFECT_API_URL at it.
+    """Use the Prefect server that PREFECT_API_URL names; without one, start a server and set PREFECT_API_URL.
 
-    Call it before Prefect is imported, for Prefect reads its settings then; the import goes on while the server starts. What is
-    returned waits until the server answers, and raises EngineError where it does not.
+    Call it before you import Prefect, which reads its settings at import. The import then overlaps with the server's start. The
+    returned function waits until the server answers; it raises EngineError if the server does not start.
     """
     if "PREFECT_API_URL" in os.environ:
         return lambda: None
-    return open_server("127.0.0.1", _free_port())[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    return open_server("127.0.0.1", port)[1]
 
 
 def open_server(
     host: str, port: int, *, services: bool = False, log: Path | None = None
 ) -> tuple[Child, Callable[[], object]]:
-    """Start a server and point PREFECT_API_URL at it; the child that it runs in, and what waits until it answers.
+    """Start a server and set PREFECT_API_URL; return its child process and a function that waits until it answers.
 
-    `services` are those that make a server of it which others use: the scheduler, automations, the UI.
+    `services` adds what a shared server needs: the scheduler, automations, the UI.
     """
     server = Child(
         "flows.service.server:PrefectServer", host, port, services, name="the Prefect server", log=log
     )
-    atexit.register(server.close)  # registered before Prefect's own clean-up, hence run after it
-    os.environ["PREFECT_API_URL"] = f"http://{_reachable(host)}:{port}/api"
-    starting = ThreadPoolExecutor(1).submit(server.call, "wait")
-    return server, starting.result
-
-
-def _reachable(host: str) -> str:
-    return "127.0.0.1" if host in ("0.0.0.0", "::") else host
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    atexit.register(server.close)  # registered before Prefect's own clean-up, so it runs after it
+    address = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    os.environ["PREFECT_API_URL"] = f"http://{address}:{port}/api"
+    started = ThreadPoolExecutor(1).submit(server.call, "wait")
+    return server, started.result
 
 
 class PrefectServer:
-    """Lives in the child process: the server in a thread."""
+    """The server, in a thread of the child process."""
 
     def __init__(self, host: str, port: int, services: bool) -> None:
-        os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-        os.environ.setdefault("PREFECT_SERVER_UI_API_URL", "/api")  # by whatever name a browser reached it
+        os.environ.setdefault("PREFECT_SERVER_UI_API_URL", "/api")  # works under any host name
         import uvicorn
         from prefect.server.api.server import create_app
 
-        self._health = f"http://{_reachable(host)}:{port}/api/health"
         app = create_app(ephemeral=not services)
-        self._server = uvicorn.Server(
-            uvicorn.Config(app, host=host, port=port, log_level="error", lifespan="on")
-        )
+        settings = uvicorn.Config(app, host=host, port=port, log_level="error", lifespan="on")
+        self._server = uvicorn.Server(settings)
         self._thread = threading.Thread(target=self._server.run, name="prefect-server", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Return once the API answers."""
+        """Return when the server accepts requests."""
         deadline = time.monotonic() + _STARTUP_SECONDS
-        while time.monotonic() < deadline and self._thread.is_alive():
-            try:
-                with urllib.request.urlopen(self._health, timeout=5):
-                    return
-            except (URLError, OSError):
-                time.sleep(0.1)
-        raise EngineError(
-            f"the Prefect server did not answer at {self._health} within {_STARTUP_SECONDS:.0f} s"
-        )
+        while not self._server.started:
+            if not self._thread.is_alive() or time.monotonic() > deadline:
+                raise EngineError(f"the Prefect server did not start within {_STARTUP_SECONDS:.0f} s")
+            time.sleep(0.05)
 
     def close(self) -> None:
-        """Stop in order: what is queued is written first."""
+        """Write what is queued, then stop."""
         self._server.should_exit = True
         self._thread.join(timeout=4)

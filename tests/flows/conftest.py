@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-QRPO = Path(sys.executable).with_name("qrpo")
+from tests.support.flows import QRPO, clean_environment, invoke, run_json
 
 REWARD = '''\
 """How many of the letters asked for were said, and a little less for every word."""
@@ -86,8 +83,6 @@ def trained(
     write_task: Callable[..., Path], prefect_server: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A folder with `config.yaml` and a `store` that holds its run `tiny`, evaluated. To be copied, not changed: `copy_of`."""
-    from flows.cli import app
-
     folder = tmp_path_factory.mktemp("trained")
     config = write_task(
         folder,
@@ -97,8 +92,7 @@ def trained(
         evaluation__num_samples=2,
         run__cpu_threads=1,
     )
-    done = CliRunner().invoke(app, ["run", str(config), "--store", str(folder / "store")])
-    assert done.exit_code == 0, done.stderr
+    run_json("run", config, "--store", folder / "store")
     return folder
 
 
@@ -114,18 +108,13 @@ def copy_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
 
 @pytest.fixture
 def qrpo(prefect_server: str) -> Callable[..., Any]:
-    """The `qrpo` command in this process, beside the session's Prefect server: `.exit_code`, `.stdout`, `.stderr`."""
-    from flows.cli import app
-
-    def run(*arguments: str | Path) -> Any:
-        return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-    return run
+    """The `qrpo` command in this process, with the session's Prefect server: `.exit_code`, `.stdout`, `.stderr`."""
+    return invoke
 
 
 @pytest.fixture(scope="session")
 def qrpo_process() -> Callable[..., "subprocess.CompletedProcess[str]"]:
-    """The `qrpo` command as a process of its own, with a Prefect server of its own unless `environment` names one."""
+    """The `qrpo` command as another process. It starts a Prefect server unless `environment` names one."""
 
     def run(*arguments: str | Path, **environment: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
@@ -137,19 +126,6 @@ def qrpo_process() -> Callable[..., "subprocess.CompletedProcess[str]"]:
         )
 
     return run
-
-
-@pytest.fixture(scope="session")
-def start_qrpo() -> Callable[..., "subprocess.Popen[bytes]"]:
-    """Start the `qrpo` command as a process of its own, its output in the file `log`."""
-
-    def start(log: Path, *arguments: str | Path) -> "subprocess.Popen[bytes]":
-        with log.open("wb") as output:
-            return subprocess.Popen(
-                [QRPO, *map(str, arguments)], env=clean_environment(), stdout=output, stderr=subprocess.STDOUT
-            )
-
-    return start
 
 
 @pytest.fixture(scope="session")
@@ -355,8 +331,3 @@ def make_rows(count: int) -> list[dict[str, str]]:
 def write_lines(path: Path, rows: list[Any]) -> None:
     """One JSON object a line; a string is written as it is, so that a line can be broken."""
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-
-
-def clean_environment(**changes: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "QRPO_"))}
-    return {**kept, **changes}

@@ -1,23 +1,18 @@
 """What a user gets wrong: one readable line with place and remedy, the right exit code, and nothing lost that was computed."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
-from typer.testing import CliRunner
 
-from flows.cli import app
+from tests.support.flows import invoke, run_json
 
 USAGE, FAILED = 2, 1
-
-
-@pytest.fixture
-def command() -> Callable[..., Any]:
-    """The `qrpo` command without a Prefect server: for what fails before one is needed."""
-    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +26,7 @@ def sampled(
     rows[19] = {"prompt": "   ", "answer": "a"}
     rows[21] = {"prompt": "word " * 100, "answer": "a"}
     config = write_task(folder / "task", rows=rows, run__max_reject_fraction=0.2)
-    done = CliRunner().invoke(
-        app, ["run", str(config), "--store", str(folder / "store"), "--until", "completions", "--json"]
-    )
+    done = invoke("run", config, "--store", folder / "store", "--until", "completions", "--json")
     assert done.exit_code == 0, done.stderr
     (folder / "summary.json").write_text(done.stdout)
     (folder / "said.txt").write_text(done.stderr)
@@ -45,20 +38,11 @@ def scored(sampled: Path, tmp_path: Path) -> Callable[..., Any]:
     """Run the rewards of a copy of `sampled` with this source as reward function; the result and the store."""
 
     def run(source: str, *options: str) -> tuple[Any, Path]:
-        shutil.copytree(sampled / "store", tmp_path / "store", dirs_exist_ok=True)
-        reward = tmp_path / "bad_reward.py"
+        store, reward = tmp_path / "store", tmp_path / "bad_reward.py"
+        shutil.copytree(sampled / "store", store, dirs_exist_ok=True)
         reward.write_text(source)
-        done = CliRunner().invoke(
-            app,
-            [
-                "run",
-                str(sampled / "task" / "config.yaml"),
-                *("--store", str(tmp_path / "store"), "--only", "rewards"),
-                *("--set", f"rewards.0.function={reward}:reward"),
-                *options,
-            ],
-        )
-        return done, tmp_path / "store"
+        arguments = ("--only", "rewards", "--set", f"rewards.0.function={reward}:reward", *options)
+        return invoke("run", sampled / "task" / "config.yaml", "--store", store, *arguments), store
 
     return run
 
@@ -83,11 +67,7 @@ def usage_message(result: Any) -> str:
 
 
 def reject_rows(store: Path, stage: str) -> list[dict[str, Any]]:
-    import polars as pl
-
-    shown = CliRunner().invoke(app, ["show", "tiny", stage, "--store", str(store), "--json"])
-    assert shown.exit_code == 0, shown.stderr
-    return pl.read_parquet(json.loads(shown.stdout)["rejects_file"]).to_dicts()
+    return pl.read_parquet(run_json("show", "tiny", stage, "--store", store)["rejects_file"]).to_dicts()
 
 
 # Rows that cannot be used
@@ -122,40 +102,30 @@ def test_prompt_longer_than_the_context_is_a_reject_of_completions(sampled: Path
 
 
 @pytest.mark.slow
-def test_row_on_which_the_reward_raises_is_a_reject_and_the_others_are_scored(
+def test_rows_whose_reward_raises_or_is_no_number_are_rejects_and_the_others_are_scored(
     scored: Callable[..., Any],
 ) -> None:
     source = (
         "def reward(prompts, completions, **columns):\n"
         "    if 'say 3' in prompts:\n"
         "        raise ValueError('cannot judge 3')\n"
-        "    return [1.0 * len(text) for text in completions]\n"
+        "    special = {'say 4': float('nan'), 'say 5': None}\n"
+        "    return [special.get(prompt, 1.0 * len(text)) for prompt, text in zip(prompts, completions)]\n"
     )
 
-    done, store = scored(source)
+    done, store = scored(source, "--set", "run.max_reject_fraction=0.2", "--json")
 
     assert done.exit_code == 0, done.stderr
-    assert "rewards: 4 of 84 rows cannot be used; reasons in " in done.stderr
+    assert "rewards: 12 of 84 rows cannot be used; reasons in " in done.stderr
+    assert json.loads(done.stdout)["stages"]["rewards"]["rejects"] == 12
     reasons = [reject["reason"] for reject in reject_rows(store, "rewards")]
-    assert len(reasons) == 4
-    assert all("ValueError: cannot judge 3" in reason and "bad_reward.py:3" in reason for reason in reasons)
-
-
-@pytest.mark.slow
-def test_nan_and_none_rewards_are_rejects_with_their_reason(scored: Callable[..., Any]) -> None:
-    source = (
-        "def reward(prompts, completions, **columns):\n"
-        "    special = {'say 3': float('nan'), 'say 5': None}\n"
-        "    return [special.get(prompt, 1.0) for prompt in prompts]\n"
-    )
-
-    done, store = scored(source)
-
-    assert done.exit_code == 0, done.stderr
-    reasons = {reject["reason"] for reject in reject_rows(store, "rewards")}
-    assert len(reasons) == 2
-    assert any("nan" in reason and "expected a finite number" in reason for reason in reasons)
-    assert any("no reward applies" in reason for reason in reasons)
+    raised = [reason for reason in reasons if "ValueError: cannot judge 3" in reason]
+    assert len(raised) == 4
+    assert all("bad_reward.py:3" in reason for reason in raised)
+    others = set(reasons) - set(raised)
+    assert len(others) == 2
+    assert any("nan" in reason and "expected a finite number" in reason for reason in others)
+    assert any("no reward applies" in reason for reason in others)
 
 
 # Rewards that fail as a whole
@@ -187,8 +157,8 @@ def test_reward_that_fails_on_every_row_is_one_line(
     line = one_line(done, FAILED)
     assert expected in line
     assert "bad_reward.py" in line
-    completions = CliRunner().invoke(app, ["show", "tiny", "completions", "--store", str(store), "--json"])
-    assert json.loads(completions.stdout)["rows"] == 84, "what was computed before is still there"
+    completions = run_json("show", "tiny", "completions", "--store", store)
+    assert completions["rows"] == 84, "what was computed before is still there"
 
 
 @pytest.mark.slow
@@ -210,72 +180,87 @@ def test_more_lost_than_allowed_stops_the_run_and_keeps_what_was_scored(scored: 
 # Before anything starts: no Prefect server, no engine
 
 
-def test_missing_source_is_named(
-    command: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("changes", "options", "exit_code", "expected"),
+    [
+        (
+            {"prompts__source": "nowhere/prompts.jsonl"},
+            "",
+            FAILED,
+            r"no file nowhere/prompts.jsonl.*: \w+ the path",
+        ),
+        (
+            {"policy__betta": 0.1},
+            "",
+            USAGE,
+            r"{tmp}/config.yaml: policy.betta: unknown key; did you mean `beta`\?",
+        ),
+        (
+            {"reference__model": {"path": "{tmp}/no-model"}},
+            "",
+            FAILED,
+            "no model folder {tmp}/no-model: \\w+ the path",
+        ),
+        ({"reference__model": {"path": "{tmp}"}}, "", FAILED, "{tmp} has no config.json"),
+        ({}, "--set policy.beta", USAGE, "expected key.path=value"),
+        ({}, "--set policy.beta=-1", USAGE, "policy.beta: Input should be greater than 0"),
+        ({}, "--set completions.sampling.max_token=3", USAGE, r"did you mean `max_tokens`\?"),
+        ({}, "--set rewards.3.weight=1", USAGE, "is a list of 1"),
+        ({}, "--set policy.transform=sigmod", USAGE, "sigmod"),
+        ({}, "--set rewards.0.function={tmp}/none.py:reward", USAGE, "no file {tmp}/none.py"),
+        ({}, "--store {tmp}/reward.py", FAILED, "{tmp}/reward.py"),
+        ({}, "--store s4://bucket/folder", FAILED, "s4.*s3://"),
+        ({}, "--only rewards", USAGE, "has not run yet"),
+    ],
+)
+def test_mistake_is_named_before_anything_starts(
+    write_task: Callable[..., Path],
+    tmp_path: Path,
+    changes: dict[str, Any],
+    options: str,
+    exit_code: int,
+    expected: str,
 ) -> None:
-    config = write_task(tmp_path, prompts__source="nowhere/prompts.jsonl")
+    changes = json.loads(json.dumps(changes).replace("{tmp}", str(tmp_path)))
+    words = options.replace("{tmp}", str(tmp_path)).split()
+    config = write_task(tmp_path, **changes)
 
-    line = one_line(command("run", config, "--store", tmp_path / "store"), FAILED)
+    line = one_line(invoke("run", config, "--store", tmp_path / "store", *words), exit_code)
 
-    assert "no file nowhere/prompts.jsonl" in line
-    assert "fix the path" in line
+    assert re.search(expected.replace("{tmp}", re.escape(str(tmp_path))), line)
+    assert "Prefect" not in line
 
 
-@pytest.mark.parametrize("command_name", ["run", "plan"])
-def test_unknown_key_is_named_with_what_was_meant(
-    command: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path, command_name: str
-) -> None:
+def test_plan_names_an_unknown_key(write_task: Callable[..., Path], tmp_path: Path) -> None:
     config = write_task(tmp_path, policy__betta=0.1)
 
-    line = one_line(command(command_name, config, "--store", tmp_path / "store"), USAGE)
+    line = one_line(invoke("plan", config, "--store", tmp_path / "store"), USAGE)
 
     assert f"{config}: policy.betta: unknown key; did you mean `beta`?" in line
 
 
-@pytest.mark.parametrize(
-    ("override", "expected"),
-    [
-        ("policy.beta", "expected key.path=value"),
-        ("policy.beta=-1", "policy.beta: Input should be greater than 0"),
-        ("completions.sampling.max_token=3", "did you mean `max_tokens`?"),
-        ("rewards.3.weight=1", "is a list of 1"),
-        ("policy.transform=sigmod", "sigmod"),
-    ],
-)
-def test_bad_override_is_named(
-    command: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path, override: str, expected: str
-) -> None:
-    config = write_task(tmp_path)
-
-    result = command("run", config, "--store", tmp_path / "store", "--set", override)
-
-    assert expected in one_line(result, USAGE)
-
-
 @pytest.mark.parametrize("option", ["--from", "--until", "--only", "--force"])
 def test_unknown_stage_is_refused_with_the_stages_there_are(
-    command: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path, option: str
+    write_task: Callable[..., Path], tmp_path: Path, option: str
 ) -> None:
     message = usage_message(
-        command("run", write_task(tmp_path), "--store", tmp_path / "store", option, "reward")
+        invoke("run", write_task(tmp_path), "--store", tmp_path / "store", option, "reward")
     )
 
     assert "no stage 'reward'" in message
     assert "completions, rewards, quantiles" in message
 
 
-def test_from_behind_until_is_refused(
-    command: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path
-) -> None:
-    result = command(
+def test_from_behind_until_is_refused(write_task: Callable[..., Path], tmp_path: Path) -> None:
+    result = invoke(
         "run", write_task(tmp_path), "--store", tmp_path / "store", "--from", "rewards", "--until", "prompts"
     )
 
     assert "--from rewards comes after --until prompts" in usage_message(result)
 
 
-def test_missing_configuration_is_named(command: Callable[..., Any], tmp_path: Path) -> None:
-    assert "no such configuration file" in one_line(command("run", tmp_path / "absent.yaml"), USAGE)
+def test_missing_configuration_is_named(tmp_path: Path) -> None:
+    assert "no such configuration file" in one_line(invoke("run", tmp_path / "absent.yaml"), USAGE)
 
 
 def model_without(base_model: Path, folder: Path, *missing: str) -> Path:
@@ -286,35 +271,26 @@ def model_without(base_model: Path, folder: Path, *missing: str) -> Path:
     return folder
 
 
-def test_model_folder_without_configuration_is_named(
-    command: Callable[..., Any], write_task: Callable[..., Path], base_model: Path, tmp_path: Path
-) -> None:
-    model = model_without(base_model, tmp_path / "model", "config.json")
-    config = write_task(tmp_path / "task", reference__model={"path": str(model)})
-
-    line = one_line(command("run", config, "--store", tmp_path / "store"), FAILED)
-
-    assert f"{model} has no config.json" in line
-
-
 @pytest.mark.slow
+@pytest.mark.usefixtures("prefect_server")
 def test_model_without_tokenizer_is_named_with_the_remedy(
-    qrpo: Callable[..., Any], write_task: Callable[..., Path], base_model: Path, tmp_path: Path
+    write_task: Callable[..., Path], base_model: Path, tmp_path: Path
 ) -> None:
     model = model_without(
         base_model, tmp_path / "model", "tokenizer*", "special_tokens_map*", "chat_template*"
     )
     config = write_task(tmp_path / "task", reference__model={"path": str(model)})
 
-    line = one_line(qrpo("run", config, "--store", tmp_path / "store"), FAILED)
+    line = one_line(invoke("run", config, "--store", tmp_path / "store"), FAILED)
 
     assert str(model) in line
     assert "tokenizer.save_pretrained" in line
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("prefect_server")
 def test_model_without_chat_template_is_named_with_the_remedy(
-    qrpo: Callable[..., Any], write_task: Callable[..., Path], base_model: Path, tmp_path: Path
+    write_task: Callable[..., Path], base_model: Path, tmp_path: Path
 ) -> None:
     model = model_without(base_model, tmp_path / "model", "chat_template*")
     settings = json.loads((model / "tokenizer_config.json").read_text())
@@ -322,100 +298,49 @@ def test_model_without_chat_template_is_named_with_the_remedy(
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     config = write_task(tmp_path / "task", reference__model={"path": str(model)})
 
-    line = one_line(qrpo("run", config, "--store", tmp_path / "store"), FAILED)
+    line = one_line(invoke("run", config, "--store", tmp_path / "store"), FAILED)
 
     assert "has no chat template" in line
     assert "chat_template.jinja" in line
 
 
-def test_missing_model_folder_is_named(
-    command: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path
-) -> None:
-    config = write_task(tmp_path, reference__model={"path": str(tmp_path / "no-model")})
-
-    line = one_line(command("run", config, "--store", tmp_path / "store"), FAILED)
-
-    assert f"no model folder {tmp_path / 'no-model'}: fix the path" in line
-
-
-def test_missing_reward_function_is_named(
-    command: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path
-) -> None:
-    config = write_task(tmp_path)
-    (tmp_path / "reward.py").unlink()
-
-    line = one_line(command("run", config, "--store", tmp_path / "store"), USAGE)
-
-    assert f"no file {tmp_path / 'reward.py'}" in line
-
-
-def test_store_in_whose_way_a_file_lies_is_named(
-    command: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path
-) -> None:
-    (tmp_path / "store").write_text("not a folder")
-
-    line = one_line(command("run", write_task(tmp_path), "--store", tmp_path / "store"), FAILED)
-
-    assert str(tmp_path / "store") in line
-    assert "Prefect" not in line
-
-
-def test_store_of_an_unknown_protocol_is_named(
-    command: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path
-) -> None:
-    line = one_line(command("run", write_task(tmp_path), "--store", "s4://bucket/folder"), FAILED)
-
-    assert "s4" in line
-    assert "s3://" in line
-
-
 @pytest.mark.slow
+@pytest.mark.usefixtures("prefect_server")
 def test_stage_alone_whose_parents_are_missing_says_what_to_run_first(
-    qrpo: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path
+    write_task: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = write_task(tmp_path)
-    assert qrpo("run", config, "--store", tmp_path / "store", "--until", "prompts").exit_code == 0
+    assert invoke("run", config, "--store", tmp_path / "store", "--until", "prompts").exit_code == 0
 
-    line = one_line(qrpo("run", config, "--store", tmp_path / "store", "--only", "rewards"), USAGE)
+    line = one_line(invoke("run", config, "--store", tmp_path / "store", "--only", "rewards"), USAGE)
 
     assert "rewards: its parent stage completions is not complete" in line
     assert "--until completions" in line
 
 
-def test_stage_alone_before_the_prompts_were_read_says_what_to_run_first(
-    command: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path
-) -> None:
-    line = one_line(
-        command("run", write_task(tmp_path), "--store", tmp_path / "store", "--only", "rewards"), USAGE
-    )
-
-    assert "has not run yet" in line
-
-
 @pytest.mark.slow
+@pytest.mark.usefixtures("prefect_server")
 @pytest.mark.parametrize("lines", [[], ["not json", "nor this"], [{"question": "what?"}] * 3])
 def test_source_without_one_usable_prompt_is_named_with_the_reason(
-    qrpo: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path, lines: list[Any]
+    write_task: Callable[..., Path], tmp_path: Path, lines: list[Any]
 ) -> None:
     config = write_task(tmp_path, rows=lines)
 
-    line = one_line(qrpo("run", config, "--store", tmp_path / "store"), FAILED)
+    line = one_line(invoke("run", config, "--store", tmp_path / "store"), FAILED)
 
     assert "no usable prompt in" in line
     if lines:
         assert "not valid JSON" in line or "prompts.columns" in line
 
 
-def test_unknown_run_and_stage_that_is_not_there_yet_are_told(
-    command: Callable[..., Any], tmp_path: Path
-) -> None:
-    line = one_line(command("show", "nobody", "rewards", "--store", tmp_path / "store"), USAGE)
+def test_unknown_run_and_stage_that_is_not_there_yet_are_told(tmp_path: Path) -> None:
+    line = one_line(invoke("show", "nobody", "rewards", "--store", tmp_path / "store"), USAGE)
 
     assert "no run named 'nobody'" in line
 
 
-def test_debug_shows_the_traceback(command: Callable[..., Any], tmp_path: Path) -> None:
-    result = command("run", tmp_path / "absent.yaml", "--debug")
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = invoke("run", tmp_path / "absent.yaml", "--debug")
 
     assert result.exit_code != 0
     assert result.exception is not None

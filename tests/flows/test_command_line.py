@@ -11,6 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from flows.cli import app
+from tests.support.flows import invoke, run_json
 
 HOSTILE = (
     "[bold]x[/bold]",
@@ -21,12 +22,6 @@ HOSTILE = (
     "a\tb\nc",
     "日本語",
 )
-
-
-@pytest.fixture(scope="module")
-def command() -> Callable[..., Any]:
-    """The `qrpo` command in this process."""
-    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +46,8 @@ def run(
         completions__num_ref=2,
         prompts__eval_fraction=0.2,
     )
-    done = CliRunner().invoke(
-        app, ["run", str(config), "--store", str(folder / "store"), "--until", "quantiles", "--json"]
-    )
-    assert done.exit_code == 0, done.stderr
-    (folder / "summary.json").write_text(done.stdout)
+    summary = run_json("run", config, "--store", folder / "store", "--until", "quantiles")
+    (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
 
@@ -66,15 +58,18 @@ def copy(run: Path, tmp_path: Path) -> tuple[Path, Path]:
     return run / "task" / "config.yaml", tmp_path / "store"
 
 
-def parsed(result: Any) -> dict[str, Any]:
-    """The one JSON object on standard output."""
+def parsed(*arguments: Any) -> dict[str, Any]:
+    """The one JSON object that the command prints on standard output."""
+    result = invoke(*arguments, "--json")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.count("\n") == 1
     value: dict[str, Any] = json.loads(result.stdout)
     return value
 
 
-def plain(result: Any) -> str:
+def plain(*arguments: Any) -> str:
+    """What the command prints for people."""
+    result = invoke(*arguments)
     assert result.exit_code == 0, result.stderr
     return str(result.stdout)
 
@@ -85,14 +80,14 @@ def plain(result: Any) -> str:
 @pytest.mark.parametrize(
     "name", ["demo", "run", "plan", "ls", "show", "inspect", "browse", "theory", "serve", "deploy"]
 )
-def test_every_command_has_help(command: Callable[..., Any], name: str) -> None:
-    assert name in plain(command("--help"))
-    assert "Usage" in plain(command(name, "--help"))
+def test_every_command_has_help(name: str) -> None:
+    assert name in plain("--help")
+    assert "Usage" in plain(name, "--help")
 
 
 @pytest.mark.parametrize("name", ["run", "plan", "ls", "show", "verify", "gc", "serve", "deploy", "theory"])
-def test_help_has_an_example(command: Callable[..., Any], name: str) -> None:
-    assert f"qrpo {name}" in plain(command(name, "--help")).split("Example", 1)[-1]
+def test_help_has_an_example(name: str) -> None:
+    assert f"qrpo {name}" in plain(name, "--help").split("Example", 1)[-1]
 
 
 def test_shell_completes_stages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,37 +103,35 @@ def test_shell_completes_stages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_show_config_prints_every_default_with_its_meaning_and_reads_back(
-    command: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path
+    write_task: Callable[..., Path], tmp_path: Path
 ) -> None:
-    shown = plain(command("run", write_task(tmp_path), "--show-config", "--set", "policy.beta=0.25"))
+    shown = plain("run", write_task(tmp_path), "--show-config", "--set", "policy.beta=0.25")
 
     config = yaml.safe_load(shown)
     assert config["policy"]["beta"] == 0.25
     assert config["completions"]["sampling"]["temperature"] == 1.0
     assert "# Strength of the KL penalty to the reference; " in shown
     (tmp_path / "again.yaml").write_text(shown)
-    assert plain(command("run", tmp_path / "again.yaml", "--show-config")) == shown
+    assert plain("run", tmp_path / "again.yaml", "--show-config") == shown
 
 
 def test_long_values_of_the_configuration_are_not_folded(
-    command: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path
+    write_task: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = "x" * 300 + ".jsonl"
 
-    shown = plain(command("run", write_task(tmp_path), "--show-config", "--set", f"prompts.source={path}"))
+    shown = plain("run", write_task(tmp_path), "--show-config", "--set", f"prompts.source={path}")
 
     assert f"source: {path}" in shown
 
 
-def test_unknown_option_and_no_command_are_usage_errors(command: Callable[..., Any]) -> None:
-    assert command("run", "x.yaml", "--colour").exit_code == 2
-    assert command().exit_code == 2
+def test_unknown_option_and_no_command_are_usage_errors() -> None:
+    assert invoke("run", "x.yaml", "--colour").exit_code == 2
+    assert invoke().exit_code == 2
 
 
-def test_only_together_with_from_is_a_usage_error(
-    command: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path
-) -> None:
-    result = command("run", write_task(tmp_path), "--only", "rewards", "--from", "prompts")
+def test_only_together_with_from_is_a_usage_error(write_task: Callable[..., Path], tmp_path: Path) -> None:
+    result = invoke("run", write_task(tmp_path), "--only", "rewards", "--from", "prompts")
 
     assert result.exit_code == 2
     assert "--only STAGE stands alone" in " ".join(result.stderr.replace("│", " ").split())
@@ -148,11 +141,11 @@ def test_only_together_with_from_is_a_usage_error(
 
 
 def test_plan_of_an_empty_store_counts_the_parts_and_writes_nothing(
-    command: Callable[..., Any], write_task: Callable[..., Path], tmp_path: Path
+    write_task: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = write_task(tmp_path / "task", prompts=30)
 
-    planned = parsed(command("plan", config, "--store", tmp_path / "store", "--json"))
+    planned = parsed("plan", config, "--store", tmp_path / "store")
 
     stages = planned["stages"]
     assert planned["run"] == "tiny"
@@ -169,13 +162,11 @@ def test_plan_of_an_empty_store_counts_the_parts_and_writes_nothing(
 
 
 @pytest.mark.slow
-def test_plan_for_people_says_what_and_why(command: Callable[..., Any], run: Path) -> None:
+def test_plan_for_people_says_what_and_why(run: Path) -> None:
     shown = plain(
-        command(
-            "plan",
-            run / "task" / "config.yaml",
-            *("--store", run / "store", "--set", "quantiles.ties=mid", "--set", "completions.num_ref=4"),
-        )
+        "plan",
+        run / "task" / "config.yaml",
+        *("--store", run / "store", "--set", "quantiles.ties=mid", "--set", "completions.num_ref=4"),
     )
 
     assert "nothing" in shown
@@ -183,12 +174,12 @@ def test_plan_for_people_says_what_and_why(command: Callable[..., Any], run: Pat
 
 
 @pytest.mark.slow
-def test_plan_says_what_the_run_then_does(command: Callable[..., Any], copy: tuple[Path, Path]) -> None:
+def test_plan_says_what_the_run_then_does(copy: tuple[Path, Path]) -> None:
     config, store = copy
-    options = ("--store", store, "--set", "quantiles.ties=mid", "--json")
-    planned = parsed(command("plan", config, *options))["stages"]
+    options = ("--store", store, "--set", "quantiles.ties=mid")
+    planned = parsed("plan", config, *options)["stages"]
 
-    done = parsed(command("run", config, *options, "--until", "quantiles"))["stages"]
+    done = parsed("run", config, *options, "--until", "quantiles")["stages"]
 
     for name, stage in done.items():
         assert stage["parts_cached"] == planned[name]["parts_cached"], name
@@ -201,10 +192,9 @@ def test_plan_says_what_the_run_then_does(command: Callable[..., Any], copy: tup
 
 
 @pytest.mark.slow
-def test_run_prints_a_summary_and_commands_to_look_at_it(command: Callable[..., Any], run: Path) -> None:
-    result = command("run", run / "task" / "config.yaml", "--store", run / "store", "--until", "quantiles")
+def test_run_prints_a_summary_and_commands_to_look_at_it(run: Path) -> None:
+    shown = plain("run", run / "task" / "config.yaml", "--store", run / "store", "--until", "quantiles")
 
-    shown = plain(result)
     for stage in ("prompts", "completions", "rewards", "quantiles"):
         assert stage in shown
     assert "policy" not in shown
@@ -212,36 +202,34 @@ def test_run_prints_a_summary_and_commands_to_look_at_it(command: Callable[..., 
     suggested = [line.split() for line in shown.splitlines() if line.strip().startswith("qrpo ")]
     assert len(suggested) == 3
     for words in suggested:
-        assert command(*words[1:]).exit_code == 0, words
+        assert invoke(*words[1:]).exit_code == 0, words
 
 
 @pytest.mark.slow
-def test_run_from_and_until_go_through_those_stages_alone(command: Callable[..., Any], run: Path) -> None:
-    options = ("--store", run / "store", "--json", "--from", "completions", "--until", "rewards")
+def test_run_from_and_until_go_through_those_stages_alone(run: Path) -> None:
+    options = ("--store", run / "store", "--from", "completions", "--until", "rewards")
 
-    stages = parsed(command("run", run / "task" / "config.yaml", *options))["stages"]
+    stages = parsed("run", run / "task" / "config.yaml", *options)["stages"]
 
     assert list(stages) == ["completions", "rewards"]
 
 
 @pytest.mark.slow
-def test_run_only_one_stage(command: Callable[..., Any], run: Path) -> None:
-    options = ("--store", run / "store", "--json", "--only", "rewards")
+def test_run_only_one_stage(run: Path) -> None:
+    options = ("--store", run / "store", "--only", "rewards")
 
-    stages = parsed(command("run", run / "task" / "config.yaml", *options))["stages"]
+    stages = parsed("run", run / "task" / "config.yaml", *options)["stages"]
 
     assert list(stages) == ["rewards"]
     assert stages["rewards"]["parts_computed"] == 0
 
 
 @pytest.mark.slow
-def test_force_computes_a_cached_stage_again_and_nothing_else(
-    command: Callable[..., Any], copy: tuple[Path, Path]
-) -> None:
+def test_force_computes_a_cached_stage_again_and_nothing_else(copy: tuple[Path, Path]) -> None:
     config, store = copy
-    options = ("--store", store, "--json", "--until", "quantiles", "--force", "rewards")
+    options = ("--store", store, "--until", "quantiles", "--force", "rewards")
 
-    stages = parsed(command("run", config, *options))["stages"]
+    stages = parsed("run", config, *options)["stages"]
 
     assert stages["rewards"]["parts_cached"] == 0
     assert stages["rewards"]["parts_computed"] > 0
@@ -251,60 +239,56 @@ def test_force_computes_a_cached_stage_again_and_nothing_else(
 
 @pytest.mark.slow
 def test_name_and_store_come_from_options_and_environment(
-    command: Callable[..., Any], copy: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    copy: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, store = copy
     monkeypatch.setenv("QRPO_STORE", str(store))
 
-    done = parsed(command("run", config, "--json", "--until", "quantiles", "--set", "name=second"))
+    done = parsed("run", config, "--until", "quantiles", "--set", "name=second")
 
     assert (done["run"], done["store"]) == ("second", str(store))
     assert all(stage["parts_computed"] == 0 for stage in done["stages"].values())
-    assert set(parsed(command("ls", "--json"))["runs"]) == {"second", "tiny"}
+    assert set(parsed("ls")["runs"]) == {"second", "tiny"}
 
 
 # Look at it
 
 
 @pytest.mark.slow
-def test_ls_lists_runs_and_their_artifacts_in_the_stages_order(
-    command: Callable[..., Any], run: Path
-) -> None:
-    listed = parsed(command("ls", "--store", run / "store", "--json"))
+def test_ls_lists_runs_and_their_artifacts_in_the_stages_order(run: Path) -> None:
+    listed = parsed("ls", "--store", run / "store")
 
     stages = listed["runs"]["tiny"]["stages"]
     assert list(stages) == ["prompts", "reference", "completions", "rewards", "quantiles"]
     assert stages["rewards"]["rows"] == stages["completions"]["rows"]
     assert stages["completions"]["bytes"] > 0
-    shown = plain(command("ls", "--store", run / "store"))
+    shown = plain("ls", "--store", run / "store")
     assert stages["quantiles"]["fingerprint"][:12] in shown
 
 
-def test_ls_of_an_empty_store_says_so(command: Callable[..., Any], tmp_path: Path) -> None:
-    assert parsed(command("ls", "--store", tmp_path / "store", "--json"))["runs"] == {}
-    assert "no run" in plain(command("ls", "--store", tmp_path / "store"))
+def test_ls_of_an_empty_store_says_so(tmp_path: Path) -> None:
+    assert parsed("ls", "--store", tmp_path / "store")["runs"] == {}
+    assert "no run" in plain("ls", "--store", tmp_path / "store")
 
 
 @pytest.mark.slow
-def test_show_names_parts_that_exist_and_everything_that_made_them(
-    command: Callable[..., Any], run: Path
-) -> None:
+def test_show_names_parts_that_exist_and_everything_that_made_them(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())["stages"]
 
     for stage in summary:
-        shown = parsed(command("show", "tiny", stage, "--store", run / "store", "--json"))
+        shown = parsed("show", "tiny", stage, "--store", run / "store")
         assert shown["fingerprint"] == summary[stage]["fingerprint"]
         assert shown["rows"] == summary[stage]["rows"]
         assert all(Path(url).is_file() for url in shown["parts"])
         assert {"config", "inputs", "lineage", "code_version", "created", "seconds", "bytes"} <= shown.keys()
-    person = plain(command("show", run / "task" / "config.yaml", "rewards", "--store", run / "store"))
+    person = plain("show", run / "task" / "config.yaml", "rewards", "--store", run / "store")
     assert summary["rewards"]["fingerprint"] in person
 
 
 @pytest.mark.slow
-def test_stage_that_was_not_run_is_told_with_the_remedy(command: Callable[..., Any], run: Path) -> None:
+def test_stage_that_was_not_run_is_told_with_the_remedy(run: Path) -> None:
     for name in ("show", "inspect"):
-        result = command(name, "tiny", "shards", "--store", run / "store")
+        result = invoke(name, "tiny", "shards", "--store", run / "store")
 
         assert result.exit_code == 1
         assert "run 'tiny' has no shards yet" in result.stderr
@@ -312,12 +296,12 @@ def test_stage_that_was_not_run_is_told_with_the_remedy(command: Callable[..., A
 
 
 @pytest.mark.slow
-def test_inspect_gives_columns_numbers_and_rows(command: Callable[..., Any], run: Path) -> None:
+def test_inspect_gives_columns_numbers_and_rows(run: Path) -> None:
     import polars as pl
 
-    shown = parsed(command("inspect", "tiny", "rewards", "--store", run / "store", "--limit", "3", "--json"))
+    shown = parsed("inspect", "tiny", "rewards", "--store", run / "store", "--limit", "3")
 
-    parts = parsed(command("show", "tiny", "rewards", "--store", run / "store", "--json"))["parts"]
+    parts = parsed("show", "tiny", "rewards", "--store", run / "store")["parts"]
     rewards = pl.scan_parquet(parts).collect()["reward"]
     assert shown["columns"]["reward"] == "Float32"
     assert len(shown["samples"]) == 3
@@ -329,20 +313,18 @@ def test_inspect_gives_columns_numbers_and_rows(command: Callable[..., Any], run
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["prompts", "completions", "rewards", "quantiles"])
-def test_inspect_for_people_names_every_column_in_full(
-    command: Callable[..., Any], run: Path, stage: str
-) -> None:
-    columns = parsed(command("inspect", "tiny", stage, "--store", run / "store", "--json"))["columns"]
+def test_inspect_for_people_names_every_column_in_full(run: Path, stage: str) -> None:
+    columns = parsed("inspect", "tiny", stage, "--store", run / "store")["columns"]
 
-    shown = plain(command("inspect", "tiny", stage, "--store", run / "store"))
+    shown = plain("inspect", "tiny", stage, "--store", run / "store")
 
     for column in columns:
         assert column in shown.split("╭")[0], "the table above the rows names it"
 
 
 @pytest.mark.slow
-def test_hostile_text_is_shown_as_it_is(command: Callable[..., Any], run: Path) -> None:
-    shown = plain(command("inspect", "tiny", "prompts", "--store", run / "store", "--limit", "21"))
+def test_hostile_text_is_shown_as_it_is(run: Path) -> None:
+    shown = plain("inspect", "tiny", "prompts", "--store", run / "store", "--limit", "21")
 
     for text in ("[bold]x[/bold]", "<script>alert(1)</script>", "[/]", ":smile:", "日本語"):
         assert text in shown
@@ -350,17 +332,15 @@ def test_hostile_text_is_shown_as_it_is(command: Callable[..., Any], run: Path) 
 
 
 @pytest.mark.slow
-def test_one_prompt_is_followed_through_the_stages(command: Callable[..., Any], run: Path) -> None:
+def test_one_prompt_is_followed_through_the_stages(run: Path) -> None:
     options = ("--store", run / "store")
-    samples = parsed(command("inspect", "tiny", "prompts", *options, "--limit", "21", "--json"))["samples"]
+    samples = parsed("inspect", "tiny", "prompts", *options, "--limit", "21")["samples"]
     prompt = next(
         row for row in samples if row["split"] == "train" and "bold" in row["messages"][0]["content"]
     )
 
-    followed = parsed(
-        command("inspect", "tiny", "prompts", *options, "--prompt-id", prompt["prompt_id"][:12], "--json")
-    )
-    shown = plain(command("inspect", "tiny", "prompts", *options, "--prompt-id", prompt["prompt_id"][:12]))
+    followed = parsed("inspect", "tiny", "prompts", *options, "--prompt-id", prompt["prompt_id"][:12])
+    shown = plain("inspect", "tiny", "prompts", *options, "--prompt-id", prompt["prompt_id"][:12])
 
     assert followed["prompt_id"] == prompt["prompt_id"]
     stages = followed["stages"]
@@ -372,9 +352,9 @@ def test_one_prompt_is_followed_through_the_stages(command: Callable[..., Any], 
 
 
 @pytest.mark.slow
-def test_prompt_id_that_is_unknown_or_not_unique_is_told(command: Callable[..., Any], run: Path) -> None:
+def test_prompt_id_that_is_unknown_or_not_unique_is_told(run: Path) -> None:
     for prefix, expected in (("zzzz", "no prompt of run 'tiny' has an id"), ("", "give more of it")):
-        result = command("inspect", "tiny", "prompts", "--store", run / "store", "--prompt-id", prefix)
+        result = invoke("inspect", "tiny", "prompts", "--store", run / "store", "--prompt-id", prefix)
 
         assert result.exit_code == 1
         assert expected in result.stderr
@@ -385,28 +365,28 @@ def test_prompt_id_that_is_unknown_or_not_unique_is_told(command: Callable[..., 
 
 
 @pytest.mark.slow
-def test_theory_gives_numbers_for_machines_and_a_table_for_people(command: Callable[..., Any]) -> None:
-    promised = parsed(command("theory", "--beta", "0.1", "--num-ref", "20", "--json"))
+def test_theory_gives_numbers_for_machines_and_a_table_for_people() -> None:
+    promised = parsed("theory", "--beta", "0.1", "--num-ref", "20")
 
     assert promised["beta"] == 0.1
     assert 0.5 < promised["win_rate"] < 1
     assert promised["by_num_ref"]
-    assert "log Z" in plain(command("theory", "--beta", "0.1"))
+    assert "log Z" in plain("theory", "--beta", "0.1")
 
 
 @pytest.mark.parametrize(
     "arguments", [("--beta", "0"), ("--beta", "-1"), ("--transform", "sigmod"), ("--num-ref", "0")]
 )
-def test_theory_refuses_what_has_no_meaning(command: Callable[..., Any], arguments: tuple[str, str]) -> None:
-    result = command("theory", *arguments)
+def test_theory_refuses_what_has_no_meaning(arguments: tuple[str, str]) -> None:
+    result = invoke("theory", *arguments)
 
     assert result.exit_code == 2
     assert "Traceback" not in result.stderr
 
 
 @pytest.mark.slow
-def test_theory_draws_a_plot(command: Callable[..., Any], tmp_path: Path) -> None:
-    result = command("theory", "--beta", "0.2", "--plot", tmp_path / "theory.png")
+def test_theory_draws_a_plot(tmp_path: Path) -> None:
+    result = invoke("theory", "--beta", "0.2", "--plot", tmp_path / "theory.png")
 
     assert result.exit_code == 0, result.stderr
     assert (tmp_path / "theory.png").read_bytes().startswith(b"\x89PNG")

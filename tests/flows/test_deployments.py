@@ -4,36 +4,33 @@ What is deployed with `qrpo deploy` is then run by its schedule, by hand, cancel
 One run after the other on one store, each going on from what the one before left.
 """
 
-import base64
 import json
 import os
 import pwd
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
 from storage import Store
+from tests.support.flows import QRPO, clean_environment, copy_store, digests, new_bucket
+from tests.support.processes import Process, eventually, free_port, processes, running, survivors
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
-DEPLOYMENTS = Path(__file__).parent.parent.parent / "deployments"
+DEPLOYMENTS = Path(__file__).parents[2] / "deployments"
 COMPOSE = yaml.safe_load((DEPLOYMENTS / "compose.yaml").read_text())
 STORE = "s3://qrpo/store"
 AUTH = "admin:a-password-of-the-test"
@@ -44,37 +41,6 @@ def postgres_programs() -> Path | None:
     """Where Debian keeps initdb and postgres, which are not on the PATH."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     return found[-1].parent if found else None
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def running(command: list[str], log: Path, **options: Any) -> Iterator["subprocess.Popen[bytes]"]:
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, **options
-        )
-    try:
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def wait_for(happened: Callable[[], Any], what: str, log: Path, seconds: float = 400) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := happened()):
-        assert time.monotonic() < deadline, f"{what} did not happen:\n{log.read_text()[-4000:]}"
-        time.sleep(0.1)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -93,14 +59,7 @@ def postgres() -> Iterator[str]:
     secret = folder / "password"
     secret.write_text("s3cret")
     secret.chmod(0o644)
-    settings = (
-        "-c",
-        f"unix_socket_directories={folder}",
-        "-c",
-        "fsync=off",
-        "-c",
-        "listen_addresses=127.0.0.1",
-    )
+    settings = [f"unix_socket_directories={folder}", "fsync=off", "listen_addresses=127.0.0.1"]
     try:
         subprocess.run(
             [
@@ -113,9 +72,11 @@ def postgres() -> Iterator[str]:
             **account,
         )
         log = folder / "postgres.log"
-        command = [str(programs / "postgres"), "-D", str(folder / "data"), "-p", str(port), *settings]
+        command = [programs / "postgres", "-D", folder / "data", "-p", port]
+        command += [word for setting in settings for word in ("-c", setting)]
         with running(command, log, cwd=folder, **account):
-            wait_for(lambda: "ready to accept connections" in log.read_text(), "PostgreSQL's start", log)
+            ready = "ready to accept connections"
+            eventually(lambda: ready in log.read_text(), "PostgreSQL's start", log=log)
             subprocess.run(
                 [programs / "createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "prefect", "prefect"],
                 env={**os.environ, "PGPASSWORD": "s3cret"},
@@ -142,10 +103,7 @@ class Service:
             "${S3_PASSWORD}": "minio-password",
             "${UI_URL}": f"http://127.0.0.1:{self.port}",
         }
-        base = {
-            name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "QRPO_"))
-        }
-        base["PREFECT_HOME"] = str(folder / "prefect")
+        base = clean_environment(PREFECT_HOME=str(folder / "prefect"))
         self.server_environment = {
             **base,
             **environment_of("server", values),
@@ -162,7 +120,7 @@ class Service:
     def server(self) -> Any:
         command = [word.replace("0.0.0.0", "127.0.0.1") for word in COMPOSE["services"]["server"]["command"]]
         return running(
-            [sys.executable, "-m", *(str(self.port) if word == "4200" else word for word in command)],
+            [sys.executable, "-m", *(self.port if word == "4200" else word for word in command)],
             self.log,
             env=self.server_environment,
         )
@@ -174,22 +132,15 @@ class Service:
         )
 
     def call(self, method: str, path: str, body: Any = None, auth: str | None = AUTH) -> Any:
-        request = urllib.request.Request(
-            self.api + path,
-            method=method,
-            data=None if body is None else json.dumps(body).encode(),
-            headers={"content-type": "application/json"},
-        )
-        if auth is not None:
-            request.add_header("Authorization", f"Basic {base64.b64encode(auth.encode()).decode()}")
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            text = answer.read()
-        return json.loads(text) if text else None
+        login = httpx.BasicAuth(*auth.split(":")) if auth else None
+        answer = httpx.request(method, self.api + path, json=body, auth=login, timeout=60)
+        answer.raise_for_status()
+        return answer.json() if answer.content else None
 
     def healthy(self) -> bool:
         try:
             return bool(self.call("GET", "/health"))
-        except (urllib.error.URLError, OSError):
+        except httpx.HTTPError:
             return False
 
     def deployment(self, name: str) -> Any:
@@ -215,7 +166,14 @@ class Service:
             run = self.run(identity)
             return run if run["state_type"] in {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"} else None
 
-        return wait_for(end, "the end of the run", self.log)
+        return eventually(end, "the end of the run", every=0.2, log=self.log)
+
+    def filtered(self, what: str, **filters: Any) -> Any:
+        return self.call("POST", f"/{what}/filter", filters)
+
+    def stored(self, stage: str) -> dict[str, str]:
+        """The committed parts of a stage in the service's store."""
+        return digests(Store(STORE), stage)
 
 
 def environment_of(service: str, values: dict[str, str]) -> dict[str, str]:
@@ -230,7 +188,7 @@ def environment_of(service: str, values: dict[str, str]) -> dict[str, str]:
 
 
 SECRET = "17.259371"
-PARTS = 48  # of completions: 4 blocks of samples for each of the 12 groups that the 12 prompts fall into
+PARTS = 32  # of completions: 4 blocks of samples for each of the 8 groups that the 8 prompts fall into
 REWARD = """\
 import os
 
@@ -239,9 +197,8 @@ def reward(prompts, completions, answer, **columns):
     scale = float(os.environ["REWARD_SCALE"])
     return [scale * sum(letter in right for letter in said) for said, right in zip(completions, answer, strict=True)]
 """
-BUSY = {
-    "completions": {"engine": {"kind": "transformers", "max_num_seqs": 64}}
-}  # how many at once changes no result
+# how many at once changes no result
+BUSY = {"completions": {"engine": {"kind": "transformers", "max_num_seqs": 64}}}
 
 
 @pytest.fixture(scope="module")
@@ -272,29 +229,25 @@ def service(
     write_task: Callable[..., Path],
     told: tuple[str, list[str]],
 ) -> Iterator[Service]:
-    """All of it up, with a tiny task of many slowly sampled parts deployed on an S3 store, its pipeline every quarter of a minute."""
-    import boto3
-
+    """All of it up, with a tiny task of many slowly sampled parts deployed on an S3 store, its pipeline every ten seconds."""
     folder = tmp_path_factory.mktemp("service")
     service = Service(folder, postgres, s3_endpoint)
     config = write_task(
         folder / "task",
-        prompts=12,
+        prompts=8,
         completions__num_ref=32,
         completions__samples_per_part=8,
-        completions__engine={"kind": "transformers", "max_num_seqs": 2},
+        completions__engine={"kind": "transformers", "max_num_seqs": 1},
         completions__sampling={"max_tokens": 30},
         run__part_size=2,
     )
     (config.parent / "reward.py").write_text(REWARD)
-    with pytest.MonkeyPatch.context() as patch, service.server():
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
-            patch.setenv(name, service.client_environment[name])
-        boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="qrpo")
-        wait_for(service.healthy, "the server's start", service.log)
+    keys = service.client_environment
+    with new_bucket(s3_endpoint, "qrpo", keys["AWS_SECRET_ACCESS_KEY"]), service.server():
+        eventually(service.healthy, "the server's start", log=service.log)
         with service.worker():
             make_blocks(service, told[0])
-            options = ("--store", STORE, "--json", "--cron", "* * * * * */15")
+            options = ("--store", STORE, "--json", "--cron", "* * * * * */10")
             options += ("--set", "run.parts_per_task=7", "--notify", "custom-webhook/alerts")
             done = qrpo(service, "deploy", config, *options, "--secret", "REWARD_SCALE=reward-scale")
             assert done.returncode == 0, done.stdout + done.stderr
@@ -317,7 +270,7 @@ def make_blocks(service: Service, receiver: str) -> None:
 def qrpo(service: Service, *arguments: str | Path, **environment: str) -> "subprocess.CompletedProcess[str]":
     """The `qrpo` command beside the service's server."""
     return subprocess.run(
-        [Path(sys.executable).with_name("qrpo"), *arguments],
+        [QRPO, *arguments],
         env={**service.client_environment, **environment},
         cwd=service.folder,
         capture_output=True,
@@ -358,86 +311,84 @@ def test_form_in_the_ui_has_titles_descriptions_and_choices(service: Service) ->
 
 def test_server_lets_nobody_in_without_the_password(service: Service) -> None:
     for auth in (None, "admin:wrong"):
-        with pytest.raises(urllib.error.HTTPError, match="401"):
+        with pytest.raises(httpx.HTTPStatusError, match="401"):
             service.call("POST", "/flow_runs/filter", {}, auth=auth)
 
 
 @pytest.fixture(scope="module")
-def cancelled(service: Service) -> tuple[Any, list[int], dict[str, str]]:
+def cancelled(service: Service) -> tuple[Any, list[Process], dict[str, str]]:
     """The first run of the schedule, cancelled while it samples: how it ended, its processes, the parts that it finished."""
     pipeline = service.deployment("pipeline/pipeline")
-    running = {"state": {"type": {"any_": ["RUNNING"]}}, "deployment_id": {"any_": [pipeline["id"]]}}
-    [scheduled] = wait_for(
-        lambda: service.call("POST", "/flow_runs/filter", {"flow_runs": running}),
-        "a scheduled run",
-        service.log,
-    )
+
+    def runs(state: str) -> Any:
+        of_pipeline = {"state": {"type": {"any_": [state]}}, "deployment_id": {"any_": [pipeline["id"]]}}
+        return service.filtered("flow_runs", flow_runs=of_pipeline)
+
+    [scheduled] = eventually(lambda: runs("RUNNING"), "a scheduled run", log=service.log)
     for schedule in service.call("GET", f"/deployments/{pipeline['id']}/schedules"):
         service.call("PATCH", f"/deployments/{pipeline['id']}/schedules/{schedule['id']}", {"active": False})
-    late = {"state": {"type": {"any_": ["SCHEDULED"]}}, "deployment_id": {"any_": [pipeline["id"]]}}
-    for run in service.call(
-        "POST", "/flow_runs/filter", {"flow_runs": late}
-    ):  # those that were due meanwhile
+    for run in runs("SCHEDULED"):  # those that were due meanwhile
         service.call("DELETE", f"/flow_runs/{run['id']}")
-    wait_for(lambda: digests(STORE, "completions"), "the first part", service.log)
-    pids = engine_processes(service)
+    eventually(lambda: service.stored("completions"), "the first part", log=service.log)
+    family = run_processes(service)
     service.call("POST", f"/flow_runs/{scheduled['id']}/set_state", {"state": {"type": "CANCELLING"}})
-    return service.ended(scheduled["id"]), pids, digests(STORE, "completions")
+    return service.ended(scheduled["id"]), family, service.stored("completions")
 
 
 def test_run_of_the_schedule_cancelled_from_the_ui_stops_and_keeps_its_finished_parts(
-    service: Service, cancelled: tuple[Any, list[int], dict[str, str]]
+    cancelled: tuple[Any, list[Process], dict[str, str]],
 ) -> None:
-    run, pids, parts = cancelled
+    run, family, parts = cancelled
 
     assert run["auto_scheduled"]
     assert run["name"] == "tiny: prompts to evaluation (prompts.jsonl, model)"
     assert run["state_name"] == "Cancelled", run["state"]
-    assert len(pids) > 1
-    wait_for(lambda: not any(map(alive, pids)), "the end of the run's processes", service.log, 30)
+    assert len(family) > 1
+    assert not survivors(family, seconds=30)
     assert 0 < len(parts) < PARTS, "it was stopped in the middle"
 
 
 @pytest.fixture(scope="module")
-def killed(service: Service, cancelled: object) -> tuple[Any, list[int]]:
-    """A `completions` run started by hand whose process is killed: how it ended, its processes."""
+def killed(service: Service, cancelled: object) -> tuple[Any, list[Process]]:
+    """A `completions` run started by hand whose process is killed: how it ended, its engine."""
     identity = service.start("completions/completions")
-    wait_for(lambda: service.run(identity)["state_type"] == "RUNNING", "the start", service.log)
-    pids = wait_for(lambda: engine_processes(service, b"qrpo.processes.serving"), "the engine", service.log)
-    for pid in engine_processes(service, b"prefect.engine"):
-        os.kill(pid, signal.SIGKILL)
-    return service.ended(identity), pids
+    family = eventually(lambda: both_processes(service), "the engine", log=service.log)
+    for one in family:
+        if not one.serves_a_child:
+            os.kill(one.pid, signal.SIGKILL)
+    return service.ended(identity), [one for one in family if one.serves_a_child]
 
 
 def test_killed_run_is_crashed_with_a_reason_which_is_told(
-    service: Service, killed: tuple[Any, list[int]], told: tuple[str, list[str]]
+    service: Service, killed: tuple[Any, list[Process]], told: tuple[str, list[str]]
 ) -> None:
-    run, pids = killed
+    run, engine = killed
 
     assert run["state_type"] == "CRASHED"
     assert "-9" in run["state"]["message"]
-    wait_for(lambda: not any(map(alive, pids)), "the end of its engine", service.log, 30)
-    [message] = wait_for(lambda: told[1], "the message", service.log, 60)
+    assert not survivors(engine, seconds=30)
+    [message] = eventually(lambda: told[1], "the message", seconds=60, log=service.log)
     assert "QRPO: tiny: completions (prompts.jsonl, model) Crashed" in message
     assert run["state"]["message"].splitlines()[0][:40] in message
     assert f"http://127.0.0.1:{service.port}/runs/flow-run/{run['id']}" in message
 
 
 @pytest.fixture(scope="module")
-def finished(service: Service, cancelled: tuple[Any, list[int], dict[str, str]], killed: object) -> Any:
+def finished(service: Service, killed: object) -> Any:
     """A `completions` run that goes on to the end."""
     return service.ended(service.start("completions/completions", **BUSY))
 
 
 def test_next_run_goes_on_from_what_was_finished(
-    service: Service, cancelled: tuple[Any, list[int], dict[str, str]], finished: Any
+    service: Service, cancelled: tuple[Any, list[Process], dict[str, str]], finished: Any
 ) -> None:
     assert finished["state_type"] == "COMPLETED", finished["state"]["message"]
-    [summary] = artifacts(service, finished["id"], "markdown")
+    markdown = {"flow_run_id": {"any_": [finished["id"]]}, "type": {"any_": ["markdown"]}}
+    [summary] = service.filtered("artifacts", artifacts=markdown)
     found = re.search(r"(\d+) parts computed in .* s, (\d+) from the store", summary["data"])
     assert found, summary["data"]
     computed, cached = map(int, found.groups())
-    parts = digests(STORE, "completions")
+    parts = service.stored("completions")
     assert cached >= len(cancelled[2])
     assert computed + cached == len(parts) == PARTS
     assert parts | cancelled[2] == parts
@@ -447,33 +398,19 @@ def test_next_run_goes_on_from_what_was_finished(
 def test_deployment_command_and_python_come_to_the_same_and_the_secret_stays_where_it_is(
     service: Service, finished: Any
 ) -> None:
-    config, command, python = (
-        service.folder / "task" / "config.yaml",
-        "s3://qrpo/command",
-        "s3://qrpo/python",
-    )
-    for url in (command, python):
-        for key in Store(STORE).list():
-            Store(url).write_bytes(key, Store(STORE).read_bytes(key))
+    config = service.folder / "task" / "config.yaml"
+    command, python = Store("s3://qrpo/command"), Store("s3://qrpo/python")
+    for store in (command, python):
+        copy_store(Store(STORE), store)
     program = "import sys; from flows import rewards; from tasks.config import load_config; "
     program += "rewards(load_config(sys.argv[1]), sys.argv[2])"
 
     by_deployment = service.start("rewards/rewards")
     with ThreadPoolExecutor() as pool:
-        typed = pool.submit(
-            qrpo,
-            service,
-            "run",
-            config,
-            "--only",
-            "rewards",
-            "--store",
-            command,
-            "--json",
-            REWARD_SCALE=SECRET,
-        )
+        options = ("--only", "rewards", "--store", command.url, "--json")
+        typed = pool.submit(qrpo, service, "run", config, *options, REWARD_SCALE=SECRET)
         from_python = subprocess.run(
-            [sys.executable, "-c", program, config, python],
+            [sys.executable, "-c", program, config, python.url],
             env={**service.client_environment, "REWARD_SCALE": SECRET},
             capture_output=True,
             text=True,
@@ -485,58 +422,34 @@ def test_deployment_command_and_python_come_to_the_same_and_the_secret_stays_whe
     assert from_python.returncode == 0, from_python.stderr
     assert typed.result().returncode == 0, typed.result().stderr
     assert json.loads(typed.result().stdout)["stages"]["rewards"]["parts_computed"] == PARTS
-    parts = digests(STORE, "rewards")
+    parts = service.stored("rewards")
     assert len(parts) == PARTS
     assert digests(command, "rewards") == digests(python, "rewards") == parts
-    stored = b"".join(Store(STORE).read_bytes(key) for key in Store(STORE).list() if key.endswith(".json"))
-    work_pool = service.call("GET", "/work_pools/qrpo")
-    deployments = service.call("POST", "/deployments/filter", {})
-    logs = service.call("POST", "/logs/filter", {"limit": 200})
+    logs = service.filtered("logs", limit=200)
     assert logs
-    for text in (
-        stored.decode(),
-        *map(json.dumps, (work_pool, deployments, logs, run)),
-        service.log.read_text(),
-    ):
-        assert SECRET not in text
+    seen = [service.call("GET", "/work_pools/qrpo"), service.filtered("deployments"), logs, run]
+    seen += [Store(STORE).read_bytes(key).decode() for key in Store(STORE).list() if key.endswith(".json")]
+    assert SECRET not in json.dumps(seen) + service.log.read_text()
 
 
-def digests(url: str, stage: str) -> dict[str, str]:
-    """The committed parts of a stage in a store, fingerprint -> sha256 of the rows."""
-    store = Store(url)
-    records = [
-        json.loads(store.read_bytes(key)) for key in store.list(f"parts/{stage}") if key.endswith(".json")
-    ]
-    return {record["fingerprint"]: record["files"][0][3] for record in records}
-
-
-def artifacts(service: Service, flow_run: str, kind: str) -> Any:
-    body = {"artifacts": {"flow_run_id": {"any_": [flow_run]}, "type": {"any_": [kind]}}}
-    return service.call("POST", "/artifacts/filter", body)
-
-
-def engine_processes(service: Service, kind: bytes = b"") -> list[int]:
-    """The process of the flow run and all below it: those that have this service's address in their environment."""
+def run_processes(service: Service) -> list[Process]:
+    """The processes of a flow run: those that have this service's address in their environment."""
     mine = f"PREFECT_API_URL={service.api}".encode()
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = (path / "environ").read_bytes()
-            command = (path / "cmdline").read_bytes()
-        except OSError:
-            continue
-        known = b"prefect.engine" in command or b"qrpo.processes.serving" in command
-        if mine in environment.split(b"\0") and known and kind in command:
-            found.append(int(path.name))
-    return found
+    return [
+        one
+        for one in processes()
+        if (one.serves_a_child or "prefect.engine" in one.command) and mine in environment_bytes(one.pid)
+    ]
 
 
-def command_line(pid: int) -> bytes:
+def both_processes(service: Service) -> list[Process] | None:
+    """The processes of a flow run, once its engine has started."""
+    family = run_processes(service)
+    return family if any(one.serves_a_child for one in family) else None
+
+
+def environment_bytes(pid: int) -> list[bytes]:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
-        return b""
-
-
-def alive(pid: int) -> bool:
-    return bool(command_line(pid))
+        return []

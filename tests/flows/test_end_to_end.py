@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from typer.testing import CliRunner
 
-from flows.cli import app
+from tests.support.flows import invoke, run_json
 
 pytestmark = pytest.mark.slow
 
@@ -21,29 +20,29 @@ NUM_REF, NUM_SAMPLES, PROMPTS = 4, 3, 40
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run: its configuration, its store, and what `qrpo run --json` said."""
+    """A finished run: its configuration, its store, and what `qrpo run --json` and `qrpo show --json` printed."""
 
     config: Path
     store: Path
     summary: dict[str, Any]
-    show: Callable[[str], dict[str, Any]]
+    shown: dict[str, dict[str, Any]]
 
     def rows(self, stage: str) -> list[dict[str, Any]]:
         """A stage's rows, by plain polars from the URLs that `qrpo show --json` names."""
-        return pl.scan_parquet(self.show(stage)["parts"]).collect().to_dicts()
+        return pl.scan_parquet(self.shown[stage]["parts"]).collect().to_dicts()
+
+    def by_prompt(self, stage: str) -> dict[str, dict[str, Any]]:
+        return {row["prompt_id"]: row for row in self.rows(stage)}
 
     def model(self, stage: str) -> Path:
         """The folder of a model stage."""
-        (config,) = [Path(url) for url in self.show(stage)["parts"] if url.endswith("/config.json")]
+        (config,) = [Path(url) for url in self.shown[stage]["parts"] if url.endswith("/config.json")]
         return config.parent
 
 
 @pytest.fixture(scope="module")
 def finished(
-    tmp_path_factory: pytest.TempPathFactory,
-    write_task: Callable[..., Path],
-    qrpo_process: Callable[..., Any],
-    prefect_server: str,
+    tmp_path_factory: pytest.TempPathFactory, write_task: Callable[..., Path], prefect_server: str
 ) -> Finished:
     folder = tmp_path_factory.mktemp("end-to-end")
     config = write_task(
@@ -57,17 +56,9 @@ def finished(
         policy__logging_steps=1,
     )
     store = folder / "store"
-    done = qrpo_process("run", config, "--store", store, "--json", PREFECT_API_URL=prefect_server)
-    assert done.returncode == 0, done.stderr
-
-    def show(stage: str) -> dict[str, Any]:
-        shown = CliRunner().invoke(app, ["show", "tiny", stage, "--store", str(store), "--json"])
-        assert shown.exit_code == 0, shown.stderr
-        described: dict[str, Any] = json.loads(shown.stdout)
-        return described
-
-    described = {stage: show(stage) for stage in STAGES}
-    return Finished(config, store, json.loads(done.stdout), described.__getitem__)
+    summary = run_json("run", config, "--store", store)
+    shown = {stage: run_json("show", "tiny", stage, "--store", store) for stage in STAGES}
+    return Finished(config, store, summary, shown)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +73,11 @@ def load(folder: Path) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
+def templated(tokenizer: Any, row: dict[str, Any]) -> list[int]:
+    """The tokens of a prompt as the model sees them."""
+    return tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True)["input_ids"]  # type: ignore[no-any-return]
+
+
 def logprob(model: Any, prompt: list[int], completion: list[int]) -> float:
     """log pi(completion | prompt), from all logits at once."""
     import torch
@@ -92,8 +88,10 @@ def logprob(model: Any, prompt: list[int], completion: list[int]) -> float:
     return float(logprobs.gather(1, torch.tensor(completion)[:, None]).sum())
 
 
-def call_reward(finished: Finished, texts: list[str], answers: list[str]) -> list[float]:
-    """The reward, called as a plain function in a fresh namespace."""
+def call_reward(finished: Finished, rows: list[dict[str, Any]], texts: list[str]) -> list[float]:
+    """The reward of these texts for the rows' prompts, called as a plain function in a fresh namespace."""
+    prompts = finished.by_prompt("prompts")
+    answers = [json.loads(prompts[row["prompt_id"]]["metadata"])["answer"] for row in rows]
     folder = finished.config.parent
     names: dict[str, Any] = {}
     exec((folder / "weights.py").read_text(), names)  # noqa: S102
@@ -109,7 +107,7 @@ def test_every_stage_reports_its_work(finished: Finished) -> None:
     assert all(stage["rejects"] == 0 for stage in stages.values())
     assert all(stage["parts_computed"] > 0 and stage["parts_cached"] == 0 for stage in stages.values())
     for name, stage in stages.items():
-        assert stage["fingerprint"] == finished.show(name)["fingerprint"]
+        assert stage["fingerprint"] == finished.shown[name]["fingerprint"]
 
 
 def test_prompts_hold_every_source_row_once_and_both_splits(finished: Finished) -> None:
@@ -139,11 +137,11 @@ def test_reference_has_learnt_the_chosen_completions(
     gains = []
     for row in finished.rows("prompts"):
         if row["split"] == "train":
-            prompt = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True)["input_ids"]
+            prompt = templated(tokenizer, row)
             chosen = tokenizer.encode(row["offline_completions"][0], add_special_tokens=False)
             gains.append(logprob(model, prompt, chosen) - logprob(base, prompt, chosen))
 
-    assert finished.show("reference")["rows"] == len(gains)
+    assert finished.shown["reference"]["rows"] == len(gains)
     assert np.mean(gains) > 1.0
 
 
@@ -176,25 +174,18 @@ def test_completions_are_the_decoded_tokens_of_the_samples_that_were_asked_for(
 
 def test_sampled_logprobs_are_those_of_the_reference(finished: Finished, reference: Any) -> None:
     model, tokenizer = reference
-    messages = {row["prompt_id"]: row["messages"] for row in finished.rows("prompts")}
+    prompts = finished.by_prompt("prompts")
 
     for row in finished.rows("completions")[:24]:
-        prompt = tokenizer.apply_chat_template(messages[row["prompt_id"]], add_generation_prompt=True)[
-            "input_ids"
-        ]
+        prompt = templated(tokenizer, prompts[row["prompt_id"]])
         assert row["sampled_logprob"] == pytest.approx(logprob(model, prompt, row["token_ids"]), abs=2e-3)
 
 
 def test_rewards_are_what_the_function_says(finished: Finished) -> None:
-    answers = {row["prompt_id"]: json.loads(row["metadata"])["answer"] for row in finished.rows("prompts")}
     texts = {(row["prompt_id"], row["sample_index"]): row["text"] for row in finished.rows("completions")}
     rows = finished.rows("rewards")
 
-    expected = call_reward(
-        finished,
-        [texts[row["prompt_id"], row["sample_index"]] for row in rows],
-        [answers[row["prompt_id"]] for row in rows],
-    )
+    expected = call_reward(finished, rows, [texts[row["prompt_id"], row["sample_index"]] for row in rows])
     assert len(rows) == len(texts)
     assert [row["reward"] for row in rows] == expected
     assert all(row["components"] == [{"name": "letters", "value": row["reward"]}] for row in rows)
@@ -206,7 +197,7 @@ def test_quantiles_are_shares_of_the_other_reference_rewards(finished: Finished)
     rewards: dict[str, dict[int, float]] = {}
     for row in finished.rows("rewards"):
         rewards.setdefault(row["prompt_id"], {})[row["sample_index"]] = row["reward"]
-    splits = {row["prompt_id"]: row["split"] for row in finished.rows("prompts")}
+    prompts = finished.by_prompt("prompts")
     rows = finished.rows("quantiles")
 
     assert {row["prompt_id"] for row in rows} == set(rewards)
@@ -216,14 +207,9 @@ def test_quantiles_are_shares_of_the_other_reference_rewards(finished: Finished)
         assert row["num_ref"] == NUM_REF
         assert row["ref_mean"] == pytest.approx(np.mean(list(own.values())), rel=1e-6, abs=1e-7)
         assert row["ref_std"] == pytest.approx(np.std(list(own.values()), ddof=1), rel=1e-6, abs=1e-7)
-        assert row["sample_index"] == ([0, 1, 2] if splits[row["prompt_id"]] == "train" else [])
-        for index, reward, quantile, low, high in zip(
-            *(
-                row[name]
-                for name in ("sample_index", "reward", "quantile_reward", "quantile_low", "quantile_high")
-            ),
-            strict=True,
-        ):
+        assert row["sample_index"] == ([0, 1, 2] if prompts[row["prompt_id"]]["split"] == "train" else [])
+        columns = ("sample_index", "reward", "quantile_reward", "quantile_low", "quantile_high")
+        for index, reward, quantile, low, high in zip(*(row[name] for name in columns), strict=True):
             others = [own[other] for other in own if other != index]
             assert reward == own[index]
             assert quantile == pytest.approx(sum(other <= reward for other in others) / len(others))
@@ -234,11 +220,9 @@ def test_shards_hold_the_templated_prompt_the_sampled_tokens_and_the_plain_refer
     finished: Finished, reference: Any
 ) -> None:
     model, tokenizer = reference
-    prompts = {row["prompt_id"]: row for row in finished.rows("prompts")}
-    tokens = {
-        (row["prompt_id"], row["sample_index"]): row["token_ids"] for row in finished.rows("completions")
-    }
-    quantiles = {row["prompt_id"]: row for row in finished.rows("quantiles")}
+    prompts, quantiles = finished.by_prompt("prompts"), finished.by_prompt("quantiles")
+    sampled = finished.rows("completions")
+    tokens = {(row["prompt_id"], row["sample_index"]): row["token_ids"] for row in sampled}
     rows = finished.rows("shards")
 
     train = {prompt_id for prompt_id, row in prompts.items() if row["split"] == "train"}
@@ -246,9 +230,7 @@ def test_shards_hold_the_templated_prompt_the_sampled_tokens_and_the_plain_refer
     assert {row["prompt_id"] for row in rows} == train
     for row in rows:
         own = quantiles[row["prompt_id"]]
-        template = tokenizer.apply_chat_template(
-            prompts[row["prompt_id"]]["messages"], add_generation_prompt=True
-        )["input_ids"]
+        template = templated(tokenizer, prompts[row["prompt_id"]])
         assert row["prompt_token_ids"] == template
         assert row["completion_token_ids"] == [tokens[row["prompt_id"], k] for k in row["sample_index"]]
         for name in ("sample_index", "origin", "reward", "quantile_reward"):
@@ -286,7 +268,7 @@ def test_first_loss_is_that_of_a_zero_log_ratio(finished: Finished) -> None:
     from storage import ShardReader, Store
 
     store = Store(finished.store)
-    manifest = store.manifest("shards", finished.show("shards")["fingerprint"])
+    manifest = store.manifest("shards", finished.shown["shards"]["fingerprint"])
     assert manifest is not None
     reader = ShardReader(store, manifest.parts, seed=0)
     first = [row["quantile_reward"] for row, _ in zip(reader.iterate(0), range(8), strict=False)]
@@ -301,8 +283,7 @@ def test_first_loss_is_that_of_a_zero_log_ratio(finished: Finished) -> None:
 def test_evaluation_rows_are_fresh_held_out_samples_with_recomputed_rewards_and_quantiles(
     finished: Finished,
 ) -> None:
-    prompts = {row["prompt_id"]: row for row in finished.rows("prompts")}
-    references = {row["prompt_id"]: row["ref_rewards"] for row in finished.rows("quantiles")}
+    prompts, quantiles = finished.by_prompt("prompts"), finished.by_prompt("quantiles")
     rows = finished.rows("evaluation")
 
     held_out = {prompt_id for prompt_id, row in prompts.items() if row["split"] == "eval"}
@@ -314,11 +295,10 @@ def test_evaluation_rows_are_fresh_held_out_samples_with_recomputed_rewards_and_
         for model in ("policy", "reference")
         for index in range(NUM_SAMPLES)
     }
-    answers = [json.loads(prompts[row["prompt_id"]]["metadata"])["answer"] for row in rows]
-    assert [row["reward"] for row in rows] == call_reward(finished, [row["text"] for row in rows], answers)
+    assert [row["reward"] for row in rows] == call_reward(finished, rows, [row["text"] for row in rows])
     for row in rows:
-        others = references[row["prompt_id"]]
-        below, equal = (sum(r < row["reward"] for r in others), sum(r == row["reward"] for r in others))
+        others = quantiles[row["prompt_id"]]["ref_rewards"]
+        below, equal = sum(r < row["reward"] for r in others), sum(r == row["reward"] for r in others)
         assert row["quantile_reward"] == pytest.approx((below + equal / 2) / len(others))
 
 
@@ -326,13 +306,11 @@ def test_evaluation_logprobs_are_plain_forwards_of_the_model_that_drew_and_of_th
     finished: Finished, reference: Any
 ) -> None:
     policy, tokenizer = load(finished.model("policy"))
-    messages = {row["prompt_id"]: row["messages"] for row in finished.rows("prompts")}
+    prompts = finished.by_prompt("prompts")
 
     rows = finished.rows("evaluation")
     for row in rows[:12] + rows[-12:]:
-        prompt = tokenizer.apply_chat_template(messages[row["prompt_id"]], add_generation_prompt=True)[
-            "input_ids"
-        ]
+        prompt = templated(tokenizer, prompts[row["prompt_id"]])
         drawn_by = {"policy": policy, "reference": reference[0]}[row["model"]]
         assert row["model_logprob"] == pytest.approx(logprob(drawn_by, prompt, row["token_ids"]), abs=1e-4)
         assert row["ref_logprob"] == pytest.approx(logprob(reference[0], prompt, row["token_ids"]), abs=1e-4)
@@ -406,10 +384,12 @@ def test_second_run_is_cached_and_starts_no_server(
     assert set(after) == set(before)
 
 
-def test_second_run_says_so_to_a_person(finished: Finished, qrpo_process: Callable[..., Any]) -> None:
-    done = qrpo_process("run", finished.config, "--store", finished.store)
+def test_second_run_says_so_to_a_person(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL")  # it would start a server, and say so
 
-    assert done.returncode == 0, done.stderr
+    done = invoke("run", finished.config, "--store", finished.store)
+
+    assert done.exit_code == 0, done.stderr
     assert done.stdout.count("cached") == len(STAGES)
     assert "Prefect server" not in done.stderr
 
@@ -418,7 +398,7 @@ def test_second_run_says_so_to_a_person(finished: Finished, qrpo_process: Callab
 def test_duckdb_reads_every_artifact(finished: Finished, stage: str) -> None:
     import duckdb
 
-    shown = finished.show(stage)
+    shown = finished.shown[stage]
 
     count = duckdb.execute(
         "select count(*), count(distinct prompt_id) from read_parquet($1)", [shown["parts"]]
@@ -434,7 +414,7 @@ def test_lineage_leads_down_to_the_source_and_the_model(finished: Finished) -> N
     import hashlib
 
     source = hashlib.sha256((finished.config.parent / "prompts.jsonl").read_bytes()).hexdigest()
-    lineage = finished.show("evaluation")["lineage"]
+    lineage = finished.shown["evaluation"]["lineage"]
 
     by_stage = {step["stage"]: step for step in lineage}
     assert set(by_stage) == set(STAGES) - {"evaluation"}

@@ -15,17 +15,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from socketserver import BaseRequestHandler, ThreadingTCPServer
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from flows.cli import app
 from qrpo.errors import ConfigError, DataError, EngineError
 from storage import Store, StoreUnavailableError
-from tasks.retries import may_pass
+from tasks.retries import is_transient
+from tests.support.flows import QRPO, invoke, new_bucket, parts_of, run_json
+from tests.support.processes import descendants, engine_of, eventually, running, survivors
 
 
 def unavailable(passing: bool) -> StoreUnavailableError:
@@ -49,8 +50,8 @@ def unavailable(passing: bool) -> StoreUnavailableError:
         (ZeroDivisionError(), False),
     ],
 )
-def test_only_what_may_pass_is_tried_again(error: Exception, expected: bool) -> None:
-    assert may_pass(error) is expected
+def test_only_transient_errors_are_retried(error: Exception, expected: bool) -> None:
+    assert is_transient(error) is expected
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +59,8 @@ def config(tmp_path_factory: pytest.TempPathFactory, write_task: Callable[..., P
     """Many small parts, slowly sampled, so that there is a middle to be interrupted in."""
     return write_task(
         tmp_path_factory.mktemp("failures") / "task",
-        prompts=16,
-        completions__engine={"kind": "transformers", "max_num_seqs": 2},
+        prompts=8,
+        completions__engine={"kind": "transformers", "max_num_seqs": 1},
         completions__sampling={"max_tokens": 30},
         completions__num_ref=32,
         completions__samples_per_part=8,
@@ -69,117 +70,90 @@ def config(tmp_path_factory: pytest.TempPathFactory, write_task: Callable[..., P
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory, config: Path, prefect_server: str) -> dict[str, Any]:
-    """Sampling whose engine is killed and that is then ended by Ctrl-C, goes on and is cancelled in the UI, and goes on to its end."""
+    """Sampling in four runs on one store: its engine is killed and Ctrl-C ends it; it is cancelled in the UI; its engine gets too
+    little memory, where that can be done here; it ends well.
+    """
     folder = tmp_path_factory.mktemp("story")
     store = folder / "store"
     seen: dict[str, Any] = {"store": store, "ended": {}}
+    options = ("run", config, "--store", store, "--until", "completions")
     for how in ("Ctrl-C", "Cancel in the UI"):
         log = folder / f"{how}.log"
-        process = start(log, prefect_server, config, store)
-        try:
+        environment = {**os.environ, "PREFECT_API_URL": prefect_server}
+        with running([QRPO, *options], log, env=environment) as process:
             wait_for_parts(len(parts_of(store)) + 1, store, process, log)
             if how == "Ctrl-C":
                 engine = engine_of(process.pid)
-                os.kill(engine, signal.SIGKILL)  # as the system does where memory runs out
-                assert not still_there([engine])
+                os.kill(engine.pid, signal.SIGKILL)  # as the system does where memory runs out
+                assert not survivors([engine])
                 assert engine_of(process.pid) != engine  # by now what the dead one had sent is committed
                 seen["before the new engine"] = before = parts_of(store)
                 seen["after"] = wait_for_parts(len(before) + 2, store, process, log)
-            family = children_of(process.pid)
+            family = descendants(process.pid)
             assert family
-            if how == "Ctrl-C":
-                process.send_signal(signal.SIGINT)
-            else:
-                cancel_in_the_ui(prefect_server)
+            process.send_signal(signal.SIGINT) if how == "Ctrl-C" else cancel_in_the_ui()
             code = process.wait(timeout=120)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        run = newest_run(prefect_server, "pipeline")
-        seen["ended"][how] = (code, log.read_text(), run["state"], still_there(family))
+        run = newest_run("pipeline")
+        seen["ended"][how] = (code, log.read_text(), run["state"], survivors(family, seconds=30))
+    options += ("--set", "completions.engine.max_num_seqs=64")
     seen["finished"] = parts_of(store)
-    options = ("--until", "completions", "--set", "completions.engine.max_num_seqs=64", "--json")
-    done = CliRunner().invoke(app, ["run", str(config), "--store", str(store), *options])
-    assert done.exit_code == 0, done.stderr
-    seen["summary"] = json.loads(done.stdout)["stages"]["completions"]
+    seen["squeezed"] = squeezed(options)
+    seen["kept"] = parts_of(store)
+    seen["summary"] = run_json(*options)["stages"]["completions"]
     seen["at the end"] = parts_of(store)
     return seen
 
 
-def start(log: Path, server: str, config: Path, store: Path) -> "subprocess.Popen[bytes]":
-    command = [
-        Path(sys.executable).with_name("qrpo"),
-        "run",
-        config,
-        "--store",
-        store,
-        "--until",
-        "completions",
-    ]
-    with log.open("wb") as output:
-        return subprocess.Popen(
-            command,
-            env={**os.environ, "PREFECT_API_URL": server},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-
-def parts_of(store: Path) -> dict[str, int]:
-    """The records of committed completions, and when each was written."""
-    return {path.name: path.stat().st_mtime_ns for path in store.glob("parts/completions/*/*.json")}
-
-
 def wait_for_parts(number: int, store: Path, process: "subprocess.Popen[bytes]", log: Path) -> dict[str, int]:
-    """The parts, once there are so many."""
-    deadline = time.monotonic() + 300
-    while len(parts := parts_of(store)) < number:
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.02)
-    return parts
-
-
-def engine_of(parent: int) -> int:
-    """The process id of a running process's engine, as soon as there is one."""
-    deadline = time.monotonic() + 120
-    while not (found := [c for c in children_of(parent) if b"qrpo.processes.serving" in command_of(c)]):
-        assert command_of(parent), "it has ended"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return found[0]
-
-
-def children_of(parent: int) -> list[int]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == parent and fields[0] != "Z":
-            found.append(int(path.parent.name))
+    """The parts, once there are `number`."""
+    enough = lambda: parts if len(parts := parts_of(store)) >= number else None  # noqa: E731
+    found = eventually(enough, f"{number} parts", every=0.02, log=log, process=process)
+    assert found is not None
     return found
 
 
-def command_of(process: int) -> bytes:
-    try:
-        return Path(f"/proc/{process}/cmdline").read_bytes()
-    except OSError:
-        return b""
+def squeezed(options: tuple[Any, ...]) -> tuple[Any, Any] | None:
+    """The result and the flow run of a run whose engine gets 100 MB of memory; None where memory cannot be limited."""
+    with memory_limit() as group, pytest.MonkeyPatch.context() as patch:
+        if group is None:
+            return None
+        without_retries(patch)
+
+        def squeeze_the_engine() -> None:
+            (group / "cgroup.procs").write_text(str(engine_of(os.getpid()).pid))
+
+        with ThreadPoolExecutor() as pool:
+            squeezing = pool.submit(squeeze_the_engine)
+            killed = invoke(*options)
+            squeezing.result()
+        return killed, newest_run("completions")
 
 
-def still_there(processes: list[int]) -> list[bytes]:
-    """The command lines of those that have not ended after half a minute; a zombie has none."""
-    deadline = time.monotonic() + 30
-    while (left := list(filter(None, map(command_of, processes)))) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return left
+@contextmanager
+def memory_limit() -> Iterator[Path | None]:
+    """A control group of the kernel whose processes get 100 MB of memory together."""
+    for root, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+        group = Path(root, f"qrpo-test-{os.getpid()}")
+        try:
+            group.mkdir()
+            (group / limit).write_text("100M")
+        except OSError:
+            continue
+        yield group
+        members = group / "cgroup.procs"
+        eventually(lambda members=members: not members.read_text(), "the end of the engine", seconds=20)
+        group.rmdir()
+        return
+    yield None
 
 
-def newest_run(server: str, name: str) -> Any:
+def without_retries(patch: pytest.MonkeyPatch) -> None:
+    from tasks import groups
+
+    patch.setattr(groups, "compute_parts", groups.compute_parts.with_options(retries=0))
+
+
+def newest_run(name: str) -> Any:
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
@@ -187,10 +161,10 @@ def newest_run(server: str, name: str) -> Any:
         return client.request("POST", "/flow_runs/filter", json=body).json()[0]
 
 
-def cancel_in_the_ui(server: str) -> None:
+def cancel_in_the_ui() -> None:
     from prefect.client.orchestration import get_client
 
-    place = {"id": newest_run(server, "pipeline")["id"]}
+    place = {"id": newest_run("pipeline")["id"]}
     with get_client(sync_client=True) as client:
         state = {"state": {"type": "CANCELLING"}}
         client.request("POST", "/flow_runs/{id}/set_state", path_params=place, json=state)
@@ -211,11 +185,24 @@ def test_interrupted_run_stops_at_once_and_leaves_nothing_behind(story: dict[str
 
 @pytest.mark.slow
 def test_next_run_goes_on_from_what_interrupted_ones_finished(story: dict[str, Any]) -> None:
-    finished, end = story["finished"], story["at the end"]
+    finished, kept, end = story["finished"], story["kept"], story["at the end"]
 
-    assert story["summary"]["parts_cached"] == len(finished)
-    assert story["summary"]["parts_computed"] == len(end) - len(finished) > 0
-    assert {name: end[name] for name in finished} == finished, "finished parts were not touched"
+    assert story["summary"]["parts_cached"] == len(kept)
+    assert story["summary"]["parts_computed"] == len(end) - len(kept) > 0
+    for before in (finished, kept):
+        assert {name: end[name] for name in before} == before, "finished parts were not touched"
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_is_told(story: dict[str, Any]) -> None:
+    if story["squeezed"] is None:
+        pytest.skip("no rights to limit memory here")
+    killed, run = story["squeezed"]
+
+    assert killed.exit_code == 1
+    assert "was killed by SIGKILL (the system does this where memory runs out)" in killed.stderr
+    assert run["state_type"] == "FAILED"
+    assert "where memory runs out" in run["state"]["message"]
 
 
 @pytest.mark.slow
@@ -228,16 +215,10 @@ def test_engine_that_dies_is_started_again_and_the_run_goes_on(story: dict[str, 
 
 @pytest.fixture
 def score(
-    story: dict[str, Any],
-    config: Path,
-    tmp_path: Path,
-    qrpo: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
+    story: dict[str, Any], config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Any]:
-    """Score the story's completions, in a store of its own unless one is named, by a reward of this source; no task is tried again."""
-    from tasks import groups
-
-    monkeypatch.setattr(groups, "compute_parts", groups.compute_parts.with_options(retries=0))
+    """Score the story's completions, in a copy of its store unless one is named, by a reward of this source, without retries."""
+    without_retries(monkeypatch)
     task = tmp_path / "task"
     shutil.copytree(config.parent, task)
     (task / "config.yaml").write_text(
@@ -247,14 +228,14 @@ def score(
 
     def run(source: str, *options: str, store: str | Path = tmp_path / "store") -> Any:
         (task / "reward.py").write_text(source)
-        return qrpo("run", task / "config.yaml", "--store", store, "--only", "rewards", "--json", *options)
+        return invoke("run", task / "config.yaml", "--store", store, "--only", "rewards", "--json", *options)
 
     return run
 
 
 @pytest.mark.slow
 def test_failure_names_its_reason_in_the_state_and_the_log_on_the_terminal(
-    score: Callable[..., Any], prefect_server: str, tmp_path: Path
+    score: Callable[..., Any], tmp_path: Path
 ) -> None:
     result = score("def reward(prompts, completions, **columns):\n    raise ValueError('no scale')\n")
 
@@ -263,7 +244,7 @@ def test_failure_names_its_reason_in_the_state_and_the_log_on_the_terminal(
     log = tmp_path / "store" / "logs" / "tiny" / "run.log"
     assert f"the run's log: {log}" in result.stderr.replace("\n", "")
     assert "prefect" in log.read_text()
-    run = newest_run(prefect_server, "rewards")
+    run = newest_run("rewards")
     assert run["state_type"] == "FAILED"
     assert "no scale" in run["state"]["message"]
 
@@ -271,7 +252,7 @@ def test_failure_names_its_reason_in_the_state_and_the_log_on_the_terminal(
 @pytest.mark.slow
 # by a thread: the signal of pytest's other method is the one that Prefect's time-outs come by
 @pytest.mark.timeout(600, method="thread")
-def test_task_that_hangs_is_timed_out(score: Callable[..., Any], prefect_server: str) -> None:
+def test_task_that_hangs_is_timed_out(score: Callable[..., Any]) -> None:
     result = score(
         "import time\n\ndef reward(prompts, completions, **columns):\n    time.sleep(3600)\n",
         *("--set", "run.task_timeout=5"),
@@ -279,63 +260,7 @@ def test_task_that_hangs_is_timed_out(score: Callable[..., Any], prefect_server:
 
     assert result.exit_code == 1
     assert "timed out after 5.0 second(s)" in result.stderr
-    assert newest_run(prefect_server, "rewards")["state_type"] == "FAILED"
-
-
-@pytest.fixture
-def memory_limit() -> Iterator[Path]:
-    """A control group of the kernel whose processes get 100 MB of memory together."""
-    for root, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
-        group = Path(root, f"qrpo-test-{os.getpid()}")
-        try:
-            group.mkdir()
-            (group / limit).write_text("100M")
-        except OSError:
-            continue
-        yield group
-        deadline = time.monotonic() + 20
-        while (group / "cgroup.procs").read_text() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        group.rmdir()
-        return
-    pytest.skip("no rights to limit memory here")
-
-
-@pytest.mark.slow
-def test_memory_that_runs_out_is_told_and_the_next_run_goes_on(
-    story: dict[str, Any],
-    config: Path,
-    memory_limit: Path,
-    tmp_path: Path,
-    qrpo: Callable[..., Any],
-    prefect_server: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from tasks import groups
-
-    monkeypatch.setattr(groups, "compute_parts", groups.compute_parts.with_options(retries=0))
-    shutil.copytree(story["store"], tmp_path / "store")
-    more = ("run", config, "--store", tmp_path / "store", "--only", "completions", "--json")
-    more += ("--set", "completions.num_ref=40", "--set", "completions.engine.max_num_seqs=64")
-
-    def squeeze_the_engine() -> None:
-        (memory_limit / "cgroup.procs").write_text(str(engine_of(os.getpid())))
-
-    with ThreadPoolExecutor() as pool:
-        squeezed = pool.submit(squeeze_the_engine)
-        killed = qrpo(*more)
-        squeezed.result()
-    run = newest_run(prefect_server, "completions")
-    again = qrpo(*more)
-
-    assert killed.exit_code == 1
-    assert "was killed by SIGKILL (the system does this where memory runs out)" in killed.stderr
-    assert run["state_type"] == "FAILED"
-    assert "where memory runs out" in run["state"]["message"]
-    assert again.exit_code == 0, again.stderr
-    stage = json.loads(again.stdout)["stages"]["completions"]
-    assert stage["parts_cached"] == len(story["at the end"])
-    assert stage["parts_computed"] > 0
+    assert newest_run("rewards")["state_type"] == "FAILED"
 
 
 class Gate(ThreadingTCPServer):
@@ -367,12 +292,9 @@ class _Passage(BaseRequestHandler):
 
 @pytest.fixture
 def gate(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    """The only way to the S3 server."""
+    """The only way to a bucket on the S3 server."""
     host, _, port = s3_endpoint.removeprefix("http://").partition(":")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAFAILURESTEST")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "failures-test-secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    with Gate(host, int(port)) as gate:
+    with new_bucket(s3_endpoint, "failures"), Gate(host, int(port)) as gate:
         threading.Thread(target=gate.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{gate.server_address[1]}")
         yield gate
@@ -384,7 +306,7 @@ import time
 
 
 def reward(prompts, completions, **columns):
-    time.sleep(0.4)
+    time.sleep(0.2)
     return [float(len(said)) for said in completions]
 """
 
@@ -395,7 +317,6 @@ def test_network_that_stays_away_is_told_and_one_that_comes_back_is_waited_for(
     story: dict[str, Any],
     gate: Gate,
     s3_endpoint: str,
-    prefect_server: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import boto3
@@ -403,7 +324,6 @@ def test_network_that_stays_away_is_told_and_one_that_comes_back_is_waited_for(
     from storage import remote
 
     s3 = boto3.client("s3", endpoint_url=s3_endpoint)
-    s3.create_bucket(Bucket="failures")
     store = Store("s3://failures/store")
     for path in filter(Path.is_file, story["store"].rglob("*")):
         if path.suffix in (".json", ".parquet"):
@@ -414,8 +334,7 @@ def test_network_that_stays_away_is_told_and_one_that_comes_back_is_waited_for(
         return sum(found["Key"].endswith(".json") for found in listing.get("Contents", ()))
 
     def shut(after: int, seconds: float) -> None:
-        while scored() <= after:
-            time.sleep(0.05)
+        eventually(lambda: scored() > after, "another part")
         gate.is_open = False
         time.sleep(seconds)
         gate.is_open = True
@@ -425,7 +344,7 @@ def test_network_that_stays_away_is_told_and_one_that_comes_back_is_waited_for(
             patch.setattr(remote, "ATTEMPTS", 3)  # as if it stayed away for longer
             away = pool.submit(shut, 0, 6.0)
             failed = score(SLOW, "--set", "run.parts_per_task=12", store=store.url)
-            run = newest_run(prefect_server, "rewards")
+            run = newest_run("rewards")
             away.result()
         kept = scored()
         back = pool.submit(shut, kept, 2.0)
@@ -490,14 +409,14 @@ def test_automations_are_made_once_and_need_a_block_that_is_there(prefect_server
     from prefect.blocks.notifications import CustomWebhookNotificationBlock
     from prefect.client.orchestration import get_client
 
-    from flows.service.automations import find_dead_runs, tell_of_failures
+    from flows.service.automations import mark_silent_runs, notify_of_failures
 
     CustomWebhookNotificationBlock(name="alerts", url="http://127.0.0.1:9/hook").save("alerts")
     with get_client(sync_client=True) as client:
         for _ in range(2):  # a second deployment changes them, and adds none
-            names = [find_dead_runs(client), tell_of_failures(client, "custom-webhook/alerts")]
+            names = [mark_silent_runs(client), notify_of_failures(client, "custom-webhook/alerts")]
         found = [automation for name in names for automation in client.read_automations_by_name(name)]
         with pytest.raises(ConfigError, match="no such block on the server"):
-            tell_of_failures(client, "slack-webhook/missing")
+            notify_of_failures(client, "slack-webhook/missing")
 
     assert [automation.name for automation in found] == names

@@ -1,6 +1,5 @@
 """Rounds: the policy's own samples, scored against the reference rewards of the first round."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,17 @@ import yaml
 
 import storage
 from storage import Store
+from tests.support.flows import run_json
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def finished(trained: Path, copy_of: Callable[[Path], Path]) -> tuple[Store, dict[str, Any], Path]:
-    from typer.testing import CliRunner
-
-    from flows.cli import app
-
     config, store = trained / "two-rounds.yaml", copy_of(trained)
     settings = yaml.safe_load((trained / "config.yaml").read_text())
     config.write_text(yaml.safe_dump(settings | {"rounds": {"count": 2, "num_completions": 3}}))
-    result = CliRunner().invoke(app, ["run", str(config), "--store", str(store), "--json"])
-    assert result.exit_code == 0, result.stderr
-    return Store(store), json.loads(result.stdout.splitlines()[-1]), config
+    return Store(store), run_json("run", config, "--store", store), config
 
 
 def rows(store: Store, run: str, stage: str) -> pl.DataFrame:
@@ -90,10 +84,10 @@ def test_the_second_round_goes_on_from_the_first_policy_and_is_judged_by_the_ref
 
 
 def test_the_second_time_all_rounds_are_cached(
-    finished: tuple[Store, dict[str, Any], Path], qrpo: Callable[..., Any]
+    finished: tuple[Store, dict[str, Any], Path],
 ) -> None:
     store, summary, config = finished
-    again = json.loads(qrpo("run", config, "--store", store.url, "--json").stdout.splitlines()[-1])
+    again = run_json("run", config, "--store", store.url)
     computed = [stage["parts_computed"] for one in again["rounds"] for stage in one["stages"].values()]
     assert set(computed) == {0}
     assert again["evaluation"] == summary["evaluation"]

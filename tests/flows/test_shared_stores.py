@@ -2,14 +2,16 @@
 
 import json
 import os
-import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from storage import Store
+from tests.support.flows import QRPO, clean_environment, new_bucket
+from tests.support.processes import running
 
 pytestmark = pytest.mark.slow
 
@@ -17,29 +19,31 @@ SECRET = "a-secret-that-must-not-be-seen"
 
 
 @pytest.fixture(scope="module")
-def bucket(s3_endpoint: str) -> Iterator[str]:
-    """A bucket of its own on the S3 server, which the environment reaches meanwhile; its URL."""
-    import boto3
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "AKIAPIPELINETEST")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
-        boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="pipeline")
-        yield "s3://pipeline"
+def on_s3(
+    s3_endpoint: str,
+    trained: Path,
+    prefect_server: str,
+    qrpo_process: Callable[..., Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Store, Any, Path]]:
+    """The configuration of `trained` run on a bucket, from an empty folder: the store, what was printed, the folder."""
+    folder = tmp_path_factory.mktemp("empty")
+    with new_bucket(s3_endpoint, "pipeline", SECRET) as bucket, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        url = f"{bucket}/store"
+        done = qrpo_process(
+            "run", trained / "config.yaml", "--store", url, "--json", PREFECT_API_URL=prefect_server
+        )
+        assert done.returncode == 0, done.stderr
+        yield Store(url), done, folder
 
 
 def test_pipeline_runs_on_an_object_store_and_is_cached_there(
-    bucket: str, write_task: Callable[..., Path], qrpo_process: Callable[..., Any], tmp_path: Path
+    on_s3: tuple[Store, Any, Path], trained: Path, qrpo: Callable[..., Any]
 ):
-    config = write_task(tmp_path, prompts=16, prompts__eval_fraction=0.3, policy__epochs=1)
-    url = f"{bucket}/store"
-
-    first = qrpo_process("run", config, "--store", url, "--json")
-    assert first.returncode == 0, first.stderr
-    again = qrpo_process("run", config, "--store", url, "--json")
-    assert again.returncode == 0, again.stderr
+    store, first, folder = on_s3
+    again = qrpo("run", trained / "config.yaml", "--store", store.url, "--json")
+    assert again.exit_code == 0, again.stderr
 
     stages = json.loads(first.stdout)["stages"]
     cached = json.loads(again.stdout)["stages"]
@@ -48,50 +52,34 @@ def test_pipeline_runs_on_an_object_store_and_is_cached_there(
     assert {name: stage["fingerprint"] for name, stage in stages.items()} == {
         name: stage["fingerprint"] for name, stage in cached.items()
     }
-    store = Store(url)
     for key in store.list():
         assert SECRET.encode() not in store.read_bytes(key), key
     assert SECRET not in first.stdout + first.stderr
-    assert not list(tmp_path.rglob("*.parquet"))  # nothing passed through the working folder
+    assert not list(folder.rglob("*.parquet"))  # nothing passed through the working folder
 
 
-def test_object_store_gives_the_same_bytes_as_a_folder(
-    bucket: str, write_task: Callable[..., Path], qrpo_process: Callable[..., Any], tmp_path: Path
-):
-    config = write_task(tmp_path, prompts=16, prompts__eval_fraction=0.3, policy__epochs=1)
-
-    done = qrpo_process("run", config, "--store", tmp_path / "local", "--until", "quantiles", "--json")
-
-    assert done.returncode == 0, done.stderr
-    remote, local = Store(f"{bucket}/store"), Store(tmp_path / "local")
-    parquet = [key for key in local.list("parts") if key.endswith(".parquet")]
+def test_object_store_gives_the_same_bytes_as_a_folder(on_s3: tuple[Store, Any, Path], trained: Path):
+    remote, local = on_s3[0], Store(trained / "store")
+    stages = ("prompts", "completions", "rewards", "quantiles")
+    parquet = [key for stage in stages for key in local.list(f"parts/{stage}") if key.endswith(".parquet")]
     assert len(parquet) >= 8
     for key in parquet:
         assert remote.read_bytes(key) == local.read_bytes(key), key
 
 
 def test_two_runs_at_once_share_the_work(
-    write_task: Callable[..., Path], start_qrpo: Callable[..., "subprocess.Popen[bytes]"], tmp_path: Path
+    write_task: Callable[..., Path], prefect_server: str, tmp_path: Path
 ):
     config = write_task(tmp_path, prompts=40, run__parts_per_task=1)
+    environment = clean_environment(PREFECT_API_URL=prefect_server)
     logs = [tmp_path / "first.log", tmp_path / "second.log"]
-    runs = [
-        start_qrpo(
-            log,
-            "run",
-            config,
-            "--store",
-            tmp_path / "store",
-            "--set",
-            f"name={log.stem}",
-            "--until",
-            "shards",
-            "--json",
-        )
-        for log in logs
-    ]
-
-    codes = [run.wait(timeout=400) for run in runs]
+    with ExitStack() as stack:
+        runs = []
+        for log in logs:
+            command = [QRPO, "run", config, "--store", tmp_path / "store", "--until", "shards", "--json"]
+            command += ["--set", f"name={log.stem}"]
+            runs.append(stack.enter_context(running(command, log, env=environment)))
+        codes = [run.wait(timeout=400) for run in runs]
 
     assert codes == [0, 0], [log.read_text() for log in logs]
     summaries = [json.loads(log.read_text().splitlines()[-1]) for log in logs]

@@ -1,18 +1,22 @@
-"""Work pools as `qrpo deploy` makes them, each taken by the worker class of its kind: what container or pod a run would get."""
+"""What `qrpo deploy` declares: the list of deployments, and the job that the worker class of each kind of pool makes of it."""
 
 import asyncio
+import os
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
+from prefect.flows import load_flow_from_entrypoint
 
-import deployments
-from flows.service.deploy import PoolType, job_template
+from flows.service.deploy import DeployOptions, PoolType, create_pool, declarations, job_template
+from tasks.stages import STAGES
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
 FLOW_RUN = "tiny: prompts to evaluation (prompts.jsonl, base)"
 
@@ -20,8 +24,7 @@ FLOW_RUN = "tiny: prompts to evaluation (prompts.jsonl, base)"
 def job_of(kind: PoolType, worker: Any, **more: str) -> Any:
     """What a worker makes of the pool's template and a deployment's job variables."""
     template = job_template(worker.get_default_base_job_template(), kind)
-    file = Path(deployments.__path__[0], "prefect.yaml")
-    variables = yaml.safe_load(file.read_text())["deployments"][0]["work_pool"]["job_variables"]
+    variables = next(declarations())["work_pool"]["job_variables"]
     job = asyncio.run(worker.job_configuration.from_template_and_values(template, {**variables, **more}))
     job.prepare_for_flow_run(FlowRun(id=uuid.uuid4(), flow_id=uuid.uuid4(), name=FLOW_RUN))
     return job
@@ -70,3 +73,35 @@ def test_kubernetes_pod_has_image_gpu_shared_memory_and_account() -> None:
     assert container["resources"]["requests"]["memory"] == "64Gi"
     assert {"name": "DO_NOT_TRACK", "value": "1"} in container["env"]
     assert "command" not in container, "the image's entry point, which passes signals on, stays"
+
+
+def test_the_pipeline_and_every_stage_are_deployed() -> None:
+    declared = {entry["name"]: entry for entry in declarations()}
+
+    assert list(declared) == ["pipeline", *STAGES]
+    for name, entry in declared.items():
+        assert load_flow_from_entrypoint(entry["entrypoint"]).name == name
+        assert set(entry) == set(declared["pipeline"])
+    assert not any(declared[stage]["schedules"] for stage in STAGES)
+
+
+def test_prefect_itself_deploys_the_pipeline_of_the_file(tmp_path: Path) -> None:
+    with get_client(sync_client=True) as client:
+        create_pool(client, DeployOptions())
+    file = Path(__file__).parents[2] / "deployments" / "prefect.yaml"
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", file],
+        env={**os.environ, "QRPO_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name("pipeline/pipeline")
+    assert (deployment.work_pool_name, deployment.work_queue_name) == ("qrpo", "gpu")
+    assert deployment.pull_steps == [
+        {"prefect.deployments.steps.set_working_directory": {"directory": str(tmp_path)}}
+    ]
+    assert [schedule.active for schedule in deployment.schedules] == [False]

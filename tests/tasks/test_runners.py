@@ -10,7 +10,7 @@ import pytest
 
 from qrpo.errors import ConfigError
 from tasks.config import PipelineConfig, parse_config
-from tasks.runners import Errand, Place, Workers, uses_workers
+from tasks.runners import RemoteWork, WorkerPool, WorkerSetup, uses_workers
 from tasks.work import Work
 
 
@@ -30,11 +30,11 @@ def test_worker_gets_the_gpus_of_its_engine(tiny_model: Path, monkeypatch: pytes
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5")
     config = settings(tiny_model, runner="process")
 
-    workers = Workers("completions", config, "store")
+    workers = WorkerPool(config, "store", uses_gpu=True)
 
     assert (workers.count, workers.gpus_per_worker) == (3, 2)
-    place = workers.place
-    assert (place.driver, place.gpus, place.gpus_per_worker) == (
+    setup = workers.setup
+    assert (setup.driver, setup.gpus, setup.gpus_per_worker) == (
         os.getpid(),
         ("0", "1", "2", "3", "4", "5"),
         2,
@@ -45,20 +45,20 @@ def test_more_workers_than_gpus_are_refused(tiny_model: Path, monkeypatch: pytes
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
 
     with pytest.raises(ConfigError, match="2 workers of 2 GPUs each do not fit the 3 GPUs"):
-        Workers("completions", settings(tiny_model, runner="dask", workers=2), "store")
+        WorkerPool(settings(tiny_model, runner="dask", workers=2), "store", uses_gpu=True)
 
 
 def test_stage_without_a_model_takes_no_gpu(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
 
-    workers = Workers("quantiles", settings(tiny_model, runner="process", workers=4), "store")
+    workers = WorkerPool(settings(tiny_model, runner="process", workers=4), "store", uses_gpu=False)
 
     assert (workers.count, workers.gpus_per_worker) == (4, 0)
 
 
 def test_store_of_one_process_alone_is_refused(tiny_model: Path):
     with pytest.raises(ConfigError, match="memory://"):
-        Workers("rewards", settings(tiny_model, runner="ray"), "memory://store")
+        WorkerPool(settings(tiny_model, runner="ray"), "memory://store", uses_gpu=True)
 
 
 def test_cluster_without_a_runner_for_it_is_refused(tiny_model: Path):
@@ -74,11 +74,11 @@ def test_single_part_stays_in_this_process_unless_there_is_a_cluster(tiny_model:
 
 
 def test_groups_are_small_enough_for_all_workers(tiny_model: Path):
-    workers = Workers("quantiles", settings(tiny_model, runner="process", workers=4), "store")
+    workers = WorkerPool(settings(tiny_model, runner="process", workers=4), "store", uses_gpu=False)
 
-    assert workers.group_size(1000, most=32) == 32
-    assert workers.group_size(40, most=32) == 5
-    assert workers.group_size(3, most=32) == 1
+    assert workers.group_size(1000, maximum=32) == 32
+    assert workers.group_size(40, maximum=32) == 5
+    assert workers.group_size(3, maximum=32) == 1
 
 
 def test_runner_is_not_in_any_fingerprint(tiny_model: Path):
@@ -88,18 +88,18 @@ def test_runner_is_not_in_any_fingerprint(tiny_model: Path):
 
 
 def test_two_workers_of_a_pool_see_different_gpus(tiny_model: Path):
-    place = Place("process", "stage", os.getpid(), ("4", "5", "6", "7"), 2)
-    errand = Errand(Work("completions", settings(tiny_model), "store", ()), place)
+    setup = WorkerSetup("process", "session", os.getpid(), ("4", "5", "6", "7"), 2)
+    work = RemoteWork(Work("completions", settings(tiny_model), "store", ()), setup)
     context = multiprocessing.get_context("spawn")
 
     with context.Manager() as manager, ProcessPoolExecutor(2, mp_context=context) as pool:
         both = manager.Barrier(2)
-        seen = list(pool.map(arrive, [errand] * 2, [both] * 2))
+        seen = list(pool.map(visible_gpus, [work] * 2, [both] * 2))
 
     assert sorted(seen) == ["4,5", "6,7"]
 
 
-def arrive(errand: Errand, both: Any) -> str:
-    errand.arrive()
+def visible_gpus(work: RemoteWork, both: Any) -> str:
+    work.receive()
     both.wait(timeout=120)  # so that no worker answers twice
     return os.environ["CUDA_VISIBLE_DEVICES"]

@@ -1,0 +1,120 @@
+"""Run a span of stages from the command line, and print the summary."""
+
+import os
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from flows.evaluate import evaluation_table
+from flows.service.logs import log_path, logging_to
+from flows.service.server import start_server
+from storage import Store
+from tasks.config import PipelineConfig
+from tasks.planner import Planner, planning
+from tasks.rounds import rounds_until
+from tasks.run_stage import StageResult, run_stage
+from tasks.stages import STAGE_NAMES
+
+__all__ = ["print_summary", "run_pipeline"]
+
+_STAGE_FIELDS = ("fingerprint", "rows", "rejects", "seconds", "parts_computed", "parts_cached")
+
+
+def run_pipeline(
+    config: PipelineConfig,
+    store_url: str,
+    *,
+    first: str = STAGE_NAMES[0],
+    last: str = STAGE_NAMES[-1],
+    force: tuple[str, ...] = (),
+    console: Console,
+) -> dict[str, Any]:
+    """Run the stages from `first` to `last`: as a Prefect flow if anything is left to compute, otherwise straight from the store.
+
+    Returns the object that `--json` prints: `run`, `store`, `stages`, `seconds` and, if it ran, `evaluation`. With several rounds
+    these are the last round's, and `rounds` holds one object per round.
+    """
+    rounds = [
+        _run_round(of_round, Store(store_url), first if number == 0 else STAGE_NAMES[0], last, force, console)
+        for number, of_round in enumerate(rounds_until(last, config))
+    ]
+    return rounds[-1] if len(rounds) == 1 else {**rounds[-1], "rounds": rounds}
+
+
+def _run_round(
+    config: PipelineConfig, store: Store, first: str, last: str, force: tuple[str, ...], console: Console
+) -> dict[str, Any]:
+    started = time.monotonic()
+    planner = Planner(config, store)
+    planner.require_parents(first)  # before a server is started
+    span = STAGE_NAMES[STAGE_NAMES.index(first) : STAGE_NAMES.index(last) + 1]
+    if not force and all(planner.plan(stage).complete for stage in span):
+        results = [run_stage(stage, config, store.url, planner=planner) for stage in span]
+    else:
+        with planning(planner):
+            results = _run_flow(config, store, first, last, force, console)
+    summary: dict[str, Any] = {
+        "run": config.name,
+        "store": store.url,
+        "stages": {
+            result.stage: {field: getattr(result, field) for field in _STAGE_FIELDS} for result in results
+        },
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    if results and results[-1].stage == "evaluation":
+        manifest = store.manifest("evaluation", results[-1].fingerprint)
+        if manifest is not None and "summary" in manifest.metadata:
+            summary["evaluation"] = manifest.metadata["summary"]
+    return summary
+
+
+def _run_flow(
+    config: PipelineConfig, store: Store, first: str, last: str, force: tuple[str, ...], console: Console
+) -> list[StageResult]:
+    if "PREFECT_API_URL" not in os.environ:
+        console.print(
+            "starting a Prefect server for this run (set PREFECT_API_URL to use a running server) ..."
+        )
+    wait_for_server = start_server()
+    from prefect.logging.configuration import setup_logging
+
+    from flows import algorithm
+    from flows.service.interrupts import cancellable_run
+
+    pipeline: Any = algorithm.pipeline  # it checks the names of the stages
+    wait_for_server()
+    setup_logging()
+    with logging_to(log_path(store, f"{config.name}/run.log"), console), cancellable_run() as on_running:
+        results: list[StageResult] = pipeline.with_options(on_running=[on_running])(
+            config, store.url, first, last, force
+        )
+        return results
+
+
+def print_summary(summary: dict[str, Any], console: Console) -> None:
+    """Print the summary as tables, and commands that show the artifacts."""
+    for earlier in summary.get("rounds", [])[:-1]:
+        if "evaluation" in earlier:
+            console.print(f"run {earlier['run']}")
+            console.print(evaluation_table(earlier["evaluation"], brief=True))
+    run, stages = summary["run"], summary["stages"]
+    table = Table("stage", "rows", "rejects", "parts", "seconds", title=f"run {run}", title_justify="left")
+    for name, stage in stages.items():
+        computed, cached = stage["parts_computed"], stage["parts_cached"]
+        parts = f"{computed} computed" if computed else "cached" if cached else "nothing to do"
+        if computed and cached:
+            parts += f", {cached} cached"
+        table.add_row(name, f"{stage['rows']:,}", f"{stage['rejects']:,}", parts, f"{stage['seconds']:.1f}")
+    console.print(table)
+    if "evaluation" in summary:
+        console.print(evaluation_table(summary["evaluation"], brief=True))
+    console.print(f"\nartifacts: {summary['store']}   look at them:")
+    option = "" if summary["store"] == Store("artifacts").url else f" --store {summary['store']}"
+    shown = [name for name, stage in stages.items() if stage["rows"]] or list(stages)
+    console.print(f"  qrpo show {run} {shown[-1]}{option}")
+    for stage in ("rewards", "evaluation"):
+        if stage in shown:
+            console.print(f"  qrpo inspect {run} {stage}{option}")
+    console.print(f"  qrpo ls{option}")
