@@ -1,6 +1,6 @@
 """Does QRPO find the optimum? A world small enough to enumerate answers exactly.
 
-    python benchmarks/optimum.py [--out optimum.json]
+    python -m benchmarks.optimum [--out optimum.json]
 
 A completion is up to 4 tokens of a vocabulary of 4, or an end token sooner: 341 completions, all enumerated. The reference
 is a random autoregressive policy, a row of logits for each prompt and prefix; so is the policy that is trained, from the
@@ -10,18 +10,14 @@ judged by the objective J = E[f(q)] - beta KL(policy || reference), exact, as a 
 J(pi*) = 100%. DPO's and SimPO's own beta is swept and their best kept, chosen by that judge: a generous comparison.
 """
 
-import argparse
-import json
 import math
-import platform
-import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.harness import command_line, report
 from qrpo.method import theory
 from qrpo.method.losses import choose_pairs, dpo_loss, qrpo_loss, rebel_loss, simpo_loss
 from qrpo.method.quantiles import quantile_rewards
@@ -332,33 +328,20 @@ def compares_methods(prompts: int, steps: int, beta: float = 0.1, num_ref: int =
     return rows
 
 
-def main() -> None:
-    """Run everything and write one JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path)
+if __name__ == "__main__":
+    parser = command_line(__doc__, rounds=None)
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--steps", type=int, default=400)
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    begin = time.perf_counter()
-    size = (arguments.prompts, arguments.steps)
-    result = {
-        "benchmark": "optimum",
-        "machine": {"processor": platform.machine(), "torch": torch.__version__, "threads": 1},
-        "prompts": arguments.prompts,
-        "steps": arguments.steps,
-        "finds_the_optimum": finds_the_optimum(*size),
-        "scales_with_references": scales_with_references(*size),
-        "compares_partitions": compares_partitions(*size),
-        "compares_clamped": compares_clamped(*size),
-        "compares_methods": compares_methods(*size),
-    }
-    result["seconds"] = round(time.perf_counter() - begin, 1)
-    text = json.dumps(result, indent=2)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
-    print(text)
-
-
-if __name__ == "__main__":
-    main()
+    experiments = (
+        finds_the_optimum,
+        scales_with_references,
+        compares_partitions,
+        compares_clamped,
+        compares_methods,
+    )
+    report(
+        options,
+        [{"experiment": run.__name__, "rows": run(options.prompts, options.steps)} for run in experiments],
+    )
