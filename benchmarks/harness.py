@@ -65,7 +65,10 @@ def timed(
 
 
 def run_command(*words: str | Path, **environment: str) -> tuple[Sample, str]:
-    """Run a process to its end: its sample, with `peak_mib`, and its standard output. Exits where the process fails."""
+    """Run a process to its end: its sample and its standard output. Exits where the process fails.
+
+    The sample has `peak_mib` where that exceeds the peak of this process, from whose size a fork starts.
+    """
     started = time.perf_counter()
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
@@ -79,7 +82,8 @@ def run_command(*words: str | Path, **environment: str) -> tuple[Sample, str]:
         if process.returncode != 0:
             sys.exit(f"{' '.join(map(str, words))} failed:\n{errors.read().decode()[-4000:]}")
         text = output.read().decode()
-    return {"wall": wall, "cpu": usage.ru_utime + usage.ru_stime, "peak_mib": usage.ru_maxrss / 1024}, text
+    sample = {"wall": wall, "cpu": usage.ru_utime + usage.ru_stime}
+    return sample | ({"peak_mib": peak} if (peak := usage.ru_maxrss / 1024) > peak_mib() else {}), text
 
 
 def command(*words: str | Path, **environment: str) -> Way:
@@ -128,10 +132,10 @@ def summarize(samples: Mapping[str, Sequence[Sample]], floor: str | None = None)
     found: dict[str, Any] = {}
     for way, taken in samples.items():
         found[way] = {}
-        for name in taken[0]:
+        for name in [name for name in taken[0] if all(name in sample for sample in taken)]:
             values = [sample[name] for sample in taken]
             found[way][name] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-            base = [sample[name] for sample in samples[floor]] if floor else []
+            base = [sample.get(name, 0.0) for sample in samples[floor]] if floor else []
             if base and all(base):
                 ratios = [value / least for value, least in zip(values, base, strict=False)]
                 found[way][name]["times_floor"] = statistics.median(ratios)
