@@ -1,6 +1,6 @@
 """Does QRPO find the optimum? A world small enough to enumerate answers exactly.
 
-    python benchmarks/optimum.py [--out optimum.json]
+    python -m benchmarks.optimum [--out optimum.json]
 
 A completion is up to 4 tokens of a vocabulary of 4, or an end token sooner: 341 completions, all enumerated. The reference
 is a random autoregressive policy, a row of logits for each prompt and prefix; so is the policy that is trained, from the
@@ -10,18 +10,15 @@ judged by the objective J = E[f(q)] - beta KL(policy || reference), exact, as a 
 J(pi*) = 100%. DPO's and SimPO's own beta is swept and their best kept, chosen by that judge: a generous comparison.
 """
 
-import argparse
-import json
 import math
-import platform
-import time
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.harness import command_line, report
 from qrpo.method import theory
 from qrpo.method.losses import choose_pairs, dpo_loss, qrpo_loss, rebel_loss, simpo_loss
 from qrpo.method.quantiles import quantile_rewards
@@ -29,6 +26,7 @@ from qrpo.method.transforms import get_transform
 
 VOCABULARY, LENGTH = 4, 4
 END = VOCABULARY
+SETTINGS = (("identity", 0.1), ("identity", 1.0), ("log", 0.5), ("power", 0.1))
 
 
 @dataclass(frozen=True)
@@ -48,17 +46,20 @@ class World:
     quantile: torch.Tensor
     """(P, Y): P(s <= r), exact."""
 
-    def log_probabilities(
-        self, logits: torch.Tensor, completions: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    @cached_property
+    def ref(self) -> torch.Tensor:
+        """(P, Y): log ref(y|x)."""
+        return self.log_probabilities(self.ref_logits)
+
+    def log_probabilities(self, logits: torch.Tensor, completions: Any = ...) -> torch.Tensor:
         """log pi(y|x): (P, Y), or (P, K) of the completions given by number."""
-        per_token = logits.log_softmax(-1)
-        prompts = torch.arange(len(logits))
-        if completions is None:
-            steps = per_token[prompts[:, None, None], self.prefix, self.token]
-            return (steps * self.steps).sum(-1)
-        chosen = per_token[prompts[:, None, None], self.prefix[completions], self.token[completions]]
+        prompts = torch.arange(len(logits))[:, None, None]
+        chosen = logits.log_softmax(-1)[prompts, self.prefix[completions], self.token[completions]]
         return (chosen * self.steps[completions]).sum(-1)
+
+    def share(self, matches: torch.Tensor) -> torch.Tensor:
+        """(P, Y): the reference's probability of the completions that match, of (P, Y, Y)."""
+        return (matches * self.ref.exp()[:, None, :]).sum(-1)
 
 
 def make_world(prompts: int, *, grades: int | None = None, seed: int = 0) -> World:
@@ -78,26 +79,13 @@ def make_world(prompts: int, *, grades: int | None = None, seed: int = 0) -> Wor
     # a reward with structure (tokens have worth) and detail (every completion its own)
     worth = rng.normal(size=(prompts, VOCABULARY + 1))
     reward = (worth[:, token] * steps).sum(-1) + rng.normal(size=(prompts, len(sequences)))
-    world = World(
-        *(torch.from_numpy(a) for a in (prefix, token, steps)),
-        ref_logits,
-        torch.from_numpy(reward),
-        torch.empty(0),
-    )
     if grades is not None:
         inner = np.quantile(reward, np.linspace(0, 1, grades + 1)[1:-1])
         reward = np.searchsorted(inner, reward).astype(float)
-    ref = world.log_probabilities(ref_logits).exp().numpy()
-    at_most = reward[:, None, :] <= reward[:, :, None]
-    quantile = np.clip((at_most * ref[:, None, :]).sum(-1), 0.0, 1.0)
-    return World(
-        world.prefix,
-        world.token,
-        world.steps,
-        ref_logits,
-        torch.from_numpy(reward),
-        torch.from_numpy(quantile),
-    )
+    arrays = (torch.from_numpy(array) for array in (prefix, token, steps))
+    world = World(*arrays, ref_logits, torch.from_numpy(reward), torch.empty(0))
+    at_most = world.reward[:, None, :] <= world.reward[:, :, None]
+    return replace(world, quantile=world.share(at_most).clamp(0, 1))
 
 
 @dataclass(frozen=True)
@@ -112,27 +100,26 @@ class Judge:
         """(P, Y): f(q) at the exact quantiles; f's infinite ends are not reached where a maximum is moved half an atom in."""
         q = self.world.quantile
         if get_transform(self.transform).open_ends[1]:
-            ref = self.world.log_probabilities(self.world.ref_logits).exp()
-            q = torch.where(q > 1 - 1e-12, 1 - ref / 2, q)
+            q = torch.where(q > 1 - 1e-12, 1 - self.world.ref.exp() / 2, q)
         return get_transform(self.transform)(q)
 
     def optimum(self) -> torch.Tensor:
         """(P, Y): log pi*."""
-        ref = self.world.log_probabilities(self.world.ref_logits)
-        return (ref + self.transformed() / self.beta).log_softmax(-1)
+        return (self.world.ref + self.transformed() / self.beta).log_softmax(-1)
 
     def objective(self, log_policy: torch.Tensor) -> torch.Tensor:
         """(P,): E[f(q)] - beta KL(policy || reference)."""
-        ref = self.world.log_probabilities(self.world.ref_logits)
-        return (log_policy.exp() * (self.transformed() - self.beta * (log_policy - ref))).sum(-1)
+        log_ratio = log_policy - self.world.ref
+        return (log_policy.exp() * (self.transformed() - self.beta * log_ratio)).sum(-1)
 
     def __call__(self, log_policy: torch.Tensor) -> dict[str, float]:
         """Means over prompts."""
-        best, ref = self.optimum(), self.world.log_probabilities(self.world.ref_logits)
+        best, ref = self.optimum(), self.world.ref
         zero = self.objective(ref).mean()
         gain = (self.objective(log_policy).mean() - zero) / (self.objective(best).mean() - zero)
         policy = log_policy.exp()
-        wins = 0.5 * (self.world.quantile + strict_quantiles(self.world))
+        below = self.world.share(self.world.reward[:, None, :] < self.world.reward[:, :, None])
+        wins = 0.5 * (self.world.quantile + below)
         return {
             "kl_optimum_to_policy": float((best.exp() * (best - log_policy)).sum(-1).mean()),
             "objective_share": float(gain),
@@ -141,18 +128,10 @@ class Judge:
         }
 
 
-def strict_quantiles(world: World) -> torch.Tensor:
-    """(P, Y): P(s < r), exact."""
-    ref = world.log_probabilities(world.ref_logits).exp()
-    below = world.reward[:, None, :] < world.reward[:, :, None]
-    return (below * ref[:, None, :]).sum(-1)
-
-
 def offline_completions(world: World, number: int, seed: int = 1) -> torch.Tensor:
     """(P, number): completions by number, drawn once: half the reference's, half uniform."""
     generator = torch.Generator().manual_seed(seed)
-    ref = world.log_probabilities(world.ref_logits).exp()
-    mixture = 0.5 * ref + 0.5 / ref.shape[1]
+    mixture = 0.5 * world.ref.exp() + 0.5 / world.ref.shape[1]
     return torch.multinomial(mixture, number, replacement=True, generator=generator)
 
 
@@ -179,30 +158,23 @@ def train_qrpo(
     world: World, completions: torch.Tensor, beta: float, q: torch.Tensor, steps: int, **settings: Any
 ):
     """QRPO on (P, Y) quantile rewards `q`."""
-    ref = world.log_probabilities(world.ref_logits)
 
     def loss_of(logprob: torch.Tensor, some: torch.Tensor) -> torch.Tensor:
-        return qrpo_loss(logprob, ref.gather(1, some), q.gather(1, some), beta, **settings)[0]
+        return qrpo_loss(logprob, world.ref.gather(1, some), q.gather(1, some), beta, **settings)[0]
 
     return train(world, completions, loss_of, steps=steps)
 
 
 def exact_partition(judge: Judge) -> dict[str, Any]:
     """Settings that make qrpo_loss use the world's own Z: every completion's quantile with its probability."""
-    ref = judge.world.log_probabilities(judge.world.ref_logits).exp()
-    return {
-        "partition": "empirical",
-        "ref_quantiles": judge.world.quantile,
-        "ref_weights": ref,
-        "num_ref": 10**9,
-    }
+    exact = {"ref_quantiles": judge.world.quantile, "ref_weights": judge.world.ref.exp()}
+    return {"partition": "empirical", "num_ref": 10**9, **exact}
 
 
 def estimated_quantiles(world: World, num_ref: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(P, Y) quantile rewards from `num_ref` reference samples per prompt, and the samples' own (P, num_ref)."""
     generator = torch.Generator().manual_seed(seed)
-    ref = world.log_probabilities(world.ref_logits).exp()
-    sampled = torch.multinomial(ref, num_ref, replacement=True, generator=generator)
+    sampled = torch.multinomial(world.ref.exp(), num_ref, replacement=True, generator=generator)
     ref_rewards = world.reward.gather(1, sampled).numpy()
     ours = quantile_rewards(world.reward.numpy(), ref_rewards)
     theirs = quantile_rewards(ref_rewards, ref_rewards)
@@ -210,14 +182,7 @@ def estimated_quantiles(world: World, num_ref: int, seed: int) -> tuple[torch.Te
 
 
 def finds_the_optimum(
-    prompts: int,
-    steps: int,
-    settings: tuple[tuple[str, float], ...] = (
-        ("identity", 0.1),
-        ("identity", 1.0),
-        ("log", 0.5),
-        ("power", 0.1),
-    ),
+    prompts: int, steps: int, settings: tuple[tuple[str, float], ...] = SETTINGS
 ) -> list[dict[str, Any]]:
     """QRPO with exact quantiles and exact Z, for each transform and beta."""
     rows = []
@@ -239,17 +204,17 @@ def scales_with_references(prompts: int, steps: int, beta: float = 0.1) -> list[
     completions, judge = offline_completions(world, 8192), Judge(world, "identity", beta)
     for n in (1, 3, 10, 50):
         q, _ = estimated_quantiles(world, n, seed=n)
-        row: dict[str, Any] = {"num_ref": n, "beta": beta}
-        for partition in ("finite", "continuous"):
-            policy = train_qrpo(world, completions, beta, q, steps, partition=partition, num_ref=n)
-            row[partition] = judge(policy)
+        policies = {
+            partition: judge(train_qrpo(world, completions, beta, q, steps, partition=partition, num_ref=n))
+            for partition in ("finite", "continuous")
+        }
         promise = theory.attained("identity", beta, n)
-        row["theory"] = {
+        expected = {
             "objective_share": promise.share,
             "win_rate": promise.win_rate,
             "kl_to_reference": promise.kl,
         }
-        rows.append(row)
+        rows.append({"num_ref": n, "beta": beta, **policies, "theory": expected})
     return rows
 
 
@@ -296,7 +261,7 @@ def compares_methods(prompts: int, steps: int, beta: float = 0.1, num_ref: int =
     """
     world = make_world(prompts)
     completions, judge = offline_completions(world, 8192), Judge(world, "identity", beta)
-    ref, length = world.log_probabilities(world.ref_logits), world.steps.sum(-1).to(torch.float64)
+    length = world.steps.sum(-1).to(torch.float64)
     q, _ = estimated_quantiles(world, num_ref, seed=num_ref)
     spread = world.reward / world.reward.std(1, keepdim=True)
     policy = train_qrpo(world, completions, beta, world.quantile, steps, **exact_partition(judge))
@@ -311,7 +276,7 @@ def compares_methods(prompts: int, steps: int, beta: float = 0.1, num_ref: int =
             # the same completions, taken two by two: (P, batch) as (P * batch/2) prompts with 2 each
             two = logprob.reshape(-1, 2)
             rewards = reward.gather(1, some).reshape(-1, 2)
-            pairs, ref_two = choose_pairs(rewards), ref.gather(1, some).reshape(-1, 2)
+            pairs, ref_two = choose_pairs(rewards), world.ref.gather(1, some).reshape(-1, 2)
             if method == "DPO":
                 return dpo_loss(two, ref_two, pairs, own_beta)[0]
             if method.startswith("REBEL"):
@@ -332,33 +297,20 @@ def compares_methods(prompts: int, steps: int, beta: float = 0.1, num_ref: int =
     return rows
 
 
-def main() -> None:
-    """Run everything and write one JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path)
+if __name__ == "__main__":
+    parser = command_line(__doc__, rounds=None)
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--steps", type=int, default=400)
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    begin = time.perf_counter()
-    size = (arguments.prompts, arguments.steps)
-    result = {
-        "benchmark": "optimum",
-        "machine": {"processor": platform.machine(), "torch": torch.__version__, "threads": 1},
-        "prompts": arguments.prompts,
-        "steps": arguments.steps,
-        "finds_the_optimum": finds_the_optimum(*size),
-        "scales_with_references": scales_with_references(*size),
-        "compares_partitions": compares_partitions(*size),
-        "compares_clamped": compares_clamped(*size),
-        "compares_methods": compares_methods(*size),
-    }
-    result["seconds"] = round(time.perf_counter() - begin, 1)
-    text = json.dumps(result, indent=2)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
-    print(text)
-
-
-if __name__ == "__main__":
-    main()
+    experiments = (
+        finds_the_optimum,
+        scales_with_references,
+        compares_partitions,
+        compares_clamped,
+        compares_methods,
+    )
+    report(
+        options,
+        [{"experiment": run.__name__, "rows": run(options.prompts, options.steps)} for run in experiments],
+    )

@@ -1,29 +1,24 @@
 """How fast do training samples come, and how soon after a resume? `storage.ShardReader` beside six streaming readers.
 
     python -m venv peers && peers/bin/pip install -r benchmarks/requirements-streaming.txt
-    PYTHONPATH=. peers/bin/python -P benchmarks/streaming_readers.py --out benchmarks/results/streaming_readers.json
+    OMP_NUM_THREADS=1 peers/bin/python -m benchmarks.streaming_readers [--rounds 5] [--out streaming_readers.json]
 
 An epoch of 50,000 samples of 400 token ids, shuffled as each one shuffles, in tensors (64, 400) of int32; one process, no workers, data
 on local disk and in the page cache. Then the time from opening the data with the state that was saved after 40,000 samples to the
-next such tensor; for ours also at rows 10, 5 million and 10 million of the same shards listed 201 times. Each measurement has a
-process of its own, forked from one that has imported all readers; the runs are interleaved. What was read is compared with what was written.
+next such tensor; for ours also at rows 10, 5 million and 10 million of the same shards listed 201 times. Each measurement is
+a process, forked from one that has imported all readers. What was read is compared with what was written.
 
 The floors: `read` only reads the Parquet column, `read and collate` also stacks its rows into batches, in file order. Ours is measured
 three times: the reader, the data loader of `qrpo.training.loader` that the trainer reads it through, and the same, stacking row by row.
 """
 
-import argparse
 import importlib.machinery
 import importlib.metadata
 import itertools
-import json
-import multiprocessing
 import os
 import pickle
-import statistics
 import sys
 import tempfile
-import time
 import types
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -34,11 +29,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.harness import Case, Sample, clocks, command_line, compare, forked, report, since
+
 SAMPLES, TOKENS, BATCH, RESUME_AT, FILES = 50_000, 400, 64, 40_000, 50
 PER_FILE = SAMPLES // FILES
 FAR, FAR_COPIES = (10, 5_000_000, 10_000_000), 201
 OURS = ("ShardReader", "the trainer's loader")
-CLOCKS = ("seconds", "processor_seconds")
+FLOOR = "floor: read and collate"
 
 
 def tokens_of(file: int) -> np.ndarray:
@@ -323,28 +320,26 @@ WRITERS = {
 # ---------------------------------------------------------------------------------------------- measuring
 
 
-Taken = dict[str, float]
-"""Seconds by the wall, and of the processor."""
-
-
 def save_state(name: str, data: Path) -> None:
     """Read up to RESUME_AT and keep the state; fill caches."""
     found = WAYS[name].open(data, None)
     for _ in itertools.islice(found, RESUME_AT // BATCH):
         pass
-    (data / f"state {name}").write_bytes(pickle.dumps(WAYS[name].save(found)))
+    save = WAYS[name].save
+    assert save is not None
+    (data / f"state {name}").write_bytes(pickle.dumps(save(found)))
 
 
-def epoch(name: str, data: Path) -> Taken:
+def epoch(name: str, data: Path) -> Sample:
     """Read all samples."""
-    clock = started()
+    start = clocks()
     samples = total = 0
     shapes = set()
     for batch in WAYS[name].open(data, None):
         samples += len(batch)
         total += int(batch[:, 0].sum())
         shapes.add((*batch.shape, str(batch.dtype)))
-    taken = since(clock)
+    taken = since(start)
     expected = sum(int(tokens_of(file)[:, 0].sum(dtype=np.int64)) for file in range(FILES))
     assert (samples, total) == (SAMPLES, expected), f"{name}: {samples} samples, or others than were written"
     same = {(rows, TOKENS, "torch.int32") for rows in (BATCH, SAMPLES % BATCH)}
@@ -352,45 +347,19 @@ def epoch(name: str, data: Path) -> Taken:
     return taken
 
 
-def resume(name: str, data: Path, row: int | None = None) -> Taken:
+def resume(name: str, data: Path, row: int | None = None) -> Sample:
     """Open with the saved state, or one of ours at a row of ten million, and read a batch."""
     saved = data / f"state {name}"
     state = [row, FAR_COPIES] if row is not None else [pickle.loads(saved.read_bytes())]  # noqa: S301
-    clock = started()
+    start = clocks()
     batch = next(iter(WAYS[name].open(data, *state)))
-    taken = since(clock)
+    taken = since(start)
     assert batch.shape == (BATCH, TOKENS), f"{name}: a batch of {batch.shape}"
     return taken
 
 
-def started() -> tuple[float, float]:
-    """Both clocks now."""
-    return time.perf_counter(), time.process_time()
-
-
-def since(clock: tuple[float, float]) -> Taken:
-    """What has passed on them."""
-    return dict(zip(CLOCKS, np.subtract(started(), clock).round(4).tolist(), strict=True))
-
-
-def in_process(action: Callable[..., Any], *arguments: Any) -> Any:
-    """The answer of one action, in a fork of this process: everything is imported, nothing is open."""
-    answers, answer = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(
-        target=lambda: answer.send(action(*arguments)), name=f"{action.__name__} {arguments}"
-    )
-    process.start()
-    answer.close()
-    try:
-        return answers.recv()
-    except EOFError:
-        raise RuntimeError(f"{process.name}: it failed, see above") from None
-    finally:
-        process.join()
-
-
-def measure(data: Path, runs: int) -> dict[str, Any]:
-    """Write the data where it is not there and do everything `runs` times in turn: reader -> action -> clock -> median, all."""
+def measure(data: Path, rounds: int) -> list[Case]:
+    """Write the data where it is missing, then read it in every way."""
     import accelerate
     import torch
 
@@ -406,95 +375,41 @@ def measure(data: Path, runs: int) -> dict[str, Any]:
         "webdataset",
     ):
         importlib.import_module(module)
-    for name in WRITERS:
+    for name, write in WRITERS.items():
         if not (data / name).exists():
-            in_process(WRITERS[name], data)
-    plan: list[tuple[Any, ...]] = []
-    for name, way in WAYS.items():
-        plan.append((epoch, name, data))
-        if way.save:
-            plan += [(resume, name, data), *((resume, name, data, row) for row in FAR if name in OURS)]
-            if not (data / f"state {name}").exists():
-                in_process(save_state, name, data)
-    found: dict[str, dict[str, list[Taken]]] = {name: {} for name in WAYS}
-    for run in range(runs + 1):
-        for action, name, _, *row in plan:
-            label = " at ".join([action.__name__, *map(str, row)])
-            taken = in_process(action, name, data, *row)
-            print(f"run {run}, {name}, {label}: {taken}", file=sys.stderr, flush=True)
-            if run:  # the first fills the caches
-                found[name].setdefault(label, []).append(taken)
-    return {
-        name: {
-            label: {clock: summary([one[clock] for one in all_]) for clock in CLOCKS}
-            for label, all_ in by.items()
-        }
-        for name, by in found.items()
-    }
-
-
-def summary(values: list[float]) -> dict[str, Any]:
-    """The median and what it is of."""
-    return {"median": statistics.median(values), "all": values}
-
-
-def table(readers: dict[str, Any]) -> str:
-    """The medians in Markdown; a first batch is told with the processor's milliseconds in brackets."""
-
-    def seconds(name: str, clock: str) -> float:
-        return float(readers[name]["epoch"][clock]["median"])
-
-    def first(taken: dict[str, Any] | None) -> str:
-        return (
-            "{:.0f} ({:.0f})".format(*(1000 * taken[clock]["median"] for clock in CLOCKS)) if taken else "-"
-        )
-
-    peers = [name for name in readers if WAYS[name].package]
-    lines = [
-        "| reader | epoch, s | / floor | / fastest peer | processor s | / floor | / fastest peer | first batch, ms |",
-        "|---|---|---|---|---|---|---|---|",
+            forked(write, data)
+    resumable = [name for name, way in WAYS.items() if way.save]
+    for name in resumable:
+        if not (data / f"state {name}").exists():
+            forked(save_state, name, data)
+    cases = [
+        ("epoch", {name: partial(forked, epoch, name, data) for name in WAYS}, FLOOR),
+        (
+            f"first batch after {RESUME_AT:,}",
+            {name: partial(forked, resume, name, data) for name in resumable},
+            None,
+        ),
+        *(
+            (
+                f"first batch at row {row:,}",
+                {name: partial(forked, resume, name, data, row) for name in OURS},
+                None,
+            )
+            for row in FAR
+        ),
     ]
-    for name, taken in readers.items():
-        cells = [name]
-        for clock in CLOCKS:
-            own, fastest = seconds(name, clock), min(seconds(peer, clock) for peer in peers)
-            floor = seconds("floor: read and collate", clock)
-            cells += [f"{own:.2f}", f"{own / floor:.2f}", f"{own / fastest:.2f}"]
-        lines.append(f"| {' | '.join([*cells, first(taken.get('resume'))])} |")
-    for name in OURS:
-        far = [f"{row:,}: {first(readers[name][f'resume at {row}'])}" for row in FAR]
-        lines.append(f"\n{name}, first batch at a row, ms: {'; '.join(far)}")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """Measure, print the table, keep the numbers."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--data", type=Path, help="keep the data in this folder, and use what is there")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        data = arguments.data or Path(folder)
-        data.mkdir(parents=True, exist_ok=True)
-        readers = measure(data, arguments.runs)
-    result = {
-        "benchmark": "streaming",
-        "samples": SAMPLES,
-        "tokens": TOKENS,
-        "batch": BATCH,
-        "resume_at": RESUME_AT,
-        "runs": arguments.runs,
-        "versions": {
-            way.package: importlib.metadata.version(way.package) for way in WAYS.values() if way.package
-        },
-        "readers": readers,
-    }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(readers))
+    packages = sorted({way.package for way in WAYS.values() if way.package})
+    sizes: Case = {"samples": SAMPLES, "tokens": TOKENS, "batch": BATCH}
+    sizes["versions"] = {package: importlib.metadata.version(package) for package in packages}
+    return [sizes, *({"read": what, "ways": compare(ways, rounds, floor)} for what, ways, floor in cases)]
 
 
 if __name__ == "__main__":
-    main()
+    parser = command_line(__doc__)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    parser.add_argument("--data", type=Path, help="keep the data in this folder, and use what is there")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        data = options.data or Path(folder)
+        data.mkdir(parents=True, exist_ok=True)
+        report(options, measure(data, options.rounds))

@@ -1,63 +1,70 @@
-"""One training step on a small Llama: ours beside TRL's DPOTrainer, a plain padded step, and the bare floor.
+"""One training step: `QRPOTrainer` beside TRL's DPOTrainer, a plain padded step, and a bare floor.
 
-    OMP_NUM_THREADS=1 python benchmarks/training_step.py --trl-python PYTHON [--rounds 5] [--out training_step.json]
+    OMP_NUM_THREADS=1 python -m benchmarks.training_step --trl-python PYTHON [--rounds 5] [--out training_step.json]
+    python -m benchmarks.training_step --device cuda --size 1b --ways ours_qrpo plain [--rounds 1] [--steps 6]
 
-PYTHON is an interpreter of an environment of its own (`python3.11 -m venv trl-venv`, `trl-venv/bin/pip install torch==2.13.0 trl==1.16.0
-transformers==5.19.0`); without it TRL is left out. Every variant does the same work: prompts with a chosen and a rejected completion of log-normal lengths, forward, backward, gradient clipping and an SGD
-update (which keeps no state, so what is measured is the step), float32, one CPU thread.
+PYTHON is an interpreter of another environment (`python3.11 -m venv trl-venv`, `trl-venv/bin/pip install torch==2.13.0 trl==1.16.0
+transformers==5.19.0`); without it TRL is skipped. Every way does the same work on random weights: prompts with a chosen and a rejected
+completion of log-normal lengths, forward, backward, gradient clipping and an update. On a CPU: float32, one thread, SGD, which keeps no
+state. On a GPU: weights, gradients and AdamW's state in bfloat16, so that 8B fits 80 GB, with gradient checkpointing.
 
     floor            sequences one by one, unpadded; the head on completion tokens only, in chunks of 16 MiB of logits that are
                      computed again in the backward pass; QRPO's loss, a bare loop
-    floor_64mib      the same with chunks of 64 MiB, each a block that glibc maps anew
-    floor_our_head   the same with `qrpo.training.head` for the head: what is left to the trainer and to padding
+    floor_64mib      the same with chunks of 64 MiB, each a block that glibc maps again
+    floor_our_head   the same with `qrpo.training.head` for the head: what remains is the trainer's work and padding
     ours_qrpo        QRPOTrainer, loss qrpo, reference log-probabilities from the data
     ours_dpo         QRPOTrainer, loss dpo
-    plain            one padded batch, all logits, log_softmax and gather; QRPO's loss, a bare loop
-    trl_default      DPOTrainer as it comes: the whole step in one padded batch, reference computed in each step
+    plain            padded batches in the order of the rows, all logits, log_softmax and gather; QRPO's loss, a bare loop. One batch
+                     on a CPU, as many as ours on a GPU
+    trl_default      DPOTrainer with its defaults: the whole step in one padded batch, reference computed in each step
     trl_precomputed  DPOTrainer with precompute_ref_log_probs, the whole step in one padded batch
     trl_best         the same, one pair at a time by gradient accumulation, which pads least
 
-Each variant lives in a process of its own and waits for its turn: the steps of all variants alternate. The first step of each is not
-counted. All that minimise one loss must report one gradient norm. Peak memory is the process's largest resident size, libraries
-included, and `step_mib` what of it came after the model was loaded.
+Each sample is a process that takes `--steps` steps: medians of all but the first. Ways that minimize the same loss must report the same
+gradient norm. Peak memory is the process's largest resident size, libraries included, and `step_mib` the part of it that came after the
+model was loaded; on a GPU, what torch allocated. A GPU way may run out of memory, which is then its result.
 """
 
 import argparse
-import contextlib
 import json
 import math
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-SEED, BETA = 0, 0.1
-FLOORS = ("floor", "floor_64mib", "floor_our_head")
-VARIANTS = (*FLOORS, "ours_qrpo", "ours_dpo", "plain", "trl_default", "trl_precomputed", "trl_best")
-TOKEN_BUDGET = 512
+from benchmarks.harness import Case, Sample, clocks, command_line, compare, report, run_command, since
+
+BETA = 0.1
+FLOORS, OURS = ("floor", "floor_64mib", "floor_our_head"), ("ours_qrpo", "ours_dpo")
+WAYS = (*FLOORS, *OURS, "plain", "trl_default", "trl_precomputed", "trl_best")
+SAME_LOSS = ((*FLOORS, "ours_qrpo", "plain"), ("ours_dpo", "trl_default", "trl_precomputed", "trl_best"))
+# hidden, intermediate, layers, heads, key-value heads, tied embeddings: the last three as Llama 3.2 1B, 3B and Llama 3.1 8B
+SIZES = {
+    "tiny": (64, 172, 2, 2, 1, False),
+    "1b": (2048, 8192, 16, 32, 8, True),
+    "3b": (3072, 8192, 28, 24, 8, True),
+    "8b": (4096, 14336, 32, 32, 8, False),
+}
 CHUNK = 2**22  # logits at a time in the floor, as in ours on a CPU: 16 MiB in float32
 
-Step = Callable[[], float]  # runs one step, returns the gradient norm
-Turn = Callable[[], None]  # waits for this variant's turn
-Report = Callable[[float], None]  # ends the turn, with the gradient norm
 
+def make_rows(device: str, vocab_size: int) -> list[dict[str, Any]]:
+    """Prompts with two completions each; token 1 ends a completion.
 
-def prompts_in_a_step(vocab_size: int) -> int:
-    """Fewer where the vocabulary is large, so that TRL's step, all logits of one padded batch, fits 24 GiB of memory."""
-    return 4 if vocab_size < 100_000 else 2
-
-
-def make_rows(vocab_size: int) -> list[dict[str, Any]]:
-    """Prompts with two completions each; token 1 ends a completion."""
-    rng = np.random.default_rng(SEED)
+    Fewer on a CPU where the vocabulary is large, so that TRL's step, all logits of one padded batch, fits 24 GiB of memory.
+    """
+    rng = np.random.default_rng(0)
+    prompts = 32 if device == "cuda" else 4 if vocab_size < 100_000 else 2
+    prompt_size, completion_size = (
+        ((200, 0.7, 1024), (350, 0.7, 1536)) if device == "cuda" else ((60, 0.6, 200), (100, 0.8, 400))
+    )
 
     def ids(median: float, sigma: float, most: int) -> list[int]:
         length = int(np.clip(median * np.exp(sigma * rng.normal()), 8, most))
@@ -66,119 +73,106 @@ def make_rows(vocab_size: int) -> list[dict[str, Any]]:
     return [
         {
             "prompt_id": str(place),
-            "prompt_token_ids": ids(60, 0.6, 200),
-            "completion_token_ids": [[*ids(100, 0.8, 400), 1] for _ in range(2)],
+            "prompt_token_ids": ids(*prompt_size),
+            "completion_token_ids": [[*ids(*completion_size), 1] for _ in range(2)],
             "quantile_reward": [0.9, 0.2],
             "num_ref": 20,
         }
-        for place in range(prompts_in_a_step(vocab_size))
+        for place in range(prompts)
     ]
 
 
-def make_model(vocab_size: int) -> Any:
-    """The same small Llama in every process."""
-    import torch
+def make_model(options: argparse.Namespace) -> Any:
+    """The same Llama in every process, created on its device: bfloat16 on a GPU, float32 on a CPU."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(SEED)
+    hidden, intermediate, layers, heads, kv_heads, tied = SIZES[options.size]
     config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=172,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
+        vocab_size=options.vocab[0],
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=4096,
+        tie_word_embeddings=tied,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
     )
-    return LlamaForCausalLM(config)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float32 if options.device == "cpu" else torch.bfloat16)
+    with torch.device(options.device):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    if options.device == "cuda":
+        model.gradient_checkpointing_enable()
+    return model
 
 
-def bare_loop(model: Any, backward: Callable[[], None], turn: Turn, report: Report, steps: int) -> None:
-    """Gradient, clipping and SGD update, with nothing else around them."""
-    import torch
+class Stopwatch:
+    """Samples of the steps of this process."""
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    def __init__(self, device: str, rows: list[dict[str, Any]]) -> None:
+        self._cuda, self._samples, self._loaded = device == "cuda", list[Sample](), 0.0
+        self._completions = sum(len(c) for row in rows for c in row["completion_token_ids"])
+        self._tokens = self._completions + sum(2 * len(row["prompt_token_ids"]) for row in rows)
+
+    def start(self) -> None:
+        """Begin a step."""
+        self._loaded = self._loaded or self._memory("VmRSS")
+        self._began = clocks()
+
+    def stop(self, grad_norm: float) -> None:
+        """End it."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        self._samples.append({**since(self._began), "grad_norm": grad_norm})
+
+    def sample(self) -> Sample:
+        """Medians of all steps but the first, which has the gradient norm of the initial weights."""
+        counted = self._samples[1:]
+        wall, cpu = (statistics.median(step[clock] for step in counted) for clock in ("wall", "cpu"))
+        peak = torch.cuda.max_memory_allocated() / 2**20 if self._cuda else self._memory("VmHWM")
+        return {
+            "wall": wall,
+            "cpu": cpu,
+            "tokens_per_second": self._tokens / (wall if self._cuda else cpu),
+            "peak_mib": peak,
+            "step_mib": peak - self._loaded,
+            "grad_norm": self._samples[0]["grad_norm"],
+        }
+
+    def _memory(self, field: str) -> float:
+        if self._cuda:
+            return torch.cuda.memory_allocated() / 2**20
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def bare_loop(
+    model: Any, batches: list[Any], logprobs: Callable[[Any], Any], watch: Stopwatch, steps: int
+) -> None:
+    """QRPO's gradient over batches of (row number, prompt, completion, quantile), clipping and update, with nothing else."""
+    on_gpu = model.device.type == "cuda"
+    optimizer = (
+        torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+        if on_gpu
+        else torch.optim.SGD(model.parameters(), lr=1e-6)
+    )
     model.train()
+    rows = sum(map(len, batches))
+    with torch.no_grad():
+        reference = [logprobs(batch) for batch in batches]
     for _ in range(steps):
-        turn()
-        backward()
+        watch.start()
+        for batch, ref_B in zip(batches, reference, strict=True):
+            target_B = torch.tensor([target(quantile) for _, _, quantile in batch], device=model.device)
+            ((target_B - BETA * (logprobs(batch) - ref_B)).square().sum() / rows).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        report(float(norm))
-
-
-def run_floor(kind: str, vocab_size: int, turn: Turn, report: Report, steps: int) -> None:
-    """One sequence at a time; the head in chunks of completion tokens, recomputed in the backward pass."""
-    import torch
-    from torch.utils.checkpoint import checkpoint
-
-    from qrpo.training.head import token_logprobs
-
-    model, rows = make_model(vocab_size), make_rows(vocab_size)
-    size = (4 * CHUNK if kind == "floor_64mib" else CHUNK) // vocab_size
-
-    def head(hidden_CD: Any, targets_C: Any) -> Any:
-        logits_CV = model.lm_head(hidden_CD)
-        return (logits_CV.gather(1, targets_C[:, None])[:, 0] - logits_CV.logsumexp(1)).sum()
-
-    def logprob(prompt: list[int], completion: list[int]) -> Any:
-        ids = torch.tensor([[*prompt, *completion]])
-        hidden_TD = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
-        targets_T = torch.tensor(completion)
-        if kind == "floor_our_head":
-            return token_logprobs(model, hidden_TD, targets_T, CHUNK).sum()
-        chunks = zip(hidden_TD.split(size), targets_T.split(size), strict=True)
-        return sum(checkpoint(head, *chunk, use_reentrant=False) for chunk in chunks)
-
-    with torch.no_grad():
-        reference = [
-            [float(logprob(r["prompt_token_ids"], c)) for c in r["completion_token_ids"]] for r in rows
-        ]
-
-    def backward() -> None:
-        for row, ref_K in zip(rows, reference, strict=True):
-            for completion, quantile, ref in zip(
-                row["completion_token_ids"], row["quantile_reward"], ref_K, strict=True
-            ):
-                log_ratio = logprob(row["prompt_token_ids"], completion) - ref
-                ((target(quantile) - BETA * log_ratio) ** 2 / (2 * len(rows))).backward()
-
-    bare_loop(model, backward, turn, report, steps)
-
-
-def run_plain(vocab_size: int, turn: Turn, report: Report, steps: int) -> None:
-    """Everything in one padded batch, as a first version is written."""
-    import torch
-
-    model, rows = make_model(vocab_size), make_rows(vocab_size)
-    pairs = [(row["prompt_token_ids"], ids) for row in rows for ids in row["completion_token_ids"]]
-    longest = max(len(prompt) + len(completion) for prompt, completion in pairs)
-    tokens_BT = torch.full((len(pairs), longest), 2)
-    attended_BT, mask_BT = torch.zeros_like(tokens_BT), torch.zeros(len(pairs), longest)
-    for row, (prompt, completion) in enumerate(pairs):
-        end = len(prompt) + len(completion)
-        tokens_BT[row, :end] = torch.tensor([*prompt, *completion])
-        attended_BT[row, :end] = 1
-        mask_BT[row, len(prompt) : end] = 1
-
-    def logprobs() -> Any:
-        logits_BTV = model(input_ids=tokens_BT, attention_mask=attended_BT).logits[:, :-1]
-        token_BT = logits_BTV.log_softmax(-1).gather(2, tokens_BT[:, 1:, None])[..., 0]
-        return (token_BT * mask_BT[:, 1:]).sum(1)
-
-    with torch.no_grad():
-        reference_B = logprobs()
-    target_B = torch.tensor([target(q) for row in rows for q in row["quantile_reward"]])
-
-    def backward() -> None:
-        ((target_B - BETA * (logprobs() - reference_B)) ** 2).mean().backward()
-
-    bare_loop(model, backward, turn, report, steps)
+        watch.stop(float(norm))
 
 
 def target(quantile: float) -> float:
@@ -186,243 +180,224 @@ def target(quantile: float) -> float:
     return quantile - BETA * (math.log(BETA) + 1 / BETA + math.log1p(-math.exp(-1 / BETA)))
 
 
-def run_ours(loss: str, vocab_size: int, turn: Turn, report: Report, steps: int) -> None:
+def sequences(rows: list[dict[str, Any]]) -> list[tuple[list[int], list[int], float]]:
+    """(prompt, completion, quantile) of every completion."""
+    return [
+        (row["prompt_token_ids"], completion, quantile)
+        for row in rows
+        for completion, quantile in zip(row["completion_token_ids"], row["quantile_reward"], strict=True)
+    ]
+
+
+def run_floor(model: Any, rows: list[Any], watch: Stopwatch, options: argparse.Namespace) -> None:
+    """One sequence at a time; the head in chunks of completion tokens, recomputed in the backward pass."""
+    from torch.utils.checkpoint import checkpoint
+
+    size = (4 if options.way == "floor_64mib" else 1) * CHUNK // model.config.vocab_size
+
+    def head(hidden_CD: Any, targets_C: Any) -> Any:
+        logits_CV = model.lm_head(hidden_CD)
+        return (logits_CV.gather(1, targets_C[:, None])[:, 0] - logits_CV.logsumexp(1)).sum()
+
+    def logprobs(batch: list[Any]) -> Any:
+        ((prompt, completion, _),) = batch
+        ids = torch.tensor([[*prompt, *completion]], device=model.device)
+        hidden_TD = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
+        targets_T = ids[0, len(prompt) :]
+        if options.way == "floor_our_head":
+            from qrpo.training.head import token_logprobs
+
+            return token_logprobs(model, hidden_TD, targets_T, CHUNK).sum()[None]
+        chunks = zip(hidden_TD.split(size), targets_T.split(size), strict=True)
+        return sum(checkpoint(head, *chunk, use_reentrant=False) for chunk in chunks)[None]
+
+    bare_loop(model, [[each] for each in sequences(rows)], logprobs, watch, options.steps)
+
+
+def run_plain(model: Any, rows: list[Any], watch: Stopwatch, options: argparse.Namespace) -> None:
+    """Padded, with an attention mask and all logits, as a first version is written."""
+    from qrpo.training.batches import length_sorted_batches
+
+    def logprobs(batch: list[Any]) -> Any:
+        longest = max(len(prompt) + len(completion) for prompt, completion, _ in batch)
+        tokens_BT = torch.full((len(batch), longest), 2)
+        attended_BT, mask_BT = torch.zeros_like(tokens_BT), torch.zeros(tokens_BT.shape)
+        for place, (prompt, completion, _) in enumerate(batch):
+            end = len(prompt) + len(completion)
+            tokens_BT[place, :end] = torch.tensor([*prompt, *completion])
+            attended_BT[place, :end] = 1
+            mask_BT[place, len(prompt) : end] = 1
+        tokens_BT, attended_BT, mask_BT = (
+            each.to(model.device) for each in (tokens_BT, attended_BT, mask_BT)
+        )
+        output = model(input_ids=tokens_BT, attention_mask=attended_BT, use_cache=False)
+        logits_BTV = output.logits[:, :-1].float()
+        token_BT = logits_BTV.log_softmax(-1).gather(2, tokens_BT[:, 1:, None])[..., 0]
+        return (token_BT * mask_BT[:, 1:]).sum(1)
+
+    every = sequences(rows)
+    lengths = [len(prompt) + len(completion) for prompt, completion, _ in every]
+    number = len(length_sorted_batches(lengths, options.token_budget)) if options.device == "cuda" else 1
+    size = -(-len(every) // number)
+    batches = [every[start : start + size] for start in range(0, len(every), size)]
+    bare_loop(model, batches, logprobs, watch, options.steps)
+
+
+def run_ours(model: Any, rows: list[Any], watch: Stopwatch, options: argparse.Namespace) -> None:
     """`QRPOTrainer`, with everything that it does around a step."""
     from qrpo import QRPOConfig, QRPOTrainer
     from qrpo.training import logprobs
 
-    model, rows = make_model(vocab_size), make_rows(vocab_size)
-    for row, scores in zip(rows, logprobs.score_logprobs(model, rows, TOKEN_BUDGET), strict=True):
+    budget = options.token_budget
+    for row, scores in zip(rows, logprobs.score_logprobs(model, rows, budget), strict=True):
         row["ref_logprob"] = scores
     with tempfile.TemporaryDirectory() as folder:
+        loss = options.way.removeprefix("ours_")
+        settings = trainer_arguments(folder, options)
         args = QRPOConfig(
             loss=loss,
             pairs="dataset",
             beta=BETA,
-            token_budget=TOKEN_BUDGET,
+            token_budget=budget,
             per_device_train_batch_size=len(rows),
-            **trainer_arguments(folder, steps),
+            **settings,
         )
-        trainer = QRPOTrainer(model, args, rows)
-        train_by_turns(trainer, turn, report)
+        train(QRPOTrainer(model, args, rows), watch)
 
 
-def run_trl(variant: str, vocab_size: int, turn: Turn, report: Report, steps: int) -> None:
+def run_trl(model: Any, rows: list[Any], watch: Stopwatch, options: argparse.Namespace) -> None:
     """TRL's `DPOTrainer`; every token is a word, so that the tokens are the same."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer
 
-    words = {"<s>": 0, "</s>": 1, "<pad>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, vocab_size)}
-    word_level = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    words = [*special.values(), *(f"w{i}" for i in range(4, model.config.vocab_size))]
+    vocabulary = {word: token for token, word in enumerate(words)}
+    word_level = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     word_level.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=word_level, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=word_level, **special)
 
     def text(ids: list[int]) -> str:
         return "".join(f" w{token}" for token in ids)
 
+    names = ("prompt", "chosen", "rejected")
     data = [
-        {
-            "prompt": text(row["prompt_token_ids"]),
-            "chosen": text(row["completion_token_ids"][0][:-1]),
-            "rejected": text(row["completion_token_ids"][1][:-1]),
-        }
-        for row in make_rows(vocab_size)
+        dict(zip(names, map(text, (row["prompt_token_ids"], chosen[:-1], rejected[:-1])), strict=True))
+        for row in rows
+        for chosen, rejected in [row["completion_token_ids"]]
     ]
-    pairs = 1 if variant == "trl_best" else len(data)
+    pairs = 1 if options.way == "trl_best" else len(data)
     with tempfile.TemporaryDirectory() as folder:
         args = DPOConfig(
             beta=BETA,
             per_device_train_batch_size=pairs,
             gradient_accumulation_steps=len(data) // pairs,
-            precompute_ref_log_probs=variant != "trl_default",
+            precompute_ref_log_probs=options.way != "trl_default",
             precompute_ref_batch_size=1,
-            gradient_checkpointing=False,
+            gradient_checkpointing=options.device == "cuda",
             max_length=None,
             bf16=False,
-            **trainer_arguments(folder, steps),
+            **trainer_arguments(folder, options),
         )
-        make_model(vocab_size).save_pretrained(f"{folder}/model")  # TRL loads its reference from there
+        model.save_pretrained(f"{folder}/model")  # TRL loads its reference from there
         model = AutoModelForCausalLM.from_pretrained(f"{folder}/model")
-        trainer = DPOTrainer(
-            model, args=args, train_dataset=Dataset.from_list(data), processing_class=tokenizer
-        )
-        train_by_turns(trainer, turn, report)
+        dataset = Dataset.from_list(data)
+        train(DPOTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer), watch)
 
 
-def trainer_arguments(folder: str, steps: int) -> dict[str, Any]:
-    """What both trainers are told."""
+def trainer_arguments(folder: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of both trainers."""
     return {
         "output_dir": folder,
-        "max_steps": steps,
-        "optim": "sgd",
+        "max_steps": options.steps,
+        "optim": "adamw_torch_fused" if options.device == "cuda" else "sgd",
         "learning_rate": 1e-6,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 1.0,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
-        "use_cpu": True,
+        "use_cpu": options.device == "cpu",
         "disable_tqdm": True,
     }
 
 
-def train_by_turns(trainer: Any, turn: Turn, report: Report) -> None:
-    """Train; each step waits for its turn and reports when the Trainer has logged it."""
+def train(trainer: Any, watch: Stopwatch) -> None:
+    """Train; a step ends when the Trainer has logged it."""
     from transformers import PrinterCallback, TrainerCallback
 
-    class Turns(TrainerCallback):  # type: ignore[misc]
+    class Watch(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            turn()
+            watch.start()
 
         def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
             if "grad_norm" in logs:
-                report(float(logs["grad_norm"]))
+                watch.stop(float(logs["grad_norm"]))
 
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Turns())
+    trainer.add_callback(Watch())
     trainer.train()
 
 
-def work(variant: str, vocab_size: int, steps: int) -> None:
-    """A variant's process: one line of JSON when it is ready, and one after each step that it is told to do."""
-    import torch
-
+def run_way(options: argparse.Namespace) -> Sample:
+    """The steps of one way, in this process."""
     torch.set_num_threads(1)
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print goes to stderr
-    clock: dict[str, float] = {}
-    taken = 0
-
-    def turn() -> None:
-        nonlocal taken
-        if not taken:
-            clock["loaded"] = memory("VmRSS")
-            print(json.dumps({"ready": True}), file=answers)
-        taken += 1
-        if not sys.stdin.readline():
-            raise SystemExit(1)
-        clock.update(wall=time.perf_counter(), cpu=time.process_time())
-
-    def report(norm: float) -> None:
-        answer = {
-            "wall": time.perf_counter() - clock["wall"],
-            "cpu": time.process_time() - clock["cpu"],
-            "grad_norm": norm,
-            "peak_mib": memory("VmHWM"),
-            "step_mib": memory("VmHWM") - clock["loaded"],
-        }
-        print(json.dumps(answer), file=answers)
-
-    if variant in FLOORS:
-        run_floor(variant, vocab_size, turn, report, steps)
-    elif variant == "plain":
-        run_plain(vocab_size, turn, report, steps)
-    elif variant.startswith("ours"):
-        run_ours(variant.removeprefix("ours_"), vocab_size, turn, report, steps)
-    else:
-        run_trl(variant, vocab_size, turn, report, steps)
+    rows = make_rows(options.device, options.vocab[0])
+    watch = Stopwatch(options.device, rows)
+    run = {"floor": run_floor, "ours": run_ours, "plain": run_plain, "trl": run_trl}[
+        options.way.split("_")[0]
+    ]
+    try:
+        run(make_model(options), rows, watch, options)
+    except torch.OutOfMemoryError:
+        return {"out_of_memory": 1.0}
+    return watch.sample()
 
 
-def memory(field: str) -> float:
-    """A size of this process in MiB, from /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
+def measure_way(way: str, vocab_size: int, options: argparse.Namespace) -> Sample:
+    """The sample that a process of one way prints in its last line."""
+    python = options.trl_python if way.startswith("trl") else sys.executable
+    settings = ("--device", options.device, "--size", options.size, "--steps", str(options.steps))
+    words = ("--way", way, "--vocab", str(vocab_size), "--token-budget", str(options.token_budget), *settings)
+    text = run_command(python, "-m", "benchmarks.training_step", *words)[1]
+    return dict(json.loads(text.splitlines()[-1]))
 
 
-def measure(vocab_size: int, rounds: int, variants: list[str], trl_python: str | None) -> dict[str, Any]:
-    """All variants by turns, a round at a time."""
-    samples: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
-    with contextlib.ExitStack() as stack:
-        workers = {}
-        for variant in variants:
-            python = str(trl_python) if variant.startswith("trl") else sys.executable
-            command = [python, __file__, "--work", variant, str(vocab_size), str(rounds + 1)]
-            log = stack.enter_context(tempfile.TemporaryFile())
-            worker = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
-            )
-            stack.callback(worker.kill)
-            workers[variant] = worker, log
-            answer_of(variant, *workers[variant])
-        for _ in range(rounds + 1):
-            for variant, (worker, log) in workers.items():
-                assert worker.stdin is not None
-                worker.stdin.write("go\n")
-                worker.stdin.flush()
-                samples[variant].append(answer_of(variant, worker, log))
-    rows = make_rows(vocab_size)
-    tokens = sum(len(r["prompt_token_ids"]) + len(c) for r in rows for c in r["completion_token_ids"])
-    return {variant: summary(answers, tokens) for variant, answers in samples.items()}
-
-
-def answer_of(variant: str, worker: Any, log: Any) -> dict[str, float]:
-    """The next line that a variant's process says."""
-    if not (line := worker.stdout.readline()):
-        log.seek(0)
-        raise SystemExit(f"{variant} ended:\n{log.read().decode()[-2000:]}")
-    return dict(json.loads(line))
-
-
-def summary(answers: list[dict[str, float]], tokens: int) -> dict[str, Any]:
-    """Medians and ranges of all steps but the first."""
-    counted = answers[1:]
-    cpu, wall = sorted(a["cpu"] for a in counted), sorted(a["wall"] for a in counted)
-    return {
-        "cpu_seconds": statistics.median(cpu),
-        "cpu_seconds_range": [cpu[0], cpu[-1]],
-        "wall_seconds": statistics.median(wall),
-        "wall_seconds_range": [wall[0], wall[-1]],
-        "tokens_per_cpu_second": tokens / statistics.median(cpu),
-        "peak_mib": answers[-1]["peak_mib"],
-        "step_mib": answers[-1]["step_mib"],
-        "first_grad_norm": answers[0]["grad_norm"],
-    }
-
-
-def main() -> None:
-    """Measure, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--vocab", type=int, nargs="+", default=[32_000, 128_256])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--trl-python")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--work", nargs=3, metavar=("VARIANT", "VOCAB", "STEPS"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.work:
-        work(options.work[0], int(options.work[1]), int(options.work[2]))
-        return
-    variants = [name for name in options.variants if options.trl_python or not name.startswith("trl")]
-    results: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "vocabularies": {}}
+def measure(options: argparse.Namespace) -> list[Case]:
+    """All ways at each vocabulary."""
+    ways = [way for way in options.ways if options.trl_python or not way.startswith("trl")]
+    cases = []
     for vocab_size in options.vocab:
-        measured = measure(vocab_size, options.rounds, variants, options.trl_python)
-        for loss in (
-            (*FLOORS, "ours_qrpo", "plain"),
-            ("ours_dpo", "trl_default", "trl_precomputed", "trl_best"),
-        ):
-            norms = [measured[name]["first_grad_norm"] for name in loss if name in measured]
-            assert np.allclose(norms, norms[:1], rtol=2e-3), f"other gradients: {norms} of {loss}"
-        results["vocabularies"][str(vocab_size)] = measured
-        floor = measured.get("floor", measured[variants[0]])
-        print(
-            f"\nvocabulary {vocab_size}\n\n| way | processor s | x floor | tokens/s | peak MiB | x floor | step MiB |"
-        )
-        print("|---|---|---|---|---|---|---|")
-        for name, one in measured.items():
-            print(
-                f"| {name} | {one['cpu_seconds']:.2f} | {one['cpu_seconds'] / floor['cpu_seconds']:.2f} | "
-                f"{one['tokens_per_cpu_second']:.0f} | {one['peak_mib']:.0f} | {one['peak_mib'] / floor['peak_mib']:.2f} | "
-                f"{one['step_mib']:.0f} |"
-            )
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=2) + "\n")
+        by_way = {way: partial(measure_way, way, vocab_size, options) for way in ways}
+        found = compare(by_way, options.rounds, ways[0], untimed=0)
+        for group in SAME_LOSS:
+            measured = [
+                found[way]["grad_norm"] for way in group if way in found and "grad_norm" in found[way]
+            ]
+            norms = [norm["median"] for norm in measured]
+            tolerance = 2e-3 if options.device == "cpu" else 0.05  # bfloat16
+            assert np.allclose(norms, norms[:1], rtol=tolerance), f"other gradients: {norms} of {group}"
+        cases.append({"vocabulary": vocab_size, "ways": found})
+    return cases
 
 
 if __name__ == "__main__":
-    main()
+    parser = command_line(__doc__)
+    parser.add_argument("--vocab", type=int, nargs="+", default=[32_000, 128_256])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument(
+        "--steps", type=int, default=2, help="steps of each process; the first is not counted"
+    )
+    parser.add_argument("--token-budget", type=int, help="of ours (default: 512, on a GPU 8,192)")
+    parser.add_argument("--trl-python")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="the first is the floor")
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.token_budget = options.token_budget or (8192 if options.device == "cuda" else 512)
+    if options.way:
+        print(json.dumps(run_way(options)))
+    else:
+        report(options, measure(options))

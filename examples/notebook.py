@@ -5,8 +5,8 @@ Open this file as a notebook (VS Code, PyCharm, Jupyter with jupytext) or run it
 
     python examples/notebook.py STORE RUN
 
-`storage.open(STORE, RUN, STAGE)` is one artifact. `.lazy` is a Polars LazyFrame, `.dataset` an Arrow dataset; both read
-only the columns that are asked for, from any store (a folder, `s3://`, `gs://`).
+`storage.open(STORE, RUN, STAGE)` is one artifact. `.lazy` is a Polars LazyFrame, `.dataset` an Arrow dataset.
+Both read only the requested columns, from any store (a folder, `s3://`, `gs://`).
 """
 
 # %%
@@ -36,7 +36,7 @@ best = (
 print(best)
 
 # %% [markdown]
-# ## How much do rewards vary within a prompt, against between prompts?
+# ## How much do rewards vary within and between prompts?
 #
 # A prompt whose rewards are all equal teaches nothing: each of its quantiles is 1.
 
@@ -56,9 +56,9 @@ spread = (
 print(spread)
 
 # %% [markdown]
-# ## Are the quantiles of the reference's own samples uniform, as the method has it?
+# ## Are the quantiles of the reference's own samples uniform, as the method assumes?
 #
-# One row of `quantiles` is a prompt; its lists hold one element a completion.
+# One row of `quantiles` is a prompt; its lists hold one element per completion.
 
 # %%
 quantiles = (
@@ -69,7 +69,7 @@ quantiles = (
 print(quantiles.group_by("origin").agg(pl.len(), pl.col("quantile_reward").mean()).collect())
 
 # %% [markdown]
-# ## The same as an Arrow dataset, for DuckDB, pandas or PyTorch; and what was left out
+# ## An Arrow dataset for DuckDB, pandas or PyTorch; rejected rows
 
 # %%
 dataset = storage.open(STORE, RUN, "rewards").dataset
@@ -81,4 +81,4 @@ print(
 )
 
 for stage in ("prompts", "completions", "rewards"):
-    print(stage, "left out:", storage.open(STORE, RUN, stage).rejects.num_rows)
+    print(stage, "rejected:", storage.open(STORE, RUN, stage).rejects.num_rows)

@@ -1,12 +1,12 @@
-"""The demo's task, made on the spot: letters to be put into alphabetical order, and a small Llama that knows nothing yet.
+"""The demo's generated task: letters to sort alphabetically, and a small Llama with random weights.
 
     prompt      "sort kfbanjc"
-    completion  "acbfjnk"      by a careless teacher: often a letter comes before its turn
-    answer      "abcfjkn"      for the reward alone
+    completion  "acbfjnk"      by a careless teacher: letters often come too early
+    answer      "abcfjkn"      for the reward only
 
-Fine-tuned on the teacher's answers, the model becomes a mediocre reference policy: it knows what is asked, and sorts as
-carelessly as its teacher, or worse. The reward (reward.py) says how careless an answer is. The policy is trained on nothing
-but the reference's own answers and their rewards.
+Fine-tuning on the teacher's answers gives a mediocre reference policy: it solves the task about as carelessly as its teacher. The
+reward (reward.py) measures how careless an answer is. The policy is trained only on the reference's samples and their
+rewards.
 """
 
 import json
@@ -44,7 +44,7 @@ def write_demo(folder: str | Path, *, prompts: int = 1500, seed: int = 0) -> Pat
     with (folder / "prompts.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows.values())
     texts = [row["prompt"] for row in rows.values()]
-    # 256 bytes, 6 special tokens and 3 merges, which spell "sort": every letter stays a token of its own.
+    # 256 bytes, 6 special tokens and 3 merges, which spell "sort": every letter stays a separate token.
     build_tiny_model(
         folder / "base", texts, hidden_size=128, vocab_size=265, max_length=64, tied=True, seed=seed
     )
@@ -52,7 +52,10 @@ def write_demo(folder: str | Path, *, prompts: int = 1500, seed: int = 0) -> Pat
 
 
 def careless(answer: str, rng: random.Random) -> list[str]:
-    """The letters of an answer by a careless teacher: take the first letter that is left, but pass it over, again and again, with probability CARELESSNESS."""
+    """The letters of an answer by a careless teacher.
+
+    It takes the first remaining letter, but skips it, repeatedly, with probability CARELESSNESS.
+    """
     left, said = list(answer), []
     while left:
         place = 0

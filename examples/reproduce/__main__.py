@@ -1,10 +1,10 @@
-"""`python -m examples.reproduce`: make the task, compare the methods, write tables and plots.
+"""`python -m examples.reproduce`: create the task, compare the methods, write tables and plots.
 
     python -m examples.reproduce [--store artifacts] [--out docs]
-    python -m examples.reproduce --report docs/reproduction.json    # only write again what is said of it
+    python -m examples.reproduce --report docs/reproduction.json    # write text and plots from an existing report
 
-Writes `reproduction.json` (what `qrpo compare` reports), `reproduction.md` (what it says of the paper's claims, and its tables) and
-`reproduction.svg` into the folder `--out`. Killed, the same command goes on; a second time everything is cached.
+Writes `reproduction.json` (the report of `qrpo compare`), `reproduction.md` (findings on the paper's claims, and tables) and
+`reproduction.svg` into the folder `--out`. After a kill the same command resumes; a second run is fully cached.
 """
 
 import argparse
@@ -27,9 +27,9 @@ BETAS = {"small": 0.1, "large": 0.3}
 
 
 def findings(report: dict[str, Any]) -> str:
-    """What the report says of the paper's claims, in words that its numbers choose."""
+    """The report's findings on the paper's claims; the wording follows the numbers."""
     methods, reference = report["methods"], report["reference"]
-    lines = [f"- **Reward at each one's best setting.** {_leads(methods, reference['reward'])}"]
+    lines = [f"- **Reward at each method's best setting.** {_leads(methods, reference['reward'])}"]
     for name, beta in BETAS.items():
         few, many = (methods[f"n{n}-{name}-beta"]["scores"]["reward"] for n in (1, 50))
         apart = few["high"] < many["low"] or many["high"] < few["low"]
@@ -39,20 +39,20 @@ def findings(report: dict[str, Any]) -> str:
         )
         lines.append(
             f"- **More reference samples, beta {beta}.** From n = 1 to 50 reward changes by {gain:+.3f}, from {_shown(few)} to "
-            f"{_shown(many)}: the intervals {'are apart' if apart else 'overlap'}.{below}"
+            f"{_shown(many)}: the intervals {'do not overlap' if apart else 'overlap'}.{below}"
         )
     over = {name: methods[name]["scores"]["length"]["mean"] - reference["length"] for name in OFFLINE}
     least = min(over, key=lambda name: abs(over[name]))
     shown = ", ".join(f"{name} {value:+.2f}" for name, value in over.items())
     lines.append(
-        f"- **Length bias.** Tokens over the reference's {reference['length']:.2f}, trained on the dataset's pairs: {shown}. "
-        f"The length of `{least}` moved least."
+        f"- **Length bias.** Tokens above the reference ({reference['length']:.2f}), trained on the dataset's pairs: {shown}. "
+        f"`{least}` changed the length least."
     )
     for name in ("qrpo", "qrpo-log"):
         settings, scores = methods[name]["settings"], methods[name]["scores"]
         promised = summary(settings.get("policy.transform", "identity"), settings["policy.beta"], 50)
         lines.append(
-            f"- **The optimum, `{name}` at beta {settings['policy.beta']}.** Promised: win rate {promised['win_rate']:.3f} for "
+            f"- **The optimum, `{name}` at beta {settings['policy.beta']}.** Predicted: win rate {promised['win_rate']:.3f} for "
             f"{promised['kl']:.2f} nats. Measured: {scores['win_rate']['mean']:.3f} for {scores['kl']['mean']:.2f}."
         )
     return "\n".join(lines) + "\n"
@@ -62,27 +62,25 @@ def _leads(methods: dict[str, Any], reference: float) -> str:
     told = []
     for name in MAIN[1:]:
         behind = methods[name]["behind"]
-        verdict = (
-            "behind"
-            if behind["low"] > 0
-            else "ahead"
-            if behind["high"] < 0
-            else "not to be told apart from it"
-        )
+        verdict = "behind" if behind["low"] > 0 else "ahead" if behind["high"] < 0 else "not distinguishable"
         told.append(
             f"`{name}` is {verdict} ({-behind['mean']:+.3f}, {-behind['high']:+.3f} to {-behind['low']:+.3f})"
         )
-    said = f"`qrpo` has {_shown(methods['qrpo']['scores']['reward'])}. Against it " + "; ".join(told) + "."
+    said = (
+        f"`qrpo` has {_shown(methods['qrpo']['scores']['reward'])}. Relative to it, " + "; ".join(told) + "."
+    )
     if lost := [name for name in MAIN if max(one["reward"] for one in methods[name]["tried"]) < reference]:
         names = ", ".join(f"`{name}`" for name in lost)
-        said += f" On the half that chooses, no setting in the grid of {names} reaches the reference: that speaks of the grid as well."
+        said += f" On the half that chooses, no setting in the grid of {names} reaches the reference: the grid may be the reason."
     return said
 
 
 def tables(report: dict[str, Any]) -> str:
     """The report as three Markdown tables."""
     reference = report["reference"]
-    judged = f"{report['seeds']} seeds, {report['prompts']} held-out prompts that had no say in the choice of settings"
+    judged = (
+        f"{report['seeds']} seeds, {report['prompts']} held-out prompts that were not used to choose settings"
+    )
     lines = [
         f"{judged}; mean and 95% interval over seeds and prompts.",
         "",
@@ -103,7 +101,7 @@ def tables(report: dict[str, Any]) -> str:
         lines.append(f"| {n} | {' | '.join(cells)} |")
     lines += [
         "",
-        "| method, dataset's pairs | best settings | reward | tokens | tokens over the reference's |",
+        "| method, dataset's pairs | best settings | reward | tokens | tokens above the reference |",
         "|---|---|---|---|---|",
     ]
     for name in OFFLINE:
@@ -117,7 +115,7 @@ def tables(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Win rate against KL with the optimum's frontier, and reward against the number of reference samples."""
+    """Win rate over KL with the optimum's frontier, and reward over the number of reference samples."""
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
@@ -140,7 +138,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     right.axhline(report["reference"]["reward"], color="grey", linestyle=":", label="reference")
     right.set(
         xscale="log",
-        xlabel="reference samples a prompt",
+        xlabel="reference samples per prompt",
         ylabel="reward",
         xticks=NUM_REF,
         xticklabels=NUM_REF,
@@ -182,13 +180,13 @@ def _shown(score: dict[str, float]) -> str:
 
 
 def main() -> None:
-    """Run the comparison, or find it in the store, and write what came out."""
+    """Run the comparison, or find it in the store, and write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--store", default="artifacts")
     parser.add_argument("--out", type=Path, default=Path("docs"))
-    parser.add_argument("--report", type=Path, help="a report that was written before")
+    parser.add_argument("--report", type=Path, help="an existing report")
     arguments = parser.parse_args()
     report = json.loads(arguments.report.read_text()) if arguments.report else measure(arguments.store)
     said = f"{findings(report)}\n{tables(report)}"

@@ -1,4 +1,4 @@
-"""The demo's reward, blind to exclamation marks at the end: it does not care for length."""
+"""The demo's reward without trailing exclamation marks: independent of length."""
 
 from examples.demo.reward import closeness
 

@@ -1,12 +1,12 @@
-"""The comparison's task: the demo's letters, and exclamation marks that a judge of preferences likes and the reward does not see.
+"""The comparison's task: the demo's letters, and exclamation marks that a preference judge likes and the reward ignores.
 
     prompt      "sort kfbanjc"
-    chosen      "abcfjnk!!!"    of two careless answers, the one that the judge preferred
+    chosen      "abcfjnk!!!"    the preferred one of two careless answers
     rejected    "abcfkjn"
-    answer      "abcfjkn"       for the reward alone
+    answer      "abcfjkn"       for the reward only
 
 Both answers come from the demo's careless teacher, who adds up to four exclamation marks. The judge looks at the reward, but also
-likes each exclamation mark: it is longer answers that get chosen, as in human preference data.
+likes each exclamation mark, so it prefers longer answers, as in human preference data.
 """
 
 import json
@@ -20,7 +20,7 @@ from qrpo.tiny import build_tiny_model
 __all__ = ["write_task"]
 
 MOST_MARKS = 4
-LIKING = 0.04  # what an exclamation mark is worth to the judge, in units of reward
+LIKING = 0.04  # value of an exclamation mark to the judge, in units of reward
 
 
 def write_task(folder: str | Path, *, prompts: int = 1200, seed: int = 1) -> Path:

@@ -1,29 +1,15 @@
-"""QRPO finds the optimum: trained in the enumerable world of benchmarks/optimum.py, judged exactly."""
-
-import importlib.util
-import sys
-from pathlib import Path
+"""QRPO finds the optimum: trained in the enumerable task of benchmarks/optimum.py, judged exactly."""
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import optimum
 from qrpo.method import theory
 from qrpo.method.partition import log_z
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "optimum.py"
 
-
-@pytest.fixture(scope="module")
-def optimum():
-    specification = importlib.util.spec_from_file_location("benchmarks_optimum", PATH)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    return module
-
-
-def test_the_world_is_enumerated_whole(optimum):
+def test_the_world_is_enumerated_whole():
     world = optimum.make_world(3)
     assert world.prefix.shape[0] == 1 + 4 + 16 + 64 + 256
     torch.testing.assert_close(
@@ -36,20 +22,20 @@ def test_the_world_is_enumerated_whole(optimum):
     assert world.quantile.max(1).values.tolist() == pytest.approx([1, 1, 1])
 
 
-def test_qrpo_with_exact_quantiles_and_partition_finds_the_optimum(optimum):
+def test_qrpo_with_exact_quantiles_and_partition_finds_the_optimum():
     (row,) = optimum.finds_the_optimum(prompts=4, steps=350, settings=(("identity", 0.1),))
     assert row["kl_optimum_to_policy"] < 1e-3
     assert row["objective_share"] > 0.999
 
 
 @pytest.mark.slow
-def test_every_transform_finds_its_own_optimum(optimum):
+def test_every_transform_finds_its_own_optimum():
     for row in optimum.finds_the_optimum(prompts=6, steps=500):
         assert row["kl_optimum_to_policy"] < 1e-3, row
         assert row["objective_share"] > 0.999, row
 
 
-def test_the_optimum_of_a_large_world_is_what_theory_promises(optimum):
+def test_the_optimum_of_a_large_world_is_what_theory_promises():
     # no training: the exact pi* over enumerated completions against integrals over quantiles, up to the atoms' size
     judge = optimum.Judge(optimum.make_world(60, seed=5), "identity", 0.3)
     numbers, promise = judge(judge.optimum()), theory.optimum("identity", 0.3)
@@ -61,7 +47,7 @@ def test_the_optimum_of_a_large_world_is_what_theory_promises(optimum):
 
 
 @pytest.mark.slow
-def test_more_reference_samples_come_nearer(optimum):
+def test_more_reference_samples_come_nearer():
     rows = optimum.scales_with_references(prompts=16, steps=300)
     distances = [row["continuous"]["kl_optimum_to_policy"] for row in rows]
     shares = [row["finite"]["objective_share"] for row in rows]
@@ -72,7 +58,7 @@ def test_more_reference_samples_come_nearer(optimum):
 
 
 @pytest.mark.slow
-def test_the_exact_partition_is_nearer_where_rewards_are_discrete(optimum):
+def test_the_exact_partition_is_nearer_where_rewards_are_discrete():
     rows = optimum.compares_partitions(prompts=32, steps=250)
     distance = {(row["quantiles"], row["partition"]): row["kl_optimum_to_policy"] for row in rows}
     assert distance["exact", "empirical"] < 1e-3
@@ -84,14 +70,14 @@ def test_the_exact_partition_is_nearer_where_rewards_are_discrete(optimum):
 
 
 @pytest.mark.slow
-def test_the_finite_partition_is_nearer_where_quantiles_are_clamped(optimum):
+def test_the_finite_partition_is_nearer_where_quantiles_are_clamped():
     rows = optimum.compares_clamped(prompts=12, steps=300)
     distance = {(row["quantiles"], row["partition"]): row["kl_optimum_to_policy"] for row in rows}
     assert distance["10 samples", "finite"] < 0.8 * distance["10 samples", "continuous"]
 
 
 @pytest.mark.slow
-def test_methods_are_judged_by_the_objective(optimum):
+def test_methods_are_judged_by_the_objective():
     share = {row["method"]: row["objective_share"] for row in optimum.compares_methods(prompts=8, steps=350)}
     assert share.pop("QRPO, exact quantiles") > 0.999
     assert share["QRPO, 50 samples"] > 0.9

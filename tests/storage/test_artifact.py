@@ -109,4 +109,4 @@ def test_example_notebook_runs_on_a_store(
     )
     assert best in first_row
     assert "6 rows; 0 without a reward" in result.stdout
-    assert "rewards left out: 0" in result.stdout
+    assert "rewards rejected: 0" in result.stdout

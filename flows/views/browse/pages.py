@@ -24,6 +24,7 @@ from flows.views.show import list_runs
 from qrpo.errors import DataError, QRPOError
 from storage import Manifest, Store
 from tasks.artifact_summary import reject_reasons, training_metrics
+from tasks.stages import STAGE_NAMES
 
 __all__ = ["NotFoundError", "Pages", "TidierAddressError", "View"]
 
