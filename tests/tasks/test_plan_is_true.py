@@ -1,0 +1,272 @@
+"""For every field of the configuration: what `qrpo plan` says after a change is what the run then does.
+
+The fields are read from the configuration's model, so a new setting cannot be forgotten: it fails here until a changed value is known.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+
+import tasks.stages.completions
+import tasks.stages.evaluation
+from qrpo.config import Section, is_execution_option
+from qrpo.engines import open_engine
+from tasks.stage import setting_paths
+from tasks.stages import STAGE_NAMES, STAGES
+from tests.support.pipeline import CountingEngine, TinyPipeline, fields_of
+
+pytestmark = pytest.mark.slow
+
+# Changed values that do not follow from the field's type; several keys where one alone is refused.
+VALUES: dict[str, dict[str, Any]] = {
+    "completions.engine.enforce_eager": {"completions.engine.enforce_eager": True},
+    "completions.engine.device": {"completions.engine.device": "cpu"},
+    "completions.engine.dtype": {"completions.engine.dtype": "float32"},
+    "completions.engine.max_model_len": {"completions.engine.max_model_len": 60},
+    "completions.sampling.stop": {"completions.sampling.stop": ["two"]},
+    "completions.sampling.top_k": {"completions.sampling.top_k": 5},
+    "completions.num_ref": {"completions.num_ref": 6},
+    "prompts.columns": {"prompts.columns": {"rejected": None}},
+    "prompts.eval_fraction": {"prompts.eval_fraction": 0.5},
+    "prompts.limit": {"prompts.limit": 20},
+    "prompts.source_name": {"prompts.source_name": "other"},
+    "prompts.system_prompt": {"prompts.system_prompt": "Be short."},
+    "quantiles.num_completions": {"quantiles.num_completions": 3},
+    "quantiles.num_ref": {"quantiles.num_ref": 2},
+    "quantiles.train_on": {"quantiles.train_on": "both"},
+    "reference.model.dtype": {"reference.model.dtype": "bfloat16"},
+    "rewards.0.name": {"rewards.0.name": "other"},
+    "rewards.0.version": {"rewards.0.version": "2"},
+    "run.cluster": {"run.runner": "dask", "run.cluster": "tcp://127.0.0.1:1"},
+    "run.max_reject_fraction": {"run.max_reject_fraction": 0.2},
+    "policy.lora": {"policy.lora": {"rank": 2}},
+    "policy.patience": {"policy.patience": 2, "policy.eval_fraction": 0.3},
+    "policy.fsdp": {"policy.fsdp": True, "policy.processes": 2},
+    "policy.transform": {"policy.transform": "log"},
+    "policy.report_to": {"policy.report_to": ["tensorboard"]},
+    "reference.sft.report_to": {"reference.sft.report_to": ["tensorboard"]},
+    "evaluation.checkpoints": {"evaluation.checkpoints": [1]},
+    "shards.max_length": {"shards.max_length": 4000},
+}
+# Not tried: where things are (their content is the setting), what belongs to no artifact, and rounds, which need another run.
+ELSEWHERE = {
+    "name",
+    "prompts.source",
+    "prompts.eval_source",
+    "reference.model.path",
+    "reference.model.revision",
+    "rewards.0.function",
+    "rewards.0.kind",
+    "completions.engine.kind",  # vllm: another engine, for which the tests have files of their own
+    "completions.engine.options",  # of vLLM
+    "evaluation.models",
+    "rounds.count",
+    "rounds.num_completions",
+    "rounds.learning_rate",
+    "rounds.from_run",
+    "compare.methods",
+    "compare.seeds",
+    "compare.select_by",
+}
+# Settings whose change is planned, and not run: each only trains another policy. `policy.beta` stands for them.
+ONLY_PLANNED = ("policy.",)
+RUN = {"policy.beta", "policy.bf16"}
+
+
+def changed(path: str, section: type[Section], name: str, value: Any) -> dict[str, Any]:
+    """Another valid value of a field."""
+    if path in VALUES:
+        return VALUES[path]
+    annotation = section.model_fields[name].annotation
+    options = get_args(annotation) if get_origin(annotation) is Literal else ()
+    if options:
+        return {path: next(option for option in options if option != value)}
+    if isinstance(value, bool):
+        return {path: not value}
+    if isinstance(value, int):
+        return {path: value + 1}
+    if isinstance(value, float):
+        return {path: value / 2 if value else 0.25}
+    kinds = {kind for kind in get_args(annotation) if kind is not type(None)}
+    if value is None and kinds & {int, float}:
+        return {path: 2}
+    raise AssertionError(f"{path}: say in VALUES what a changed value is")
+
+
+@pytest.fixture(scope="module")
+def base(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, prefect_server: str, engines: dict[Any, Any]
+) -> TinyPipeline:
+    """The finished run that every test changes."""
+    pipeline = TinyPipeline.create(tmp_path_factory.mktemp("plan") / "base", tiny_model)
+    pipeline.run(pipeline.config())
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[dict[Any, Any]]:
+    """Engines in their child processes, kept for the module."""
+    running: dict[Any, Any] = {}
+    yield running
+    for engine in running.values():
+        engine.close()
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch, engines: dict[Any, Any]) -> list[tuple[str, int]]:
+    """The samples that engines are asked for."""
+    drawn: list[tuple[str, int]] = []
+
+    def engine_for(config: Any, model: Any, log: Path) -> Any:
+        key = config.model_dump_json(), model.model_dump_json()
+        if key not in engines:
+            engines[key] = open_engine(config, model)
+        return CountingEngine(engines[key], drawn)
+
+    for module in (tasks.stages.completions, tasks.stages.evaluation):
+        monkeypatch.setattr(module, "engine_for", engine_for)
+    return drawn
+
+
+def all_fields() -> list[Any]:
+    config = TinyPipeline(Path("folder"), Path("model")).config()
+    fields = [field for field in fields_of(config) if field[0] not in ELSEWHERE]
+    return [pytest.param(*field, id=field[0]) for field in fields]
+
+
+FIELDS = all_fields()
+OPTIONS = [field for field in FIELDS if is_execution_option(field.values[1], field.values[2])]
+SETTINGS = [field for field in FIELDS if field not in OPTIONS]
+
+
+@pytest.mark.parametrize(("path", "section", "name", "value"), OPTIONS)
+def test_execution_option_is_free(
+    base: TinyPipeline, drawn: list[Any], path: str, section: type[Section], name: str, value: Any
+) -> None:
+    """Nothing is computed again, and every row and weight is the same."""
+    before, calls = base.config(), base.scored()
+    after = base.config(changed(path, section, name, value))
+    assert after != before
+
+    planned = base.plan(after)
+    results = base.run(after)
+
+    assert all(stage["parts_cached"] == stage["parts_total"] for stage in planned.values())
+    assert not any(stage["reasons"] for stage in planned.values())
+    assert {result.parts_computed for result in results.values()} == {0}  # no training step either
+    assert not drawn
+    assert base.scored() == calls
+    assert base.row_digests(after) == base.row_digests(before)
+    assert base.weights(after) == base.weights(before)
+    assert base.weights(after, "reference") == base.weights(before, "reference")
+
+
+@pytest.mark.parametrize(("path", "section", "name", "value"), SETTINGS)
+def test_plan_names_the_setting_and_its_cost(
+    base: TinyPipeline,
+    tmp_path: Path,
+    drawn: list[Any],
+    path: str,
+    section: type[Section],
+    name: str,
+    value: Any,
+) -> None:
+    pipeline = base.copy(tmp_path / "copy")
+    changes = changed(path, section, name, value)
+    config = pipeline.config(changes)
+
+    planned = pipeline.plan(config)
+
+    todo = [stage for stage in STAGE_NAMES if planned[stage]["parts_cached"] < planned[stage]["parts_total"]]
+    idle = path.rpartition(".")[2] in section_at(config, path).idle_fields()
+    assert bool(todo) != idle, "a setting without effect changes nothing, any other something"
+    for stage in todo:
+        named = [key for key in changes if reads(stage, key)]
+        words = " / ".join(planned[stage]["reasons"])
+        assert all(f"{key}" in words for key in named), f"{stage}: {words}"
+        assert named or "is computed anew" in words or "changed" in words
+    for stage in STAGE_NAMES:
+        if stage not in todo:
+            assert not planned[stage]["reasons"] or planned[stage]["parts_total"] == 0
+    if path.startswith(ONLY_PLANNED) and path not in RUN:
+        return
+
+    results = pipeline.run(config)
+
+    for stage, result in results.items():
+        assert result.parts_cached == planned[stage]["parts_cached"], stage
+        if planned[stage]["rows"] is not None:
+            rows = planned[stage]["rows"]
+            assert (result.rows_computed, result.rows_reused) == (rows["compute"], rows["reuse"]), stage
+    evaluated = len(drawn) - results["completions"].rows_computed
+    evaluated += len(pipeline.scored()) - results["rewards"].rows_computed
+    assert results["evaluation"].rows_computed == evaluated, "what the engines and the reward were asked for"
+    assert {result.parts_computed for result in pipeline.run(config).values()} == {0}
+
+
+def section_at(config: Any, path: str) -> Section:
+    found: Any = config
+    for step in path.split(".")[:-1]:
+        found = found[int(step)] if step.isdigit() else getattr(found, step)
+    assert isinstance(found, Section)
+    return found
+
+
+def reads(stage: str, key: str) -> bool:
+    """Whether a stage reads this key of the configuration."""
+    paths = setting_paths(STAGES[stage].settings).values()
+    return any(key == path or key.startswith(f"{path}.") for path in paths)
+
+
+def test_new_weight_and_new_reward_score_only_what_was_never_scored(
+    base: TinyPipeline, tmp_path: Path, drawn: list[Any]
+) -> None:
+    pipeline = base.copy(tmp_path / "copy")
+    letters = {"kind": "function", "name": "letters", "function": f"{pipeline.folder / 'reward.py'}:letters"}
+    length = {"kind": "function", "name": "length", "function": f"{pipeline.folder / 'reward.py'}:length"}
+
+    pipeline.run(pipeline.config({"rewards.0.weight": 0.5}), until="rewards")
+    assert pipeline.scored() == []
+    added = pipeline.config({"rewards": [{**length, "weight": 2.0}, letters]})
+    planned = pipeline.plan(added)["rewards"]["rows"]
+    result = pipeline.run(added, until="rewards")["rewards"]
+
+    assert pipeline.scored() == ["letters"] * result.rows
+    assert (planned["compute"], planned["reuse"]) == (result.rows, result.rows)
+    rows = {
+        (row["prompt_id"], row["sample_index"]): row
+        for record in pipeline.store.find_parts(
+            [part.key for part in plan_of(pipeline, added, "rewards")]
+        ).values()
+        for row in pipeline.store.read_part(record).to_pylist()
+    }
+    for row in rows.values():
+        values = {item["name"]: item["value"] for item in row["components"]}
+        assert row["reward"] == pytest.approx(2.0 * values["length"] + values["letters"])
+    assert not drawn
+
+
+def plan_of(pipeline: TinyPipeline, config: Any, stage: str) -> Any:
+    from tasks.planner import plan_pipeline
+
+    return plan_pipeline(config, pipeline.store)[stage].parts
+
+
+def test_order_of_training_does_not_depend_on_the_cut(
+    base: TinyPipeline, tmp_path: Path, tiny_model: Path
+) -> None:
+    """Two stores that were filled in different parts train on the same rows in the same order."""
+    other = TinyPipeline.create(tmp_path / "other", tiny_model)
+    cut = other.config({"run.part_size": 3, "completions.samples_per_part": 3})
+
+    results = other.run(cut)
+
+    assert results["shards"].parts_computed > len(plan_of(base, base.config(), "shards"))
+    ours, theirs = base.row_digests(base.config()), other.row_digests(cut)
+    assert {name: theirs[name] for name in ("prompts", "completions", "quantiles")} == {
+        name: ours[name] for name in ("prompts", "completions", "quantiles")
+    }
+    assert other.weights(cut, "reference") == base.weights(base.config(), "reference")
+    assert other.losses(cut) == pytest.approx(base.losses(base.config()), rel=1e-4)
