@@ -1,7 +1,8 @@
-"""A model: where it is, its identity for fingerprints, and loading it, with errors that say what to do.
+"""A model: where it is, its identity for fingerprints, and loading it, with errors that say what to
+do.
 
-A model is a folder or a Hugging Face hub id. A folder is identified by the content of its files, not by its path; a hub
-id by its name and revision, without a download.
+A model is a folder or a Hugging Face hub id. A folder is identified by the content of its files,
+not by its path; a hub id by its name and revision, without a download.
 """
 
 import hashlib
@@ -35,9 +36,11 @@ class ModelConfig(Section):
     """A Hugging Face model: a folder, or a hub id with a revision."""
 
     path: str = execution_option(..., min_length=1)
-    """A folder, or a hub id such as `org/name`. Not in fingerprints by itself: see `model_identity`."""
+    """A folder, or a hub id such as `org/name`. Not in fingerprints by itself: see
+    `model_identity`."""
     revision: str | None = execution_option(None)
-    """Branch, tag or commit of a hub id. Prefer a commit: a branch can move without changing any fingerprint."""
+    """Branch, tag or commit of a hub id. Prefer a commit: a branch can move without changing any
+    fingerprint."""
     dtype: Dtype = "auto"
     """Precision to load in; `auto` is the saved precision."""
     trust_remote_code: bool = False
@@ -55,7 +58,7 @@ def location(model: ModelConfig) -> str:
 
 
 def require_model(model: ModelConfig) -> None:
-    """Raise ModelError if a model's folder is missing or has no `config.json`. Does not contact the hub."""
+    """Raise ModelError if a model's folder is missing or has no `config.json`; asks no hub."""
     if not is_local(model):
         if model.path.count("/") > 1:
             raise ModelError(
@@ -73,10 +76,11 @@ def require_model(model: ModelConfig) -> None:
 
 
 def model_identity(model: ModelConfig) -> dict[str, Any]:
-    """The model's identity for fingerprints: `{"digest": sha256 of its files}`, or `{"hub": "id@revision"}`.
+    """The model's identity for fingerprints: `{"digest": sha256 of its files}`, or `{"hub":
+    "id@revision"}`.
 
-    Every file of a folder except hidden ones counts, by relative name and content. A process reads a file again only
-    if its size or times change.
+    Every file of a folder except hidden ones counts, by relative name and content. A process reads
+    a file again only if its size or times change.
     """
     require_model(model)
     if not is_local(model):
@@ -139,14 +143,16 @@ def context_length(model: ModelConfig) -> int:
 
 
 def load_causal_lm(model: ModelConfig, device: str | None = None) -> Any:
-    """The language model in evaluation mode on `device` (the first GPU if there is one, else the CPU)."""
+    """The language model in evaluation mode on `device` (the first GPU if there is one, else the
+    CPU)."""
     from transformers import AutoModelForCausalLM
 
     return _load(model, AutoModelForCausalLM, device)
 
 
 def load_reward_model(model: ModelConfig, device: str | None = None) -> Any:
-    """The sequence-classification model in evaluation mode on `device`; ModelError unless it has a single score."""
+    """The sequence-classification model in evaluation mode on `device`; ModelError unless it has a
+    single score."""
     from transformers import AutoModelForSequenceClassification
 
     config = load_model_config(model)
