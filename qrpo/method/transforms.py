@@ -80,8 +80,7 @@ class Transform:
         return to_float64(self(np.minimum(quantile, 1.0 - np.finfo(np.float64).epsneg)))
 
     def log_z(self, beta: Array) -> Array:
-        """log of integral_0^1 exp(f(t)/beta) dt, elementwise on beta; ConfigError if beta is out of
-        the domain."""
+        """log of integral_0^1 exp(f(t)/beta) dt, elementwise; ConfigError outside of its domain."""
         return on_float64(self._checked_log_z, beta)
 
     def _checked_log_z(self, beta: Float64) -> Float64:
@@ -103,8 +102,7 @@ class Transform:
         """A quadrature rule under the optimum's quantile density exp(f(t)/beta)/Z."""
         if type(self).at_logit is not Transform.at_logit:
             return _cached_nodes(self, beta, 1e-14)
-        # f is evaluated at float64 quantiles only: it is unknown beyond them, and a staircase near
-        # the ends
+        # f is known at float64 quantiles only, and is a staircase near the ends
         rough = _cached_nodes(self, beta, 1e-6)
         unseen = float(rough.weight[(rough.logit > 36.0) | (rough.logit < -700.0)].sum())
         if unseen > 1e-9:
@@ -309,8 +307,7 @@ class Logit(Transform):
 
 @dataclass(frozen=True)
 class Power(Transform):
-    """f(q) = q^exponent: above 1 it separates good completions and ignores differences of bad ones;
-    below 1 the reverse."""
+    """f(q) = q^exponent: above 1 it separates good completions; below 1, bad ones."""
 
     exponent: float = 2.0
     name: ClassVar[str] = "power"
@@ -374,8 +371,7 @@ def transform_names() -> tuple[str, ...]:
 
 
 def get_transform(transform: str | Transform, **parameters: Any) -> Transform:
-    """A transform by name, with its parameters (`edge`; `exponent` for `power`); a Transform is
-    passed through.
+    """A transform by name, with its parameters (`edge`; `exponent` for `power`); or itself.
 
     A name with a colon, "path/to/file.py:name" or "package.module:name", is a user's: a function on
     (0, 1), finite there and at both ends, the result of `from_function`, or a subclass of
@@ -425,8 +421,7 @@ def _with_parameters(kind: type[Transform], name: str, parameters: dict[str, Any
 
 
 def reference_scale(ref_std: Array, mean_ref_std: float) -> Array:
-    """The scale of `scaled-normal-icdf`: each prompt's standard deviation (n - 1) of reference
-    rewards over the mean of all prompts."""
+    """Each prompt's standard deviation (n - 1) of reference rewards over the mean of all prompts."""
     if not mean_ref_std > 0:
         raise ConfigError(
             f"scaled-normal-icdf: the mean standard deviation of reference rewards must be above 0, got {mean_ref_std!r}; "
