@@ -1,4 +1,5 @@
-"""QRPO: quantile rewards, transforms, partition functions, losses and training, without Prefect and without a store.
+"""QRPO: quantile rewards, transforms, partition functions, losses and training, without Prefect and
+without a store.
 
     from qrpo import QRPOConfig, QRPOTrainer, log_z, qrpo_loss, quantile_rewards
 
@@ -17,8 +18,9 @@ works on any dataset. Names are loaded when they are first used, so `import qrpo
 - `config`: the base class of configuration sections
 - `errors`: every error
 
-Array names end in their axes: `P` prompts, `N` reference completions, `K` training completions per prompt, `B` rows,
-`T` tokens, `V` vocabulary, `D` hidden, `U` loss terms, `C` and `M` tokens of a chunk and of a batch.
+Array names end in their axes: `P` prompts, `N` reference completions, `K` training completions per
+prompt, `B` rows, `T` tokens, `V` vocabulary, `D` hidden, `U` loss terms, `C` and `M` tokens of a
+chunk and of a batch.
 """
 
 from importlib import import_module
@@ -67,7 +69,8 @@ __all__ = [
     "transform_names",
 ]
 
-# Searched in this order for a name: from those that load quickly to those that need torch and transformers.
+# Searched in this order for a name: from those that load quickly to those that need torch and
+# transformers.
 _MODULES = (
     "errors",
     "method.quantiles",

@@ -1,14 +1,16 @@
 """The base class of every configuration section, and the three kinds of fields it has.
 
-A section is frozen and refuses unknown keys. Each section is declared beside the code it configures; the pipeline's
-configuration composes them. A field is one of
+A section is frozen and refuses unknown keys. Each section is declared next to the code it
+configures; the pipeline's configuration composes them. A field is one of
 
 - a setting: it changes results, so it is part of fingerprints;
-- an execution option (`execution_option`): batch sizes, workers, memory, time-outs. It changes no result and no fingerprint;
-- an outside input (`outside_input`): a path, a URL. What it leads to is identified by content, so its spelling changes nothing.
+- an execution option (`execution_option`): batch sizes, workers, memory, time-outs. It changes no
+  result and no fingerprint;
+- an outside input (`outside_input`): a path, a URL. Fingerprints hold the identity of what is there.
 
-A setting declared with `json_schema_extra={"fingerprint": False}` changes results but enters fingerprints in another way, which
-its stage's `plan` decides (for example `completions.num_ref`, which selects parts).
+A setting declared with `json_schema_extra={"fingerprint": False}` changes results but enters
+fingerprints in another way, which its stage's `plan` decides (for example `completions.num_ref`,
+which selects parts).
 """
 
 from collections.abc import Callable
@@ -33,7 +35,7 @@ class Section(BaseModel):
         return {}
 
     def fingerprint_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """What fingerprints hash of these settings. Override it to keep the names of earlier versions."""
+        """What fingerprints hash; override it to keep the names of earlier versions."""
         return settings
 
 
@@ -53,7 +55,7 @@ def is_execution_option(section: type[BaseModel], name: str) -> bool:
 
 
 def keyed(section: BaseModel) -> dict[str, Any]:
-    """The section's settings as plain JSON values, nested sections included: what fingerprints hash."""
+    """The section's settings as plain JSON values with nested sections, for fingerprints."""
     idle = section.idle_fields() if isinstance(section, Section) else frozenset()
     settings = {
         name: _plain(getattr(section, name), keyed)

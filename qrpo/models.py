@@ -35,9 +35,11 @@ class ModelConfig(Section):
     """A Hugging Face model: a folder, or a hub id with a revision."""
 
     path: str = outside_input(..., min_length=1)
-    """A folder, or a hub id such as `org/name`. Not in fingerprints by itself: see `model_identity`."""
+    """A folder, or a hub id such as `org/name`. Not in fingerprints by itself: see
+    `model_identity`."""
     revision: str | None = outside_input(None)
-    """Branch, tag or commit of a hub id. Prefer a commit: a branch can move without changing any fingerprint."""
+    """Branch, tag or commit of a hub id. Prefer a commit: a branch can move without changing any
+    fingerprint."""
     dtype: Dtype = "auto"
     """Precision to load in; `auto` is the saved precision."""
     trust_remote_code: bool = False
@@ -55,7 +57,7 @@ def location(model: ModelConfig) -> str:
 
 
 def require_model(model: ModelConfig) -> None:
-    """Raise ModelError if a model's folder is missing or has no `config.json`. Does not contact the hub."""
+    """Raise ModelError if a model's folder is missing or has no `config.json`; asks no hub."""
     if not is_local(model):
         if model.path.count("/") > 1:
             raise ModelError(
@@ -73,10 +75,11 @@ def require_model(model: ModelConfig) -> None:
 
 
 def model_identity(model: ModelConfig) -> dict[str, Any]:
-    """The model's identity for fingerprints: `{"digest": sha256 of its files}`, or `{"hub": "id@revision"}`.
+    """The model's identity for fingerprints: `{"digest": sha256 of its files}`, or `{"hub":
+    "id@revision"}`.
 
-    Every file of a folder except hidden ones counts, by relative name and content. A process reads a file again only
-    if its size or times change.
+    Every file of a folder except hidden ones counts, by relative name and content. A process reads
+    a file again only if its size or times change.
     """
     require_model(model)
     if not is_local(model):
@@ -139,14 +142,16 @@ def context_length(model: ModelConfig) -> int:
 
 
 def load_causal_lm(model: ModelConfig, device: str | None = None) -> Any:
-    """The language model in evaluation mode on `device` (the first GPU if there is one, else the CPU)."""
+    """The language model in evaluation mode on `device` (the first GPU if there is one, else the
+    CPU)."""
     from transformers import AutoModelForCausalLM
 
     return _load(model, AutoModelForCausalLM, device)
 
 
 def load_reward_model(model: ModelConfig, device: str | None = None) -> Any:
-    """The sequence-classification model in evaluation mode on `device`; ModelError unless it has a single score."""
+    """The sequence-classification model in evaluation mode on `device`; ModelError unless it has a
+    single score."""
     from transformers import AutoModelForSequenceClassification
 
     config = load_model_config(model)

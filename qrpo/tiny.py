@@ -1,8 +1,8 @@
 """Small random models: a Llama, a reward model, and a tokenizer. Nothing is downloaded.
 
-The demo starts from such a model, and the tests run real engines and real training on them. They are ordinary Hugging
-Face folders (safetensors, fast tokenizer with chat template, generation config): what works on them works on a large
-model. The weights are random, drawn from the seed.
+The demo starts from such a model, and the tests run real engines and real training on them. They
+are ordinary Hugging Face folders (safetensors, fast tokenizer with chat template, generation
+config): what works on them works on a large model. The weights are random, drawn from the seed.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,7 +23,8 @@ __all__ = ["build_tiny_model", "build_tiny_reward_model", "build_tiny_tokenizer"
 BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 
-# Rendering a conversation equals rendering its prompt, then the completion's text, then the end token.
+# Rendering a conversation equals rendering its prompt, then the completion's text, then the end
+# token.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -36,10 +37,12 @@ CHAT_TEMPLATE = (
 def build_tiny_tokenizer(
     texts: Iterable[str], *, vocab_size: int = 512, max_length: int = 512
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on `texts`, with chat template, begin, end and padding tokens.
+    """A byte-level BPE tokenizer trained on `texts`, with chat template, begin, end and padding
+    tokens.
 
-    Like Llama's it puts the begin token before plain text, and every string survives encoding and decoding. Its
-    vocabulary holds at most `vocab_size` tokens, and at least the 256 bytes and the special tokens.
+    Like Llama's it puts the begin token before plain text, and every string survives encoding and
+    decoding. Its vocabulary holds at most `vocab_size` tokens, and at least the 256 bytes and the
+    special tokens.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -80,10 +83,11 @@ def build_tiny_model(
     tied: bool = False,
     seed: int = 0,
 ) -> Path:
-    """Write a Llama with random float32 weights and a tokenizer trained on `texts` to `folder`, and return the folder.
+    """Write a Llama with random float32 weights and a tokenizer trained on `texts` to `folder`, and
+    return the folder.
 
-    `max_length` is the context in tokens; `tied` shares the embedding with the head. The same arguments give the same
-    weights; the caller's random state is not changed.
+    `max_length` is the context in tokens; `tied` shares the embedding with the head. The same
+    arguments give the same weights; the caller's random state is not changed.
     """
     tokenizer = build_tiny_tokenizer(texts, vocab_size=vocab_size, max_length=max_length)
     config = _config(tokenizer, hidden_size, layers, heads, max_length)
@@ -110,7 +114,8 @@ def build_tiny_reward_model(
     max_length: int = 512,
     seed: int = 0,
 ) -> Path:
-    """Write a sequence classifier with one logit (a reward model's shape) to `folder`, as `build_tiny_model` does."""
+    """Write a sequence classifier with one logit (a reward model's shape) to `folder`, as
+    `build_tiny_model` does."""
     tokenizer = build_tiny_tokenizer(texts, vocab_size=vocab_size, max_length=max_length)
     config = _config(tokenizer, hidden_size, layers, heads, max_length)
     config.num_labels = 1

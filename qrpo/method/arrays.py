@@ -1,8 +1,9 @@
-"""NumPy or torch: the method's formulas are written once, in float64 NumPy; this module converts torch tensors.
+"""NumPy or torch: the method's formulas are written once, in float64 NumPy; this module converts
+torch tensors.
 
-Nothing is differentiated through the partition function. So a torch `beta` becomes a float64 array, and the result is
-converted back to its dtype and device, with full float32 accuracy. torch is never imported here: a tensor implies that
-it is loaded.
+Nothing is differentiated through the partition function. So a torch `beta` becomes a float64 array,
+and the result is converted back to its dtype and device, with full float32 accuracy. torch is never
+imported here: a tensor implies that it is loaded.
 """
 
 import sys
@@ -37,8 +38,9 @@ def to_float64(value: Array) -> Float64:
 def on_float64(function: Callable[..., Float64], *arguments: Array) -> Array:
     """`function` of the arguments as float64 arrays, returned as the kind of the arguments.
 
-    Tensors anywhere give a tensor on the first tensor's device, in the widest floating dtype among the tensors; NumPy
-    arrays give the widest floating dtype among the arrays; Python numbers alone give a float.
+    Tensors anywhere give a tensor on the first tensor's device, in the widest floating dtype among
+    the tensors; NumPy arrays give the widest floating dtype among the arrays; Python numbers alone
+    give a float.
     """
     result = function(*(to_float64(argument) for argument in arguments))
     tensors = [argument for argument in arguments if is_torch(argument)]

@@ -1,16 +1,18 @@
-"""QRPO's loss, and the losses to compare it with, on the same (B, K) batch: B prompts with K completions each.
+"""QRPO's loss, and the losses to compare it with, on the same (B, K) batch: B prompts with K
+completions each.
 
     QRPO    ( f(q) - beta log Z - beta log_ratio )^2                    pointwise, one term per completion
     DPO     -log sigmoid( beta (log_ratio_chosen - log_ratio_rejected) )
     REBEL   ( (r_chosen - r_rejected)/beta - (log_ratio_chosen - log_ratio_rejected) )^2
     SimPO   -log sigmoid( beta (logprob_chosen/length - logprob_rejected/length - gamma/beta) )
 
-with log_ratio = log pi(y|x) - log ref(y|x). All are pure functions that return (loss per element, metrics). Losses are at
-least float32; only the policy's log-probabilities carry a gradient. Metrics are detached 0-d tensors, under TRL's names
-if TRL has one: `rewards/*` are the implicit rewards beta * log_ratio, `logps/*` the policy's log-probabilities.
+with log_ratio = log pi(y|x) - log ref(y|x). All are pure functions that return (loss per element,
+metrics). Losses are at least float32; only the policy's log-probabilities carry a gradient. Metrics
+are detached 0-d tensors, under TRL's names if TRL has one: `rewards/*` are the implicit rewards
+beta * log_ratio, `logps/*` the policy's log-probabilities.
 
-`beta` may be a number, one per prompt (B,), or one per completion (B, K). `per_token_beta` gives the length-normalised
-beta of the Apertus models: beta / length, also inside log Z.
+`beta` may be a number, one per prompt (B,), or one per completion (B, K). `per_token_beta` gives
+the length-normalised beta of the Apertus models: beta / length, also inside log Z.
 """
 
 from dataclasses import dataclass
@@ -60,15 +62,19 @@ def qrpo_loss(
 ) -> Loss:
     """QRPO's pointwise regression to the optimum's log-ratio; arXiv 2507.08068, algorithm 1.
 
-    `logprob`, `ref_logprob`: (B, K) or any shape, sums over each completion's tokens. `quantile_reward`: the same shape.
-    `num_ref`: number of references that each quantile was estimated from (a number, (B,) or (B, K)). The `finite`
-    partition needs it, and transforms that are infinite at 0 or 1: it clamps their quantiles as the partition assumes.
-    `ref_quantiles`: (B, N), NaN-padded, for the `empirical` partition; with `ref_weights` (B, N) they are distinct levels
-    with counts or probabilities. `scale`: (B,) or (B, K), for scaled transforms.
+    `logprob`, `ref_logprob`: (B, K) or any shape, sums over each completion's tokens.
+    `quantile_reward`: the same shape.
+    `num_ref`: number of references that each quantile was estimated from (a number, (B,) or (B,
+    K)). The `finite` partition needs it, and transforms that are infinite at 0 or 1: it clamps
+    their quantiles as the partition assumes.
+    `ref_quantiles`: (B, N), NaN-padded, for the `empirical` partition; with `ref_weights` (B, N)
+    they are distinct levels with counts or probabilities. `scale`: (B,) or (B, K), for scaled
+    transforms.
     `mask`: (B, K), False on padding, which has loss 0 and does not enter the metrics.
     `loss_type`: `mse` squares the residual, `mae` takes its absolute value.
 
-    Returns the loss per element and the metrics. d loss / d logprob = -2 beta residual, so beta scales the gradient.
+    Returns the loss per element and the metrics. d loss / d logprob = -2 beta residual, so beta
+    scales the gradient.
     """
     if loss_type not in ("mse", "mae"):
         raise ConfigError(f"loss_type: got {loss_type!r}, expected mse or mae")
@@ -113,14 +119,10 @@ def qrpo_loss(
     if logprob.ndim == 2 and logprob.shape[1] > 1:
         best_worst = choose_pairs(quantile_reward, "best-worst", mask=mask)
         metrics |= _pair_metrics(best_worst, reward, logprob.detach().to(dtype))
-        metrics |= {
-            "quantile_rewards/chosen": _mean(best_worst.chosen(quantile_reward.to(dtype)), best_worst.valid),
-            "quantile_rewards/rejected": _mean(
-                best_worst.rejected(quantile_reward.to(dtype)), best_worst.valid
-            ),
-            "calibrated_rewards/chosen": _mean(best_worst.chosen(target), best_worst.valid),
-            "calibrated_rewards/rejected": _mean(best_worst.rejected(target), best_worst.valid),
-        }
+        values = {"quantile_rewards": quantile_reward.to(dtype), "calibrated_rewards": target}
+        for name, value in values.items():
+            metrics[f"{name}/chosen"] = _mean(best_worst.chosen(value), best_worst.valid)
+            metrics[f"{name}/rejected"] = _mean(best_worst.rejected(value), best_worst.valid)
     return loss, metrics
 
 
@@ -136,7 +138,7 @@ def calibrated_targets(
     ref_weights: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(f(q), beta log Z), in q's shape: their difference is the target of beta * log_ratio. See `qrpo_loss`."""
+    """(f(q), beta log Z), in q's shape: beta * log_ratio's target is their difference."""
     resolved = get_transform(transform)
     if scale is not None:
         resolved = resolved.scaled(_per_completion(scale, quantile_reward))
@@ -168,13 +170,15 @@ def calibrated_targets(
 
 
 def per_token_beta(beta: float, length: Tensor) -> Tensor:
-    """beta / length: one beta per completion, (B, K) from the (B, K) numbers of completion tokens; Apertus."""
+    """beta / length: one beta per completion, (B, K) from the (B, K) numbers of completion tokens;
+    Apertus."""
     return beta / length.clamp(min=1)
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """One pair of completions per prompt: indices (B,) into the K completions, and whether the prompt has a usable pair."""
+    """One pair of completions per prompt: indices (B,) into the K completions, and whether the
+    prompt has a usable pair."""
 
     chosen_index: Tensor
     rejected_index: Tensor
@@ -198,9 +202,11 @@ def choose_pairs(
 ) -> Pairs:
     """A chosen and a rejected completion for each prompt of a (B, K) batch of rewards.
 
-    `best-worst`: highest and lowest reward. `random`: two completions at random (by `generator`), the better one chosen.
-    `dataset`: columns 0 and 1, the dataset's preference, regardless of rewards. `mask`: (B, K), False on padding. A prompt
-    is not valid if it has fewer than two completions, or if rewards decide and tie.
+    `best-worst`: highest and lowest reward. `random`: two completions at random (by `generator`),
+    the better one chosen.
+    `dataset`: columns 0 and 1, the dataset's preference, regardless of rewards. `mask`: (B, K),
+    False on padding. A prompt is not valid if it has fewer than two completions, or if rewards
+    decide and tie.
     """
     if reward.ndim != 2 or reward.shape[1] < 2:
         raise ConfigError(f"pairs need (B, K) rewards with K of at least 2, got shape {tuple(reward.shape)}")
@@ -223,7 +229,8 @@ def choose_pairs(
 
 
 def dpo_loss(logprob: Tensor, ref_logprob: Tensor, pairs: Pairs, beta: float | Tensor) -> Loss:
-    """Direct Preference Optimization (arXiv 2305.18290, eq. 7): (B,) losses, 0 where the prompt has no valid pair."""
+    """Direct Preference Optimization (arXiv 2305.18290, eq. 7): (B,) losses, 0 where the prompt has
+    no valid pair."""
     _same_shape(logprob, ref_logprob=ref_logprob)
     reward = _implicit_reward(logprob, ref_logprob, beta)
     loss = -F.logsigmoid(pairs.chosen(reward) - pairs.rejected(reward))
@@ -233,7 +240,8 @@ def dpo_loss(logprob: Tensor, ref_logprob: Tensor, pairs: Pairs, beta: float | T
 def rebel_loss(
     logprob: Tensor, ref_logprob: Tensor, reward: Tensor, pairs: Pairs, beta: float | Tensor
 ) -> Loss:
-    """REBEL (arXiv 2404.16767, eq. 8 with eta = 1/beta): regress differences of log-ratios to differences of `reward`.
+    """REBEL (arXiv 2404.16767, eq. 8 with eta = 1/beta): regress differences of log-ratios to
+    differences of `reward`.
 
     `reward`: (B, K), any absolute reward; with f(q) its optimum is QRPO's.
     """
@@ -253,7 +261,8 @@ def simpo_loss(
     *,
     gamma_beta_ratio: float = 0.5,
 ) -> Loss:
-    """SimPO (arXiv 2405.14734, eq. 6): no reference; `length` (B, K) are the completions' numbers of tokens."""
+    """SimPO (arXiv 2405.14734, eq. 6): no reference; `length` (B, K) are the completions' numbers
+    of tokens."""
     _same_shape(logprob, length=length)
     reward = _implicit_reward(logprob / length, None, beta)
     margin = gamma_beta_ratio * _per_completion(beta, reward)

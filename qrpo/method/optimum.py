@@ -41,7 +41,8 @@ class Optimum:
     log_z: float
     """log of the continuous partition function."""
     win_rate: float
-    """Expected quantile reward: the probability of a higher reward than the reference's, in [0, 1]."""
+    """Expected quantile reward: the probability of a higher reward than the reference's, in [0,
+    1]."""
     kl: float
     """KL(pi* || reference) per completion, nats."""
     transformed_reward: float
@@ -94,10 +95,12 @@ def expected_reward(
     ref_offsets: ArrayLike | None = None,
     partition: Partition = "continuous",
 ) -> Float64:
-    """(P,) expected reward of the optimum on each prompt, given its reference rewards: (P, N), or flat with offsets.
+    """(P,) expected reward of the optimum on each prompt, given its reference rewards: (P, N), or
+    flat with offsets.
 
-    The i-th smallest of n rewards represents the quantiles between (i - 1)/n and i/n and gets the optimum's probability of
-    them. With `empirical`, for discrete rewards, each gets the weight exp(f(q)/beta) of its quantile, ties included.
+    The i-th smallest of n rewards represents the quantiles between (i - 1)/n and i/n and gets the
+    optimum's probability of them. With `empirical`, for discrete rewards, each gets the weight
+    exp(f(q)/beta) of its quantile, ties included.
     """
     resolved = averaged(transform)
     values = np.asarray(ref_rewards, dtype=np.float64)

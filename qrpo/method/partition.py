@@ -3,15 +3,17 @@
 The optimum of E[f(q)] - beta KL(policy || reference) is pi*(y|x) = ref(y|x) exp(f(q)/beta)/Z with
 Z = E_ref[exp(f(q)/beta)]. The distribution of q under the reference decides Z:
 
-`continuous` (the paper): rewards have no ties and q is the true quantile, so q is uniform on (0, 1) and
-    Z = integral_0^1 exp(f(t)/beta) dt. Right if n is large relative to 1/beta, and with `ties="randomized"`, whose
-    quantiles are exactly uniform for every n and every reward distribution.
+`continuous` (the paper): rewards have no ties and q is the true quantile, so q is uniform on (0, 1)
+    and Z = integral_0^1 exp(f(t)/beta) dt. Right if n is large relative to 1/beta, and with
+    `ties="randomized"`, whose quantiles are exactly uniform for every n and every reward
+    distribution.
 
-`finite`: rewards have no ties, and q is estimated from n reference samples. A reference completion and its n samples are
-    n + 1 exchangeable draws, so q is uniform on {0..n}/n and Z = 1/(n+1) sum_{k=0}^n exp(f(k/n)/beta). If the completion
-    counts among its own n references (`self_included`), Z = 1/n sum_{k=1}^n exp(f(k/n)/beta); leave-one-out is the first
-    case with n - 1. Quantiles at an open end of f are clamped as in training, and the clamp is inside the sum. Exact for
-    the mean of exp(f(q)/beta) over completions and over draws of the references.
+`finite`: rewards have no ties, and q is estimated from n reference samples. A reference completion
+    and its n samples are n + 1 exchangeable draws, so q is uniform on {0..n}/n and Z = 1/(n+1)
+    sum_{k=0}^n exp(f(k/n)/beta). If the completion counts among its own n references
+    (`self_included`), Z = 1/n sum_{k=1}^n exp(f(k/n)/beta); leave-one-out is the first case with
+    n - 1. Quantiles at an open end of f are clamped as in training, and the clamp is inside the sum.
+    Exact for the mean of exp(f(q)/beta) over completions and over draws of the references.
 
     Use it if f is infinite at an end and therefore clamped: for `normal-icdf` at beta = 0.5 the continuous log Z is 2.00
     for any n, `finite` 1.24 at n = 10 and 1.73 at n = 50, and a policy can fit 1.06 to 1.16 and 1.64 to 1.69. For
@@ -19,9 +21,10 @@ Z = E_ref[exp(f(q)/beta)]. The distribution of q under the reference decides Z:
     that memorises each prompt's noise has log Z of 7.73 on average at n = 50 (7.90 at n = 10), by Jensen's inequality
     below the `finite` 7.78 (8.06). Measured in benchmarks/README.md.
 
-`empirical`: rewards are discrete (pass rates, grades), so q takes few values with unequal probabilities, and
-    Z = 1/n sum_i exp(f(q(s_i))/beta) over the reference samples s_i, q(s_i) = P_n(s <= s_i). With true probabilities p_j
-    of the reward's values in place of counts it is exact: Z = sum_j p_j exp(f(q_j)/beta).
+`empirical`: rewards are discrete (pass rates, grades), so q takes few values with unequal
+    probabilities, and Z = 1/n sum_i exp(f(q(s_i))/beta) over the reference samples s_i, q(s_i) =
+    P_n(s <= s_i). With true probabilities p_j of the reward's values in place of counts it is
+    exact: Z = sum_j p_j exp(f(q_j)/beta).
 
 All sums are log-mean-exps in float64 and are returned in the caller's dtype.
 """
@@ -49,14 +52,17 @@ def log_z(
     ref_quantiles: Array | None = None,
     ref_weights: Array | None = None,
 ) -> Array:
-    """log Z, elementwise on beta (a number, a NumPy array or a torch tensor), as the same kind of value.
+    """log Z, elementwise on beta (a number, a NumPy array or a torch tensor), in beta's type.
 
-    `num_ref`: for `finite`, the number of reference samples that each quantile was estimated from (for leave-one-out, those
-    left); broadcasts against beta. For `empirical` it sets the clamp if f is infinite at an end.
-    `self_included`: for `finite`, whether every quantile counts the completion among its own references.
-    `ref_quantiles`: for `empirical`, (..., N) quantiles of the reference samples, NaN for missing ones; its leading axes
-    broadcast against beta's (usually (B, 1, N) against (B, K)). `ref_weights`: the same shape, the count or probability of
-    each quantile; the default is 1. Raises ConfigError for an unknown partition or a missing argument.
+    `num_ref`: for `finite`, the number of reference samples that each quantile was estimated from
+    (for leave-one-out, those left); broadcasts against beta. For `empirical` it sets the clamp if f
+    is infinite at an end.
+    `self_included`: for `finite`, whether every quantile counts the completion among its own
+    references.
+    `ref_quantiles`: for `empirical`, (..., N) quantiles of the reference samples, NaN for missing
+    ones; its leading axes broadcast against beta's (usually (B, 1, N) against (B, K)).
+    `ref_weights`: the same shape, the count or probability of each quantile; the default is 1.
+    Raises ConfigError for an unknown partition or a missing argument.
     """
     resolved = get_transform(transform)
     if partition not in ("continuous", "finite", "empirical"):
@@ -91,7 +97,8 @@ def log_z(
 
 
 def quantile_grid(num_ref: int, *, self_included: bool = False) -> Float64:
-    """The values, equally likely under the reference, of a quantile estimated from `num_ref` samples without ties."""
+    """The values, equally likely under the reference, of a quantile estimated from `num_ref`
+    samples without ties."""
     return np.arange(1 if self_included else 0, num_ref + 1) / num_ref
 
 
@@ -113,7 +120,7 @@ def _finite_log_z(base: Transform, beta: Float64, num_ref: Float64, self_include
 
 
 def _log_mean_exp(exponents: Float64, weights: Float64 | float = 1.0) -> Float64:
-    """log of the weighted mean of exp over the last axis; accurate also where all exponents are near 0."""
+    """log of the weighted mean of exp over the last axis; accurate also for exponents near 0."""
     weights = np.broadcast_to(weights, exponents.shape)
     total = weights.sum(axis=-1)
     if not np.all(total > 0):

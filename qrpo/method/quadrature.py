@@ -1,13 +1,13 @@
 """Integrals over the reference's quantiles, in the log domain, for any transform and any beta.
 
-The integrand is exp(f(t)/beta) over t in (0, 1). At beta = 1e-4 it spans e^10000, and for an unbounded transform its mass
-is at quantiles such as 1 - 10^(-2e7), which float64 cannot represent. So the variable is the logit x = log(t/(1-t)),
-where such a quantile is x = 5e7:
+The integrand is exp(f(t)/beta) over t in (0, 1). At beta = 1e-4 it spans e^10000, and for an
+unbounded transform its mass is at quantiles such as 1 - 10^(-2e7), which float64 cannot represent.
+So the variable is the logit x = log(t/(1-t)), where such a quantile is x = 5e7:
 
     Z = integral_R exp( f(sigmoid(x))/beta + log sigmoid(x) + log sigmoid(-x) ) dx
 
-Panels of Gauss-Legendre nodes are split until splitting changes nothing. Every panel stores the logarithm of its
-integral, so nothing overflows.
+Panels of Gauss-Legendre nodes are split until splitting changes nothing. Every panel stores the
+logarithm of its integral, so nothing overflows.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,9 +27,11 @@ _MAX_PANELS = 200_000
 
 @dataclass(frozen=True)
 class TiltedNodes:
-    """A quadrature rule for expectations under the optimum's quantile density exp(f(t)/beta)/Z on (0, 1).
+    """A quadrature rule for expectations under the optimum's quantile density exp(f(t)/beta)/Z on
+    (0, 1).
 
-    `logit`: nodes, the logits of quantiles, ascending. `weight`: their weights, which sum to 1. `log_z`: log Z.
+    `logit`: nodes, the logits of quantiles, ascending. `weight`: their weights, which sum to 1.
+    `log_z`: log Z.
     """
 
     logit: Float64
@@ -48,10 +50,11 @@ def tilted_nodes(
     tolerance: float = 1e-14,
     breaks: Sequence[float] = (),
 ) -> TiltedNodes:
-    """Nodes, weights and log Z of exp(inverse_beta * f) over uniform quantiles; `at_logit(x)` is f(sigmoid(x)).
+    """Nodes, weights and log Z of exp(inverse_beta * f) over uniform quantiles; `at_logit(x)` is
+    f(sigmoid(x)).
 
-    `breaks`: logits at which panels end, so that sums of weights between them are integrals between them.
-    Raises ConfigError where the integral diverges, is not a number, or does not converge.
+    `breaks`: logits at which panels end, so that sums of weights between them are integrals between
+    them. Raises ConfigError where the integral diverges, is not a number, or does not converge.
     """
 
     def panel(lo: Float64, hi: Float64) -> tuple[Float64, Float64]:

@@ -1,18 +1,21 @@
-"""Quantile rewards: the rank of a completion's reward among the rewards of the reference policy's completions.
+"""Quantile rewards: the rank of a completion's reward among the rewards of the reference policy's
+completions.
 
     q(y) = P(s <= r(y)),  s ~ rewards of the reference, estimated from n of them        (QRPO, arXiv 2507.08068)
 
-References are ragged: one flat array and offsets, as Arrow stores a list column, so a Parquet column is used without a
-copy. The work is one pass of comparisons in cache-sized blocks, N*K per prompt; that is faster than sorting for the few
-completions K that a prompt trains on (benchmarks/quantiles_throughput.py). It needs no torch, and SciPy only for bounds.
+References are ragged: one flat array and offsets, as Arrow stores a list column, so a Parquet
+column is used without a copy. The work is one pass of comparisons in cache-sized blocks, N*K per
+prompt; that is faster than sorting for the few completions K that a prompt trains on
+(benchmarks/quantiles_throughput.py). It needs no torch, and SciPy only for bounds.
 
-Ties. With `weak`, the paper's rule, q = #{s <= r}/n; `strict` is #{s < r}/n; `mid` the mean of both. `randomized` breaks
-ties by a seeded uniform draw: q = (#{s < r} + U (1 + #{s = r}))/(n + 1) is exactly uniform on (0, 1) under the reference,
-for any reward distribution and any n, so the continuous partition function is exact for it.
+Ties. With `weak`, the paper's rule, q = #{s <= r}/n; `strict` is #{s < r}/n; `mid` the mean of
+both. `randomized` breaks ties by a seeded uniform draw: q = (#{s < r} + U (1 + #{s = r}))/(n + 1)
+is exactly uniform on (0, 1) under the reference, for any reward distribution and any n, so the
+continuous partition function is exact for it.
 
-Self-exclusion. A training completion that is one of the reference samples (the off-policy regime) would count itself in
-#{s <= r}, and its quantile could never be below 1/n. It is excluded, which leaves n - 1 references, unless
-`self_exclusion=False` selects the research code's inclusive count.
+Self-exclusion. A training completion that is one of the reference samples (the off-policy regime)
+would count itself in #{s <= r}, and its quantile could never be below 1/n. It is excluded, which
+leaves n - 1 references, unless `self_exclusion=False` selects the research code's inclusive count.
 """
 
 from typing import Literal
@@ -42,17 +45,19 @@ def quantile_rewards(
     self_exclusion: bool = True,
     seed: int = 0,
 ) -> Floats:
-    """Quantile rewards in [0, 1], (P, K) or flat as `rewards`; float32 where either input is, else float64.
+    """Quantile rewards in [0, 1], (P, K) or flat as `rewards`; float32 where either input is, else
+    float64.
 
-    `rewards`: (P, K), or flat with `offsets` (P + 1): prompt p's are rewards[offsets[p]:offsets[p + 1]]. The result is
-    then flat, from the first offset to the last (an Arrow slice's offsets need not start at 0).
+    `rewards`: (P, K), or flat with `offsets` (P + 1): prompt p's are rewards[offsets[p]:offsets[p +
+    1]]. The result is then flat, from the first offset to the last (an Arrow slice's offsets need
+    not start at 0).
     `ref_rewards`: (P, N), or flat with `ref_offsets` (P + 1).
-    `in_reference`: the shape of `rewards`; which completions are reference samples: a mask, or the index of each among its
-    prompt's references, -1 for none.
+    `in_reference`: the shape of `rewards`; which completions are reference samples: a mask, or the
+    index of each among its prompt's references, -1 for none.
     `seed`: for `ties="randomized"`.
 
-    Raises DataError for NaN rewards, shapes that do not fit, a prompt without references, or a completion marked as a
-    reference sample whose reward is not among them.
+    Raises DataError for NaN rewards, shapes that do not fit, a prompt without references, or a
+    completion marked as a reference sample whose reward is not among them.
     """
     if ties not in ("weak", "strict", "mid", "randomized"):
         raise ConfigError(f"ties: got {ties!r}, expected weak, strict, mid or randomized")
@@ -104,10 +109,11 @@ def quantile_rewards(
 def standard_error(
     quantile_reward: ArrayLike, num_ref: ArrayLike, *, method: Literal["plain", "jeffreys"] = "plain"
 ) -> Floats:
-    """The standard error of quantiles estimated from `num_ref` references (one per prompt, or of the same shape).
+    """The standard error of quantiles estimated from `num_ref` references (one per prompt, or of
+    the same shape).
 
-    `plain`: sqrt(q (1 - q)/n), which is 0 at 0 and 1. `jeffreys`: the standard deviation of Beta(nq + 1/2, n(1 - q) + 1/2),
-    never 0.
+    `plain`: sqrt(q (1 - q)/n), which is 0 at 0 and 1. `jeffreys`: the standard deviation of Beta(nq
+    + 1/2, n(1 - q) + 1/2), never 0.
     """
     q, n = _aligned(quantile_reward, num_ref)
     if method == "plain":
@@ -125,11 +131,13 @@ def quantile_bounds(
     confidence: float = 0.95,
     method: Literal["clopper-pearson", "jeffreys"] = "clopper-pearson",
 ) -> tuple[Floats, Floats]:
-    """(low, high): a two-sided interval of the true quantile P(s <= r), given k = nq of n references at or below r.
+    """(low, high): a two-sided interval of the true quantile P(s <= r), given k = nq of n
+    references at or below r.
 
-    k is binomial(n, P(s <= r)). `clopper-pearson` covers at least `confidence` for every true quantile; `jeffreys`
-    (the equal-tailed interval of Beta(k + 1/2, n - k + 1/2)) is narrower and covers `confidence` on average. Shapes as in
-    `standard_error`; float64 out. Half counts, from ties="mid", are allowed.
+    k is binomial(n, P(s <= r)). `clopper-pearson` covers at least `confidence` for every true
+    quantile; `jeffreys` (the equal-tailed interval of Beta(k + 1/2, n - k + 1/2)) is narrower and
+    covers `confidence` on average. Shapes as in `standard_error`; float64 out. Half counts, from
+    ties="mid", are allowed.
     """
     if not 0.0 < confidence < 1.0:
         raise ConfigError(f"confidence: must be between 0 and 1, got {confidence!r}")
@@ -193,7 +201,8 @@ def _membership(
     references: Floats,
     reference_offsets: Integers,
 ) -> NDArray[np.bool_]:
-    """Which completions are reference samples, as a flat mask; indexes are checked against the reference rewards."""
+    """Which completions are reference samples, as a flat mask; indexes are checked against the
+    reference rewards."""
     if in_reference is None:
         return np.zeros(len(queries), dtype=np.bool_)
     marks = np.asarray(in_reference).reshape(-1)
@@ -270,7 +279,8 @@ def _segment_counts(
 def _aligned(
     quantile_reward: ArrayLike, num_ref: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Quantiles and numbers of references broadcast to one shape: (P,) with (P, K) is one number per prompt."""
+    """Quantiles and numbers of references broadcast to one shape: (P,) with (P, K) is one number
+    per prompt."""
     q = np.asarray(quantile_reward, dtype=np.float64)
     n = np.asarray(num_ref, dtype=np.float64)
     if n.ndim == 1 and q.ndim == 2:

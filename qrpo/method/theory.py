@@ -8,8 +8,8 @@
                 over prompts smooths the noise. Its loss relative to pi* is beta KL(attained || pi*). A pointwise loss
                 loses a little more, because it has one Z for all prompts (benchmarks/optimum.py).
 
-`enough_references` is the smallest n that attains a given fraction of the gain. `qrpo theory` shows `summary`, the tables
-and the plot.
+`enough_references` is the smallest n that attains a given fraction of the gain. `qrpo theory` shows
+`summary`, the tables and the plot.
 """
 
 from collections.abc import Sequence
@@ -71,7 +71,8 @@ class Noise:
 
 @dataclass(frozen=True)
 class Attained:
-    """What a policy attains that fits each prompt's quantiles estimated from n reference samples, including their noise."""
+    """What a policy attains that fits each prompt's quantiles estimated from n reference samples,
+    including their noise."""
 
     num_ref: int
     win_rate: float
@@ -82,13 +83,14 @@ class Attained:
 
 
 def estimate_noise(transform: str | Transform, num_ref: int) -> Noise:
-    """Signal and noise of f(q_n), q_n estimated from `num_ref` samples and clamped as in training."""
+    """Signal and noise of f(q_n), q_n estimated from `num_ref` samples, clamped as in training."""
     resolved, n = averaged(transform), _whole(num_ref)
     nodes = reference_nodes(resolved)
     f = resolved.at_logit(nodes.logit)
     k = np.arange(n + 1)
     estimate = to_float64(resolved(resolved.clamp(k / n, n)))
-    # the probability of k among n references at or below quantile t, times n + 1: q given k is Beta(k + 1, n - k + 1)
+    # the probability of k among n references at or below quantile t, times n + 1: q given k is
+    # Beta(k + 1, n - k + 1)
     from scipy.special import gammaln, log_expit
 
     log_choose = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
@@ -110,10 +112,11 @@ def estimate_noise(transform: str | Transform, num_ref: int) -> Noise:
 
 
 def attained(transform: str | Transform, beta: float, num_ref: int) -> Attained:
-    """What fitting quantiles from `num_ref` samples attains: a mean over seeded draws of the references, to about 1e-3.
+    """What fitting quantiles from `num_ref` samples attains: a mean over seeded draws of the
+    references, to about 1e-3.
 
-    The true quantiles of the n references divide (0, 1) into n + 1 spacings D_k; the policy gives the k-th the weight
-    D_k exp(f(k/n)/beta), normalised per prompt.
+    The true quantiles of the n references divide (0, 1) into n + 1 spacings D_k; the policy gives
+    the k-th the weight D_k exp(f(k/n)/beta), normalised per prompt.
     """
     resolved, n = averaged(transform), _whole(num_ref)
     best = optimum(resolved, beta)
@@ -143,7 +146,7 @@ def attained(transform: str | Transform, beta: float, num_ref: int) -> Attained:
 def enough_references(
     transform: str | Transform, beta: float, *, share: float = 0.95, candidates: Sequence[int] = NUM_REFS
 ) -> int | None:
-    """The fewest of `candidates` reference samples per prompt that attain `share` of the gain; None if none does."""
+    """The fewest of `candidates` reference samples that attain `share` of the gain, or None."""
     return next((n for n in sorted(candidates) if attained(transform, beta, n).share >= share), None)
 
 
@@ -157,9 +160,10 @@ def summary(
 ) -> dict[str, Any]:
     """All of the above for one setting, as a flat dict of numbers and names for JSON.
 
-    Keys: `transform`, `beta`, `partition`, `num_ref`, the fields of Optimum, `log_z_used` (under `partition`),
-    `beta_log_z`; with `num_ref` also `attained_*`, `snr`, `noise`, `log_ratio_noise` (nats), `enough_references`; with
-    `ref_rewards` (P, N) also `expected_reward` and `reference_reward`, means over prompts.
+    Keys: `transform`, `beta`, `partition`, `num_ref`, the fields of Optimum, `log_z_used` (under
+    `partition`), `beta_log_z`; with `num_ref` also `attained_*`, `snr`, `noise`, `log_ratio_noise`
+    (nats), `enough_references`; with `ref_rewards` (P, N) also `expected_reward` and
+    `reference_reward`, means over prompts.
     """
     resolved = averaged(transform)
     if partition == "empirical":
@@ -196,7 +200,8 @@ def summary(
 def theory_table(
     transform: str | Transform, beta: float, num_refs: Sequence[int] = NUM_REFS
 ) -> list[dict[str, float | int]]:
-    """One row per number of reference samples: what it attains, its noise, and the error of the continuous log Z."""
+    """One row per number of reference samples: what it attains, its noise, and the error of the
+    continuous log Z."""
     resolved = averaged(transform)
     rows: list[dict[str, float | int]] = []
     for n in num_refs:
@@ -219,7 +224,7 @@ def theory_table(
 
 
 def beta_table(transform: str | Transform, betas: Sequence[float]) -> list[dict[str, float]]:
-    """One row per beta: the exact optimum's numbers, for choosing how far to move from the reference."""
+    """One row per beta with the exact optimum's numbers, to choose a beta."""
     return [{"beta": beta, **asdict(optimum(transform, beta))} for beta in betas]
 
 
@@ -231,7 +236,7 @@ def plot_theory(
     *,
     num_refs: Sequence[int] = NUM_REFS,
 ) -> None:
-    """Four plots in one file (its suffix is the format): density, win rate against KL, gain and SNR against n."""
+    """Four plots in one file (its suffix is the format): density, win rate and KL, gain, SNR."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

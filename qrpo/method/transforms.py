@@ -1,6 +1,6 @@
 """Transforms f of the quantile reward, each with its exact partition function.
 
-The objective is max E[f(q)] - beta KL(policy || reference). Under the reference q is uniform on (0, 1), so
+The objective is max E[f(q)] - beta KL(policy || reference). Under the reference q is uniform, so
 
     Z(beta) = integral_0^1 exp(f(t)/beta) dt                         (QRPO, arXiv 2507.08068)
 
@@ -15,14 +15,16 @@ depends on f and beta only. With u = 1/beta:
 | `logit`              | log(q/(1 - q))   | pi u / sin(pi u)                   | > 1     | 0, 1        |
 | `power`              | q^p, p > 0       | 1F1(1/p; 1 + 1/p; u)               | > 0     |             |
 
-Where f is infinite, an estimated quantile of exactly 0 or 1 is clamped by `edge` reference samples: to
-[edge/n, 1 - edge/n], at most to 1/2, at the open end only (`edge=1` is what the research code does). The clamp changes the
-distribution of f(q), so the `continuous` Z is then no longer exact; `partition="finite"` includes the clamp.
+Where f is infinite, an estimated quantile of exactly 0 or 1 is clamped by `edge` reference samples:
+to [edge/n, 1 - edge/n], at most to 1/2, at the open end only (`edge=1` is what the research code
+does). The clamp changes the distribution of f(q), so the `continuous` Z is then no longer exact;
+`partition="finite"` includes the clamp.
 
-For another f, wrap a function of NumPy arrays with `from_function`, or subclass `Transform`; a configuration names either
-as "path/to/file.py:name". A subclass needs only `__call__`, for NumPy arrays and torch tensors. By default log Z is found
-by quadrature, quantiles at 0 and 1 are not changed, and every beta above 0 is allowed; an attribute or method overrides
-each. log Z is computed in float64, by forms that neither overflow nor cancel.
+For another f, wrap a function of NumPy arrays with `from_function`, or subclass `Transform`; a
+configuration names either as "path/to/file.py:name". A subclass needs only `__call__`, for NumPy
+arrays and torch tensors. By default log Z is found by quadrature, quantiles at 0 and 1 are not
+changed, and every beta above 0 is allowed; an attribute or method overrides each. log Z is computed
+in float64, by forms that neither overflow nor cancel.
 """
 
 from collections.abc import Callable
@@ -54,7 +56,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Transform:
-    """A function of the quantile reward and its partition function. Subclasses give at least `__call__`.
+    """A function of the quantile reward and its partition function; a subclass needs `__call__`.
 
     `edge`: by how many reference samples a quantile at an open end is clamped (see above).
     """
@@ -73,12 +75,12 @@ class Transform:
         raise NotImplementedError
 
     def at_logit(self, logit: Float64) -> Float64:
-        """f at the quantile sigmoid(logit). Override it if q = 1 - 1e-17 matters: float64 has no such q."""
+        """f at sigmoid(logit). Override it if q = 1 - 1e-17 matters: float64 has no such q."""
         quantile = 1.0 / (1.0 + np.exp(-np.clip(logit, -700.0, 40.0)))
         return to_float64(self(np.minimum(quantile, 1.0 - np.finfo(np.float64).epsneg)))
 
     def log_z(self, beta: Array) -> Array:
-        """log of integral_0^1 exp(f(t)/beta) dt, elementwise on beta; ConfigError if beta is out of the domain."""
+        """log of integral_0^1 exp(f(t)/beta) dt, elementwise; ConfigError outside of its domain."""
         return on_float64(self._checked_log_z, beta)
 
     def _checked_log_z(self, beta: Float64) -> Float64:
@@ -100,7 +102,7 @@ class Transform:
         """A quadrature rule under the optimum's quantile density exp(f(t)/beta)/Z."""
         if type(self).at_logit is not Transform.at_logit:
             return _cached_nodes(self, beta, 1e-14)
-        # f is evaluated at float64 quantiles only: it is unknown beyond them, and a staircase near the ends
+        # f is known at float64 quantiles only, and is a staircase near the ends
         rough = _cached_nodes(self, beta, 1e-6)
         unseen = float(rough.weight[(rough.logit > 36.0) | (rough.logit < -700.0)].sum())
         if unseen > 1e-9:
@@ -111,7 +113,7 @@ class Transform:
         return _cached_nodes(self, beta, 1e-12)
 
     def clamp(self, quantile_reward: Array, num_ref: Array | None) -> Array:
-        """Quantiles moved off the ends at which f is infinite; `num_ref` broadcasts against them."""
+        """Quantiles moved off the ends at which f is infinite; `num_ref` broadcasts."""
         if not any(self.open_ends) or num_ref is None:
             return quantile_reward
         if is_torch(quantile_reward):
@@ -127,7 +129,7 @@ class Transform:
         return q.clip(margin * self.open_ends[0], 1 - margin * self.open_ends[1])
 
     def scaled(self, scale: Array) -> "Transform":
-        """The transform scale * f, with one scale per prompt that broadcasts against quantiles and betas."""
+        """The transform scale * f; `scale`, one per prompt, broadcasts against quantiles and betas."""
         return Scaled(edge=self.edge, base=self, scale=scale)
 
     def unscaled(self, beta: Array) -> tuple["Transform", Array]:
@@ -184,7 +186,7 @@ class Scaled(Transform):
 
 @dataclass(frozen=True)
 class Identity(Transform):
-    """f(q) = q: the quantile reward itself; expected reward is then the win rate against the reference."""
+    """f(q) = q: the quantile reward; its expectation is the win rate against the reference."""
 
     name: ClassVar[str] = "identity"
 
@@ -197,7 +199,8 @@ class Identity(Transform):
         return _special().expit(logit)  # type: ignore[no-any-return]
 
     def _log_z(self, beta: Float64) -> Float64:
-        # log((e^u - 1)/u) = u/2 + log(sinh(h)/h) with h = u/2: for small u sinh(h)/h - 1 = h^2/6 (1 + h^2/20 (1 + h^2/42 (...)))
+        # log((e^u - 1)/u) = u/2 + log(sinh(h)/h) with h = u/2; for small u
+        # sinh(h)/h - 1 = h^2/6 (1 + h^2/20 (1 + h^2/42 (...)))
         u = 1.0 / beta
         h = np.minimum(u, 2.0) / 2.0
         square = h * h
@@ -212,7 +215,7 @@ class Identity(Transform):
 
 @dataclass(frozen=True)
 class Log(Transform):
-    """f(q) = log q: a heavy penalty on the worst completions; the optimum's density is (1 + u) q^u."""
+    """f(q) = log q: penalises the worst completions; the optimum's density is (1 + u) q^u."""
 
     name: ClassVar[str] = "log"
     open_ends: ClassVar[tuple[bool, bool]] = (True, False)
@@ -234,7 +237,7 @@ class Log(Transform):
 
 @dataclass(frozen=True)
 class NormalIcdf(Transform):
-    """f(q) = Phi^-1(q), the inverse normal distribution function; f(q) is N(1/beta, 1) under the optimum."""
+    """f(q) = Phi^-1(q), the inverse normal distribution function; N(1/beta, 1) under the optimum."""
 
     name: ClassVar[str] = "normal-icdf"
     open_ends: ClassVar[tuple[bool, bool]] = (True, True)
@@ -254,7 +257,8 @@ class NormalIcdf(Transform):
 
 @dataclass(frozen=True)
 class ScaledNormalIcdf(NormalIcdf):
-    """`normal-icdf` times one scale per prompt: prompts with a larger spread of rewards weigh more (`reference_scale`)."""
+    """`normal-icdf` times one scale per prompt: prompts with a larger spread of rewards weigh more
+    (`reference_scale`)."""
 
     name: ClassVar[str] = "scaled-normal-icdf"
     needs_scale: ClassVar[bool] = True
@@ -273,7 +277,8 @@ class ScaledNormalIcdf(NormalIcdf):
 
 @dataclass(frozen=True)
 class Logit(Transform):
-    """f(q) = log(q/(1 - q)): heavier tails than `normal-icdf`; Z = B(1 + u, 1 - u) is finite for beta > 1 only."""
+    """f(q) = log(q/(1 - q)): heavier tails than `normal-icdf`; Z = B(1 + u, 1 - u) is finite for
+    beta > 1 only."""
 
     name: ClassVar[str] = "logit"
     open_ends: ClassVar[tuple[bool, bool]] = (True, True)
@@ -288,7 +293,7 @@ class Logit(Transform):
         return logit
 
     def _log_z(self, beta: Float64) -> Float64:
-        # log B(1 + u, 1 - u) = log(pi u/sin(pi u)); for u <= 1/2 the sum over k of zeta(2k) u^2k / k
+        # log B(1 + u, 1 - u) = log(pi u/sin(pi u)); for u <= 1/2: sum over k of zeta(2k) u^2k / k
         square = np.minimum(1.0 / beta, 0.5) ** 2
         k = np.arange(1, 31)
         small = np.zeros_like(square)
@@ -302,7 +307,7 @@ class Logit(Transform):
 
 @dataclass(frozen=True)
 class Power(Transform):
-    """f(q) = q^exponent: above 1 it separates good completions and ignores differences of bad ones; below 1 the reverse."""
+    """f(q) = q^exponent: above 1 it separates good completions; below 1, bad ones."""
 
     exponent: float = 2.0
     name: ClassVar[str] = "power"
@@ -320,7 +325,8 @@ class Power(Transform):
         return np.asarray(np.exp(self.exponent * _special().log_expit(logit)))
 
     def _log_z(self, beta: Float64) -> Float64:
-        # log 1F1(a; a + 1; u) with a = 1/exponent; for u <= 1: Z - 1 = sum over k of a/(a + k) u^k/k!
+        # log 1F1(a; a + 1; u) with a = 1/exponent
+        # for u <= 1: Z - 1 = sum over k of a/(a + k) u^k/k!
         a, u = 1.0 / self.exponent, 1.0 / beta
         small = np.minimum(u, 1.0)
         excess, term = np.zeros_like(small), np.ones_like(small)
@@ -365,10 +371,11 @@ def transform_names() -> tuple[str, ...]:
 
 
 def get_transform(transform: str | Transform, **parameters: Any) -> Transform:
-    """A transform by name, with its parameters (`edge`; `exponent` for `power`); a Transform is passed through.
+    """A transform by name, with its parameters (`edge`; `exponent` for `power`); or itself.
 
-    A name with a colon, "path/to/file.py:name" or "package.module:name", is a user's: a function on (0, 1), finite there and
-    at both ends, the result of `from_function`, or a subclass of Transform.
+    A name with a colon, "path/to/file.py:name" or "package.module:name", is a user's: a function on
+    (0, 1), finite there and at both ends, the result of `from_function`, or a subclass of
+    Transform.
     """
     if isinstance(transform, Transform):
         return transform
@@ -389,7 +396,7 @@ def from_function(
     open_ends: tuple[bool, bool] = (False, False),
     edge: float = 1.0,
 ) -> Transform:
-    """A transform from any function on (0, 1), vectorised over float64 NumPy arrays; log Z by quadrature.
+    """A transform from any function on (0, 1), over float64 NumPy arrays; log Z by quadrature.
 
     `open_ends`: whether the function is infinite at 0, at 1.
     """
@@ -414,7 +421,7 @@ def _with_parameters(kind: type[Transform], name: str, parameters: dict[str, Any
 
 
 def reference_scale(ref_std: Array, mean_ref_std: float) -> Array:
-    """The scale of `scaled-normal-icdf`: each prompt's standard deviation (n - 1) of reference rewards over the mean of all prompts."""
+    """Each prompt's standard deviation (n - 1) of reference rewards over the mean of all prompts."""
     if not mean_ref_std > 0:
         raise ConfigError(
             f"scaled-normal-icdf: the mean standard deviation of reference rewards must be above 0, got {mean_ref_std!r}; "
@@ -431,7 +438,7 @@ def _no_scale(transform: Transform) -> ConfigError:
 
 
 def _special(value: object = None) -> Any:
-    """torch.special for a tensor, else scipy.special, imported on first use because it is slow to import."""
+    """torch.special for a tensor, else scipy.special, which is slow to import."""
     if is_torch(value):
         import torch
 

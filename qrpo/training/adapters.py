@@ -1,8 +1,9 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) through PEFT.
 
-The reference is the model with its adapters off. The adapters start with no effect, so a policy starts as its reference,
-and precomputed reference log-probabilities are valid as in full fine-tuning. Checkpoints hold the adapters only. The
-trained policy is saved merged into the weights, an ordinary model folder that vLLM loads without PEFT.
+The reference is the model with its adapters off. The adapters start with no effect, so a policy
+starts as its reference, and precomputed reference log-probabilities are valid as in full
+fine-tuning. Checkpoints hold the adapters only. The trained policy is saved merged into the
+weights, an ordinary model folder that vLLM loads without PEFT.
 """
 
 from collections.abc import Iterator
@@ -51,5 +52,6 @@ def adapters_off(model: Any) -> Iterator[None]:
 
 
 def merged(model: Any) -> Any:
-    """A PEFT model's base with the adapters added to its weights, which changes the model; any other model as it is."""
+    """A PEFT model's base with the adapters added to its weights, which changes the model; any
+    other model as it is."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model

@@ -1,8 +1,9 @@
 """The training settings of this project, each declared once.
 
-A class here is a plain dataclass without torch. `qrpo.training.trainer` combines it with `transformers.TrainingArguments`
-(`QRPOConfig`), `qrpo.training.settings` with the sections of the YAML file, which also check the constraints. Settings
-that `TrainingArguments` already has are not repeated here: the YAML sections use its names.
+A class here is a plain dataclass without torch. `qrpo.training.trainer` combines it with
+`transformers.TrainingArguments` (`QRPOConfig`), `qrpo.training.settings` with the sections of the
+YAML file, which also check the constraints. Settings that `TrainingArguments` already has are not
+repeated here: the YAML sections use its names.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +25,8 @@ def setting(default: Any, description: str, *, option: bool = False, **constrain
 
 @dataclass_transform()
 def settings(cls: type[T]) -> type[T]:
-    """Make a dataclass of settings. Pydantic classes that inherit it get the descriptions and constraints too."""
+    """Make a dataclass of settings. Pydantic classes that inherit it get the descriptions and
+    constraints too."""
     for name, kind in list(cls.__annotations__.items()):
         declared = cls.__dict__[name]
         cls.__annotations__[name] = Annotated[kind, declared]

@@ -1,7 +1,9 @@
-"""Batches of rows of similar length within a token budget, so that little is padded and memory is bounded.
+"""Batches of rows of similar length within a token budget, so that little is padded and memory is
+bounded.
 
-With shared prompts a row holds a prompt once and several of its completions (see `qrpo.training.logprobs`). Attention
-then runs over a longer, mostly masked row, so rows stay within the budget, and prompts that save little are not shared.
+With shared prompts a row holds a prompt once and several of its completions (see
+`qrpo.training.logprobs`). Attention then runs over a longer, mostly masked row, so rows stay within
+the budget, and prompts that save little are not shared.
 """
 
 from collections.abc import Sequence
@@ -18,9 +20,10 @@ WORTH_SHARING = 0.1
 def length_sorted_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     """Cut rows into batches of similar length: indices into `lengths`, longest rows first.
 
-    A batch padded to its longest row has at most `token_budget` tokens; a longer row is a batch by itself. A batch that
-    is large enough to keep the hardware busy takes no rows much shorter than its longest, so a step that is smaller than
-    the budget is not padded for nothing. The longest come first, so that what does not fit into memory fails at once.
+    A batch padded to its longest row has at most `token_budget` tokens; a longer row is a batch by
+    itself. A batch that is large enough to keep the hardware busy takes no rows much shorter than
+    its longest, so a step that is smaller than the budget is not padded for nothing. The longest
+    come first, so that what does not fit into memory fails at once.
     """
     if token_budget < 1:
         raise ValueError(f"expected a token budget of at least 1, got {token_budget}")
@@ -40,7 +43,8 @@ def length_sorted_batches(lengths: Sequence[int], token_budget: int) -> list[lis
 def shared_batches(
     prompts: Sequence[Any], completions: Sequence[Any], token_budget: int, group: int = 1
 ) -> list[list[int]]:
-    """As `length_sorted_batches`, of rows that each hold one prompt and as many of its completions as the budget allows.
+    """As `length_sorted_batches`, of rows that each hold one prompt and as many of its completions
+    as the budget allows.
 
     `group` neighbouring completions stay in one row.
     """
@@ -63,7 +67,8 @@ def shared_batches(
 
 
 def worth_sharing(prompts: Sequence[Any], completions: Sequence[Any]) -> bool:
-    """Whether sharing saves enough tokens; completions of a prompt are neighbours with the same list object as prompt."""
+    """Whether sharing saves enough tokens; completions of a prompt are neighbours with the same
+    list object as prompt."""
     return saved_tokens(prompts) >= WORTH_SHARING * (sum(map(len, prompts)) + sum(map(len, completions)))
 
 

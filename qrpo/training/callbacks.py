@@ -1,8 +1,9 @@
 """Callbacks of the trainers: stop or skip a step that went wrong, and stop early.
 
-A step is bad if its loss or its gradient norm is not finite, or if the loss is `max_loss_growth` times the largest of the
-first logged losses. It is checked after the gradients are reduced and before the optimizer uses them. So all processes
-check the same numbers, and a bad step never changes the weights.
+A step is bad if its loss or its gradient norm is not finite, or if the loss is `max_loss_growth`
+times the largest of the first logged losses. It is checked after the gradients are reduced and
+before the optimizer uses them. So all processes check the same numbers, and a bad step never
+changes the weights.
 """
 
 import logging
@@ -20,12 +21,13 @@ __all__ = ["EarlyStopping", "StepGuard"]
 log = logging.getLogger("qrpo")
 
 FIRST_LOSSES = 10
-"""Logged losses before growth is checked: the first steps of a small batch say little about its scale."""
+"""Logged losses before growth is checked: the first steps say little about the loss's scale."""
 _NAMED = 5
 
 
 class StepGuard(TrainerCallback):  # type: ignore[misc]
-    """Collects the losses of a step from the trainer, and stops the run or drops the gradients if the step is bad."""
+    """Collects the losses of a step from the trainer, and stops the run or drops the gradients if
+    the step is bad."""
 
     def __init__(
         self, trainer: Trainer, bad_step: Literal["stop", "skip"], max_loss_growth: float | None
@@ -41,7 +43,8 @@ class StepGuard(TrainerCallback):  # type: ignore[misc]
         self._seen: list[tuple[torch.Tensor, list[str]]] = []
 
     def note_terms(self, losses_U: torch.Tensor, prompt_ids: list[str]) -> None:
-        """Note the loss of each term of a micro-batch; `prompt_ids` has one entry per completion, equally many per term."""
+        """Note the loss of each term of a micro-batch; `prompt_ids` has one entry per completion,
+        equally many per term."""
         self._seen.append((losses_U.detach(), prompt_ids[:: len(prompt_ids) // len(losses_U)]))
 
     def note_loss(self, loss: torch.Tensor) -> None:
@@ -49,7 +52,8 @@ class StepGuard(TrainerCallback):  # type: ignore[misc]
         self._loss = self._loss + loss
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Check the step: raise TrainingError with the prompts to look at, or drop the gradients."""
+        """Check the step: raise TrainingError with the prompts to look at, or drop the
+        gradients."""
         mean = self._trainer.accelerator.reduce(torch.as_tensor(self._loss, device=args.device), "mean")
         fault = self._fault(float(mean), state.log_history)
         if fault is not None:
@@ -64,7 +68,8 @@ class StepGuard(TrainerCallback):  # type: ignore[misc]
         self._clear()
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Reset the Trainer's sum of losses: it subtracts the sum from itself, which would keep a NaN forever."""
+        """Reset the Trainer's sum of losses: it subtracts the sum from itself, which would keep a
+        NaN forever."""
         if not self._trainer._tr_loss.isfinite():
             self._trainer._tr_loss.zero_()
 
@@ -83,7 +88,8 @@ class StepGuard(TrainerCallback):  # type: ignore[misc]
         return None
 
     def _suspects(self) -> str:
-        """The prompts to name, from all processes: those without a finite loss, else those with the largest losses."""
+        """The prompts to name, from all processes: those without a finite loss, else those with the
+        largest losses."""
         worst: dict[str, float] = {}
         for losses_U, names in self._seen:
             losses = losses_U.float().nan_to_num(nan=math.inf).abs().tolist()
@@ -101,8 +107,9 @@ class StepGuard(TrainerCallback):  # type: ignore[misc]
 class EarlyStopping(TrainerCallback):  # type: ignore[misc]
     """Stops after `patience` evaluations in a row without a lower `eval_loss`.
 
-    It counts in the logged history, which checkpoints hold, so a resumed run stops at the same step as an uninterrupted
-    one; transformers' own callback starts to count again. The Trainer keeps the best weights (`load_best_model_at_end`).
+    It counts in the logged history, which checkpoints hold, so a resumed run stops at the same step
+    as an uninterrupted one; transformers' own callback starts to count again. The Trainer keeps the
+    best weights (`load_best_model_at_end`).
     """
 
     def __init__(self, patience: int) -> None:

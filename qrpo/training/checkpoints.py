@@ -1,8 +1,10 @@
-"""Training checkpoints: written to a temporary folder, then renamed; which are complete, and the newest of them.
+"""Training checkpoints: written to a temporary folder, then renamed; which are complete, and the
+newest of them.
 
-A trainer writes a checkpoint as a folder of many files. A kill or a full disk while it writes leaves a folder that looks
-like a checkpoint. So it is written under `UNFINISHED` and renamed once, after every file is flushed to disk. A marker in
-the folder lists each file's size: a folder that does not match its marker is damaged and not used.
+A trainer writes a checkpoint as a folder of many files. A kill or a full disk while it writes
+leaves a folder that looks like a checkpoint. So it is written under `UNFINISHED` and renamed once,
+after every file is flushed to disk. A marker in the folder lists each file's size: a folder that
+does not match its marker is damaged and not used.
 """
 
 import json
@@ -27,7 +29,8 @@ UNFINISHED = "unfinished"
 
 
 def commit_checkpoint(folder: Path, step: int, *, keep: int | None, keep_also: Path | None = None) -> Path:
-    """Rename the checkpoint of `step` from `folder/unfinished`, then delete all but the newest `keep` and `keep_also`.
+    """Rename the checkpoint of `step` from `folder/unfinished`, then delete all but the newest
+    `keep` and `keep_also`.
 
     An existing checkpoint of the same step is replaced.
     """
@@ -71,7 +74,8 @@ def remove_broken_checkpoints(folder: Path) -> None:
 
 
 def write_error(what: str, folder: Path, error: Exception) -> TrainingError:
-    """The error to raise if `what` could not be written; deletes its partial files, because the disk may be full."""
+    """The error to raise if `what` could not be written; deletes its partial files, because the
+    disk may be full."""
     free = shutil.disk_usage(folder).free  # not every writer's error says that the disk is full
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     newest = latest_checkpoint(folder)

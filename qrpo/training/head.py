@@ -1,11 +1,13 @@
-"""Log-probabilities of target tokens from hidden states, computed with one chunk of logits at a time.
+"""Log-probabilities of target tokens from hidden states, computed with one chunk of logits at a
+time.
 
     log p[y] = z[y] - logsumexp(z),   z = W h + b              forward: only log p and logsumexp are kept
     d log p[y] / dz = onehot(y) - exp(z - logsumexp(z))        backward: z is computed again, chunk by chunk
 
-All chunks use the same block of memory, and the softmax and its gradient are computed in place. A new block for each chunk
-costs a CPU as much time as the arithmetic, because the kernel zeroes its pages, and fragments the heap. A head that is
-not a plain linear layer, or whose logits are capped, uses the same chunks with `torch.utils.checkpoint`.
+All chunks use the same block of memory, and the softmax and its gradient are computed in place. A
+new block for each chunk costs a CPU as much time as the arithmetic, because the kernel zeroes its
+pages, and fragments the heap. A head that is not a plain linear layer, or whose logits are capped,
+uses the same chunks with `torch.utils.checkpoint`.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +23,8 @@ __all__ = ["token_logprobs"]
 def token_logprobs(
     model: Any, hidden_MD: torch.Tensor, targets_M: torch.Tensor, chunk_elements: int
 ) -> torch.Tensor:
-    """Log-probabilities (M,) of M target tokens by the head of a causal language model, in float32 (float64 for float64).
+    """Log-probabilities (M,) of M target tokens by the head of a causal language model, in float32
+    (float64 for float64).
 
     At most `chunk_elements` logits, and at least one position's, exist at a time.
     """
@@ -104,7 +107,8 @@ class _LinearHead(torch.autograd.Function):  # type: ignore[misc]
         with torch.autocast(hidden_MD.device.type, enabled=False):
             narrow_VD = weight_VD.to(ctx.dtype)
             for rows, logits_CV in _chunks_of_logits(ctx, hidden_MD, weight_VD, bias_V):
-                # The softmax less the one-hot target: minus the derivative. The incoming gradient is a factor of each row.
+                # The softmax less the one-hot target: minus the derivative. The incoming gradient
+                # is a factor of each row.
                 error_CV = logits_CV.sub_(normaliser_M[rows, None]).exp_()
                 error_CV.scatter_add_(1, targets_M[rows, None], -torch.ones_like(normaliser_M[rows, None]))
                 factor_C1 = -ctx.scale * grad_M[rows, None]
@@ -125,7 +129,8 @@ class _LinearHead(torch.autograd.Function):  # type: ignore[misc]
 def _chunks_of_logits(
     ctx: Any, hidden_MD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Scaled logits (C, V) in float32 or float64; all chunks use one block of memory, so each is valid until the next."""
+    """Scaled logits (C, V) in float32 or float64; all chunks use one block of memory, so each is
+    valid until the next."""
     weight_DV, count = weight_VD.to(ctx.dtype).T, len(hidden_MD)
     block_CV = weight_DV.new_empty((min(ctx.chunk, count), weight_DV.shape[1]))
     wide_CV = _wide(block_CV)

@@ -1,8 +1,9 @@
-"""Before the first step the policy equals its reference, so log pi - log ref of the data must be zero up to rounding.
+"""Before the first step the policy equals its reference, so log pi - log ref of the data must be
+zero up to rounding.
 
-Reference log-probabilities are computed once and stored. They may come from other weights, another chat template or
-another tokenizer than the training starts with. A check of the first rows finds this before the weights change, and the
-tokens often show the cause.
+Reference log-probabilities are computed once and stored. They may come from other weights, another
+chat template or another tokenizer than the training starts with. A check of the first rows finds
+this before the weights change, and the tokens often show the cause.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,9 +31,11 @@ def check_reference(
     vocab_size: int,
     tokenizer: Any,
 ) -> dict[str, float]:
-    """Metrics of log pi - `ref_logprob` over some of these rows; `logprobs` gives log pi (B,) of flattened rows.
+    """Metrics of log pi - `ref_logprob` over some of these rows; `logprobs` gives log pi (B,) of
+    flattened rows.
 
-    Raises TrainingError, with the cause as far as it is known, if the mean per square root of a token is above `limit`.
+    Raises TrainingError, with the cause as far as it is known, if the mean per square root of a
+    token is above `limit`.
     """
     columns = flatten_rows(rows)
     largest_id = max(
@@ -42,7 +45,8 @@ def check_reference(
         raise TrainingError(
             f"before the first step: token {largest_id} is not in the model. {_mismatch(rows, tokenizer)}"
         )
-    # The last batch has the shortest rows: a quick check within the memory that the step needs anyway.
+    # The last batch has the shortest rows: a quick check within the memory that the step needs
+    # anyway.
     checked = length_sorted_batches(columns["length"], token_budget)[-1][:64]
     batch = take(columns, checked)
     logprob_B = logprobs(batch)

@@ -1,12 +1,15 @@
-"""The rows that each process trains on at each step: a function of the seed, the epoch and the position only.
+"""The rows that each process trains on at each step: a function of the seed, the epoch and the
+position only.
 
-An epoch is one order of all rows. Step s takes the next `prompts_per_step` of them, for any number of processes or
-micro-batches; process `rank` of `world_size` takes every `world_size`-th of those, starting at its rank. So every row is
-seen once an epoch, the global batch of a step does not depend on the number of processes, and the state of the data is
-one integer, the position. A resumed run, also with another number of processes, continues there after one seek.
+An epoch is one order of all rows. Step s takes the next `prompts_per_step` of them, for any number
+of processes or micro-batches; process `rank` of `world_size` takes every `world_size`-th of those,
+starting at its rank. So every row is seen once an epoch, the global batch of a step does not depend
+on the number of processes, and the state of the data is one integer, the position. A resumed run,
+also with another number of processes, continues there after one seek.
 
-If an epoch ends with fewer rows than processes, some processes have none. They must still take part in the step, because
-its collective operations wait for all. They get one row marked `IDLE`, which has weight 0.
+If an epoch ends with fewer rows than processes, some processes have none. They must still take part
+in the step, because its collective operations wait for all. They get one row marked `IDLE`, which
+has weight 0.
 """
 
 import hashlib
@@ -25,10 +28,11 @@ IDLE = "idle"
 
 
 class RowReader(Protocol):
-    """Streams rows in an order that depends on the epoch alone, starting at any position without reading what comes before.
+    """Streams rows in an order that depends on the epoch alone, starting at any position without
+    reading what comes before.
 
-    A reader that stores columns also has `batches(size, epoch, start, rank, world_size)`: the same rows in sequences of
-    `size`, which are passed on unchanged.
+    A reader that stores columns also has `batches(size, epoch, start, rank, world_size)`: the same
+    rows in sequences of `size`, which are passed on unchanged.
     """
 
     def iterate(self, epoch: int, start: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
@@ -56,7 +60,8 @@ class ShuffledRows:
 
 
 def held_out(prompt_id: str, fraction: float, seed: int) -> bool:
-    """Whether the prompt is held out of training for `eval_loss`: a hash of its id and the seed against `fraction`."""
+    """Whether the prompt is held out of training for `eval_loss`: a hash of its id and the seed
+    against `fraction`."""
     digest = hashlib.sha256(f"held out\0{seed}\0{prompt_id}".encode()).digest()
     return int.from_bytes(digest[:8]) < fraction * 2**64
 
@@ -64,7 +69,7 @@ def held_out(prompt_id: str, fraction: float, seed: int) -> bool:
 def step_loader(
     reader: RowReader, batch_size: int, rank: int, world_size: int, *, drop_last: bool
 ) -> "StepLoader":
-    """A data loader of this process's micro-batches of at most `batch_size` rows, in the form of `collate_rows`."""
+    """A data loader of this process's micro-batches of at most `batch_size` collated rows."""
     shared = batch_size * world_size
     count = len(reader) // shared if drop_last else -(-len(reader) // shared)
     return StepLoader(
@@ -88,7 +93,8 @@ class StepLoader(DataLoader):  # type: ignore[misc]
 
 
 class _MicroBatchSampler(Sampler):  # type: ignore[misc]
-    """(epoch, number) of each micro-batch. A resumed Trainer skips these, 0.07 microseconds each, and reads no rows."""
+    """(epoch, number) of each micro-batch. A resumed Trainer skips these, 0.07 microseconds each,
+    and reads no rows."""
 
     def __init__(self, batches: int) -> None:
         self._batches = batches
@@ -105,7 +111,8 @@ class _MicroBatchSampler(Sampler):  # type: ignore[misc]
 
 
 class _MicroBatchDataset(Dataset):  # type: ignore[misc]
-    """One process's rows of a micro-batch by its number. It reads on after the last one and seeks only for another number."""
+    """One process's rows of a micro-batch by its number. It reads on after the last one and seeks
+    only for another number."""
 
     def __init__(self, reader: RowReader, batch_size: int, rank: int, world_size: int) -> None:
         self._reader = reader

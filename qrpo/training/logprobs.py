@@ -1,14 +1,17 @@
-"""Log-probabilities of completions without all the logits: the code behind reference scores and policy gradients.
+"""Log-probabilities of completions without all the logits: the code behind reference scores and
+policy gradients.
 
     log pi(y|x) = sum_t log softmax(W h_t)[y_t]        over the completion's tokens, its end token included
 
-A plain forward makes logits of shape (B, T, V): with a vocabulary of 128k they, not the model, fill the memory. Here the
-backbone runs once, and only the hidden states that predict completion tokens are kept. The head and its softmax
-(`qrpo.training.head`) run on them in chunks, and again in the backward pass, so at most one chunk of logits exists.
+A plain forward makes logits of shape (B, T, V): with a vocabulary of 128k they, not the model, fill
+the memory. Here the backbone runs once, and only the hidden states that predict completion tokens
+are kept. The head and its softmax (`qrpo.training.head`) run on them in chunks, and again in the
+backward pass, so at most one chunk of logits exists.
 
-Rows are padded on the right, and no attention mask is given: attention is causal, so no position that counts sees the
-padding, and attention kernels take their fast path. The reference and the policy are scored by these same functions,
-so before the first step their log ratio is zero up to rounding.
+Rows are padded on the right, and no attention mask is given: attention is causal, so no position
+that counts sees the padding, and attention kernels take their fast path. The reference and the
+policy are scored by these same functions, so before the first step their log ratio is zero up to
+rounding.
 
 Shared prompts: a row can hold a prompt once and several of its completions.
 
@@ -16,8 +19,8 @@ Shared prompts: a row can hold a prompt once and several of its completions.
     positions  0..p-1 | p, p+1, ...  | p, p+1, ...  | ...
     attention  causal, to the prompt and to a token's own completion
 
-Log-probabilities and gradients are those of separate rows up to rounding, and K - 1 of K forwards of the prompt are saved.
-The model must follow such a mask and such positions (`can_share`).
+Log-probabilities and gradients are those of separate rows up to rounding, and K - 1 of K forwards
+of the prompt are saved. The model must follow such a mask and such positions (`can_share`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -43,7 +46,8 @@ __all__ = [
 
 TokenIds = Sequence[int] | npt.NDArray[Any]
 
-# Logits of one chunk, all tokens and the whole vocabulary: 16 MiB in float32 on a CPU, 256 MiB elsewhere.
+# Logits of one chunk, all tokens and the whole vocabulary: 16 MiB in float32 on a CPU, 256 MiB
+# elsewhere.
 CPU_CHUNK, GPU_CHUNK = 2**22, 2**26
 # Rows are sorted by length within a window of this many micro-batches, so scoring streams.
 WINDOW_BATCHES = 16
@@ -57,7 +61,8 @@ def completion_logprobs(
     share_prompts: bool = False,
     chunk_elements: int | None = None,
 ) -> torch.Tensor:
-    """Log-probabilities (B,) of B completions given their prompts: the sums of `completion_token_logprobs`."""
+    """Log-probabilities (B,) of B completions given their prompts: the sums of
+    `completion_token_logprobs`."""
     rows = completion_token_logprobs(
         model,
         prompt_token_ids,
@@ -76,12 +81,14 @@ def completion_token_logprobs(
     share_prompts: bool = False,
     chunk_elements: int | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Log-probabilities (T,) of each token of B completions given their prompts, in float32 (float64 for a float64 model).
+    """Log-probabilities (T,) of each token of B completions given their prompts, in float32
+    (float64 for a float64 model).
 
-    `model` is a causal language model of transformers, on any device; the result carries gradients in grad mode. At most
-    `chunk_elements` logits exist at a time; the default suits the device. With `share_prompts`, neighbouring completions
-    whose prompts are the same object share its forward; the model must be one that `can_share`. Raises DataError for an
-    empty prompt: nothing predicts the first token.
+    `model` is a causal language model of transformers, on any device; the result carries gradients
+    in grad mode. At most `chunk_elements` logits exist at a time; the default suits the device.
+    With `share_prompts`, neighbouring completions whose prompts are the same object share its
+    forward; the model must be one that `can_share`. Raises DataError for an empty prompt: nothing
+    predicts the first token.
     """
     prompt_lengths = [len(ids) for ids in prompt_token_ids]
     completion_lengths = [len(ids) for ids in completion_token_ids]
@@ -97,7 +104,8 @@ def completion_token_logprobs(
     rows = _rows_of(prompt_token_ids, share_prompts)
     width = max(prompt_lengths[row[0]] + sum(completion_lengths[i] for i in row) for row in rows)
     tokens_BT = torch.zeros(len(rows), width, dtype=torch.long)
-    # A token's position in its own conversation, and the number of its completion: 0 for the prompt, -1 for padding.
+    # A token's position in its own conversation, and the number of its completion: 0 for the
+    # prompt, -1 for padding.
     positions_BT, segments_BT = torch.zeros_like(tokens_BT), torch.full_like(tokens_BT, -1)
     predicting = []  # flat positions whose hidden state predicts a completion token
     for number, row in enumerate(rows):
@@ -138,10 +146,11 @@ def completion_token_logprobs(
 
 
 def can_share(model: Any) -> bool:
-    """Whether this causal language model computes the same log-probabilities with and without shared prompts.
+    """Whether this causal language model computes the same log-probabilities with and without
+    shared prompts.
 
-    It needs torch's `scaled_dot_product_attention` in every layer, without a sliding window. A comparison on a few tokens
-    decides.
+    It needs torch's `scaled_dot_product_attention` in every layer, without a sliding window. A
+    comparison on a few tokens decides.
     """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -177,12 +186,14 @@ def score_logprobs(
     dtype: torch.dtype | None = None,
     share_prompts: bool = False,
 ) -> Iterator[npt.NDArray[np.float32]]:
-    """Yield, for each row in order, the log-probabilities (K,) of its K completions, without gradients.
+    """Yield, for each row in order, the log-probabilities (K,) of its K completions, without
+    gradients.
 
-    A row has `prompt_token_ids` and `completion_token_ids`, a list of K token lists. `token_budget` bounds the tokens
-    of a forward pass, padding included; it changes results by rounding only. Rows are read in windows, so any number of
-    them streams through. `dtype` bfloat16 computes as mixed-precision training does. With `share_prompts`, a row's
-    completions share its prompt's forward if that saves enough.
+    A row has `prompt_token_ids` and `completion_token_ids`, a list of K token lists. `token_budget`
+    bounds the tokens of a forward pass, padding included; it changes results by rounding only. Rows
+    are read in windows, so any number of them streams through. `dtype` bfloat16 computes as
+    mixed-precision training does. With `share_prompts`, a row's completions share its prompt's
+    forward if that saves enough.
     """
     for scores in _score(completion_logprobs, model, rows, token_budget, dtype, share_prompts):
         yield np.array(scores, dtype=np.float32)
@@ -196,7 +207,8 @@ def score_token_logprobs(
     dtype: torch.dtype | None = None,
     share_prompts: bool = False,
 ) -> Iterator[list[npt.NDArray[np.float32]]]:
-    """As `score_logprobs`, with the log-probabilities (T,) of every token of each of the row's K completions."""
+    """As `score_logprobs`, with the log-probabilities (T,) of every token of each of the row's K
+    completions."""
     return _score(completion_token_logprobs, model, rows, token_budget, dtype, share_prompts)
 
 
@@ -255,7 +267,8 @@ def _windows(rows: Iterable[Mapping[str, Any]], tokens: int) -> Iterator[list[Ma
 def inside_forward(
     model: torch.nn.Module, inner: torch.nn.Module, compute: Callable[..., torch.Tensor], *arguments: Any
 ) -> torch.Tensor:
-    """Call `compute` inside the forward of `model`, so that DDP, which wraps `inner`, and FSDP, which hooks into it, work."""
+    """Call `compute` inside the forward of `model`, so that DDP, which wraps `inner`, and FSDP,
+    which hooks into it, work."""
 
     def forward(*forwarded: Any) -> torch.Tensor:
         restore()
@@ -277,7 +290,8 @@ def inside_forward(
 
 
 def _autocast(model: torch.nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """Mixed precision as the trainer uses it: float32 weights, matrix products in `dtype`; nothing for float32."""
+    """Mixed precision as the trainer uses it: float32 weights, matrix products in `dtype`; nothing
+    for float32."""
     if dtype in (None, torch.float32, torch.float64):
         return nullcontext()
     context: AbstractContextManager[Any] = torch.autocast(next(model.parameters()).device.type, dtype=dtype)
@@ -300,5 +314,6 @@ def _tensor(ids: TokenIds) -> torch.Tensor:
 
 
 def _unwrapped(model: torch.nn.Module) -> Any:
-    """The causal language model inside a PEFT model, else the model itself. LoRA's layers are inside it."""
+    """The causal language model inside a PEFT model, else the model itself. LoRA's layers are
+    inside it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,4 +1,4 @@
-"""What training minimises, loss by loss: the completions of a prompt it uses, their loss, and its metrics.
+"""What training minimises, loss by loss: the completions it uses, their loss, and its metrics.
 
 | loss | trains on | term of the sum | divided by |
 |---|---|---|---|
@@ -6,10 +6,11 @@
 | `dpo`, `rebel`, `simpo` | a chosen and a rejected one | one pair | pairs |
 | `sft` | the chosen one | one completion | completion tokens of all terms |
 
-All losses that need a pair use the same one, selected by `choose_pairs`: best and worst reward, two at random, or the
-dataset's preference. A prompt without a usable pair (equal rewards, a single completion) is skipped. After `select` a row
-of a pair loss has exactly two completions, the chosen one first, so everything after it is the same code for all losses.
-The formulas are in `qrpo.method.losses`.
+All losses that need a pair use the same one, selected by `choose_pairs`: best and worst reward, two
+at random, or the dataset's preference. A prompt without a usable pair (equal rewards, a single
+completion) is skipped. After `select` a row of a pair loss has exactly two completions, the chosen
+one first, so everything after it is the same code for all losses. The formulas are in
+`qrpo.method.losses`.
 """
 
 from collections import Counter
@@ -39,14 +40,14 @@ Metrics = dict[str, torch.Tensor]
 
 
 class Objective:
-    """One loss over rows. `group` neighbouring completions of the flattened columns share one term of the sum."""
+    """One loss over rows. `group` neighbouring completions of the flattened columns share one term."""
 
     group = 1
     needs: tuple[str, ...] = ()
     """Columns per completion that the loss cannot do without."""
 
     def select(self, rows: Sequence[TrainingRow], step: int) -> list[TrainingRow]:
-        """The rows with only the completions that this loss trains on, without rows that have none."""
+        """The rows with only the completions that this loss uses, without rows that have none."""
         return list(rows)
 
     def count(self, rows: Sequence[TrainingRow]) -> int:
@@ -102,7 +103,7 @@ class QuantileObjective(Objective):
         return self._loss(logprob_B, columns)[0]
 
     def metrics(self, logprob_B: torch.Tensor, columns: Columns) -> Metrics:
-        """The metrics of `qrpo_loss` for (P, K) completions, with a mask for prompts that have fewer than K."""
+        """The metrics of `qrpo_loss` for (P, K) completions, masked if a prompt has fewer than K."""
         counts = list(Counter(columns["prompt_index"]).values())
         index_PK = torch.zeros(len(counts), max(counts), dtype=torch.long, device=logprob_B.device)
         mask_PK = torch.zeros_like(index_PK, dtype=torch.bool)
@@ -119,7 +120,7 @@ class QuantileObjective(Objective):
         index: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Metrics]:
-        """`qrpo_loss` of completions (B,), or of the completions at these indices, in their shape."""
+        """`qrpo_loss` of completions (B,), or of those at these indices, in their shape."""
 
         def column(name: str) -> Any:
             if name not in columns:
@@ -199,7 +200,8 @@ class PairObjective(Objective):
 
 
 class PairSelector:
-    """Selects each prompt's pair by `choose_pairs`; a random pair depends on the seed, the step and the prompt's tokens."""
+    """Selects each prompt's pair by `choose_pairs`; a random pair depends on the seed, the step and
+    the prompt's tokens."""
 
     def __init__(self, choice: str, seed: int) -> None:
         self._choice, self._seed = choice, seed
@@ -221,7 +223,8 @@ class PairSelector:
         return int(self._choose(row, step).chosen_index)
 
     def _has_dataset_completions(self, row: TrainingRow, count: int) -> bool:
-        """Whether the first completions are the dataset's chosen and rejected ones, if they have to be and the row says so."""
+        """Whether the first completions are the dataset's chosen and rejected ones, if they have to
+        be and the row says so."""
         if self._choice != "dataset" or "origin" not in row:
             return True
         first = list(zip(row["origin"], row["sample_index"], strict=True))[:count]

@@ -1,9 +1,11 @@
-"""Training on several processes of this machine, as `torchrun --standalone` does, with child processes.
+"""Training on several processes of this machine, as `torchrun --standalone` does, with child
+processes.
 
-Each process is a `qrpo.processes.child.Child` with the variables that torchrun sets (RANK, WORLD_SIZE, MASTER_ADDR, ...),
-so code that runs under torchrun or `accelerate launch` runs here. The children pass on what rank 0 yields, raise their
-own errors instead of returning an exit code, and never outlive this process. For several machines, start a script that
-calls `train_policy` with torchrun on each.
+Each process is a `qrpo.processes.child.Child` with the variables that torchrun sets (RANK,
+WORLD_SIZE, MASTER_ADDR, ...), so code that runs under torchrun or `accelerate launch` runs here.
+The children pass on what rank 0 yields, raise their own errors instead of returning an exit code,
+and never outlive this process. For several machines, start a script that calls `train_policy` with
+torchrun on each.
 """
 
 import os
@@ -26,11 +28,12 @@ _CAUSE_SECONDS = 5.0  # when one rank fails, the others fail as a result, and ma
 
 
 def stream_ranks(target: str, *args: Any, processes: int, log: Path | None = None) -> Iterator[Any]:
-    """Yield what rank 0 of `processes` copies of a generator function yields; drop the items of the others.
+    """Yield what rank 0 of `processes` copies of a generator function yields; drop the items of the
+    others.
 
-    `target` is "module:function" or "file.py:function". The first rank that fails ends all, and its error is raised.
-    Closing the iterator kills all. A SIGTERM to this process is forwarded to each rank. Rank 0 logs to `log`, rank r to
-    `<name>.rank<r><suffix>`.
+    `target` is "module:function" or "file.py:function". The first rank that fails ends all, and its
+    error is raised. Closing the iterator kills all. A SIGTERM to this process is forwarded to each
+    rank. Rank 0 logs to `log`, rank r to `<name>.rank<r><suffix>`.
     """
     from torch.distributed import TCPStore
 

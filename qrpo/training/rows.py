@@ -1,4 +1,4 @@
-"""Rows that a trainer reads: a prompt with its K training completions, the columns of a training shard.
+"""Rows that a trainer reads: a prompt with K training completions, the columns of a shard.
 
 | column | per row | |
 |---|---|---|
@@ -48,8 +48,8 @@ def collate_rows(rows: Sequence[TrainingRow]) -> dict[str, Any]:
 def flatten_rows(rows: Sequence[TrainingRow]) -> dict[str, list[Any]]:
     """Columns with one entry per completion, B = P * K entries, prompts repeated.
 
-    Adds `length` (tokens of prompt and completion) and `prompt_index` (of the row). Columns that the first row lacks are
-    skipped, except `prompt_id`, which becomes the row's index.
+    Adds `length` (tokens of prompt and completion) and `prompt_index` (of the row). Columns that
+    the first row lacks are skipped, except `prompt_id`, which becomes the row's index.
     """
     counts = [len(row["completion_token_ids"]) for row in rows]
     columns: dict[str, list[Any]] = {
@@ -89,13 +89,14 @@ def tensor_of(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
 
 
 def training_rows(dataset: Any, tokenizer: Any, needs: Sequence[str] = ("quantile_reward",)) -> Any:
-    """`dataset` itself if it has training rows already; a list of rows if it is in one of TRL's formats.
+    """`dataset` itself if it has training rows; a list of rows if it is in one of TRL's formats.
 
-    TRL's formats are `prompt` + `completion`, `prompt` + `chosen` + `rejected`, `chosen` + `rejected`, or `messages`,
-    each as strings (encoded as they are) or messages (encoded by the chat template). If the loss `needs` a `reward`, a
-    row has one: a number, or one for chosen and one for rejected (also read from `chosen_reward` and `rejected_reward`).
-    If it needs a `quantile_reward`, a row also has `ref_rewards`, the rewards of the reference's completions. The result
-    has no `ref_logprob`.
+    TRL's formats are `prompt` + `completion`, `prompt` + `chosen` + `rejected`, `chosen` +
+    `rejected`, or `messages`, each as strings (encoded as they are) or messages (encoded by the
+    chat template). If the loss `needs` a `reward`, a row has one: a number, or one for chosen and
+    one for rejected (also read from `chosen_reward` and `rejected_reward`). If it needs a
+    `quantile_reward`, a row also has `ref_rewards`, the rewards of the reference's completions. The
+    result has no `ref_logprob`.
     """
     if hasattr(dataset, "iterate") or isinstance(dataset, torch.utils.data.IterableDataset):
         return dataset

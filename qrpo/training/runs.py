@@ -34,11 +34,11 @@ from qrpo.training.trainer import CompletionTrainer, CompletionTrainingArguments
 __all__ = ["load_policy", "train_policy", "train_sft", "training_arguments"]
 
 OnProgress = Callable[[dict[str, Any]], None]
-_WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 def training_arguments(config: OptimizationConfig, output_dir: str | Path, seed: int = 0) -> Any:
-    """The arguments of the trainer for a YAML section: `QRPOConfig` for the policy. Fields of the same name are passed on."""
+    """The arguments of the trainer for a YAML section: `QRPOConfig` for the policy. Fields of the
+    same name are passed on."""
     kind = QRPOConfig if isinstance(config, PolicyConfig) else CompletionTrainingArguments
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if config.prompts_per_step % world_size:
@@ -71,12 +71,14 @@ def train_policy(
     resume: bool = True,
     on_progress: OnProgress | None = None,
 ) -> Path:
-    """Train the reference `model` into a policy on rows of shards; returns the folder `output_dir/final`.
+    """Train the reference `model` into a policy on rows of shards; returns the folder
+    `output_dir/final`.
 
-    `dataset` is what `QRPOTrainer` takes: rows, or a reader with `iterate(epoch, start)` and a length. `seed` is used if
-    the section has none. `eval_rows` are held out for `eval_loss`. If the run is killed, the same call resumes from its
-    newest complete checkpoint (`resume`) and ends with the same weights. Writes `metrics.parquet` next to `final`, and
-    `checkpoints/<step>` if `config.checkpoint_steps` is set. Raises TrainingError if the reference does not match, or if
+    `dataset` is what `QRPOTrainer` takes: rows, or a reader with `iterate(epoch, start)` and a
+    length. `seed` is used if the section has none. `eval_rows` are held out for `eval_loss`. If the
+    run is killed, the same call resumes from its newest complete checkpoint (`resume`) and ends
+    with the same weights. Writes `metrics.parquet` next to `final`, and `checkpoints/<step>` if
+    `config.checkpoint_steps` is set. Raises TrainingError if the reference does not match, or if
     the loss is not finite.
     """
     arguments = training_arguments(config, output_dir, seed)
@@ -87,14 +89,7 @@ def train_policy(
         policy = with_lora(policy, config.lora, arguments.seed)
     require_rows(dataset)
     trainer = QRPOTrainer(policy, arguments, dataset, _tokenizer(model), eval_dataset=eval_rows)
-    return run_training(
-        trainer,
-        Path(output_dir),
-        resume=resume,
-        stored_dtype=stored_dtype(model),
-        on_progress=on_progress,
-        checkpoint_steps=config.checkpoint_steps,
-    )
+    return run_training(trainer, model, Path(output_dir), resume, on_progress, config.checkpoint_steps)
 
 
 def train_sft(
@@ -107,49 +102,52 @@ def train_sft(
     resume: bool = True,
     on_progress: OnProgress | None = None,
 ) -> Path:
-    """Supervised fine-tuning of `model` on rows of `prompt_token_ids` and `completion_token_ids` (a list of token lists).
+    """Supervised fine-tuning of `model` on rows of `prompt_token_ids` and `completion_token_ids` (a
+    list of token lists).
 
     Returns the folder `output_dir/final`; resumes and reports as `train_policy` does.
     """
     require_rows(rows)
     arguments = training_arguments(config, output_dir, seed)
-    trainer = CompletionTrainer(load_policy(model), arguments, rows, SftObjective(), _tokenizer(model))
-    return run_training(
-        trainer, Path(output_dir), resume=resume, stored_dtype=stored_dtype(model), on_progress=on_progress
+    trainer = CompletionTrainer(
+        load_policy(model), arguments, rows, SftObjective(), processing_class=_tokenizer(model)
     )
+    return run_training(trainer, model, Path(output_dir), resume, on_progress)
 
 
 def load_policy(model: ModelConfig | str | Path, device: str | None = None) -> Any:
     """The model to train, or to score with as training does: float32 weights, in evaluation mode.
 
-    Mixed precision needs float32 weights; a reference scored with them in the same autocast agrees with the policy at
-    step 0. `device` defaults to the first GPU, or the CPU if there is none.
+    Mixed precision needs float32 weights; a reference scored with them in the same autocast agrees
+    with the policy at step 0. `device` defaults to the first GPU, or the CPU if there is none.
     """
     return load_causal_lm(_model_config(model).model_copy(update={"dtype": "float32"}), device)
 
 
 def run_training(
     trainer: CompletionTrainer,
+    model: ModelConfig | str | Path,
     output_dir: Path,
-    *,
     resume: bool,
-    stored_dtype: torch.dtype | None,
     on_progress: OnProgress | None,
     checkpoint_steps: int | None = None,
 ) -> Path:
-    """Train to the end, from the newest complete checkpoint if `resume`; returns `output_dir/final`.
+    """Train to the end, from the newest complete checkpoint if `resume`; returns
+    `output_dir/final`.
 
-    Every `checkpoint_steps` steps the model is kept as `output_dir/checkpoints/<step>`. `on_progress` is called after each
-    logged step with `step`, `total_steps`, `epoch`, `loss` and the other metrics. The final weights are saved in
-    `stored_dtype` (float32 if None). A SIGTERM saves a checkpoint after the current step, then raises TrainingError, as
-    does a checkpoint that cannot be written. In a process that `torchrun` or `accelerate launch` started, this is one
-    rank's part, and all ranks must call it.
+    Every `checkpoint_steps` steps the model is kept as `output_dir/checkpoints/<step>`.
+    `on_progress` is called after each logged step with `step`, `total_steps`, `epoch`, `loss` and
+    the other metrics. The final weights are saved in the precision of the files of `model`. A
+    SIGTERM saves a checkpoint after the current step, then raises TrainingError, as does a
+    checkpoint that cannot be written. In a process that `torchrun` or `accelerate launch` started,
+    this is one rank's part, and all ranks must call it.
     """
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
+    dtype = load_model_config(_model_config(model)).dtype
     trainer.add_callback(_ReportAndStop(trainer, on_progress))
     if checkpoint_steps is not None:
-        trainer.add_callback(_KeepModels(trainer, output_dir, checkpoint_steps, stored_dtype))
+        trainer.add_callback(_KeepModels(trainer, output_dir, checkpoint_steps, dtype))
     if trainer.args.should_save:
         remove_broken_checkpoints(output_dir)
         if not resume:
@@ -164,23 +162,11 @@ def run_training(
         raise TrainingError(
             f"stopped by SIGTERM after step {step} of {steps}; its checkpoint is saved, and the same command resumes from it"
         )
-    weights = _gathered(trainer)
+    _save_model(trainer, output_dir, "final", dtype)
     if trainer.args.should_save:
-        try:
-            _write_metrics(trainer.state.log_history, output_dir / "metrics.parquet")
-            model = trainer.accelerator.unwrap_model(trainer.model)
-            _save_model(trainer, model, output_dir, "final", stored_dtype, weights)
-            shutil.rmtree(output_dir / UNFINISHED)
-        except _WRITE_ERRORS as error:
-            raise write_error("the trained model", output_dir, error) from error
+        shutil.rmtree(output_dir / UNFINISHED)
     trainer.accelerator.wait_for_everyone()
     return output_dir / "final"
-
-
-def stored_dtype(model: ModelConfig | str | Path) -> torch.dtype | None:
-    """The precision of the weights in the model's files, according to its configuration."""
-    dtype = load_model_config(_model_config(model)).dtype
-    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def require_rows(dataset: Any) -> None:
@@ -204,8 +190,8 @@ def _stopped(trainer: CompletionTrainer) -> bool:
 
 
 class _ReportAndStop(TrainerCallback):  # type: ignore[misc]
-    """Reports progress, stops after a SIGTERM, and logs with every checkpoint, so that a resumed run logs the same steps as an
-    uninterrupted one."""
+    """Reports progress, stops after a SIGTERM, and logs with every checkpoint, so that a resumed
+    run logs the same steps as an uninterrupted one."""
 
     def __init__(self, trainer: CompletionTrainer, on_progress: OnProgress | None) -> None:
         self.trainer = trainer
@@ -224,35 +210,16 @@ class _ReportAndStop(TrainerCallback):  # type: ignore[misc]
 
 
 class _KeepModels(TrainerCallback):  # type: ignore[misc]
-    """Keeps the model of every N-th step. It runs before the checkpoint of the same step, so a resumed run misses none."""
+    """Keeps the model of every N-th step. It runs before the checkpoint of the same step, so a
+    resumed run misses none."""
 
-    def __init__(
-        self, trainer: CompletionTrainer, output_dir: Path, every: int, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, trainer: CompletionTrainer, output_dir: Path, every: int, dtype: Any) -> None:
         self.trainer, self.output_dir, self.every, self.dtype = trainer, output_dir, every, dtype
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step % self.every:
-            return
-        trainer, name = self.trainer, f"checkpoints/{state.global_step}"
-        weights = _gathered(trainer)
-        if args.should_save:
-            model = trainer.accelerator.unwrap_model(trainer.model)
-            if weights is None:
-                model = copy.deepcopy(model)  # saving merges adapters and rounds weights
-            try:
-                _save_model(trainer, model, self.output_dir, name, self.dtype, weights)
-            except _WRITE_ERRORS as error:
-                raise write_error(f"the model of step {state.global_step}", self.output_dir, error) from error
-        trainer.accelerator.wait_for_everyone()
-
-
-def _gathered(trainer: CompletionTrainer) -> dict[str, torch.Tensor] | None:
-    """The weights of a sharded model, on the first process; None if the model is not sharded."""
-    if not trainer.is_fsdp_enabled:
-        return None
-    weights: dict[str, torch.Tensor] = trainer.accelerator.get_state_dict(trainer.model)
-    return weights
+        if state.global_step % self.every == 0:
+            name = f"checkpoints/{state.global_step}"
+            _save_model(self.trainer, self.output_dir, name, self.dtype, keep=True)
 
 
 def _write_metrics(history: list[dict[str, float]], path: Path) -> None:
@@ -274,26 +241,36 @@ def _write_metrics(history: list[dict[str, float]], path: Path) -> None:
 
 
 def _save_model(
-    trainer: CompletionTrainer,
-    model: Any,
-    output_dir: Path,
-    name: str,
-    dtype: torch.dtype | None,
-    weights: dict[str, torch.Tensor] | None,
+    trainer: CompletionTrainer, output_dir: Path, name: str, dtype: Any, keep: bool = False
 ) -> None:
-    """Write the model and its tokenizer to a temporary folder, then rename it. This changes `model`. `weights` are those of a
-    sharded model."""
-    written, named = output_dir / UNFINISHED / name, output_dir / name
-    shutil.rmtree(written, ignore_errors=True)
-    model = merged(model)
-    if weights is not None and dtype is not None:
-        weights = {name: weight.to(dtype) for name, weight in weights.items()}
-        model.config.dtype = dtype
-    elif dtype is not None:
-        model = model.to(dtype)
-    model.save_pretrained(written, state_dict=weights)
-    if trainer.processing_class is not None:
-        trainer.processing_class.save_pretrained(written)
-    shutil.rmtree(named, ignore_errors=True)
-    named.parent.mkdir(exist_ok=True)
-    written.rename(named)
+    """Write the model and its tokenizer to a temporary folder, then rename it.
+
+    Merges adapters and rounds weights to `dtype`; with `keep` in a copy, so that training can go
+    on, else with the run's metrics. All ranks must call it.
+    """
+    sharded = trainer.is_fsdp_enabled
+    weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
+    if trainer.args.should_save:
+        written, named = output_dir / UNFINISHED / name, output_dir / name
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if keep and not sharded:
+            model = copy.deepcopy(model)
+        try:
+            if not keep:
+                _write_metrics(trainer.state.log_history, output_dir / "metrics.parquet")
+            shutil.rmtree(written, ignore_errors=True)
+            model = merged(model)
+            if weights is not None and isinstance(dtype, torch.dtype):
+                weights = {name: weight.to(dtype) for name, weight in weights.items()}
+                model.config.dtype = dtype
+            elif isinstance(dtype, torch.dtype):
+                model = model.to(dtype)
+            model.save_pretrained(written, state_dict=weights)
+            if trainer.processing_class is not None:
+                trainer.processing_class.save_pretrained(written)
+            shutil.rmtree(named, ignore_errors=True)
+            named.parent.mkdir(exist_ok=True)
+            written.rename(named)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise write_error(f"the model {name}", output_dir, error) from error
+    trainer.accelerator.wait_for_everyone()

@@ -1,9 +1,10 @@
 """The YAML sections of the two training runs: `reference.sft` and `policy`.
 
-Their keys are the settings of `qrpo.training.arguments` and the fields of `transformers.TrainingArguments`, under the
-same names. A section declares the fields that most runs set. It accepts every other field of `TrainingArguments` that
-the pipeline does not set itself, for example `optim`, `adam_beta2` or `lr_scheduler_kwargs`; transformers is imported
-only to check those. This module needs no torch, so that a configuration is read, checked and shown quickly.
+Their keys are the settings of `qrpo.training.arguments` and the fields of
+`transformers.TrainingArguments`, under the same names. A section declares the fields that most runs
+set. It accepts every other field of `TrainingArguments` that the pipeline does not set itself, for
+example `optim`, `adam_beta2` or `lr_scheduler_kwargs`; transformers is imported only to check
+those. This module needs no torch, so that a configuration is read, checked and shown quickly.
 """
 
 from enum import Enum
@@ -44,7 +45,8 @@ REFUSED = {
     "eval_do_concat_batches eval_use_gather_object include_for_metrics label_names label_smoothing_factor length_column_name "
     "prediction_loss_only remove_unused_columns train_sampling_strategy use_cache",
 }
-# Further fields of TrainingArguments that change no result: they enter no fingerprint. All others do when they are set.
+# Further fields of TrainingArguments that change no result: they enter no fingerprint. All others
+# do when they are set.
 EXECUTION_OPTIONS = frozenset(
     [
         "gradient_checkpointing_kwargs",
@@ -86,7 +88,8 @@ class OptimizationConfig(Section, CompletionSettings):
         "cosine_warmup_with_min_lr",
         "warmup_stable_decay",
     ] = "linear"
-    """Learning rate schedule of transformers; `lr_scheduler_kwargs` passes its arguments. `constant` has no warm-up."""
+    """Learning rate schedule of transformers; `lr_scheduler_kwargs` passes its arguments.
+    `constant` has no warm-up."""
     warmup_steps: float = Field(default=0.1, ge=0)
     """Warm-up from 0: a fraction of all steps if below 1, else a number of steps."""
     num_train_epochs: float = Field(default=1.0, gt=0)
@@ -100,7 +103,7 @@ class OptimizationConfig(Section, CompletionSettings):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients with a larger norm are scaled down to it."""
     bf16: bool = False
-    """Matrix products in bfloat16. Weights, gradients and the optimizer stay in float32 (mixed precision)."""
+    """Matrix products in bfloat16; weights, gradients and the optimizer stay in float32."""
     gradient_checkpointing: bool = execution_option(False)
     """Recompute activations in the backward pass: less memory, a third more time."""
     save_steps: int = execution_option(50, ge=1)
@@ -110,7 +113,7 @@ class OptimizationConfig(Section, CompletionSettings):
     logging_steps: int = execution_option(1, ge=1)
     """Steps between rows of metrics."""
     report_to: tuple[str, ...] = execution_option(())
-    """Experiment trackers that transformers knows: `tensorboard`, `wandb`, `mlflow`, `trackio`, ..."""
+    """Experiment trackers that transformers knows: `tensorboard`, `wandb`, `trackio`, ..."""
 
     @model_validator(mode="before")
     @classmethod
@@ -124,7 +127,7 @@ class OptimizationConfig(Section, CompletionSettings):
 
     @property
     def further(self) -> dict[str, Any]:
-        """The fields of `TrainingArguments` that the configuration sets beyond the declared ones."""
+        """The fields of `TrainingArguments` that are set beyond the declared ones."""
         return self.model_extra or {}
 
     @property
@@ -133,7 +136,8 @@ class OptimizationConfig(Section, CompletionSettings):
         return "bfloat16" if self.bf16 else "float16" if self.further.get("fp16") else "float32"
 
     def fingerprint_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The keys of earlier versions, so that their artifacts are found, and what else was set that changes results."""
+        """The keys of earlier versions, so that their artifacts are found, and what else was set
+        that changes results."""
         names = {"num_train_epochs": "epochs", "lr_scheduler_type": "lr_scheduler", "warmup_steps": "warmup"}
         renamed = {names.get(name, name): value for name, value in settings.items() if name != "bf16"}
         return {**renamed, "dtype": self.dtype}
@@ -169,21 +173,23 @@ class PolicyConfig(OptimizationConfig, QRPOSettings):
     learning_rate: float = Field(default=1e-6, gt=0)
     """Peak learning rate."""
     seed: int | None = None
-    """Seed of the training run; null for the run's seed. Another seed trains again on the same shards."""
+    """Seed of the training; null for the run's seed. Another seed reuses the shards."""
     processes: int = execution_option(1, ge=1)
-    """Processes of this machine to train with, one per GPU; `prompts_per_step` counts over all of them."""
+    """Processes of this machine to train with, one per GPU."""
     fsdp: bool = execution_option(False)
-    """Shard weights, gradients and optimizer over the processes (FSDP) instead of replicating them (DDP)."""
+    """Shard weights, gradients and optimizer over the processes (FSDP) instead of DDP."""
     lora: LoraConfig | None = None
-    """Train low-rank adapters (`pip install 'qrpo-pipeline[peft]'`) instead of the weights; the policy is saved merged, as an ordinary
-    model folder. Null for full fine-tuning."""
+    """Train low-rank adapters (`pip install 'qrpo-pipeline[peft]'`) instead of the weights; the
+    policy is saved merged, as an ordinary model folder. Null for full fine-tuning."""
     eval_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Fraction of the training prompts to hold out, by a hash of the prompt, and to report the loss on (`eval_loss`) during training.
-    The `evaluation` stage judges the policy on samples instead."""
+    """Fraction of the training prompts to hold out, by a hash of the prompt, and to report the loss
+    on (`eval_loss`) during training. The `evaluation` stage judges the policy on samples
+    instead."""
     eval_steps: int = Field(default=50, ge=1)
     """Steps between evaluations of the held-out loss."""
     checkpoint_steps: int | None = Field(default=None, ge=1)
-    """Steps between models that stay in the policy's artifact, for `qrpo evaluate --checkpoint`; null keeps none."""
+    """Steps between models that stay in the policy's artifact, for `qrpo evaluate --checkpoint`;
+    null keeps none."""
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -237,7 +243,8 @@ class PolicyConfig(OptimizationConfig, QRPOSettings):
 
 
 def _further_arguments(section: str, given: dict[str, Any]) -> dict[str, Any]:
-    """These fields of `TrainingArguments`, validated; a ValidationError names each that is unknown, refused or of the wrong type."""
+    """These fields of `TrainingArguments`, validated; a ValidationError names each that is unknown,
+    refused or of the wrong type."""
     refused = {name: instead for instead, names in REFUSED.items() for name in names.split()}
     known: dict[str, Any] = {}
     if any(name not in RENAMED and name not in refused for name in given):
@@ -268,7 +275,8 @@ def _error(message: str) -> PydanticCustomError:
 
 
 def _validated(annotation: Any, value: Any) -> Any:
-    """A value of a field of `TrainingArguments` as plain YAML has it; names of an enumeration must be among its values."""
+    """A value of a field of `TrainingArguments` as plain YAML has it; names of an enumeration must
+    be among its values."""
     enums = [kind for kind in get_args(annotation) if isinstance(kind, type) and issubclass(kind, Enum)]
     checked = TypeAdapter(enums[0] if enums else annotation).validate_python(value)
     return checked.value if isinstance(checked, Enum) else checked

@@ -1,8 +1,9 @@
 """Training speed: tokens per second, model FLOPs utilization (MFU), and the remaining time.
 
-MFU counts the operations that the mathematics needs: 2 per weight and token forward and 4 backward (2 if the weight is
-frozen), the head on completion tokens only, without attention's own, relative to the device's dense peak in the precision
-of the matrix products. Recomputed activations are not counted, as usual. A CPU or an unknown device has no MFU.
+MFU counts the operations that the mathematics needs: 2 per weight and token forward and 4 backward
+(2 if the weight is frozen), the head on completion tokens only, without attention's own, relative
+to the device's dense peak in the precision of the matrix products. Recomputed activations are not
+counted, as usual. A CPU or an unknown device has no MFU.
 """
 
 import time
@@ -12,7 +13,7 @@ import torch
 
 __all__ = ["Meter"]
 
-# Dense bfloat16 tensor-core peaks in operations per second, from the vendors' data sheets, by a part of the device's name.
+# Dense bfloat16 peaks in operations per second (vendors' data sheets), by part of the device name.
 PEAK_BF16 = {
     "B200": 2.25e15,
     "H200": 9.89e14,
@@ -44,13 +45,14 @@ class Meter:
         self._since = self._since or (time.perf_counter(), step)
 
     def add(self, tokens: int, completion_tokens: int, saved: int = 0) -> None:
-        """Count the tokens of prompts and completions together, and of completions alone, that this process trained on. `saved`
-        of the former needed no forward, because completions shared their prompt's."""
+        """Count the tokens of prompts and completions together, and of completions alone, that this
+        process trained on. `saved` of the former needed no forward, because completions shared
+        their prompt's."""
         self._tokens += tokens
         self._flops += (tokens - saved) * self._body + completion_tokens * self._head
 
     def read(self, step: int, last_step: int, processes: int) -> dict[str, float]:
-        """Speeds since the last reading, of all processes if all are alike, and the remaining seconds."""
+        """Speeds of all processes since the last reading, and the remaining seconds."""
         if self._since is None:
             return {}
         now = time.perf_counter()

@@ -3,14 +3,17 @@
     trainer = QRPOTrainer(model, QRPOConfig(output_dir="policy", beta=0.1), train_dataset=rows, processing_class=tokenizer)
     trainer.train()
 
-`CompletionTrainer` is what all losses on whole completions share. One item of the data loader is a prompt with its K
-completions. A step reads its prompts, selects the completions that its loss uses (`qrpo.training.objectives`), sorts
-them by length, and runs them in micro-batches under a token budget. So memory is bounded and little is padded;
-`per_device_train_batch_size` and `gradient_accumulation_steps` only set the number of prompts in a step. Each term of the
-loss is divided by the number of terms in the whole step, on all ranks, so the micro-batches do not change the result.
+`CompletionTrainer` is what all losses on whole completions share. One item of the data loader is a
+prompt with its K completions. A step reads its prompts, selects the completions that its loss uses
+(`qrpo.training.objectives`), sorts them by length, and runs them in micro-batches under a token
+budget. So memory is bounded and little is padded; `per_device_train_batch_size` and
+`gradient_accumulation_steps` only set the number of prompts in a step. Each term of the loss is
+divided by the number of terms in the whole step, on all ranks, so the micro-batches do not change
+the result.
 
-There is no reference model: its log-probabilities come with the data, or are computed from the initial model before the
-first step. There is no sampling: evaluation here is the loss on held-out rows.
+There is no reference model: its log-probabilities come with the data, or are computed from the
+initial model before the first step. There is no sampling: evaluation here is the loss on held-out
+rows.
 """
 
 import math
@@ -46,7 +49,7 @@ __all__ = ["CompletionTrainer", "CompletionTrainingArguments", "QRPOConfig", "QR
 
 @dataclass
 class CompletionTrainingArguments(CompletionSettings, TrainingArguments):  # type: ignore[misc]
-    """`TrainingArguments` with the settings of `CompletionTrainer`; a batch is counted in prompts."""
+    """`TrainingArguments` of `CompletionTrainer`; a batch is counted in prompts."""
 
     remove_unused_columns: bool = False
     dataloader_pin_memory: bool = False
@@ -67,7 +70,8 @@ class CompletionTrainingArguments(CompletionSettings, TrainingArguments):  # typ
 
 @dataclass
 class QRPOConfig(QRPOSettings, CompletionTrainingArguments):
-    """Arguments of `QRPOTrainer`: those of `transformers.TrainingArguments` and `qrpo.training.arguments.QRPOSettings`."""
+    """Arguments of `QRPOTrainer`: those of `transformers.TrainingArguments` and
+    `qrpo.training.arguments.QRPOSettings`."""
 
     learning_rate: float = 1e-6
 
@@ -75,7 +79,8 @@ class QRPOConfig(QRPOSettings, CompletionTrainingArguments):
         if self.patience is not None:
             self.metric_for_best_model, self.greater_is_better = "eval_loss", False
         super().__post_init__()
-        # Set after transformers' check that save_steps fit eval_steps: every best evaluation is saved anyway.
+        # Set after transformers' check that save_steps fit eval_steps: every best evaluation is
+        # saved anyway.
         if self.patience is not None:
             self.load_best_model_at_end = True
 
@@ -91,20 +96,11 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         args: CompletionTrainingArguments,
         train_dataset: Any,
         objective: Objective,
-        processing_class: Any = None,
-        callbacks: list[Any] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        eval_dataset: Sequence[Any] | None = None,
+        **options: Any,
     ) -> None:
+        """`options` are further arguments of `transformers.Trainer`, such as `eval_dataset`."""
         super().__init__(
-            model=model,
-            args=args,
-            data_collator=collate_rows,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
+            model=model, args=args, data_collator=collate_rows, train_dataset=train_dataset, **options
         )
         self.objective = objective
         self.guard = StepGuard(self, args.bad_step, args.max_loss_growth)
@@ -120,14 +116,16 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Forward and backward through the rows in micro-batches; returns this rank's share of the step's loss."""
+        """Forward and backward through the rows in micro-batches; returns this rank's share of the
+        step's loss."""
         objective, rows = self.objective, inputs["rows"]
         self._meter.start(self.state.global_step)
         if self.state.global_step == 0:
             self.before_first_step(rows or inputs["placeholder"])
         model.train()
         scale = self.accelerator.num_processes / float(num_items_in_batch or objective.count(rows) or 1)
-        # A rank without rows computes one completion with weight 0: the other ranks wait for its gradients.
+        # A rank without rows computes one completion with weight 0: the other ranks wait for its
+        # gradients.
         empty = not rows
         columns = flatten_rows(inputs["placeholder"] if empty else rows)
         micro_batches, share = self._micro_batches(columns, 1 if empty else objective.group)
@@ -167,7 +165,8 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The objective's mean loss and metrics on held-out rows. Every process computes all rows, so that all agree."""
+        """The objective's mean loss and metrics on held-out rows. Every process computes all rows,
+        so that all agree."""
         rows = self.objective.select(self._usable(list(eval_dataset or self.eval_dataset)), 0)
         if not rows:
             raise DataError("no held-out row has completions for this loss")
@@ -194,7 +193,8 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[Any, Any]:
-        """The batches of one optimizer step with the selected completions, and the number of loss terms on all ranks."""
+        """The batches of one optimizer step with the selected completions, and the number of loss
+        terms on all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         step = self.state.global_step
         batches = [
@@ -210,7 +210,8 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         return batches, self.accelerator.reduce(count, "sum").clamp(min=1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means since the last log, over this rank's completions, to what the Trainer reports."""
+        """Add the means since the last log, over this rank's completions, to what the Trainer
+        reports."""
         if "loss" in logs:
             logs = logs | {name: total / weight for name, (total, weight) in self._metrics.items()}
             logs |= self._meter.read(
@@ -233,8 +234,8 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         return dtype if dtype in ROUNDING else torch.float32
 
     def _micro_batches(self, columns: dict[str, Any], group: int) -> tuple[list[list[int]], bool]:
-        """Indices into the columns, one list per forward pass within the token budget, `group` neighbours together; and whether
-        the completions of a prompt share its forward."""
+        """Indices into the columns, one list per forward pass within the token budget, `group`
+        neighbours together; and whether the completions of a prompt share its forward."""
         prompts, completions = columns["prompt_token_ids"], columns["completion_token_ids"]
         if self._can_share and worth_sharing(prompts, completions):
             return shared_batches(prompts, completions, self.args.token_budget, group), True
@@ -253,13 +254,15 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         return rows
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Also set up FSDP on CPUs: torch can shard there, but accelerate only asks it to on accelerators."""
+        """Also set up FSDP on CPUs: torch can shard there, but accelerate only asks it to on
+        accelerators."""
         if self.args.fsdp and self.args.use_cpu and self.args.world_size > 1:
             PartialState().distributed_type = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()
 
     def get_train_dataloader(self) -> Any:
-        """This process's rows, in an order that depends on the seed and the epoch; an iterable dataset in its own order."""
+        """This process's rows, in an order that depends on the seed and the epoch; an iterable
+        dataset in its own order."""
         args, reader = self.args, self.train_dataset
         if isinstance(reader, torch.utils.data.IterableDataset):
             return super().get_train_dataloader()
@@ -278,7 +281,8 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         return str(Path(folder, UNFINISHED)) if self._saving else folder
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Write a checkpoint to a temporary folder, then rename it; raises TrainingError if it cannot be written."""
+        """Write a checkpoint to a temporary folder, then rename it; raises TrainingError if it
+        cannot be written."""
         state, folder = self.state, Path(self._get_output_dir(trial))
         self._saving = True
         try:
@@ -310,8 +314,8 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         return norm
 
     def _largest_over_ranks(self, number: int) -> int:
-        """The maximum of `number` over all ranks. A sharded model gathers its weights in every forward, so all ranks must run
-        equally many."""
+        """The maximum of `number` over all ranks. A sharded model gathers its weights in every
+        forward, so all ranks must run equally many."""
         if self.accelerator.num_processes == 1:
             return number
         return int(self.accelerator.gather(torch.tensor([number], device=self.args.device)).max())
@@ -327,15 +331,17 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
 
 
 class QRPOTrainer(CompletionTrainer):
-    """Trains a policy towards pi*(y|x) = ref(y|x) exp(f(q)/beta) / Z (arXiv 2507.08068), or with another loss (`args.loss`).
+    """Trains a policy towards pi*(y|x) = ref(y|x) exp(f(q)/beta) / Z (arXiv 2507.08068), or with
+    another loss (`args.loss`).
 
     `train_dataset` is one of
-    - rows with `prompt_token_ids`, `completion_token_ids` (K token lists) and what the loss needs: for QRPO
-      `quantile_reward` (K,) and `ref_logprob` (K,). Any map-style or iterable dataset of them, or a reader with
-      `iterate(epoch, start)` and a length;
-    - a list or `datasets.Dataset` in one of TRL's formats (see `qrpo.training.rows.training_rows`): quantiles are computed
-      from the rewards, and reference log-probabilities from `model` as it is given, or from its base if it is a PEFT model.
-    `eval_dataset` is of the same kind, in memory; with `eval_strategy` its mean loss is logged as `eval_loss`.
+    - rows with `prompt_token_ids`, `completion_token_ids` (K token lists) and what the loss needs:
+      for QRPO `quantile_reward` (K,) and `ref_logprob` (K,). Any map-style or iterable dataset of
+      them, or a reader with `iterate(epoch, start)` and a length;
+    - a list or `datasets.Dataset` in one of TRL's formats (see `qrpo.training.rows.training_rows`):
+      quantiles are computed from the rewards, and reference log-probabilities from `model` as it is
+      given, or from its base if it is a PEFT model. `eval_dataset` is of the same kind, in memory;
+      with `eval_strategy` its mean loss is logged as `eval_loss`.
     """
 
     def __init__(
@@ -356,7 +362,8 @@ class QRPOTrainer(CompletionTrainer):
         scaled = "quantile_reward" in objective.needs and get_transform(args.transform).needs_scale
         if scaled and args.mean_ref_std is None:
             args.mean_ref_std = _mean_ref_std(rows)
-        super().__init__(model, args, rows, objective, processing_class, callbacks, optimizers, eval_rows)
+        options = {"processing_class": processing_class, "callbacks": callbacks, "optimizers": optimizers}
+        super().__init__(model, args, rows, objective, eval_dataset=eval_rows, **options)
         if args.patience is not None:
             self.add_callback(EarlyStopping(args.patience))
         for given, encoded in ((train_dataset, rows), (eval_dataset, eval_rows)):
@@ -374,7 +381,8 @@ class QRPOTrainer(CompletionTrainer):
                 row["ref_logprob"] = ref_logprob_K
 
     def before_first_step(self, rows: Sequence[Any]) -> None:
-        """Compare the policy with the data's reference: before the first step they are the same model."""
+        """Compare the policy with the data's reference: before the first step they are the same
+        model."""
         if not rows or "ref_logprob" not in rows[0]:
             return
         limit = self.args.max_initial_log_ratio

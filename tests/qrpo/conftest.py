@@ -1,37 +1,31 @@
 """What the training tests share: a reference of one layer, and rows that it scored."""
 
-from collections.abc import Callable
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-Rows = list[dict[str, Any]]
-
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     """A random Llama of one layer with its tokenizer."""
     from qrpo.tiny import build_tiny_model
 
-    return build_tiny_model(
-        tmp_path_factory.mktemp("model"), ["some words", "and more"], hidden_size=16, layers=1
-    )
+    output = tmp_path_factory.mktemp("model")
+    return build_tiny_model(output, ["some words", "and more"], hidden_size=16, layers=1)
 
 
 @pytest.fixture(scope="session")
-def make_rows(folder: Path) -> Callable[[int, int], Rows]:
-    """So many prompts with so many completions each, random tokens, scored by the reference in `folder`."""
+def make_rows(folder):
+    """A function of numbers of prompts and completions: rows of random tokens, scored by the reference in `folder`."""
     from qrpo.training.logprobs import score_logprobs
     from qrpo.training.runs import load_policy
 
     @cache
-    def draw(prompts: int, completions: int) -> Rows:
+    def draw(prompts, completions):
         rng = np.random.default_rng(0)
 
-        def ids(low: int, high: int) -> list[int]:
+        def ids(low, high):
             return rng.integers(6, 250, size=rng.integers(low, high)).tolist()
 
         rows = [

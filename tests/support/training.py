@@ -1,7 +1,8 @@
 """Support of the training tests: one call that trains, and what the tests run in other processes.
 
-Run as a script this is a server that forks training runs. Importing torch and transformers takes seconds, and the kill
-test starts 22 runs: the server imports once, starts no thread, and forks a process for each run.
+Run as a script this is a server that forks training runs. Importing torch and transformers takes
+seconds, and the kill test starts 22 runs: the server imports once, starts no thread, and forks a
+process for each run.
 
     {"folder": ..., "shards": ..., "output": ..., "settings": {...}, "reports": ..., "full_from": null}   ->  {"pid": ...}
     "wait"                                                                                              ->  {"status": ...}
@@ -80,7 +81,8 @@ def plain_logprobs(model, prompts, completions):
 
 
 def train_and_yield(folder, rows, output, settings, sigterm_after=None):
-    """Train on pickled rows and yield what was reported. Rank 0 sends itself a SIGTERM after a step."""
+    """Train on pickled rows and yield what was reported. Rank 0 sends itself a SIGTERM after a
+    step."""
     import torch
 
     from qrpo.training.runs import train_policy
@@ -107,7 +109,8 @@ def start_ranks(processes, folder):
 
 
 def leave_pid_and_wait(folder):
-    """Write this process's id to a file named after its rank, yield the parent's, and wait forever."""
+    """Write this process's id to a file named after its rank, yield the parent's, and wait
+    forever."""
     Path(folder, os.environ["RANK"]).write_text(str(os.getpid()))
     yield os.getppid()
     time.sleep(1000)
