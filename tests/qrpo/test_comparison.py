@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from qrpo.errors import DataError
-from qrpo.evaluation.comparison import Contender, compare_methods
-from qrpo.evaluation.comparison import selection_half
+from qrpo.evaluation.comparison import Contender, compare_methods, selection_half
 
 PROMPTS = [f"prompt-{number}" for number in range(40)]
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from qrpo.errors import DataError
+from qrpo.evaluation.comparison import choose_best, selection_half
 from qrpo.evaluation.diversity import diversity
 from qrpo.evaluation.length_control import compare_at_equal_length, reward_per_token
-from qrpo.evaluation.comparison import choose_best, selection_half
 from qrpo.evaluation.statistics import sample_pairs, seeds_and_prompts, win_rates
 
 
