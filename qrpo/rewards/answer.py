@@ -1,9 +1,11 @@
 """Verifiable rewards: whether a completion gives the right answer, which is in the dataset.
 
-`math` lets `math-verify` find the last answer in the completion (LaTeX, `\\boxed`, fractions, percentages, sets, plain
-numbers) and compare it as mathematics: 1/2 equals 0.5. `exact` compares text, for choices and words.
+`math` lets `math-verify` find the last answer in the completion (LaTeX, `\\boxed`, fractions,
+percentages, sets, plain numbers) and compare it as mathematics: 1/2 equals 0.5. `exact` compares
+text, for choices and words.
 
-Runs in child processes (`qrpo.rewards.worker_pool`): some expressions never end in computer algebra.
+Runs in child processes (`qrpo.rewards.worker_pool`): some expressions never end in computer
+algebra.
 """
 
 import importlib.metadata
@@ -31,13 +33,13 @@ class AnswerRewardConfig(RewardSection):
     kind: Literal["answer"] = "answer"
     """Says that this reward compares with the right answer."""
     column: str = Field("answer", min_length=1)
-    """The dataset's column with the right answer; the reward does not apply to rows where it is null."""
+    """The column with the right answer; the reward does not apply where it is null."""
     match: Literal["math", "exact"] = "math"
     """`math`: equal as mathematics. `exact`: equal as text, ignoring case and spaces."""
     answer_after: str | None = Field(None, min_length=1)
     """In the column, the answer follows the last occurrence of this mark: `####` in GSM8K."""
     completion_after: str | None = Field(None, min_length=1)
-    """The same for completions; a completion without the mark is wrong. By default the whole completion is read."""
+    """The same for completions; without the mark a completion is wrong. Default: read all of it."""
     right: float = Field(1.0, allow_inf_nan=False)
     """Reward of a right answer."""
     wrong: float = Field(0.0, allow_inf_nan=False)
@@ -77,7 +79,7 @@ class AnswerRewardConfig(RewardSection):
 
 
 class AnswerReward:
-    """The comparison in this process, for `WorkerPool`. Needs the main thread: math-verify uses signals."""
+    """The comparison, in a worker. Needs the main thread, since math-verify uses signals."""
 
     def __init__(self, config: AnswerRewardConfig):
         self._config = config
@@ -118,7 +120,7 @@ class AnswerReward:
 
 
 def _after(text: str, mark: str | None) -> str | None:
-    """The text after the last mark; the whole text if no mark is given, None if the text lacks it."""
+    """The text after the last mark, all of it without a mark; None if the text lacks the mark."""
     if mark is None:
         return text
     _, found, rest = text.rpartition(mark)

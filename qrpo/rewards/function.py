@@ -2,9 +2,10 @@
 
     def reward(prompts, completions, answer, **columns) -> list[float | None]
 
-The function gets a batch: prompts and completions as strings, or as lists of messages where the dataset's prompts are
-messages; the sampled `completion_ids`; and the dataset's other columns by name. Parameters that it does not need may be
-omitted, `**columns` included. It may be `async`. None means "does not apply".
+The function gets a batch: prompts and completions as strings, or as lists of messages where the
+dataset's prompts are messages; the sampled `completion_ids`; and the dataset's other columns by
+name. Parameters that it does not need may be omitted, `**columns` included. It may be `async`. None
+means "does not apply".
 
 It runs in child processes (`qrpo.rewards.worker_pool`), with the folder of its file on `sys.path`.
 """
@@ -36,9 +37,9 @@ class FunctionRewardConfig(RewardSection):
     kind: Literal["function"] = "function"
     """Says that this reward is a Python function."""
     function: str = execution_option(...)
-    """`path/to/file.py:function` or `package.module:function`. Its source is in fingerprints, its path is not."""
+    """`path/file.py:function` or `package.module:function`. Fingerprints hold its source only."""
     version: str = ""
-    """Change it when the function's answers change for a reason outside its source: a data file, a package."""
+    """Change it when results change for a reason outside the source: a data file, a package."""
     batch_size: int = execution_option(256, ge=1)
     """Maximum number of completions per call."""
     workers: int = execution_option(1, ge=1)
@@ -73,7 +74,7 @@ class FunctionRewardConfig(RewardSection):
 
 
 class FunctionReward:
-    """A function in this process: one call per batch and form of prompt. Raises what the function raises."""
+    """A function in this process: one call per batch and form of prompt."""
 
     def __init__(self, target: str):
         self._target = target
@@ -96,7 +97,7 @@ class FunctionReward:
     def call(
         self, prompts: Sequence[Messages], completions: Sequence[str], columns: Columns, conversational: bool
     ) -> list[Score]:
-        """The function's checked result for the rows as one batch; RewardError where it fails as a whole."""
+        """The function's checked result for one batch; RewardError if it fails as a whole."""
         arguments: dict[str, Any] = {
             **{name: list(values) for name, values in columns.items()},
             "prompts": [_as_given(prompt, conversational) for prompt in prompts],

@@ -1,7 +1,7 @@
 """Score rows with an object that lives in one or several child processes, with a time-out per call.
 
-If a call on a batch raises, dies, hangs or returns the wrong number of scores, its rows are tried one by one, so one bad
-row costs no other row. The object is any with
+If a call on a batch raises, dies, hangs or returns the wrong number of scores, its rows are tried
+one by one, so one bad row costs no other row. The object is any with
 
     columns() -> the names of the columns that it needs, or None for all
     call(prompts, completions, columns, conversational) -> one Score per completion; RewardError fails the batch
@@ -27,7 +27,7 @@ _MAX_TIMEOUTS_AT_START, _MAX_TIMEOUTS = 3, 10
 
 
 class WorkerPool:
-    """A `Reward` whose object `target(*args)` lives in `workers` child processes, each started by its first batch."""
+    """A `Reward` with an object `target(*args)` in each of `workers` child processes."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class WorkerPool:
         *,
         conversational: Sequence[bool] | None = None,
     ) -> list[Score]:
-        """One score per completion, in order. RewardError if every row failed that it was ever given."""
+        """One score per completion; RewardError if every row so far failed."""
         count = len(completions)
         if not count:
             return []
@@ -142,7 +142,7 @@ class WorkerPool:
                 self._abandoned = False
 
     def _failed(self, error: Exception) -> Score:
-        """The score of a single row whose call failed; RewardError after too many time-outs in a row."""
+        """The score of a row whose call failed; RewardError after too many time-outs."""
         hung = isinstance(error, TimeoutError)
         with self._lock:
             self._timeouts = self._timeouts + 1 if hung else 0
