@@ -19,15 +19,15 @@ from pydantic import Field
 from qrpo.config import execution_option
 from qrpo.data.chat import Messages
 from qrpo.errors import ConfigError, RewardError
-from qrpo.rewards.protocol import Answers, Columns, Reward, RewardSection, Score
-from qrpo.rewards.worker_pool import WorkerPool
+from qrpo.rewards.protocol import Answers, Columns, Reward, Score
+from qrpo.rewards.worker_pool import WorkerSection
 
 __all__ = ["AnswerReward", "AnswerRewardConfig"]
 
 _SECONDS = 5  # limit for parsing one expression and for comparing two; an answer that takes longer is wrong
 
 
-class AnswerRewardConfig(RewardSection):
+class AnswerRewardConfig(WorkerSection):
     """A reward for the right answer."""
 
     kind: Literal["answer"] = "answer"
@@ -48,10 +48,6 @@ class AnswerRewardConfig(RewardSection):
     """Decimal places in which numbers must agree (`math`)."""
     batch_size: int = execution_option(64, ge=1)
     """Completions per call."""
-    workers: int = execution_option(1, ge=1)
-    """Concurrent processes."""
-    timeout: float = execution_option(60.0, gt=0.0)
-    """Maximum time for one call, in seconds; after it, its rows are tried one by one."""
 
     def identity(self) -> dict[str, Any]:
         """The versions of the packages that compare; ConfigError if they are not installed."""
@@ -67,15 +63,7 @@ class AnswerRewardConfig(RewardSection):
 
     def open(self, log: Path | None, answers: Answers | None) -> Reward:
         """The comparison in `workers` child processes."""
-        return WorkerPool(
-            "qrpo.rewards.answer:AnswerReward",
-            self,
-            name=self.name,
-            workers=self.workers,
-            batch_size=self.batch_size,
-            timeout=self.timeout,
-            log=log,
-        )
+        return self.pool("qrpo.rewards.answer:AnswerReward", self, name=self.name, log=log)
 
 
 class AnswerReward:

@@ -25,13 +25,13 @@ from qrpo.callables import load_callable, source_digests, split_target
 from qrpo.config import execution_option
 from qrpo.data.chat import Messages
 from qrpo.errors import ConfigError, QRPOError, RewardError
-from qrpo.rewards.protocol import Answers, Columns, Reward, RewardSection, Score
-from qrpo.rewards.worker_pool import WorkerPool
+from qrpo.rewards.protocol import Answers, Columns, Reward, Score
+from qrpo.rewards.worker_pool import WorkerSection
 
 __all__ = ["FunctionReward", "FunctionRewardConfig"]
 
 
-class FunctionRewardConfig(RewardSection):
+class FunctionRewardConfig(WorkerSection):
     """A reward that is a Python function."""
 
     kind: Literal["function"] = "function"
@@ -40,12 +40,6 @@ class FunctionRewardConfig(RewardSection):
     """`path/file.py:function` or `package.module:function`. Fingerprints hold its source only."""
     version: str = ""
     """Change it when results change for a reason outside the source: a data file, a package."""
-    batch_size: int = execution_option(256, ge=1)
-    """Maximum number of completions per call."""
-    workers: int = execution_option(1, ge=1)
-    """Concurrent processes, each of which imports the function."""
-    timeout: float = execution_option(60.0, gt=0.0)
-    """Maximum time for one call, in seconds; after it, its rows are tried one by one."""
 
     @field_validator("function")
     @classmethod
@@ -62,15 +56,8 @@ class FunctionRewardConfig(RewardSection):
 
     def open(self, log: Path | None, answers: Answers | None) -> Reward:
         """The function in `workers` child processes."""
-        return WorkerPool(
-            "qrpo.rewards.function:FunctionReward",
-            self.function,
-            name=self.function,
-            workers=self.workers,
-            batch_size=self.batch_size,
-            timeout=self.timeout,
-            log=log,
-        )
+        target = "qrpo.rewards.function:FunctionReward"
+        return self.pool(target, self.function, name=self.function, log=log)
 
 
 class FunctionReward:

@@ -15,15 +15,39 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from qrpo.config import execution_option
 from qrpo.data.chat import Messages
 from qrpo.errors import EngineError, RewardError
 from qrpo.processes.child import Child
-from qrpo.rewards.protocol import Columns, Score
+from qrpo.rewards.protocol import Columns, RewardSection, Score
 
-__all__ = ["WorkerPool"]
+__all__ = ["WorkerPool", "WorkerSection"]
 
 # time-outs in a row that end the run: before anything was scored, and after
 _MAX_TIMEOUTS_AT_START, _MAX_TIMEOUTS = 3, 10
+
+
+class WorkerSection(RewardSection):
+    """The settings of a reward that runs in a `WorkerPool`."""
+
+    batch_size: int = execution_option(256, ge=1)
+    """Maximum number of completions per call."""
+    workers: int = execution_option(1, ge=1)
+    """Concurrent processes."""
+    timeout: float = execution_option(60.0, gt=0.0)
+    """Maximum time for one call, in seconds; after it, its rows are tried one by one."""
+
+    def pool(self, target: str, argument: Any, *, name: str, log: Path | None) -> "WorkerPool":
+        """`target(argument)` in `workers` child processes."""
+        return WorkerPool(
+            target,
+            argument,
+            name=name,
+            workers=self.workers,
+            batch_size=self.batch_size,
+            timeout=self.timeout,
+            log=log,
+        )
 
 
 class WorkerPool:
