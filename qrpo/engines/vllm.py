@@ -1,10 +1,11 @@
 """vLLM's offline engine, driven step by step so that completions are available as they finish.
 
 Runs in the child process that `qrpo.engines.open_engine` starts. Decisions and reasons:
-- One request per (prompt, sample), each with its own seed: vLLM's `n` counts seeds up and would repeat samples.
-- Prompts in order, all samples of a prompt together: the prefix cache then computes each prompt once.
-- Requests are added as others finish, slightly more than run at once: memory does not grow with the number of prompts.
-- The engine's core runs in this process, which starts in seconds, unless a model is sharded over several GPUs.
+- One request per (prompt, sample), each with its own seed. vLLM's `n` counts seeds up and would
+  repeat samples.
+- All samples of a prompt in a row: the prefix cache then computes each prompt once.
+- Requests are added as others finish, so memory does not grow with the number of prompts.
+- The core runs in this process, which starts in seconds, unless a model is sharded over GPUs.
 - No chunked prefill on a CPU: together with seeds it crashes the engine.
 """
 

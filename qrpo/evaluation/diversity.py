@@ -1,7 +1,7 @@
 """Diversity of a model's samples of one prompt. A collapsed policy always gives the same answer.
 
     unique            share of different samples among a prompt's samples
-    distinct_1, _2    share of different tokens, and token bigrams, in all samples of a prompt (Li et al. 2016)
+    distinct_1, _2    share of different tokens, and bigrams, in a prompt's samples (Li et al. 2016)
     self_similarity   mean Jaccard overlap of the bigrams of two samples; 1: all equal, 0: nothing shared
 
 All are counts of tokens; no model is needed. Compare only values from the same number of samples

@@ -1,8 +1,8 @@
 """Rewards at equal length: is a better reward only a longer completion?
 
-    win rate at equal length    P(win | dlength = 0) under logit P(win) = a + b tanh(dlength / std(dlength)), the length
-                                term of AlpacaEval 2's length-controlled win rate (Dubois et al. 2024), fitted to all
-                                pairs of samples of the same prompt; prompts have equal weight
+    win rate at equal length    P(win | dlength = 0) under logit P(win) = a + b tanh(dlength / std):
+                                AlpacaEval 2's length term (Dubois et al. 2024), fitted to all pairs
+                                of samples of the same prompt; prompts have equal weight
     reward gain at equal length d in reward = (one constant per prompt) + b length + d [policy]
     reward per token            the slope of reward on length among one model's samples of the same prompt
 

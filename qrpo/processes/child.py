@@ -109,7 +109,7 @@ class Child:
                         reusable = True
                         return
                     if kind == "error":
-                        # The child stays usable after a QRPOError, except after an EngineError or within a stream.
+                        # usable after a QRPOError, but not after an EngineError or in a stream
                         reusable = type(payload[0]) not in (str, EngineError) and not yielded
                         raise self._error(process, *payload)
                     reusable = not streaming  # a call has one item, and its reader stops after it
@@ -205,7 +205,7 @@ class _Process:
         while True:
             wait = min(1.0, max(0.0, deadline - time.monotonic()))
             try:
-                # A grandchild may keep the connection open after the child died, so `alive` is checked as well.
+                # a grandchild may keep the connection open after the child died: check `alive` too
                 if self.connection.poll(wait) or (not self.alive() and self.connection.poll(0)):
                     return pickle.loads(self.connection.recv_bytes())  # type: ignore[no-any-return]  # noqa: S301
             except (EOFError, OSError):
@@ -252,8 +252,8 @@ class _Process:
 
 def _kill_group(popen: subprocess.Popen[bytes], connection: Connection, output: IO[bytes]) -> None:
     """Kill the child's process group and close the files that belong to it."""
-    # The group is signalled even if its leader has ended, since others of the group may still run. The leader is
-    # reaped only afterwards: until then no other group can get its number.
+    # The group is signalled even if its leader has ended, since others of the group may still run.
+    # The leader is reaped only afterwards: until then no other group can get its number.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(popen.pid, signal.SIGKILL)
     popen.wait()

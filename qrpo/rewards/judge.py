@@ -167,7 +167,7 @@ class JudgeReward:
                 f"the API key of {config.name}: the environment variable {config.api_key_env} is not set"
             )
         self._store = answers
-        # What decides an answer. How it is read afterwards is not included: changing that asks nothing again.
+        # What decides an answer; how it is read is not included, so changing that asks nothing again.
         asked = [config.version, config.read, config.pattern, config.template, config.rubric, config.body("")]
         self._group = _digest(asked)
         self._answers: dict[str, dict[str, Any]] | None = None  # by key; None until loaded

@@ -81,7 +81,7 @@ class ModelReward:
         self._max_length = config.max_length or context_length(config.model)
         self.model = load_reward_model(config.model, config.device)
         self._path = config.model.path
-        # a model with custom code may have several labels and still return one score: checked when it runs
+        # a model with custom code may have several labels and one score: checked when it runs
         if (labels := self.model.config.num_labels) != 1 and not config.model.trust_remote_code:
             raise ModelError(not_one_score(self._path, labels))
         self._batch_tokens = config.batch_tokens

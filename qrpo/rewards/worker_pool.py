@@ -4,7 +4,7 @@ If a call on a batch raises, dies, hangs or returns the wrong number of scores, 
 one by one, so one bad row costs no other row. The object is any with
 
     columns() -> the names of the columns that it needs, or None for all
-    call(prompts, completions, columns, conversational) -> one Score per completion; RewardError fails the batch
+    call(prompts, completions, columns, conversational) -> one Score per completion, or RewardError
 """
 
 import math
