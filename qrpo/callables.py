@@ -1,8 +1,8 @@
 """Python objects that a configuration names: `package.module:name` or `path/to/file.py:name`.
 
-`load_callable` imports one. `source_digests` identifies its code without running it: the file and the local files that
-its `import` statements reach. So editing a reward function, or a module that it uses, changes the fingerprint of its
-results. Data files that the code opens are not covered.
+`load_callable` imports one. `source_digests` identifies its code without running it: the file and
+the local files that its `import` statements reach. So editing a reward function, or a module that
+it uses, changes the fingerprint of its results. Data files that the code opens are not covered.
 """
 
 import ast
@@ -37,7 +37,8 @@ def split_target(target: str) -> tuple[str, str]:
 def load_callable(target: str) -> Callable[..., Any]:
     """Import the object that `target` names. Errors of importing its module are not caught.
 
-    A file's folder is put first on `sys.path`, as when Python runs the file, so that it can import its siblings.
+    A file's folder is put first on `sys.path`, as when Python runs the file, so that it can import
+    its siblings.
     """
     where, name = split_target(target)
     module = _load_file(_existing_file(where)) if where.endswith(".py") else _load_module(where)
@@ -51,11 +52,13 @@ def load_callable(target: str) -> Callable[..., Any]:
 
 
 def source_digests(target: str) -> dict[str, str]:
-    """sha256 of the file that `target` names and of the local files that it imports, by path relative to its root.
+    """sha256 of the file that `target` names and of the local files that it imports, by path
+    relative to its root.
 
-    The root is the file's folder, or for a module the folder of its top package; its location does not matter. Imports
-    from outside the root are not followed. A module of an installed package is its file and the package's version.
-    Nothing is imported or run. Raises ConfigError if the file is missing or has a syntax error.
+    The root is the file's folder, or for a module the folder of its top package; its location does
+    not matter. Imports from outside the root are not followed. A module of an installed package is
+    its file and the package's version. Nothing is imported or run. Raises ConfigError if the file
+    is missing or has a syntax error.
     """
     where, _ = split_target(target)
     if where.endswith(".py"):
@@ -170,7 +173,7 @@ def _module_files(root: Path, module: str) -> list[Path]:
 
 
 def _imported_modules(tree: ast.AST, name: str) -> Iterator[str]:
-    """Dotted names that a file (`name`, relative to the root) imports, relative imports resolved."""
+    """The dotted names that the file `name` (relative to the root) imports, relative ones resolved."""
     package = name.removesuffix(".py").split("/")[:-1]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -8,7 +8,8 @@ QRPOError
 ├── EngineError     a generation engine, or another child process, died
 └── TrainingError   training cannot continue (log-ratio mismatch at step 0, loss not finite, ...)
 
-A message says what was found, what was expected, where, and what to do. Internal invariants are asserted instead.
+A message says what was found, what was expected, where, and what to do. Internal invariants are
+asserted instead.
 """
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Deterministic pseudo-random choices: hashes of names, equal on every machine and in every version."""
+"""Deterministic random choices: hashes of names, equal on every machine."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ __all__ = ["seeded_hash"]
 
 
 def seeded_hash(*parts: object) -> bytes:
-    """The sha256 of the parts, joined by NUL bytes; bytes count as they are, anything else as its `str`."""
+    """The sha256 of the parts, joined by NUL bytes; parts other than bytes by their `str`."""
     return hashlib.sha256(
         b"\0".join(part if isinstance(part, bytes) else str(part).encode() for part in parts)
     ).digest()

@@ -1,8 +1,9 @@
 """Messages to token ids by the model's chat template, for all stages.
 
-A prompt's ids end where the assistant's turn begins. A completion's ids follow them, up to and including the token that
-ends the turn, as an engine samples them. Prompt and completion are encoded separately and concatenated, never sliced from
-one encoding, because a tokenizer may merge text across the boundary. Only the template adds a beginning-of-sequence token.
+A prompt's ids end where the assistant's turn begins. A completion's ids follow them, up to and
+including the token that ends the turn, as an engine samples them. Prompt and completion are encoded
+separately and concatenated, never sliced from one encoding, because a tokenizer may merge text
+across the boundary. Only the template adds a beginning-of-sequence token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -68,12 +69,14 @@ def encode_prompt(tokenizer: Any, messages: Messages) -> list[int]:
 
 
 def encode_completion(tokenizer: Any, messages: Messages, text: str) -> list[int]:
-    """Token ids that follow `encode_prompt(tokenizer, messages)` if the assistant answers `text`, end token included.
+    """Token ids that follow `encode_prompt(tokenizer, messages)` if the assistant answers `text`,
+    end token included.
 
-    The end token is the first special token after the text in the rendered conversation. If the template ends the turn
-    without one, the tokenizer's end-of-sequence token is added, since it ends sampled completions. Checks that prompt and
-    completion ids together decode to the rendered conversation up to the end token. Raises DataError if they do not, if
-    the text contains the end token, or if the template does not render the prompt as the conversation's beginning.
+    The end token is the first special token after the text in the rendered conversation. If the
+    template ends the turn without one, the tokenizer's end-of-sequence token is added, since it
+    ends sampled completions. Checks that prompt and completion ids together decode to the rendered
+    conversation up to the end token. Raises DataError if they do not, if the text contains the end
+    token, or if the template does not render the prompt as the conversation's beginning.
     """
     prompt = _render(tokenizer, messages, generation=True)
     whole = _render(tokenizer, [*messages, {"role": "assistant", "content": text}], generation=False)
@@ -110,9 +113,11 @@ def encode_completion(tokenizer: Any, messages: Messages, text: str) -> list[int
 
 
 def foreign_tokens(tokenizer: Any, prompt_token_ids: Sequence[int]) -> str | None:
-    """The reason why a prompt's ids cannot come from this tokenizer and chat template; None if they can.
+    """The reason why a prompt's ids cannot come from this tokenizer and chat template; None if they
+    can.
 
-    Text decoded from another tokenizer's ids is encoded to other ids; another template's prompts have another ending.
+    Text decoded from another tokenizer's ids is encoded to other ids; another template's prompts
+    have another ending.
     """
     ids = [int(token_id) for token_id in prompt_token_ids]
     if not ids:
@@ -135,12 +140,13 @@ def foreign_tokens(tokenizer: Any, prompt_token_ids: Sequence[int]) -> str | Non
 
 
 def encode_conversation(tokenizer: Any, messages: Messages) -> list[int]:
-    """Token ids of a complete conversation as the template renders it: the input of a reward model."""
+    """Token ids of a complete conversation as the template renders it; reward models read these."""
     return _encode(tokenizer, _render(tokenizer, messages, generation=False))
 
 
 def encode_conversations(tokenizer: Any, conversations: Sequence[Messages]) -> list[list[int] | DataError]:
-    """`encode_conversation` of many, in one call of the tokenizer; a DataError for each that the template refuses."""
+    """`encode_conversation` of many, in one call of the tokenizer; DataErrors in place of refused
+    ones."""
     rendered: dict[int, str] = {}
     results: dict[int, list[int] | DataError] = {}
     for row, messages in enumerate(conversations):
@@ -181,6 +187,6 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
-    """Control tokens. The first one after a completion's text ends the turn in every model family."""
+    """Control tokens. The first one after a completion's text ends the turn."""
     added = tokenizer.added_tokens_decoder.items()
     return {token_id for token_id, token in added if token.special} | set(tokenizer.all_special_ids)

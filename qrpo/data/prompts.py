@@ -8,9 +8,10 @@
 | `chosen`, `rejected` | their longest common prefix | the rest of both |
 | `messages` | up to the last user message | the answer, if there is one |
 
-As in TRL, if `prompt` is a string and `chosen` and `rejected` are messages, those messages contain the prompt. ShareGPT's
-`conversations` with `from` and `value` are read as `messages`. All other columns go into `metadata`, which reward functions
-receive. A row that cannot be used raises DataError with the reason; the caller records it as a reject.
+As in TRL, if `prompt` is a string and `chosen` and `rejected` are messages, those messages contain
+the prompt. ShareGPT's `conversations` with `from` and `value` are read as `messages`. All other
+columns go into `metadata`, which reward functions receive. A row that cannot be used raises
+DataError with the reason; the caller records it as a reject.
 """
 
 import hashlib
@@ -41,19 +42,19 @@ class PromptsConfig(Section):
     """The source of prompts, and which of them are held out."""
 
     source: str = outside_input(..., min_length=1)
-    """A JSONL, JSON, CSV or Parquet file (`.gz` and the like too): a path, glob or fsspec URL; or a Hugging Face
-    dataset, `hf://org/name[/config][@revision][:split]`."""
+    """A JSONL, JSON, CSV or Parquet file (`.gz` and the like too): a path, glob or fsspec URL; or a
+    Hugging Face dataset, `hf://org/name[/config][@revision][:split]`."""
     source_name: str | None = None
     """Value of the `source` column; by default the last part of the source's path."""
     columns: dict[Column, str | None] = Field(default_factory=dict)
-    """The dataset's own names for `prompt`, `completion`, `chosen`, `rejected`, `messages`, as `{prompt: question}`;
-    null keeps a column of that name out of it (it stays in the metadata)."""
+    """The dataset's own names for `prompt`, `completion`, `chosen`, `rejected`, `messages`, as
+    `{prompt: question}`; null keeps a column of that name out of it (it stays in the metadata)."""
     system_prompt: str | None = None
     """System message for conversations that have none."""
     limit: int | None = Field(None, ge=1)
     """Read only the first N rows."""
     eval_fraction: float = Field(0.0, ge=0.0, le=1.0)
-    """Share of prompts held out for evaluation, chosen by a hash of the prompt: new prompts do not move others."""
+    """Share of prompts held out for evaluation, by a hash of the prompt: new prompts move none."""
     eval_source: str | None = outside_input(None)
     """A source whose prompts are all held out, instead of `eval_fraction`."""
 
@@ -173,7 +174,7 @@ def _split_prompt(values: dict[Column, Any]) -> tuple[str | list[Message], list[
 
 
 def _split_common_prefix(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """The common prefix of `chosen` and `rejected`, and the rest of each: TRL's rule for an implicit prompt."""
+    """The common prefix of `chosen` and `rejected`, and the rest of each, as in TRL."""
     length = 0
     for one, other in zip(chosen, rejected, strict=False):
         if one != other:
@@ -249,7 +250,7 @@ def _joined_text(parts: Sequence[Any], where: str) -> str:
 
 
 def _jsonable(value: Any) -> Any:
-    """Plain JSON values; other types of Parquet and `datasets` (dates, decimals, bytes) become text."""
+    """Plain JSON values; other types of Parquet (dates, decimals, bytes) become text."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):

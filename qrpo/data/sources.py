@@ -1,8 +1,10 @@
-"""Rows of files and datasets, each with its location. An unreadable row is a DataError in its place.
+"""Rows of files and datasets, each with its location. An unreadable row is a DataError in its
+place.
 
-Supported are JSONL, JSON, CSV and Parquet, compressed or not, at a path, a glob or any fsspec URL, and Hugging Face
-datasets as `hf://org/name[/config][@revision][:split]` (also a folder: `hf:///path/to/folder:train`). Files are streamed,
-except `.json`. Errors of a whole file (missing, or not a Parquet file) are raised.
+Supported are JSONL, JSON, CSV and Parquet, compressed or not, at a path, a glob or any fsspec URL,
+and Hugging Face datasets as `hf://org/name[/config][@revision][:split]` (also a folder:
+`hf:///path/to/folder:train`). Files are streamed, except `.json`. Errors of a whole file (missing,
+or not a Parquet file) are raised.
 """
 
 import csv
@@ -61,7 +63,8 @@ def source_files(source: str) -> list[str]:
 def read_rows(source: str) -> Iterator[tuple[str, Row | DataError]]:
     """(where, row) for every row of the source, such as ("prompts.jsonl:17", {...}).
 
-    For a row that cannot be read, `row` is a DataError that names its location; reading continues after it.
+    For a row that cannot be read, `row` is a DataError that names its location; reading continues
+    after it.
     """
     if is_dataset(source):
         yield from _dataset_rows(source)

@@ -4,8 +4,8 @@
     vllm            vLLM's offline engine
     transformers    plain transformers, where vLLM is not installed and for quick tests
 
-`open_engine` returns an `Engine` in a child process. The process starts with the first sample, closing it frees all
-memory, and the next call restarts an engine that died.
+`open_engine` returns an `Engine` in a child process. The process starts with the first sample,
+closing it frees all memory, and the next call restarts an engine that died.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ class EngineConfig(Section):
     max_model_len: int | None = Field(None, ge=2)
     """Maximum tokens of prompt and completion together; by default the model's context length."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """More arguments for `vllm.LLM`, as its documentation names them (`quantization`, `kv_cache_dtype`, ...)."""
+    """More arguments for `vllm.LLM` (`quantization`, `kv_cache_dtype`, ...)."""
     max_num_seqs: int = execution_option(256, ge=1)
     """Completions that are generated at the same time."""
     max_num_batched_tokens: int | None = execution_option(None, ge=1)
@@ -41,8 +41,8 @@ class EngineConfig(Section):
     gpu_memory_utilization: float = execution_option(0.9, gt=0.0, le=1.0)
     """Share of the GPU's memory that vLLM uses."""
     kv_cache_gib: float | None = execution_option(None, gt=0.0)
-    """Size of the key-value cache in GiB; by default what gpu_memory_utilization leaves; on a CPU enough for
-    max_num_seqs, at most 4 GiB."""
+    """Size of the key-value cache in GiB; by default what gpu_memory_utilization leaves; on a CPU
+    enough for max_num_seqs, at most 4 GiB."""
     tensor_parallel_size: int = execution_option(1, ge=1)
     """GPUs that share each layer."""
     pipeline_parallel_size: int = execution_option(1, ge=1)
@@ -52,7 +52,7 @@ class EngineConfig(Section):
     separate_process: bool = execution_option(False)
     """Let vLLM run its core in another process: slower to start, somewhat faster on a fast GPU."""
     device: str | None = execution_option(None)
-    """Device of the transformers engine: `cpu`, `cuda`, `cuda:1`; by default the first GPU if there is one."""
+    """Device of the transformers engine (`cpu`, `cuda:1`); by default the first GPU, if any."""
 
 
 def open_engine(
@@ -60,8 +60,8 @@ def open_engine(
 ) -> Engine:
     """The configured engine on this model, not started yet; its output is appended to `log`.
 
-    `env` holds more environment variables, such as CUDA_VISIBLE_DEVICES. Raises ModelError if the model's folder is
-    unusable, ConfigError if max_model_len exceeds the model's context.
+    `env` holds more environment variables, such as CUDA_VISIBLE_DEVICES. Raises ModelError if the
+    model's folder is unusable, ConfigError if max_model_len exceeds the model's context.
     """
     context = context_length(model)
     if config.max_model_len is not None and config.max_model_len > context:

@@ -1,8 +1,10 @@
-"""The protocol of generation engines: requests, samples, sampling settings and seeds. Engines are in `qrpo.engines`.
+"""The protocol of generation engines: requests, samples, sampling settings and seeds. Engines are
+in `qrpo.engines`.
 
-Every sample of a prompt is a request with a seed derived from its identity. So sample 7 of a prompt is the same whether
-10 or 50 samples are requested, alone or among others, today or on another machine. (Engines that derive the seeds of `n`
-samples by counting up make neighbouring seeds share all but one sample.)
+Every sample of a prompt is a request with a seed derived from its identity. So sample 7 of a prompt
+is the same whether 10 or 50 samples are requested, alone or among others, today or on another
+machine. (Engines that derive the seeds of `n` samples by counting up make neighbouring seeds share
+all but one sample.)
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,7 +33,7 @@ class SamplingConfig(Section):
     max_tokens: int = Field(1024, ge=1)
     """Maximum length of a completion in tokens, end token included."""
     stop: tuple[str, ...] = ()
-    """Strings that end a completion when they appear; the text excludes them, the tokens include them."""
+    """Strings that end a completion; the text excludes them, the tokens include them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class Sample:
     finish_reason: Literal["stop", "length"]
     """`stop`: an end token or stop string; `length`: max_tokens were reached."""
     sampled_logprob: float
-    """Sum of the tokens' log-probabilities under the model, before temperature, top-p and the like."""
+    """Sum of the tokens' log-probabilities under the model, before temperature and top-p."""
 
 
 @runtime_checkable
@@ -66,16 +68,18 @@ class Engine(Protocol):
 
     @property
     def max_model_len(self) -> int:
-        """Maximum length of prompt and completion together, in tokens; known before the engine starts."""
+        """Maximum tokens of prompt and completion together; known before the engine starts."""
         ...
 
     def sample(
         self, requests: Sequence[SampleRequest], sampling: SamplingConfig
     ) -> Iterator[tuple[str, list[Sample]]]:
-        """Yield (key, samples in the order requested) for every request as it finishes, so in any order.
+        """Yield (key, samples in the order requested) for every request as it finishes, so in any
+        order.
 
-        Raises DataError before anything starts if a request does not fit (see `length_problem`), EngineError if the
-        engine dies: results already yielded stay valid, and the next call starts it again.
+        Raises DataError before anything starts if a request does not fit (see `length_problem`),
+        EngineError if the engine dies: results already yielded stay valid, and the next call starts
+        it again.
         """
         ...
 
@@ -92,8 +96,8 @@ def sample_seed(run_seed: int, prompt_id: str, sample_index: int, namespace: str
 def length_problem(prompt_token_ids: Sequence[int], max_model_len: int, max_tokens: int) -> str | None:
     """Why an engine cannot answer the prompt in full; None if it can.
 
-    Checked before the call, because an engine refuses the whole call for one prompt that is too long, and silently
-    shortens the completion of a prompt that nearly is.
+    Checked before the call, because an engine refuses the whole call for one prompt that is too
+    long, and silently shortens the completion of a prompt that nearly is.
     """
     length = len(prompt_token_ids)
     if length == 0:

@@ -1,9 +1,10 @@
 """Sampling with plain transformers: slower than vLLM, the same protocol.
 
-Runs in the child process that `qrpo.engines.open_engine` starts. Each sample has its own random stream (one uniform
-number per token, mapped to a token by the inverse of the cumulative distribution). So a completion depends on its seed
-and prompt and not on the rest of its batch, up to floating-point ties. Batches hold samples in the order requested,
-padded on the left; finished rows leave the batch at once.
+Runs in the child process that `qrpo.engines.open_engine` starts. Each sample has its own random
+stream (one uniform number per token, mapped to a token by the inverse of the cumulative
+distribution). So a completion depends on its seed and prompt and not on the rest of its batch, up
+to floating-point ties. Batches hold samples in the order requested, padded on the left; finished
+rows leave the batch at once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -140,7 +141,7 @@ class TransformersEngine:
 def _draw(
     logprobs_V: "np.ndarray[Any, np.dtype[np.float64]]", sampling: SamplingConfig, random: np.random.Generator
 ) -> int:
-    """Draw one token. Temperature, min-p, top-k and top-p mean what they mean in vLLM, in this order."""
+    """Draw one token. Temperature, min-p, top-k and top-p apply in this order, as in vLLM."""
     if sampling.temperature == 0.0:
         return int(logprobs_V.argmax())
     scaled_V = logprobs_V / sampling.temperature

@@ -1,10 +1,11 @@
 """vLLM's offline engine, driven step by step so that completions are available as they finish.
 
 Runs in the child process that `qrpo.engines.open_engine` starts. Decisions and reasons:
-- One request per (prompt, sample), each with its own seed: vLLM's `n` counts seeds up and would repeat samples.
-- Prompts in order, all samples of a prompt together: the prefix cache then computes each prompt once.
-- Requests are added as others finish, slightly more than run at once: memory does not grow with the number of prompts.
-- The engine's core runs in this process, which starts in seconds, unless a model is sharded over several GPUs.
+- One request per (prompt, sample), each with its own seed. vLLM's `n` counts seeds up and would
+  repeat samples.
+- All samples of a prompt in a row: the prefix cache then computes each prompt once.
+- Requests are added as others finish, so memory does not grow with the number of prompts.
+- The core runs in this process, which starts in seconds, unless a model is sharded over GPUs.
 - No chunked prefill on a CPU: together with seeds it crashes the engine.
 """
 
@@ -122,7 +123,7 @@ class VLLMEngine:
 
 
 def saved_dtype(hf_config: Any) -> str:
-    """The dtype that `auto` means elsewhere: the saved one. vLLM's `auto` silently turns float32 into bfloat16."""
+    """The saved dtype. (vLLM's own `auto` silently turns float32 into bfloat16.)"""
     dtype = getattr(hf_config, "dtype", None) or getattr(hf_config.get_text_config(), "dtype", None)
     return "auto" if dtype is None else str(dtype).removeprefix("torch.")
 
@@ -130,7 +131,8 @@ def saved_dtype(hf_config: Any) -> str:
 def cpu_kv_cache_bytes(hf_config: Any, max_model_len: int, max_num_seqs: int) -> int:
     """Key-value cache for `max_num_seqs` full sequences: at most 4 GiB, at least one sequence.
 
-    By default vLLM takes half of the machine's memory and fills it with zeros (3.5 s per GiB measured).
+    By default vLLM takes half of the machine's memory and fills it with zeros (3.5 s per GiB
+    measured).
     """
     text = hf_config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
@@ -144,7 +146,7 @@ def cpu_kv_cache_bytes(hf_config: Any, max_model_len: int, max_num_seqs: int) ->
 
 
 def require_cpu_heads(hf_config: Any, model: ModelConfig) -> None:
-    """Raise ModelError before the start for head sizes that vLLM would refuse only at the first step."""
+    """Raise ModelError for head sizes that vLLM would refuse only at the first step."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     supported = CPUAttentionBackend.get_supported_head_sizes()

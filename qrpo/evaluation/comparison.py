@@ -1,7 +1,9 @@
-"""The best of several models or training settings, chosen on one half of the prompts and reported on the other half.
+"""The best of several models or training settings, chosen on one half of the prompts and reported
+on the other half.
 
-The best of many looks better than it is on the prompts that chose it. The paper selects the same way. A hash of the
-prompt's id decides the half, so every model, run and machine uses the same halves.
+The best of many looks better than it is on the prompts that chose it. The paper selects the same
+way. A hash of the prompt's id decides the half, so every model, run and machine uses the same
+halves.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +35,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Contender:
-    """One setting of a method: its scores by name, (S, P) of S training seeds and P held-out prompts."""
+    """One setting of a method: scores (S, P) by name, of S training seeds and P prompts."""
 
     settings: Mapping[str, Any]
     scores_SP: Mapping[str, Floats]
@@ -50,8 +52,9 @@ def selection_half(prompt_ids: Sequence[str], seed: int = 0) -> npt.NDArray[np.b
 def choose_best(scores: Mapping[str, Floats], prompt_ids: Sequence[str], *, seed: int = 0) -> Choice:
     """The candidate with the highest mean score on one half of the prompts, reported on the other.
 
-    `scores` holds one value per prompt (P,) for each candidate: mean rewards or win rates; higher is better. The first
-    of equals wins. Raises DataError for fewer than two prompts, no candidate, or scores of another number of prompts.
+    `scores` holds one value per prompt (P,) for each candidate: mean rewards or win rates; higher
+    is better. The first of equals wins. Raises DataError for fewer than two prompts, no candidate,
+    or scores of another number of prompts.
     """
     if len(prompt_ids) < 2 or not scores or any(len(own) != len(prompt_ids) for own in scores.values()):
         lengths = {name: len(own) for name, own in scores.items()}
@@ -77,9 +80,12 @@ def compare_methods(
 ) -> dict[str, Any]:
     """Compare training methods, each with its best setting. For each method, in order:
 
-    - `settings` of its best contender, and `tried`: each setting with its mean on the half that chooses.
-    - `scores` of the best on the other half: `mean`, `standard_error` over seeds, `low` and `high` (95%).
-    - `behind`: the lead of the first method's best in `select_by`, prompt by prompt, with the same interval.
+    - `settings` of its best contender, and `tried`: each setting with its mean on the half that
+      chooses.
+    - `scores` of the best on the other half: `mean`, `standard_error` over seeds, `low` and `high`
+      (95%).
+    - `behind`: the lead of the first method's best in `select_by`, prompt by prompt, with the same
+      interval.
 
     Raises DataError if scores have different prompts, or fewer than two.
     """

@@ -1,10 +1,11 @@
 """Diversity of a model's samples of one prompt. A collapsed policy always gives the same answer.
 
     unique            share of different samples among a prompt's samples
-    distinct_1, _2    share of different tokens, and token bigrams, in all samples of a prompt (Li et al. 2016)
+    distinct_1, _2    share of different tokens, and bigrams, in a prompt's samples (Li et al. 2016)
     self_similarity   mean Jaccard overlap of the bigrams of two samples; 1: all equal, 0: nothing shared
 
-All are counts of tokens; no model is needed. Compare only values from the same number of samples per prompt.
+All are counts of tokens; no model is needed. Compare only values from the same number of samples
+per prompt.
 """
 
 from collections.abc import Hashable, Sequence
@@ -19,7 +20,8 @@ __all__ = ["diversity"]
 
 
 def diversity(samples: Sequence[Sequence[Hashable]], prompt: Ints) -> dict[str, dict[str, float]]:
-    """Each measure's mean over prompts and standard error; NaN if no prompt has enough data (two samples, a bigram).
+    """Each measure's mean over prompts and standard error; NaN if no prompt has enough data (two
+    samples, a bigram).
 
     `samples` are token ids (or words) of S completions, `prompt` (S,) numbers their prompts.
     """

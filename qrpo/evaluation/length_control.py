@@ -1,13 +1,13 @@
 """Rewards at equal length: is a better reward only a longer completion?
 
-    win rate at equal length    P(win | dlength = 0) under logit P(win) = a + b tanh(dlength / std(dlength)), the length
-                                term of AlpacaEval 2's length-controlled win rate (Dubois et al. 2024), fitted to all
-                                pairs of samples of the same prompt; prompts have equal weight
+    win rate at equal length    P(win | dlength = 0) under logit P(win) = a + b tanh(dlength / std):
+                                AlpacaEval 2's length term (Dubois et al. 2024), fitted to all pairs
+                                of samples of the same prompt; prompts have equal weight
     reward gain at equal length d in reward = (one constant per prompt) + b length + d [policy]
     reward per token            the slope of reward on length among one model's samples of the same prompt
 
-Lengths are in tokens. Standard errors are clustered by prompt (sandwich estimator). They describe the fit, not whether
-length causes the reward.
+Lengths are in tokens. Standard errors are clustered by prompt (sandwich estimator). They describe
+the fit, not whether length causes the reward.
 """
 
 from dataclasses import asdict, dataclass
@@ -34,10 +34,12 @@ class Slope:
 def compare_at_equal_length(
     reward: Floats, length: Floats, prompt: Ints, ref_reward: Floats, ref_length: Floats, ref_prompt: Ints
 ) -> dict[str, Any]:
-    """A model's samples against the reference's, unadjusted and at equal length; plain numbers, for JSON.
+    """A model's samples against the reference's, unadjusted and at equal length; plain numbers, for
+    JSON.
 
-    Keys: `win_rate` (`mean`, `low`, `high`, `confidence`), `reward_gain` and `reward_gain_unadjusted` (`mean`,
-    `standard_error`), and `reward_per_token` of the `model` and the `reference`.
+    Keys: `win_rate` (`mean`, `low`, `high`, `confidence`), `reward_gain` and
+    `reward_gain_unadjusted` (`mean`, `standard_error`), and `reward_per_token` of the `model` and
+    the `reference`.
     """
     mine, theirs = sample_pairs(prompt, ref_prompt)
     won = (reward[mine] > ref_reward[theirs]) + 0.5 * (reward[mine] == ref_reward[theirs])
@@ -70,7 +72,8 @@ def reward_per_token(reward: Floats, length: Floats, prompt: Ints) -> Slope:
 def _win_rate(won: Floats, longer_by: Floats, prompt: Ints) -> dict[str, float]:
     """P(win) at equal length, by logistic regression with standard errors clustered by prompt.
 
-    An additional prompt, with a tie at each extreme of length, keeps the fit finite if a model always wins.
+    An additional prompt, with a tie at each extreme of length, keeps the fit finite if a model
+    always wins.
     """
     _, index, counts = np.unique(prompt, return_inverse=True, return_counts=True)
     spread = longer_by.std()
@@ -93,7 +96,7 @@ def _win_rate(won: Floats, longer_by: Floats, prompt: Ints) -> dict[str, float]:
 
 
 def _within_prompts(values: Floats, regressors: Floats, prompt: Ints) -> tuple[Floats, Floats]:
-    """Least squares with one constant per prompt: coefficients and clustered standard errors, (R,) each."""
+    """Least squares with one constant per prompt: coefficients and clustered errors, (R,) each."""
     design = np.stack([_centred(column, prompt) for column in regressors.T], axis=1)
     scale = np.sqrt((design**2).mean(axis=0))
     design = design / np.where(scale > 0, scale, 1.0)

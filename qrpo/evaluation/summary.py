@@ -1,7 +1,7 @@
 """Compare models with the reference on held-out prompts, from a table of scored samples.
 
-`summarise` combines `statistics`, `length_control`, `diversity` and `comparison`, which take plain arrays and can be used
-alone. `prompt_scores` gives scores per prompt, to compare runs.
+`summarise` combines `statistics`, `length_control`, `diversity` and `comparison`, which take plain
+arrays and can be used alone. `prompt_scores` gives scores per prompt, to compare runs.
 """
 
 import math
@@ -48,16 +48,19 @@ Score = Literal["reward", "quantile_reward", "length", "win_rate", "kl"]
 def summarise(
     table: Any, config: PolicyConfig | None = None, *, num_ref: int | None = None, seed: int = 0
 ) -> dict[str, Any]:
-    """Compare the models of an evaluation table with the reference; plain numbers, for JSON (null for unknown values).
+    """Compare the models of an evaluation table with the reference; plain numbers, for JSON (null
+    for unknown values).
 
-    `table`: a `pyarrow.Table` or a mapping of columns, one row per sample: `prompt_id`, `model` (reference, policy, and
-    any others), `sample_index`, `reward`, `quantile_reward`, `model_logprob` (under the model that drew it),
-    `ref_logprob`, `finish_reason`, `token_ids`. Rows whose reward is null are excluded.
+    `table`: a `pyarrow.Table` or a mapping of columns, one row per sample: `prompt_id`, `model`
+    (reference, policy, and any others), `sample_index`, `reward`, `quantile_reward`,
+    `model_logprob` (under the model that drew it), `ref_logprob`, `finish_reason`, `token_ids`.
+    Rows whose reward is null are excluded.
 
-    The result describes `policy` and `reference` and compares the two: `win_rate`, `kl`, `length_controlled`. If the
-    table has other models, `others` holds the same of each, and `best` the model with the highest reward, chosen on one
-    half of the prompts and reported on the other. With a QRPO `config`, `theory` holds the values at the optimum for its
-    transform and beta, and with `num_ref` the values attainable from quantiles of this many references.
+    The result describes `policy` and `reference` and compares the two: `win_rate`, `kl`,
+    `length_controlled`. If the table has other models, `others` holds the same of each, and `best`
+    the model with the highest reward, chosen on one half of the prompts and reported on the other.
+    With a QRPO `config`, `theory` holds the values at the optimum for its transform and beta, and
+    with `num_ref` the values attainable from quantiles of this many references.
     """
     samples = _samples(table)
     if not {"policy", "reference"} <= samples.keys():
@@ -90,10 +93,11 @@ def summarise(
 
 
 def prompt_scores(table: Any, score: Score) -> tuple[list[str], dict[str, Floats]]:
-    """Prompt ids (P,) and each model's mean score of each (P,), of the prompts that every model has samples of.
+    """Prompt ids (P,) and each model's mean score of each (P,), of the prompts that every model has
+    samples of.
 
-    `win_rate` and `kl` are against the reference, which then has no entry. Input of `choose_best` and
-    `seeds_and_prompts`.
+    `win_rate` and `kl` are against the reference, which then has no entry. Input of `choose_best`
+    and `seeds_and_prompts`.
     """
     samples = _samples(table)
     shared = sorted(set.intersection(*(set(own.prompt_ids) for own in samples.values())))
@@ -112,7 +116,7 @@ def prompt_scores(table: Any, score: Score) -> tuple[list[str], dict[str, Floats
 
 @dataclass(frozen=True)
 class _Samples:
-    """One model's S scored samples; `prompt` (S,) numbers the table's prompts in the order of their ids."""
+    """One model's S scored samples; `prompt` (S,) numbers the prompts in the order of their ids."""
 
     prompt_ids: list[str]
     prompt: Ints
@@ -168,7 +172,7 @@ def _samples(table: Any) -> dict[str, _Samples]:
 
 
 def _describe(own: _Samples) -> dict[str, Any]:
-    """One model by itself. `reward_by_draw`: mean reward of all prompts' first samples, of their second, ..."""
+    """One model. `reward_by_draw`: mean reward of all first samples, of all second, ..."""
     return {
         "samples": len(own.reward),
         "reward": mean_by_prompt(own.reward, own.prompt),
@@ -198,7 +202,7 @@ def _compare(own: _Samples, reference: _Samples, seed: int) -> dict[str, Any]:
 
 
 def json_numbers(value: Any) -> Any:
-    """Replace numbers that JSON lacks (NaN, infinity) by None, such as the standard error of a single prompt."""
+    """Replace numbers that JSON lacks (NaN, infinity) by None."""
     if isinstance(value, dict):
         return {key: json_numbers(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,17 +1,20 @@
 """Run an object in a child process that frees all its memory and never outlives its parent.
 
-Generation engines and reward models leave memory allocated, start processes and sometimes crash. `Child` keeps such an
-object in a child process and forwards calls of its methods. It guarantees:
+Generation engines and reward models leave memory allocated, start processes and sometimes crash.
+`Child` keeps such an object in a child process and forwards calls of its methods. It guarantees:
 
 - The child leads a process group. Closing it, or abandoning an iterator, kills the whole group.
-- The child kills its group when the parent ends, even by SIGKILL: a thread in the child compares `os.getppid()` with
-  the parent's id. (PR_SET_PDEATHSIG acts on the end of the *thread* that started the child.)
-- The child computes ahead of the reader by a bounded number of bytes, so an engine stays busy while results are stored.
-- Output goes to a log file. A QRPOError is raised in the parent as it is; any other error becomes an EngineError that
-  names the log.
+- The child kills its group when the parent ends, even by SIGKILL: a thread in the child compares
+  `os.getppid()` with the parent's id. (PR_SET_PDEATHSIG acts on the end of the *thread* that
+  started the child.)
+- The child computes ahead of the reader by a bounded number of bytes, so an engine stays busy while
+  results are stored.
+- Output goes to a log file. A QRPOError is raised in the parent as it is; any other error becomes
+  an EngineError that names the log.
 
-The child is a new interpreter, not a fork: it shares no threads and no CUDA state with the parent. It does not import
-the parent's main script, so scripts need no `if __name__ == "__main__"`. Its code is `qrpo.processes.serving`.
+The child is a new interpreter, not a fork: it shares no threads and no CUDA state with the parent.
+It does not import the parent's main script, so scripts need no `if __name__ == "__main__"`. Its
+code is `qrpo.processes.serving`.
 """
 
 import contextlib
@@ -42,11 +45,13 @@ _BOOT = (
 
 
 class Child:
-    """An object in a child process. The first call starts the process and creates the object as `target(*args)`.
+    """An object in a child process. The first call starts the process and creates the object as
+    `target(*args)`.
 
-    Calls from several threads are served one after another. If the child died or was killed, the next call starts a
-    new one. Output is appended to `log`; without `log` it is kept only for error messages. With `patience`, a child
-    whose call is abandoned receives SIGTERM and has this many seconds to save its state.
+    Calls from several threads are served one after another. If the child died or was killed, the
+    next call starts a new one. Output is appended to `log`; without `log` it is kept only for error
+    messages. With `patience`, a child whose call is abandoned receives SIGTERM and has this many
+    seconds to save its state.
     """
 
     def __init__(
@@ -73,16 +78,16 @@ class Child:
         return self._process.popen.pid if self._process and self._process.alive() else None
 
     def call(self, method: str, *args: Any, timeout: float | None = None) -> Any:
-        """Return the result of a method. After `timeout` seconds, kill the child and raise TimeoutError."""
+        """The result of a method; TimeoutError after `timeout` seconds, and the child is killed."""
         with contextlib.closing(self._exchange(method, args, timeout, streaming=False)) as answers:
             return next(answers)
 
     def stream(self, method: str, *args: Any) -> Iterator[Any]:
-        """Yield the items of a generator method as they arrive. Closing the iterator early kills the child."""
+        """Yield a generator method's items as they arrive. Closing the iterator kills the child."""
         return self._exchange(method, args, None, streaming=True)
 
     def close(self, grace: float = 5.0) -> None:
-        """Stop the child: it has `grace` seconds to clean up, then its group is killed. A later call restarts it."""
+        """Give the child `grace` seconds to clean up, then kill its group. A call restarts it."""
         process, self._process = self._process, None
         if process is not None:
             process.stop(grace)
@@ -104,7 +109,7 @@ class Child:
                         reusable = True
                         return
                     if kind == "error":
-                        # The child stays usable after a QRPOError, except after an EngineError or within a stream.
+                        # usable after a QRPOError, but not after an EngineError or in a stream
                         reusable = type(payload[0]) not in (str, EngineError) and not yielded
                         raise self._error(process, *payload)
                     reusable = not streaming  # a call has one item, and its reader stops after it
@@ -180,7 +185,7 @@ class _Process:
         return self._status() is None
 
     def _status(self) -> int | None:
-        """The exit code, or minus the signal; None while it runs. Does not reap the process, see `_kill_group`."""
+        """The exit code, or minus the signal; None while it runs. Does not reap the process."""
         if self.popen.returncode is not None:
             return self.popen.returncode
         ended = os.waitid(os.P_PID, self.popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -200,7 +205,7 @@ class _Process:
         while True:
             wait = min(1.0, max(0.0, deadline - time.monotonic()))
             try:
-                # A grandchild may keep the connection open after the child died, so `alive` is checked as well.
+                # a grandchild may keep the connection open after the child died: check `alive` too
                 if self.connection.poll(wait) or (not self.alive() and self.connection.poll(0)):
                     return pickle.loads(self.connection.recv_bytes())  # type: ignore[no-any-return]  # noqa: S301
             except (EOFError, OSError):
@@ -247,8 +252,8 @@ class _Process:
 
 def _kill_group(popen: subprocess.Popen[bytes], connection: Connection, output: IO[bytes]) -> None:
     """Kill the child's process group and close the files that belong to it."""
-    # The group is signalled even if its leader has ended, since others of the group may still run. The leader is
-    # reaped only afterwards: until then no other group can get its number.
+    # The group is signalled even if its leader has ended, since others of the group may still run.
+    # The leader is reaped only afterwards: until then no other group can get its number.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(popen.pid, signal.SIGKILL)
     popen.wait()

@@ -1,7 +1,8 @@
-"""Record SIGTERM, which schedulers send some seconds before they take a machine away, and act on it between two steps.
+"""Record SIGTERM, which schedulers send some seconds before they take a machine away, and act on it
+between two steps.
 
-Python runs signal handlers in the main thread alone, and training may run in another. So the code that owns the main
-thread enters `noting_sigterm`, and the training loop asks `sigterm_came`.
+Python runs signal handlers in the main thread alone, and training may run in another. So the code
+that owns the main thread enters `noting_sigterm`, and the training loop asks `sigterm_came`.
 """
 
 import signal
@@ -16,7 +17,7 @@ _came = threading.Event()
 
 @contextmanager
 def noting_sigterm() -> Iterator[None]:
-    """Record a SIGTERM instead of ending the process while the block runs; no effect outside the main thread."""
+    """Record SIGTERM instead of ending the process; no effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""The child's side of `qrpo.processes.child`: create the object, answer calls, end with the parent."""
+"""The child's side of `qrpo.processes.child`: create the object and answer calls."""
 
 import gc
 import os
@@ -100,7 +100,7 @@ def _last_lines(error: BaseException) -> str:
 
 
 class GeneratorFunction:
-    """A generator function ("module:function" or "file.py:function") as an object with the method `run`."""
+    """A generator function, named as for `load_callable`, as an object with the method `run`."""
 
     def __init__(self, target: str):
         self._function = load_callable(target)

@@ -11,9 +11,9 @@
     code           kind `code`: the share of tests that the completion's code passes in the sandbox
     worker_pool    child processes for code that may hang or crash
 
-`open_reward` returns a `Reward` that starts what it needs with the first call, in child processes where it runs foreign
-code or takes much memory. A row that cannot be scored gets an `error` in its place; a reward that scores no row at all
-raises RewardError.
+`open_reward` returns a `Reward` that starts what it needs with the first call, in child processes
+where it runs foreign code or takes much memory. A row that cannot be scored gets an `error` in its
+place; a reward that scores no row at all raises RewardError.
 
 To add a kind, write one module like the others:
 
@@ -37,9 +37,9 @@ To add a kind, write one module like the others:
 
         def close(self): ...
 
-and add it to `RewardConfig` below. `protocol` defines what each method must do. Use a `WorkerPool` for code that may hang
-or crash, a `qrpo.processes.child.Child` for memory that must be freed, and the `answers` given to `open` for answers that
-cost money.
+and add it to `RewardConfig` below. `protocol` defines what each method must do. Use a `WorkerPool`
+for code that may hang or crash, a `qrpo.processes.child.Child` for memory that must be freed, and
+the `answers` given to `open` for answers that cost money.
 """
 
 from pathlib import Path
@@ -78,7 +78,8 @@ RewardConfig = Annotated[
 
 
 def open_reward(config: RewardSection, *, log: Path | None = None, answers: Answers | None = None) -> Reward:
-    """The configured reward. Children append their output to `log`; answers that cost money are stored in `answers`.
+    """The configured reward. Children append their output to `log`; answers that cost money are
+    stored in `answers`.
 
     Raises ConfigError or ModelError at once if something that it needs is missing.
     """

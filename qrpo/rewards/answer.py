@@ -1,9 +1,11 @@
 """Verifiable rewards: whether a completion gives the right answer, which is in the dataset.
 
-`math` lets `math-verify` find the last answer in the completion (LaTeX, `\\boxed`, fractions, percentages, sets, plain
-numbers) and compare it as mathematics: 1/2 equals 0.5. `exact` compares text, for choices and words.
+`math` lets `math-verify` find the last answer in the completion (LaTeX, `\\boxed`, fractions,
+percentages, sets, plain numbers) and compare it as mathematics: 1/2 equals 0.5. `exact` compares
+text, for choices and words.
 
-Runs in child processes (`qrpo.rewards.worker_pool`): some expressions never end in computer algebra.
+Runs in child processes (`qrpo.rewards.worker_pool`): some expressions never end in computer
+algebra.
 """
 
 import importlib.metadata
@@ -17,27 +19,27 @@ from pydantic import Field
 from qrpo.config import execution_option
 from qrpo.data.chat import Messages
 from qrpo.errors import ConfigError, RewardError
-from qrpo.rewards.protocol import Answers, Columns, Reward, RewardSection, Score
-from qrpo.rewards.worker_pool import WorkerPool
+from qrpo.rewards.protocol import Answers, Columns, Reward, Score
+from qrpo.rewards.worker_pool import WorkerSection
 
 __all__ = ["AnswerReward", "AnswerRewardConfig"]
 
 _SECONDS = 5  # limit for parsing one expression and for comparing two; an answer that takes longer is wrong
 
 
-class AnswerRewardConfig(RewardSection):
+class AnswerRewardConfig(WorkerSection):
     """A reward for the right answer."""
 
     kind: Literal["answer"] = "answer"
     """Says that this reward compares with the right answer."""
     column: str = Field("answer", min_length=1)
-    """The dataset's column with the right answer; the reward does not apply to rows where it is null."""
+    """The column with the right answer; the reward does not apply where it is null."""
     match: Literal["math", "exact"] = "math"
     """`math`: equal as mathematics. `exact`: equal as text, ignoring case and spaces."""
     answer_after: str | None = Field(None, min_length=1)
     """In the column, the answer follows the last occurrence of this mark: `####` in GSM8K."""
     completion_after: str | None = Field(None, min_length=1)
-    """The same for completions; a completion without the mark is wrong. By default the whole completion is read."""
+    """The same for completions; without the mark a completion is wrong. Default: read all of it."""
     right: float = Field(1.0, allow_inf_nan=False)
     """Reward of a right answer."""
     wrong: float = Field(0.0, allow_inf_nan=False)
@@ -46,10 +48,6 @@ class AnswerRewardConfig(RewardSection):
     """Decimal places in which numbers must agree (`math`)."""
     batch_size: int = execution_option(64, ge=1)
     """Completions per call."""
-    workers: int = execution_option(1, ge=1)
-    """Concurrent processes."""
-    timeout: float = execution_option(60.0, gt=0.0)
-    """Maximum time for one call, in seconds; after it, its rows are tried one by one."""
 
     def identity(self) -> dict[str, Any]:
         """The versions of the packages that compare; ConfigError if they are not installed."""
@@ -65,19 +63,11 @@ class AnswerRewardConfig(RewardSection):
 
     def open(self, log: Path | None, answers: Answers | None) -> Reward:
         """The comparison in `workers` child processes."""
-        return WorkerPool(
-            "qrpo.rewards.answer:AnswerReward",
-            self,
-            name=self.name,
-            workers=self.workers,
-            batch_size=self.batch_size,
-            timeout=self.timeout,
-            log=log,
-        )
+        return self.pool("qrpo.rewards.answer:AnswerReward", self, name=self.name, log=log)
 
 
 class AnswerReward:
-    """The comparison in this process, for `WorkerPool`. Needs the main thread: math-verify uses signals."""
+    """The comparison, in a worker. Needs the main thread, since math-verify uses signals."""
 
     def __init__(self, config: AnswerRewardConfig):
         self._config = config
@@ -118,7 +108,7 @@ class AnswerReward:
 
 
 def _after(text: str, mark: str | None) -> str | None:
-    """The text after the last mark; the whole text if no mark is given, None if the text lacks it."""
+    """The text after the last mark, all of it without a mark; None if the text lacks the mark."""
     if mark is None:
         return text
     _, found, rest = text.rpartition(mark)

@@ -1,11 +1,12 @@
 """An asynchronous client of an OpenAI-compatible server that retries with limits.
 
-Retried are lost connections, time-outs, and the statuses that mean "later" or "server error". Waits double and have
-jitter. Where the server sends Retry-After, no request at all goes out before that time. Other statuses are not retried.
-The API key is sent in the request's header and removed from every error message.
+Retried are lost connections, time-outs, and the statuses that mean "later" or "server error". Waits
+double and have jitter. Where the server sends Retry-After, no request at all goes out before that
+time. Other statuses are not retried. The API key is sent in the request's header and removed from
+every error message.
 
-The `openai` package is not used: its waits between attempts are private constants (0.5 to 8 s, where `backoff` is a
-setting here), and its Retry-After delays one request, not all of them.
+The `openai` package is not used: its waits between attempts are private constants (0.5 to 8 s,
+where `backoff` is a setting here), and its Retry-After delays one request, not all of them.
 """
 
 import asyncio
@@ -40,7 +41,7 @@ class RequestFailed(Exception):
 
 
 class ChatClient:
-    """Sends requests to one server's `/chat/completions`. Enter `http` first; use it in one event loop."""
+    """A client of one server's `/chat/completions`, for one event loop. Enter `http` first."""
 
     def __init__(
         self,
@@ -65,7 +66,8 @@ class ChatClient:
     async def complete(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Return the answer to one request body.
 
-        Raises RequestFailed where this request has no answer, RewardError where no request would have one.
+        Raises RequestFailed where this request has no answer, RewardError where no request would
+        have one.
         """
         problem = ""
         for attempt in range(self._attempts):

@@ -1,8 +1,8 @@
 """The code reward: the share of tests that a completion's code passes in `qrpo.sandbox`.
 
-The tests are in columns of the dataset: `check(candidate)` as in LeetCodeDataset and HumanEval, or inputs and expected
-outputs of a program that reads standard input. A completion without code has reward 0; a row with broken tests has an
-error. `run_tests` returns the verdicts themselves.
+The tests are in columns of the dataset: `check(candidate)` as in LeetCodeDataset and HumanEval, or
+inputs and expected outputs of a program that reads standard input. A completion without code has
+reward 0; a row with broken tests has an error. `run_tests` returns the verdicts themselves.
 """
 
 import importlib.metadata
@@ -41,7 +41,7 @@ class CodeRewardConfig(RewardSection):
     entry_point: str = "entry_point"
     """The column with the expression that they call, such as `add` or `Solution().twoSum`."""
     preamble: str | None = None
-    """The column with source that precedes solution and tests: imports, `class TreeNode`. LeetCodeDataset's is `prompt`."""
+    """The column with source that precedes solution and tests; LeetCodeDataset's is `prompt`."""
     inputs: str = "inputs"
     """The column with a program's inputs: a string or a list of strings."""
     outputs: str = "outputs"
@@ -49,11 +49,11 @@ class CodeRewardConfig(RewardSection):
     limits: Limits = Limits()
     """What one solution may use."""
     packages: tuple[str, ...] = ()
-    """Modules that solutions and tests may import besides the standard library; installed here, without dependencies."""
+    """Installed modules that solutions and tests may import; they may not need others."""
     workers: int | None = execution_option(None, ge=1)
     """Solutions that run in parallel, by default one per core."""
     allow_unsandboxed: bool = False
-    """Run the code WITHOUT the sandbox, with all rights of this user. Never use it for code that a model wrote."""
+    """Run the code WITHOUT the sandbox, with all rights of this user. Never for a model's code."""
 
     def identity(self) -> dict[str, Any]:
         """The version of the judging, of the Python that runs the code, and of its packages."""
@@ -66,9 +66,11 @@ class CodeRewardConfig(RewardSection):
 
 
 def fenced_code(text: str, mention: str = "") -> str | None:
-    """The code in the text's last fenced Python block that contains `mention`, or else its last; None without one.
+    """The code in the text's last fenced Python block that contains `mention`, or else its last;
+    None without one.
 
-    Blocks without a language count as Python. A block without a closing fence extends to the end of the text.
+    Blocks without a language count as Python. A block without a closing fence extends to the end of
+    the text.
     """
     blocks: list[str] = []
     lines: list[str] = []
@@ -119,7 +121,7 @@ class CodeReward:
         ]
 
     def verdicts(self, completions: Sequence[str], columns: Columns) -> list[Verdict | DataError]:
-        """The verdict on each completion, in order; a DataError if the row's tests cannot be used."""
+        """The verdict on each completion; a DataError if the row's tests cannot be used."""
         results: dict[int, Verdict | DataError] = {}
         solutions: dict[int, tuple[str, CheckTests | ProgramTests]] = {}
         for row, completion in enumerate(completions):
@@ -149,8 +151,8 @@ def run_tests(
 ) -> list[Verdict | DataError]:
     """The verdict on each completion (`share` of tests passed, `all_passed`), in order.
 
-    `columns` holds the tests by the names in `config`, one value per completion. A row whose tests cannot be used has a
-    DataError in its place. Raises RewardError if bubblewrap is missing.
+    `columns` holds the tests by the names in `config`, one value per completion. A row whose tests
+    cannot be used has a DataError in its place. Raises RewardError if bubblewrap is missing.
     """
     reward = CodeReward(config)
     try:

@@ -2,9 +2,10 @@
 
     def reward(prompts, completions, answer, **columns) -> list[float | None]
 
-The function gets a batch: prompts and completions as strings, or as lists of messages where the dataset's prompts are
-messages; the sampled `completion_ids`; and the dataset's other columns by name. Parameters that it does not need may be
-omitted, `**columns` included. It may be `async`. None means "does not apply".
+The function gets a batch: prompts and completions as strings, or as lists of messages where the
+dataset's prompts are messages; the sampled `completion_ids`; and the dataset's other columns by
+name. Parameters that it does not need may be omitted, `**columns` included. It may be `async`. None
+means "does not apply".
 
 It runs in child processes (`qrpo.rewards.worker_pool`), with the folder of its file on `sys.path`.
 """
@@ -21,30 +22,24 @@ from typing import Any, Literal
 from pydantic import field_validator
 
 from qrpo.callables import load_callable, source_digests, split_target
-from qrpo.config import execution_option, outside_input
+from qrpo.config import outside_input
 from qrpo.data.chat import Messages
 from qrpo.errors import ConfigError, QRPOError, RewardError
-from qrpo.rewards.protocol import Answers, Columns, Reward, RewardSection, Score
-from qrpo.rewards.worker_pool import WorkerPool
+from qrpo.rewards.protocol import Answers, Columns, Reward, Score
+from qrpo.rewards.worker_pool import WorkerSection
 
 __all__ = ["FunctionReward", "FunctionRewardConfig"]
 
 
-class FunctionRewardConfig(RewardSection):
+class FunctionRewardConfig(WorkerSection):
     """A reward that is a Python function."""
 
     kind: Literal["function"] = "function"
     """Says that this reward is a Python function."""
     function: str = outside_input(...)
-    """`path/to/file.py:function` or `package.module:function`. Its source is in fingerprints, its path is not."""
+    """`path/file.py:function` or `package.module:function`. Fingerprints hold its source only."""
     version: str = ""
-    """Change it when the function's answers change for a reason outside its source: a data file, a package."""
-    batch_size: int = execution_option(256, ge=1)
-    """Maximum number of completions per call."""
-    workers: int = execution_option(1, ge=1)
-    """Concurrent processes, each of which imports the function."""
-    timeout: float = execution_option(60.0, gt=0.0)
-    """Maximum time for one call, in seconds; after it, its rows are tried one by one."""
+    """Change it when results change for a reason outside the source: a data file, a package."""
 
     @field_validator("function")
     @classmethod
@@ -61,19 +56,12 @@ class FunctionRewardConfig(RewardSection):
 
     def open(self, log: Path | None, answers: Answers | None) -> Reward:
         """The function in `workers` child processes."""
-        return WorkerPool(
-            "qrpo.rewards.function:FunctionReward",
-            self.function,
-            name=self.function,
-            workers=self.workers,
-            batch_size=self.batch_size,
-            timeout=self.timeout,
-            log=log,
-        )
+        target = "qrpo.rewards.function:FunctionReward"
+        return self.pool(target, self.function, name=self.function, log=log)
 
 
 class FunctionReward:
-    """A function in this process: one call per batch and form of prompt. Raises what the function raises."""
+    """A function in this process: one call per batch and form of prompt."""
 
     def __init__(self, target: str):
         self._target = target
@@ -96,7 +84,7 @@ class FunctionReward:
     def call(
         self, prompts: Sequence[Messages], completions: Sequence[str], columns: Columns, conversational: bool
     ) -> list[Score]:
-        """The function's checked result for the rows as one batch; RewardError where it fails as a whole."""
+        """The function's checked result for one batch; RewardError if it fails as a whole."""
         arguments: dict[str, Any] = {
             **{name: list(values) for name, values in columns.items()},
             "prompts": [_as_given(prompt, conversational) for prompt in prompts],

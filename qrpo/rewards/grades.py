@@ -1,4 +1,4 @@
-"""Read a judge's grade: as the mean over the probabilities of the grades' tokens, or from the answer's text."""
+"""A judge's grade: the mean over the grades' token probabilities, or read from the text."""
 
 import math
 import re
@@ -23,10 +23,11 @@ class GradeSection(RewardSection):
     read: Literal["probabilities", "text"] = "probabilities"
     """The mean over the grades' token probabilities, or the grade that the text names."""
     pattern: str | None = None
-    """Where the grade is in a longer answer: a regular expression whose one group is the grade; its last match
-    counts. By default the answer's first token (probabilities), or the last grade that the text names."""
+    """Where the grade is in a longer answer: a regular expression whose one group is the grade; its
+    last match counts. By default the answer's first token (probabilities), or the last grade that
+    the text names."""
     min_probability: float = Field(0.5, ge=0.0, le=1.0)
-    """Minimum probability of all grades together; with less, the judge answered something else and the row fails."""
+    """Minimum probability of all grades together; with less, the row fails."""
 
     @field_validator("grades", mode="before")
     @classmethod
@@ -57,7 +58,7 @@ class GradeSection(RewardSection):
         return self
 
     def extract(self, response: Mapping[str, Any]) -> dict[str, Any]:
-        """The part of a server's response that is stored: text, alternatives of the grade's token, tokens used."""
+        """What is stored of a response: text, alternatives of the grade's token, tokens used."""
         usage = response.get("usage") or {}
         try:
             choice = response["choices"][0]

@@ -1,12 +1,14 @@
 """Rewards from a language model that grades each completion by a rubric.
 
-Any OpenAI-compatible server works (vLLM's, a provider's). The grade is the mean over the probabilities of the grades'
-tokens: a judge undecided between 3 and 4 gives 3.5, so completions with the same sampled grade are still ordered
-(AlpacaEval 2 and constitutional rewards do the same). Or the grade is parsed from the text, for servers that return no
-probabilities and judges that reason first. `qrpo.rewards.grades` has both.
+Any OpenAI-compatible server works (vLLM's, a provider's). The grade is the mean over the
+probabilities of the grades' tokens: a judge undecided between 3 and 4 gives 3.5, so completions
+with the same sampled grade are still ordered (AlpacaEval 2 and constitutional rewards do the same).
+Or the grade is parsed from the text, for servers that return no probabilities and judges that
+reason first. `qrpo.rewards.grades` has both.
 
-Answers cost money, so each one is stored as it arrives (`Answers`, see `qrpo.rewards.protocol`). A run that starts
-again, with another weight, other values of the grades, or after a kill, asks only what was never answered.
+Answers cost money, so each one is stored as it arrives (`Answers`, see `qrpo.rewards.protocol`). A
+run that starts again, with another weight, other values of the grades, or after a kill, asks only
+what was never answered.
 """
 
 import asyncio
@@ -69,18 +71,18 @@ class JudgeRewardConfig(GradeSection):
     kind: Literal["judge"] = "judge"
     """Says that this reward is a language model that grades."""
     base_url: str = outside_input(...)
-    """The server's URL, as OpenAI's clients want it: `http://localhost:8000/v1`. Not in fingerprints: see `version`."""
+    """URL of the server: `http://localhost:8000/v1`. Not in fingerprints: see `version`."""
     model: str = Field(min_length=1)
     """The model's name at that server."""
     version: str = ""
-    """Change it when the same name means another model: another revision, quantization or server."""
+    """Change it when the name means another model: another revision or quantization."""
     api_key_env: str | None = execution_option(None)
     """The environment variable that holds the API key. The key itself is never written anywhere."""
     rubric: str = Field(min_length=1)
     """What makes a good completion, in words. The template shows it to the judge."""
     template: str = DEFAULT_TEMPLATE
-    """Jinja template of the request; it knows `rubric`, `grades`, `messages`, `prompt` (the last message), `completion`
-    and the dataset's other columns."""
+    """Jinja template of the request; it knows `rubric`, `grades`, `messages`, `prompt` (the last
+    message), `completion` and the dataset's other columns."""
     system: str | None = None
     """A system message that precedes it."""
     max_tokens: int | None = Field(None, ge=1)
@@ -88,7 +90,7 @@ class JudgeRewardConfig(GradeSection):
     temperature: float | None = Field(0.0, ge=0.0)
     """Sampling temperature of the answer."""
     extra: dict[str, Any] = Field(default_factory=dict)
-    """More fields of the request's body (`seed`, `reasoning_effort`, `chat_template_kwargs`, ...); null removes a field."""
+    """More fields of the request (`seed`, `reasoning_effort`, ...); null removes a field."""
     concurrency: int = execution_option(32, ge=1)
     """Concurrent requests."""
     timeout: float = execution_option(120.0, gt=0.0)
@@ -96,11 +98,11 @@ class JudgeRewardConfig(GradeSection):
     attempts: int = execution_option(8, ge=1)
     """Attempts per request where the server is busy or fails."""
     backoff: float = execution_option(1.0, gt=0.0)
-    """First wait between attempts, in seconds; it doubles up to a minute. Retry-After is obeyed as well."""
+    """First wait between attempts, in seconds; doubles up to a minute. Retry-After is obeyed."""
     max_calls: int | None = execution_option(None, ge=0)
-    """Maximum number of answers to pay for. Answers in the store count, so a run started again continues the budget."""
+    """Maximum number of answers to pay for, those in the store included."""
     max_total_tokens: int | None = execution_option(None, ge=0)
-    """Maximum number of tokens, of requests and answers together, to pay for; running calls may exceed it."""
+    """Maximum tokens of requests and answers to pay for; running calls may exceed it."""
 
     @field_validator("base_url")
     @classmethod
@@ -165,7 +167,7 @@ class JudgeReward:
                 f"the API key of {config.name}: the environment variable {config.api_key_env} is not set"
             )
         self._store = answers
-        # What decides an answer. How it is read afterwards is not included: changing that asks nothing again.
+        # What decides an answer; how it is read is not included, so changing that asks nothing again.
         asked = [config.version, config.read, config.pattern, config.template, config.rubric, config.body("")]
         self._group = _digest(asked)
         self._answers: dict[str, dict[str, Any]] | None = None  # by key; None until loaded
@@ -182,7 +184,7 @@ class JudgeReward:
         *,
         conversational: Sequence[bool] | None = None,
     ) -> list[Score]:
-        """One grade per completion, in order. RewardError where the budget is used up or the server does not answer."""
+        """One grade per completion; RewardError if the budget or the server fails."""
         scores: dict[int, Score] = {}
         bodies: dict[str, dict[str, Any]] = {}
         keys: dict[int, str] = {}
@@ -236,7 +238,7 @@ class JudgeReward:
     async def _ask(
         self, bodies: Mapping[str, dict[str, Any]], answers: dict[str, dict[str, Any]]
     ) -> dict[str, str]:
-        """Send all requests; add what is answered to `answers` and store it. Returns the failures by key."""
+        """Send all requests; add answers to `answers` and store them. Returns failures by key."""
         config = self._config
         failed: dict[str, str] = {}
         waiting = iter(bodies.items())
@@ -334,7 +336,7 @@ def _digest(value: Any) -> str:
 
 
 def _run(asking: Any) -> Any:
-    """The result of a coroutine, whether or not this thread runs an event loop (a notebook's does)."""
+    """The result of a coroutine, also where this thread runs an event loop (notebooks)."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -1,11 +1,12 @@
 """Rewards that are Hugging Face sequence-classification models with one score.
 
-The model reads the whole conversation through its own chat template. Completions are sorted by length and batched up to
-a number of tokens, padding included, so batches have little padding. Results keep the order of the input and do not depend
-on the batch beyond floating-point rounding. Scores are float32 for any precision of the model.
+The model reads the whole conversation through its own chat template. Completions are sorted by
+length and batched up to a number of tokens, padding included, so batches have little padding.
+Results keep the order of the input and do not depend on the batch beyond floating-point rounding.
+Scores are float32 for any precision of the model.
 
-For a model that combines several objectives itself (as ArmoRM does), its `score` is used. If memory runs out, the batch
-size is halved permanently. vLLM runs the same models: `qrpo.rewards.pooling`.
+For a model that combines several objectives itself (as ArmoRM does), its `score` is used. If memory
+runs out, the batch size is halved permanently. vLLM runs the same models: `qrpo.rewards.pooling`.
 """
 
 import logging
@@ -30,8 +31,9 @@ __all__ = ["KEEP_MEMORY", "ModelReward", "ModelRewardConfig", "as_score", "encod
 logger = logging.getLogger(__name__)
 
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
-"""Environment of a process that scores on a CPU: glibc then reuses the memory of the previous batch. Otherwise the kernel
-allocates and zeroes new memory for every activation, which takes a sixth of the time."""
+"""Environment of a process that scores on a CPU: glibc then reuses the memory of the previous
+batch. Otherwise the kernel allocates and zeroes new memory for every activation, which takes a
+sixth of the time."""
 
 
 class ModelRewardConfig(RewardSection):
@@ -44,13 +46,13 @@ class ModelRewardConfig(RewardSection):
     engine: Literal["transformers", "vllm"] = "transformers"
     """The library that runs it. Scores differ by rounding, so it is part of fingerprints."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """More arguments for `vllm.LLM` (`quantization`, `hf_overrides`, ...); only with `engine: vllm`."""
+    """More arguments for `vllm.LLM` (`quantization`, ...); only with `engine: vllm`."""
     max_length: int | None = Field(None, ge=1)
-    """Maximum length of a conversation in tokens, by default the model's context; longer ones fail, none is truncated."""
+    """Maximum tokens of a conversation, by default the model's context; longer ones fail."""
     batch_tokens: int = execution_option(16384, ge=1)
-    """Tokens per batch, padding included; halved when memory runs out. For vLLM, tokens in one step."""
+    """Tokens per batch, padding included; halved when memory runs out. vLLM: tokens per step."""
     device: str | None = execution_option(None)
-    """Device under transformers: `cpu`, `cuda`, `cuda:1`; by default the first GPU if there is one."""
+    """Device under transformers (`cpu`, `cuda:1`); by default the first GPU, if any."""
     gpu_memory_utilization: float = execution_option(0.9, gt=0.0, le=1.0)
     """Share of the GPU's memory that vLLM uses."""
     tensor_parallel_size: int = execution_option(1, ge=1)
@@ -79,7 +81,7 @@ class ModelReward:
         self._max_length = config.max_length or context_length(config.model)
         self.model = load_reward_model(config.model, config.device)
         self._path = config.model.path
-        # a model with custom code may have several labels and still return one score: checked when it runs
+        # a model with custom code may have several labels and one score: checked when it runs
         if (labels := self.model.config.num_labels) != 1 and not config.model.trust_remote_code:
             raise ModelError(not_one_score(self._path, labels))
         self._batch_tokens = config.batch_tokens
@@ -90,7 +92,7 @@ class ModelReward:
         return self._batch_tokens
 
     def score(self, prompts: Sequence[Messages], completions: Sequence[str]) -> list[Score]:
-        """One score per completion, in order; rows that are too long or that the template refuses have an error."""
+        """One score per completion; too long rows, and those the template refuses, have an error."""
         encoded, scores = encode_rows(self._tokenizer, prompts, completions, self._max_length)
         # longest first: if it fits into memory, all others do
         waiting = sorted(encoded, key=lambda row: len(encoded[row]), reverse=True)
@@ -131,7 +133,7 @@ class ModelReward:
         return found[:, 0].tolist()  # type: ignore[no-any-return]
 
     def _halve(self, rows: int, longest: int) -> None:
-        """Halve the token budget after a batch did not fit. Its tensors must be freed before the call."""
+        """Halve the token budget after a batch did not fit and its tensors were freed."""
         import torch
 
         torch.cuda.empty_cache()
@@ -146,8 +148,8 @@ class ModelReward:
     def _padding(self, ids: list[list[int]]) -> int:
         """The padding id. Models score the last token that differs from it.
 
-        A model without a padding id scores the last token of single sequences. Padding with an id that occurs in none of
-        the sequences gives the same result.
+        A model without a padding id scores the last token of single sequences. Padding with an id
+        that occurs in none of the sequences gives the same result.
         """
         text_config = self.model.config.get_text_config()
         if text_config.pad_token_id is not None and not getattr(self, "_pads_freely", False):
@@ -195,8 +197,8 @@ class _ChildModel:
 def load_in_child(config: ModelRewardConfig) -> ModelReward:
     """A reward model in a process that does nothing else.
 
-    It skips two packages that transformers imports if they are installed, and that no score needs: a fifth of the start.
-    A model with custom code may need them.
+    It skips two packages that transformers imports if they are installed, and that no score needs:
+    a fifth of the start. A model with custom code may need them.
     """
     if not config.model.trust_remote_code:
         for package in ("scipy", "sklearn"):
@@ -227,9 +229,11 @@ def encode_rows(
 
 
 def _batch_rows(lengths: Sequence[int], budget: int) -> int:
-    """The number of rows, longest first, of the next batch: within the token budget, and with little padding.
+    """The number of rows, longest first, of the next batch: within the token budget, and with
+    little padding.
 
-    A batch ends before a row of which more than a fifth would be padding: a smaller batch costs less.
+    A batch ends before a row of which more than a fifth would be padding: a smaller batch costs
+    less.
     """
     most = max(1, budget // lengths[0])
     return next(
@@ -250,7 +254,7 @@ def as_score(reward: float) -> Score:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Accelerators raise torch.OutOfMemoryError, the CPU's allocator a RuntimeError with this text."""
+    """GPUs raise torch.OutOfMemoryError, the CPU's allocator a RuntimeError with this text."""
     import torch
 
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -1,7 +1,8 @@
-"""Reward models under vLLM's pooling runner: the same conversation, tokens and head as under transformers.
+"""Reward models under vLLM's pooling runner: the same conversation, tokens and head as under
+transformers.
 
-Runs in the child process that `qrpo.rewards.model` starts. vLLM does the batching. It is asked for the raw logit; by
-default it applies a sigmoid.
+Runs in the child process that `qrpo.rewards.model` starts. vLLM does the batching. It is asked for
+the raw logit; by default it applies a sigmoid.
 """
 
 import os
@@ -64,7 +65,7 @@ class PoolingReward:
         self._parameters = vllm.PoolingParams(use_activation=False)
 
     def score(self, prompts: Sequence[Messages], completions: Sequence[str]) -> list[Score]:
-        """One score per completion, in order; rows that are too long or that the template refuses have an error."""
+        """One score per completion; too long rows, and those the template refuses, have an error."""
         encoded, scores = encode_rows(self._tokenizer, prompts, completions, self._max_length)
         if encoded:
             outputs = self._llm.classify(

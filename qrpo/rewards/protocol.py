@@ -1,7 +1,8 @@
 """The interface of every kind of reward, and the weighted sum of several.
 
-A kind is one module with two classes. Its `RewardSection` declares the settings, the identity and how to open the reward;
-its `Reward` scores. `qrpo.rewards` lists the sections; no other code knows the kinds.
+A kind is one module with two classes. Its `RewardSection` declares the settings, the identity and
+how to open the reward; its `Reward` scores. `qrpo.rewards` lists the sections; no other code knows
+the kinds.
 """
 
 import math
@@ -46,8 +47,9 @@ class Reward(Protocol):
     ) -> list[Score]:
         """One score per completion, in order; it depends on the completion's own row only.
 
-        `conversational` is false for rows whose prompt is a plain string in the dataset (default: all true); functions
-        get those as strings, as in TRL. Raises RewardError if no row can be scored, EngineError if the child process dies.
+        `conversational` is false for rows whose prompt is a plain string in the dataset (default:
+        all true); functions get those as strings, as in TRL. Raises RewardError if no row can be
+        scored, EngineError if the child process dies.
         """
         ...
 
@@ -59,7 +61,8 @@ class Reward(Protocol):
 class Answers(Protocol):
     """The caller's storage of answers that cost money, so that none is paid for twice.
 
-    Answers to requests with the same settings form a group; a key identifies the request, an answer is any text.
+    Answers to requests with the same settings form a group; a key identifies the request, an answer
+    is any text.
     """
 
     def load(self, group: str) -> dict[str, str]:
@@ -80,23 +83,25 @@ class RewardSection(Section):
     """Its factor in a sum of several rewards; 0 only records its value as a component."""
 
     def identity(self) -> dict[str, Any]:
-        """What could change a score and is not a setting: the source of a function, the files of a model.
+        """What could change a score and is not a setting: the source of a function, the files of a
+        model.
 
-        Part of fingerprints, with `qrpo.config.keyed(self)`. Plain JSON values without paths. Must be fast, offline and
-        without a GPU, since `qrpo plan` calls it. Raises ConfigError or ModelError if something is missing.
+        Part of fingerprints, with `qrpo.config.keyed(self)`. Plain JSON values without paths. Must
+        be fast, offline and without a GPU, since `qrpo plan` calls it. Raises ConfigError or
+        ModelError if something is missing.
         """
         raise NotImplementedError
 
     def open(self, log: Path | None, answers: Answers | None) -> Reward:
-        """The reward. It starts what it needs at its first call; children append their output to `log`."""
+        """The reward, started by its first call; children append their output to `log`."""
         raise NotImplementedError
 
 
 def combine(scores: Sequence[tuple[str, float, Sequence[Score]]]) -> list[Score]:
     """The weighted sum of several rewards' scores, given as (name, weight, scores), row by row.
 
-    As in TRL, a reward that does not apply to a row (None) is excluded from its sum. A row fails if one reward fails on it
-    or none applies.
+    As in TRL, a reward that does not apply to a row (None) is excluded from its sum. A row fails if
+    one reward fails on it or none applies.
     """
     return [_combine_row(scores, row) for row in range(len(scores[0][2]))]
 

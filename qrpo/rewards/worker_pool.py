@@ -1,10 +1,10 @@
 """Score rows with an object that lives in one or several child processes, with a time-out per call.
 
-If a call on a batch raises, dies, hangs or returns the wrong number of scores, its rows are tried one by one, so one bad
-row costs no other row. The object is any with
+If a call on a batch raises, dies, hangs or returns the wrong number of scores, its rows are tried
+one by one, so one bad row costs no other row. The object is any with
 
     columns() -> the names of the columns that it needs, or None for all
-    call(prompts, completions, columns, conversational) -> one Score per completion; RewardError fails the batch
+    call(prompts, completions, columns, conversational) -> one Score per completion, or RewardError
 """
 
 import math
@@ -15,19 +15,43 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from qrpo.config import execution_option
 from qrpo.data.chat import Messages
 from qrpo.errors import EngineError, RewardError
 from qrpo.processes.child import Child
-from qrpo.rewards.protocol import Columns, Score
+from qrpo.rewards.protocol import Columns, RewardSection, Score
 
-__all__ = ["WorkerPool"]
+__all__ = ["WorkerPool", "WorkerSection"]
 
 # time-outs in a row that end the run: before anything was scored, and after
 _MAX_TIMEOUTS_AT_START, _MAX_TIMEOUTS = 3, 10
 
 
+class WorkerSection(RewardSection):
+    """The settings of a reward that runs in a `WorkerPool`."""
+
+    batch_size: int = execution_option(256, ge=1)
+    """Maximum number of completions per call."""
+    workers: int = execution_option(1, ge=1)
+    """Concurrent processes."""
+    timeout: float = execution_option(60.0, gt=0.0)
+    """Maximum time for one call, in seconds; after it, its rows are tried one by one."""
+
+    def pool(self, target: str, argument: Any, *, name: str, log: Path | None) -> "WorkerPool":
+        """`target(argument)` in `workers` child processes."""
+        return WorkerPool(
+            target,
+            argument,
+            name=name,
+            workers=self.workers,
+            batch_size=self.batch_size,
+            timeout=self.timeout,
+            log=log,
+        )
+
+
 class WorkerPool:
-    """A `Reward` whose object `target(*args)` lives in `workers` child processes, each started by its first batch."""
+    """A `Reward` with an object `target(*args)` in each of `workers` child processes."""
 
     def __init__(
         self,
@@ -59,7 +83,7 @@ class WorkerPool:
         *,
         conversational: Sequence[bool] | None = None,
     ) -> list[Score]:
-        """One score per completion, in order. RewardError if every row failed that it was ever given."""
+        """One score per completion; RewardError if every row so far failed."""
         count = len(completions)
         if not count:
             return []
@@ -142,7 +166,7 @@ class WorkerPool:
                 self._abandoned = False
 
     def _failed(self, error: Exception) -> Score:
-        """The score of a single row whose call failed; RewardError after too many time-outs in a row."""
+        """The score of a row whose call failed; RewardError after too many time-outs."""
         hung = isinstance(error, TimeoutError)
         with self._lock:
             self._timeouts = self._timeouts + 1 if hung else 0

@@ -13,13 +13,15 @@ Three kinds of processes take part, and each trusts only those above it:
 
     host        this process: transfers bytes, runs no foreign code
     judge       runs the tests, in a jail; the candidate that the tests call is a proxy
-    solution    runs the code in another jail, in a new process; receives the arguments of calls and nothing else
+    solution    runs the code in another jail, in a new process; receives only the arguments of calls
 
-What a solution returns is data (`qrpo.sandbox.inside.codec`), and the comparison happens in another process. There is no
-result to forge, no expected value to read and no comparison to patch: only the right answer passes a test.
+What a solution returns is data (`qrpo.sandbox.inside.codec`), and the comparison happens in another
+process. There is no result to forge, no expected value to read and no comparison to patch: only the
+right answer passes a test.
 
-A jail runs a zygote: an interpreter with the imports done, which is forked for every job. `isolator`,
-`inside.isolation` and `inside.seccomp` say what isolates the jail and the forked processes.
+A jail runs a zygote: an interpreter with the imports done, which is forked for every job.
+`isolator`, `inside.isolation` and `inside.seccomp` say what isolates the jail and the forked
+processes.
 """
 
 from qrpo.sandbox.limits import Limits

@@ -1,9 +1,11 @@
-"""The command line of a jail: a Python interpreter in bubblewrap that sees only what it needs to run.
+"""The command line of a jail: a Python interpreter in bubblewrap that sees only what it needs to
+run.
 
-The jail has its own namespaces (users, processes, mounts, network, IPC, host name, control groups), an empty
-environment, and a root with a few read-only folders: this interpreter without its site-packages, the system's shared
-libraries, three devices, and the code in `inside`. It has no /proc, no /etc and no home folder. The zygote keeps one
-capability, CAP_SYS_ADMIN in its own user namespace, to isolate each process that it forks; those processes have none.
+The jail has its own namespaces (users, processes, mounts, network, IPC, host name, control groups),
+an empty environment, and a root with a few read-only folders: this interpreter without its
+site-packages, the system's shared libraries, three devices, and the code in `inside`. It has no
+/proc, no /etc and no home folder. The zygote keeps one capability, CAP_SYS_ADMIN in its own user
+namespace, to isolate each process that it forks; those processes have none.
 
 bubblewrap is the only supported isolation backend.
 """
@@ -43,7 +45,7 @@ def find_bubblewrap() -> str:
 
 
 def find_packages(names: Sequence[str]) -> dict[str, Path]:
-    """The paths of the packages or modules that solutions may import, by name; RewardError if one is not installed."""
+    """The paths of packages or modules by name; RewardError if one is not installed."""
     found = {}
     for name in names:
         spec = importlib.util.find_spec(name) if name.isidentifier() else None
@@ -65,7 +67,7 @@ def _libraries(name: str, package: Path) -> list[Path]:
 
 
 def jail_command(control: int, settings: str, packages: Mapping[str, Path]) -> list[str]:
-    """How to start the zygote in a jail, with descriptor `control` as its socket and `packages` to import."""
+    """The command that starts the zygote in a jail, with its socket at descriptor `control`."""
     return [
         find_bubblewrap(),
         *("--unshare-all", "--unshare-user", "--uid", "1000", "--gid", "1000", "--hostname", "sandbox"),

@@ -1,7 +1,8 @@
-"""One jail, controlled from the host: a zygote process that runs one job after another, each in a new process.
+"""One jail, controlled from the host: a zygote process that runs one job after another, each in a
+new process.
 
-The host only transfers bytes. It writes a job into a pipe and reads the answer up to a limit. The zygote, which foreign
-code cannot reach, reports how the job's process exited.
+The host only transfers bytes. It writes a job into a pipe and reads the answer up to a limit. The
+zygote, which foreign code cannot reach, reports how the job's process exited.
 """
 
 import contextlib
@@ -40,7 +41,7 @@ class Exit:
 
 
 class Jail:
-    """A running zygote. One job at a time, one thread at a time. Close it, or use it as a context manager."""
+    """A running zygote, for one job and one thread at a time. Also a context manager."""
 
     def __init__(self, limits: Limits, *, packages: Sequence[str] = (), bare: bool = False):
         self.limits = limits
@@ -57,7 +58,7 @@ class Jail:
         self.close()
 
     def start(self, *messages: bytes | str) -> "Job":
-        """Start a job, given by its messages, in a new process. EngineError if the jail cannot be created."""
+        """Start a job in a new process; EngineError if the jail cannot be created."""
         control = self._running()
         job_read, job_write = os.pipe()
         answer_read, answer_write = os.pipe()
@@ -157,7 +158,7 @@ class Job:
             self._pending += frame(data)
 
     def finish(self) -> Exit:
-        """Let the process read to the end, wait for its exit, and keep its whole answer in `output`."""
+        """Wait for the exit of the process, and keep its whole answer in `output`."""
         try:
             while self.exit is None:
                 self._exchange(closing=True)
@@ -166,7 +167,7 @@ class Job:
             self._close()
 
     def next_frame(self, count: int) -> bytes | None:
-        """Message number `count` of the answer as soon as it is there; None if the process exited before it."""
+        """Message number `count` of the answer; None if the process exited before it."""
         while True:
             frames = complete_frames(self.output, count + 1)
             if len(frames) > count:

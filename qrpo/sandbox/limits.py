@@ -8,13 +8,13 @@ __all__ = ["Limits"]
 
 
 class Limits(Section):
-    """Limits of one solution over all its tests together (a program that reads standard input: for each test)."""
+    """Limits of one solution over all its tests (for a program: for each test)."""
 
     cpu_seconds: int = Field(10, ge=1)
-    """Processor time in seconds, all threads together. A busy machine does not change a verdict, since this limit decides."""
+    """Processor time in seconds, all threads together: independent of other load."""
     wall_seconds: float = Field(30.0, gt=0.0)
-    """Wall time in seconds, for solutions that wait instead of computing. A solution that had at least a twentieth of
-    this time as processor time may go on: a busy machine starved it."""
+    """Wall time in seconds, for solutions that wait instead of computing. A solution that had at
+    least a twentieth of this time as processor time may go on: a busy machine starved it."""
     memory_mb: int = Field(512, ge=64)
     """Address space in MiB."""
     tmp_mb: int = Field(16, ge=1)
@@ -24,8 +24,8 @@ class Limits(Section):
     output_mb: float = Field(4.0, gt=0.0)
     """Maximum size of what it returns or prints, in MiB; a solution that exceeds it is killed."""
     threads: int = Field(64, ge=1)
-    """Threads. (Processes: always one.) If root runs the pipeline the kernel does not count them; memory_mb then limits
-    them."""
+    """Threads. (Processes: always one.) If root runs the pipeline the kernel does not count them;
+    memory_mb then limits them."""
 
     def plain(self) -> dict[str, int | float]:
         """The limits in bytes and seconds, for the jail."""

@@ -28,7 +28,7 @@ _NO_REPLY = b'!["RuntimeError",[]]'  # the proxy of a solution that has exited r
 
 @dataclass(frozen=True, slots=True)
 class CheckTests:
-    """Assertions about a callable: `def check(candidate)`, as in LeetCodeDataset and HumanEval, or bare `assert`s."""
+    """Assertions about a callable: `def check(candidate)`, or bare `assert`s."""
 
     test: str
     """Source. Each statement of `check` that asserts something is one test."""
@@ -40,7 +40,7 @@ class CheckTests:
 
 @dataclass(frozen=True, slots=True)
 class ProgramTests:
-    """What a program should print for each text on its standard input; spaces at line ends are ignored."""
+    """The expected output of a program for each input; spaces at line ends are ignored."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -52,7 +52,7 @@ class Verdict:
 
     passed: tuple[bool, ...]
     note: str = ""
-    """Why it did not finish, for people: "exit code 1", "signal 9 ...", "wall time", "output"; else empty."""
+    """Why it did not finish, for people: "exit code 1", "wall time", "output"; else empty."""
 
     @property
     def share(self) -> float:
@@ -77,11 +77,12 @@ class _Prepared:
 
 
 class Sandbox:
-    """Judges solutions, each in a new isolated process. Serves several threads; the first call starts the jails.
+    """Judges solutions, each in a new isolated process. Serves several threads; the first call
+    starts the jails.
 
-    Raises RewardError at once if bubblewrap is missing, unless `allow_unsandboxed`: then solutions run with all rights of
-    this user, and a warning says so. Solutions may import `packages` besides the standard library. `workers` solutions
-    run in parallel, by default one per core.
+    Raises RewardError at once if bubblewrap is missing, unless `allow_unsandboxed`: then solutions
+    run with all rights of this user, and a warning says so. Solutions may import `packages` besides
+    the standard library. `workers` solutions run in parallel, by default one per core.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class Sandbox:
         self.close()
 
     def judge(self, solutions: Sequence[tuple[str, CheckTests | ProgramTests]]) -> list[Verdict | DataError]:
-        """A verdict for each (code, tests), in order; a DataError in place of one whose tests cannot be used."""
+        """A verdict for each (code, tests); a DataError where the tests cannot be used."""
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="sandbox")
@@ -169,7 +170,7 @@ class Sandbox:
 
 
 class _Worker:
-    """Two jails: one runs solutions, the other runs judges, which see the tests and run no solution."""
+    """Two jails: one runs solutions, the other judges, which see the tests."""
 
     def __init__(self, solutions: Jail, judges: Jail):
         self._solutions = solutions
@@ -225,7 +226,7 @@ class _Worker:
 
 
 class _Judge:
-    """A judge process, used for many judgements. A judgement that ends it is repeated step by step in a new process."""
+    """A judge process for many judgements. One that ends it is repeated step by step."""
 
     def __init__(self, jail: Jail):
         self._jail = jail

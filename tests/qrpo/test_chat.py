@@ -90,13 +90,13 @@ def test_surrounding_blanks_are_kept_unless_the_template_trims(tokenizer: Any) -
 
 
 def test_an_end_token_inside_the_text_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="holds the end token"):
+    with pytest.raises(DataError, match="contains the end token"):
         encode_completion(tokenizer, HELLO, f"done{tokenizer.eos_token}more")
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = UNLIKE
-    with pytest.raises(DataError, match="renders the prompt otherwise"):
+    with pytest.raises(DataError, match="renders the prompt differently"):
         encode_completion(tokenizer, HELLO, "Hello")
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,23 @@ import pytest
 
 from qrpo.errors import ConfigError, EngineError, RewardError
 from qrpo.processes.child import Child
+from tests.support.rewards import wait_until
 
 TARGETS = str(Path(__file__).with_name("child_targets.py").resolve())
 
 
-# ------------------------------------------------------------------------------------------- helpers of the tests
+@pytest.fixture
+def counter() -> Iterator[Child]:
+    """A child with a counter that starts at 0."""
+    child = Child(f"{TARGETS}:Counter", 0)
+    yield child
+    child.close()
 
 
-def stream(target: str, *args: Any, log: Path | None = None) -> Iterator[Any]:
-    return Child("qrpo.processes.serving:GeneratorFunction", target, log=log).stream("run", *args)
+def stream(target: str, *args: Any, log: Path | None = None) -> Any:
+    return Child("qrpo.processes.serving:GeneratorFunction", f"{TARGETS}:{target}", log=log).stream(
+        "run", *args
+    )
 
 
 def is_gone(pid: int) -> bool:
@@ -32,13 +40,8 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 15.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
+def are_gone(pids: list[int]) -> bool:
+    return wait_until(lambda: all(map(is_gone, pids)))
 
 
 def pids_in(report: Path) -> list[int]:
@@ -51,20 +54,20 @@ def pids_in(report: Path) -> list[int]:
 
 def test_stream_yields_what_the_function_yields(tmp_path: Path) -> None:
     log = tmp_path / "logs" / "child.log"
-    assert list(stream(f"{TARGETS}:squares", 4, log=log)) == [0, 1, 4, 9]
+    assert list(stream("squares", 4, log=log)) == [0, 1, 4, 9]
     assert "squaring" in log.read_text()
 
 
 def test_items_come_as_they_are_made(tmp_path: Path) -> None:
     flag = tmp_path / "flag"
-    items = stream(f"{TARGETS}:one_then_wait_for", flag)
+    items = stream("one_then_wait_for", flag)
     assert next(items) == "first"
     flag.touch()
     assert list(items) == ["second"]
 
 
 def test_our_own_errors_rise_as_themselves() -> None:
-    items = stream(f"{TARGETS}:fail_after_one", "reward")
+    items = stream("fail_after_one", "reward")
     assert next(items) == 1
     with pytest.raises(RewardError, match="this reward is wrong"):
         next(items)
@@ -72,7 +75,7 @@ def test_our_own_errors_rise_as_themselves() -> None:
 
 def test_other_errors_rise_as_engine_errors_with_the_log(tmp_path: Path) -> None:
     log = tmp_path / "child.log"
-    items = stream(f"{TARGETS}:fail_after_one", "key", log=log)
+    items = stream("fail_after_one", "key", log=log)
     next(items)
     with pytest.raises(EngineError, match=r"KeyError: 'missing thing'.*child\.log"):
         next(items)
@@ -81,31 +84,31 @@ def test_other_errors_rise_as_engine_errors_with_the_log(tmp_path: Path) -> None
 
 def test_a_child_that_exits_is_an_engine_error() -> None:
     with pytest.raises(EngineError, match="exited with code 3"):
-        list(stream(f"{TARGETS}:fail_after_one", "exit"))
+        list(stream("fail_after_one", "exit"))
 
 
 def test_an_unknown_function_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="no function 'nothing'"):
-        list(stream(f"{TARGETS}:nothing"))
+        list(stream("nothing"))
     with pytest.raises(ConfigError, match="no module 'nowhere'"):
-        list(stream("nowhere:nothing"))
+        list(Child("nowhere:nothing").stream("run"))
 
 
 def test_closing_the_iterator_kills_the_whole_group(tmp_path: Path) -> None:
-    items = stream(f"{TARGETS}:with_grandchild", tmp_path / "pids")
+    items = stream("with_grandchild", tmp_path / "pids")
     next(items)
     pids = pids_in(tmp_path / "pids")
-    items.close()  # type: ignore[attr-defined]
-    assert wait_until(lambda: all(map(is_gone, pids)))
+    items.close()
+    assert are_gone(pids)
 
 
 def test_a_slow_reader_holds_the_child_back(tmp_path: Path) -> None:
     count = tmp_path / "count"
-    items = stream(f"{TARGETS}:count_into", count, 8 << 20)
+    items = stream("count_into", count, 8 << 20)
     next(items)
     time.sleep(1.0)
     made = int(count.read_text())
-    items.close()  # type: ignore[attr-defined]
+    items.close()
     assert 2 <= made <= 12  # 64 MiB ahead, and what the pipe holds
 
 
@@ -137,7 +140,7 @@ def test_kill_9_of_the_parent_leaves_no_process(tmp_path: Path) -> None:
         assert not any(map(is_gone, pids))
         parent.kill()
         parent.wait()
-        assert wait_until(lambda: all(map(is_gone, pids)))
+        assert are_gone(pids)
 
 
 def test_the_child_survives_the_thread_that_started_it(tmp_path: Path) -> None:
@@ -155,7 +158,7 @@ def test_the_end_of_the_parent_ends_the_child(tmp_path: Path) -> None:
     script = f"from pathlib import Path\nfrom qrpo.processes.child import Child\nitems = {with_grandchild(report)}\nnext(items)\n"
     subprocess.run([sys.executable, "-c", script], check=True)
     pids = pids_in(report)
-    assert wait_until(lambda: all(map(is_gone, pids)))
+    assert are_gone(pids)
 
 
 def test_closing_leaves_no_file_open(tmp_path: Path) -> None:
@@ -199,47 +202,39 @@ def test_a_killed_child_is_an_engine_error_and_starts_again(tmp_path: Path) -> N
     child.close()
 
 
-def test_a_child_killed_between_calls_starts_again() -> None:
-    child = Child(f"{TARGETS}:Counter", 0)
-    pid = child.call("pid")
+def test_a_child_killed_between_calls_starts_again(counter: Child) -> None:
+    pid = counter.call("pid")
     os.kill(pid, signal.SIGKILL)
-    assert wait_until(lambda: child.pid is None)
-    assert child.call("pid") != pid
-    child.close()
+    assert wait_until(lambda: counter.pid is None)
+    assert counter.call("pid") != pid
 
 
-def test_abandoning_a_call_starts_afresh() -> None:
-    child = Child(f"{TARGETS}:Counter", 0)
-    first = child.call("pid")
-    items = child.stream("up_to", 1000)
+def test_abandoning_a_call_starts_afresh(counter: Child) -> None:
+    first = counter.call("pid")
+    items = counter.stream("up_to", 1000)
     next(items)
     del items
     assert wait_until(lambda: is_gone(first))
-    assert child.call("add", 1) == 1
-    child.close()
+    assert counter.call("add", 1) == 1
 
 
-def test_a_call_that_hangs_ends_with_a_timeout() -> None:
-    child = Child(f"{TARGETS}:Counter", 0)
-    pid = child.call("pid")
+def test_a_call_that_hangs_ends_with_a_timeout(counter: Child) -> None:
+    pid = counter.call("pid")
     with pytest.raises(TimeoutError, match=r"0\.3 s"):
-        child.call("hang", timeout=0.3)
+        counter.call("hang", timeout=0.3)
     assert is_gone(pid)
-    child.close()
 
 
-def test_our_errors_leave_the_child_alive_and_others_end_it() -> None:
-    child = Child(f"{TARGETS}:Counter", 0)
-    pid = child.call("pid")
+def test_our_errors_leave_the_child_alive_and_others_end_it(counter: Child) -> None:
+    pid = counter.call("pid")
     with pytest.raises(ConfigError, match="no such thing"):
-        child.call("refuse")
-    assert child.call("pid") == pid
+        counter.call("refuse")
+    assert counter.call("pid") == pid
     with pytest.raises(EngineError, match="ZeroDivisionError: one over zero"):
-        child.call("crash")
-    assert child.call("pid") != pid
+        counter.call("crash")
+    assert counter.call("pid") != pid
     with pytest.raises(EngineError, match="pickle"):
-        child.call("unpicklable")
-    child.close()
+        counter.call("unpicklable")
 
 
 def test_an_object_that_cannot_be_made_says_why() -> None:
@@ -250,25 +245,21 @@ def test_an_object_that_cannot_be_made_says_why() -> None:
     child.close()
 
 
-def test_calls_from_several_threads_are_served_one_after_another() -> None:
-    child = Child(f"{TARGETS}:Counter", 0)
+def test_calls_from_several_threads_are_served_one_after_another(counter: Child) -> None:
     answers: list[list[int]] = []
     threads = [
-        threading.Thread(target=lambda: answers.append(list(child.stream("up_to", 20)))) for _ in range(4)
+        threading.Thread(target=lambda: answers.append(list(counter.stream("up_to", 20)))) for _ in range(4)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert answers == [list(range(20))] * 4
-    child.close()
 
 
-def test_calling_while_reading_is_refused_instead_of_waiting_for_ever() -> None:
-    child = Child(f"{TARGETS}:Counter", 0)
-    items = child.stream("up_to", 5)
+def test_calling_while_reading_is_refused_instead_of_waiting_for_ever(counter: Child) -> None:
+    items = counter.stream("up_to", 5)
     next(items)
     with pytest.raises(EngineError, match="still answering this thread"):
-        child.call("add", 1)
+        counter.call("add", 1)
     assert list(items) == [1, 2, 3, 4]
-    child.close()

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,10 @@ from qrpo.rewards import CodeRewardConfig, RewardConfig, Score, identity, open_r
 from qrpo.rewards.code import fenced_code, run_tests
 from qrpo.sandbox import CheckTests, Limits, ProgramTests, Sandbox, Verdict
 from qrpo.sandbox.jail import Jail
+from tests.support.rewards import LEETCODE, needs_bubblewrap
 
-LEETCODE = Path(__file__).parents[3] / "shared" / "data" / "leetcode_train_100.jsonl"
 HI = [{"role": "user", "content": "Write f"}]
 CHECK = "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(2) == 4\n"
-
-needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -68,36 +65,30 @@ def test_the_reward_is_the_share_of_tests_that_pass() -> None:
     columns = {"test": [CHECK] * 4, "entry_point": ["f"] * 4}
     reward = open_reward(config)
     try:
-        assert reward.score([HI] * 4, completions, columns) == [
-            Score(1.0),
-            Score(0.5),
-            Score(0.0),
-            Score(0.0),
-        ]
+        scores = reward.score([HI] * 4, completions, columns)
     finally:
         reward.close()
+    assert scores == [Score(1.0), Score(0.5), Score(0.0), Score(0.0)]
     verdicts = run_tests(completions, columns, config)
     assert [v.all_passed for v in verdicts if isinstance(v, Verdict)] == [True, False, False, False]
 
 
 @needs_bubblewrap
 def test_broken_tests_are_errors_of_their_row_alone() -> None:
-    tests = [
-        CHECK,
-        "def check(candidate:",
-        "def check(candidate):\n    pass",
-        "import nowhere\n" + CHECK,
-        None,
-    ]
+    broken = {
+        "SyntaxError": "def check(candidate:",
+        "assert nothing": "def check(candidate):\n    pass",
+        "nowhere": "import nowhere\n" + CHECK,
+        "column 'test'": None,
+    }
+    tests = [CHECK, *broken.values()]
     completion = "```python\ndef f(x): return 2 * x\n```"
     columns = {"test": tests, "entry_point": ["f"] * 5}
     first, *others = run_tests([completion] * 5, columns, CodeRewardConfig(workers=1))
     assert first == Verdict((True, True))
     assert [type(other) for other in others] == [DataError] * 4
-    for other, said in zip(
-        others, ["SyntaxError", "assert nothing", "nowhere", "column 'test'"], strict=True
-    ):
-        assert said in str(other)
+    for other, reason in zip(others, broken, strict=True):
+        assert reason in str(other)
 
 
 @needs_bubblewrap

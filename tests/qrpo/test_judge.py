@@ -1,16 +1,13 @@
 """The judge: grades from a real vLLM server against a plain forward, and a server that misbehaves on purpose."""
 
 import json
-import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +18,15 @@ from pydantic import ValidationError
 from qrpo.errors import ConfigError, RewardError
 from qrpo.rewards import JudgeRewardConfig, Score, open_reward
 from qrpo.rewards.judge import JudgeReward
-
-HI = [{"role": "user", "content": "Hi there"}]
+from tests.support.rewards import HI, wait_until
+from tests.support.servers import (
+    FakeChatServer,
+    Reply,
+    closed_url,
+    failure,
+    text_completion,
+    token_completion,
+)
 
 
 class Kept:
@@ -38,86 +42,13 @@ class Kept:
         self.groups.setdefault(group, {}).update(answers)
 
 
-# ------------------------------------------------------------------------- a server that can be told what to do
-
-Reply = tuple[int, dict[str, str], Any]
-
-
-class LocalServer:
-    """A real HTTP server whose answer to each request is what `answer(number, body)` says."""
-
-    def __init__(self) -> None:
-        self.answer: Callable[[int, dict[str, Any]], Reply] = lambda number, body: graded("3")
-        self.requests: list[tuple[float, dict[str, str], dict[str, Any]]] = []
-        self.busy = self.most_busy = 0
-        lock = threading.Lock()
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                with lock:
-                    owner.requests.append((time.monotonic(), dict(self.headers), body))
-                    number = len(owner.requests)
-                    owner.busy += 1
-                    owner.most_busy = max(owner.most_busy, owner.busy)
-                try:
-                    status, headers, payload = owner.answer(number, body)
-                finally:
-                    with lock:
-                        owner.busy -= 1
-                data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-                try:
-                    self.send_response(status)
-                    for name, value in {**headers, "content-length": str(len(data))}.items():
-                        self.send_header(name, value)
-                    self.end_headers()
-                    self.wfile.write(data)
-                except OSError:
-                    self.close_connection = True  # the client did not wait
-
-            def log_message(self, *arguments: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-
 @pytest.fixture
-def server() -> Iterator[LocalServer]:
-    local = LocalServer()
-    yield local
-    local.close()
+def server() -> Iterator[FakeChatServer]:
+    with FakeChatServer() as server:
+        yield server
 
 
-def graded(token: str = "3", tokens: int = 10, **probabilities: float) -> Reply:
-    """A chat completion whose one token has these probabilities: `graded("4", _4=0.7, _5=0.3)`."""
-    shares = {name.strip("_"): share for name, share in probabilities.items()} or {token: 1.0}
-    top = [{"token": name, "logprob": math.log(share), "bytes": None} for name, share in shares.items()]
-    content = [{"token": token, "logprob": 0.0, "bytes": None, "top_logprobs": top}]
-    choice = {"message": {"role": "assistant", "content": token}, "logprobs": {"content": content}}
-    return 200, {}, {"choices": [choice], "usage": {"total_tokens": tokens}}
-
-
-def said(text: str) -> Reply:
-    return 200, {}, {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": {}}
-
-
-def failing(status: int, headers: dict[str, str] | None = None) -> Reply:
-    return status, headers or {}, {"error": {"message": f"this is a {status}"}}
-
-
-def judge(server: LocalServer, kept: Kept | None = None, **settings: Any) -> JudgeReward:
+def judge(server: FakeChatServer, kept: Kept | None = None, **settings: Any) -> JudgeReward:
     settings = {"base_url": server.url, "model": "m", "rubric": "Is it kind?", "backoff": 0.01, **settings}
     reward = open_reward(JudgeRewardConfig(**settings), answers=kept)
     assert isinstance(reward, JudgeReward)
@@ -131,12 +62,13 @@ def grades(reward: JudgeReward, *completions: str, **columns: list[Any]) -> list
 # ------------------------------------------------------------------------- what is asked and how it is read
 
 
-def test_the_grade_is_the_mean_over_the_grades_probabilities(server: LocalServer) -> None:
-    server.answer = lambda number, body: graded("4", _3=0.2, _4=0.5, _5=0.2, _hm=0.1)
+def test_the_grade_is_the_mean_over_the_grades_probabilities(server: FakeChatServer) -> None:
+    server.answer = lambda number, body: token_completion("4", {"3": 0.2, "4": 0.5, "5": 0.2, "hm": 0.1})
     (score,) = grades(judge(server), "Hello")
     assert score.reward == pytest.approx((3 * 0.2 + 4 * 0.5 + 5 * 0.2) / 0.9)
-    _, headers, body = server.requests[0]
-    assert {name.lower() for name in headers}.isdisjoint({"authorization"})
+    request = server.requests[0]
+    body = request.body
+    assert {name.lower() for name in request.headers}.isdisjoint({"authorization"})
     assert {
         name: body[name] for name in ("model", "max_tokens", "temperature", "logprobs", "top_logprobs")
     } == {"model": "m", "max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": 20}
@@ -147,30 +79,34 @@ def test_the_grade_is_the_mean_over_the_grades_probabilities(server: LocalServer
     assert "from 1 (worst) to 5 (best)" in text
 
 
-def test_templates_see_the_datasets_columns_and_what_they_lack_is_the_rows_error(server: LocalServer) -> None:
+def test_templates_see_the_datasets_columns_and_what_they_lack_is_the_rows_error(
+    server: FakeChatServer,
+) -> None:
     reward = judge(server, template="{{ prompt }}|{{ answer }}|{{ completion }}", system="Be strict")
     assert [s.reward for s in grades(reward, "a", "b", answer=["x", "{{ y }}"])] == [3.0, 3.0]
-    sent = sorted(body["messages"][1]["content"] for _, _, body in server.requests)
+    sent = sorted(body["messages"][1]["content"] for body in (request.body for request in server.requests))
     assert sent == ["Hi there|x|a", "Hi there|{{ y }}|b"]  # what the data says is no template
-    assert server.requests[0][2]["messages"][0] == {"role": "system", "content": "Be strict"}
+    assert server.requests[0].body["messages"][0] == {"role": "system", "content": "Be strict"}
     (score,) = grades(reward, "a")
     assert score.error == "the judge's template cannot be filled: 'answer' is undefined"
 
 
-def test_an_answer_that_is_hardly_a_grade_is_the_rows_error(server: LocalServer) -> None:
-    server.answer = lambda number, body: graded("well", _well=0.9, _4=0.1)
+def test_an_answer_that_is_hardly_a_grade_is_the_rows_error(server: FakeChatServer) -> None:
+    server.answer = lambda number, body: token_completion("well", {"well": 0.9, "4": 0.1})
     (score,) = grades(judge(server), "Hello")
     assert score.error is not None
     assert "gives the grades only 10.0% together, expected 50%" in score.error
     assert "'well', '4'" in score.error
-    server.answer = lambda number, body: said("no probabilities here")
+    server.answer = lambda number, body: text_completion("no probabilities here")
     (score,) = grades(judge(server), "Hello")
     assert "gave no probabilities for a grade; it said 'no probabilities here'" in str(score.error)
 
 
-def test_a_grade_behind_reasoning_is_found_by_its_pattern_with_its_probabilities(server: LocalServer) -> None:
+def test_a_grade_behind_reasoning_is_found_by_its_pattern_with_its_probabilities(
+    server: FakeChatServer,
+) -> None:
     def answer(number: int, body: dict[str, Any]) -> Reply:
-        status, headers, payload = graded("4", _4=0.75, _5=0.25)
+        status, headers, payload = token_completion("4", {"4": 0.75, "5": 0.25})
         steps = payload["choices"][0]["logprobs"]["content"]
         flat = [{"token": token, "top_logprobs": []} for token in ("It is 2", " lines. ", "Grade", ":", " ")]
         payload["choices"][0]["logprobs"]["content"] = flat + steps
@@ -179,16 +115,16 @@ def test_a_grade_behind_reasoning_is_found_by_its_pattern_with_its_probabilities
     server.answer = answer
     (score,) = grades(judge(server, pattern=r"Grade: (\d)", max_tokens=300), "Hello")
     assert score.reward == pytest.approx(4.25)
-    assert server.requests[0][2]["max_tokens"] == 300
+    assert server.requests[0].body["max_tokens"] == 300
 
 
-def test_grades_are_parsed_from_text(server: LocalServer) -> None:
+def test_grades_are_parsed_from_text(server: FakeChatServer) -> None:
     texts = {"a": "Between 2 and 4, so: 10", "b": "Good", "c": "bad, no: very good!", "d": "[[good]] not bad"}
-    server.answer = lambda number, body: said(texts[body["messages"][0]["content"]])
+    server.answer = lambda number, body: text_completion(texts[body["messages"][0]["content"]])
     settings: dict[str, Any] = {"read": "text", "template": "{{ completion }}"}
     numbers = {str(n): float(n) for n in range(1, 11)}
     assert grades(judge(server, grades=numbers, **settings), "a")[0].reward == 10.0
-    assert "logprobs" not in server.requests[0][2]
+    assert "logprobs" not in server.requests[0].body
     words = {"bad": 0.0, "good": 1.0}
     scores = grades(judge(server, grades=words, **settings), "b", "c")
     assert [s.reward for s in scores] == [None, 1.0]
@@ -216,12 +152,12 @@ def test_settings_that_cannot_work_are_refused_with_the_reason() -> None:
 # ------------------------------------------------------------------------- servers that are busy, slow, broken
 
 
-def test_requests_run_side_by_side_but_no_more_than_allowed(server: LocalServer) -> None:
+def test_requests_run_side_by_side_but_no_more_than_allowed(server: FakeChatServer) -> None:
     gate = threading.Barrier(4)
 
     def answer(number: int, body: dict[str, Any]) -> Reply:
         gate.wait(timeout=60)  # opens only when four are here at the same time
-        return graded()
+        return token_completion("3")
 
     server.answer = answer
     scores = grades(judge(server, concurrency=4), *map(str, range(12)))
@@ -230,19 +166,19 @@ def test_requests_run_side_by_side_but_no_more_than_allowed(server: LocalServer)
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_what_may_pass_is_tried_again(server: LocalServer, status: int) -> None:
-    server.answer = lambda number, body: graded() if number > 2 else failing(status)
+def test_what_may_pass_is_tried_again(server: FakeChatServer, status: int) -> None:
+    server.answer = lambda number, body: token_completion("3") if number > 2 else failure(status)
     assert grades(judge(server), "Hello")[0].reward == 3.0
     assert len(server.requests) == 3
 
 
-def test_a_request_that_hangs_is_tried_again(server: LocalServer) -> None:
+def test_a_request_that_hangs_is_tried_again(server: FakeChatServer) -> None:
     release = threading.Event()
 
     def answer(number: int, body: dict[str, Any]) -> Reply:
         if number == 1:
             release.wait(60)
-        return graded()
+        return token_completion("3")
 
     server.answer = answer
     assert grades(judge(server, timeout=1.0), "Hello")[0].reward == 3.0
@@ -250,29 +186,31 @@ def test_a_request_that_hangs_is_tried_again(server: LocalServer) -> None:
     assert len(server.requests) == 2
 
 
-def test_retry_after_holds_every_request_back(server: LocalServer) -> None:
+def test_retry_after_holds_every_request_back(server: FakeChatServer) -> None:
     def answer(number: int, body: dict[str, Any]) -> Reply:
-        return failing(429, {"Retry-After": "2"}) if number == 1 else graded()
+        return failure(429, {"Retry-After": "2"}) if number == 1 else token_completion("3")
 
     server.answer = answer
     scores = grades(judge(server, concurrency=1), "a", "b", "c")
     assert [s.reward for s in scores] == [3.0] * 3
-    times = [when for when, _, _ in server.requests]
+    times = [request.time for request in server.requests]
     assert times[1] - times[0] >= 2.0
     assert len(times) == 4
 
 
-def test_a_server_that_wants_hours_stops_the_run_with_what_it_answered_kept(server: LocalServer) -> None:
+def test_a_server_that_wants_hours_stops_the_run_with_what_it_answered_kept(server: FakeChatServer) -> None:
     kept = Kept()
-    server.answer = lambda number, body: failing(429, {"Retry-After": "7200"}) if number > 2 else graded()
+    server.answer = lambda number, body: (
+        failure(429, {"Retry-After": "7200"}) if number > 2 else token_completion("3")
+    )
     with pytest.raises(RewardError, match=r"asks to come back in 7200 s .*kept: run again then"):
         grades(judge(server, kept, concurrency=1), "a", "b", "c", "d")
     assert [len(answers) for answers in kept.groups.values()] == [2]
 
 
-def test_a_request_that_the_server_refuses_is_that_rows_error_alone(server: LocalServer) -> None:
+def test_a_request_that_the_server_refuses_is_that_rows_error_alone(server: FakeChatServer) -> None:
     def answer(number: int, body: dict[str, Any]) -> Reply:
-        return failing(400) if body["messages"][0]["content"] == "long" else graded()
+        return failure(400) if body["messages"][0]["content"] == "long" else token_completion("3")
 
     server.answer = answer
     scores = grades(judge(server, template="{{ completion }}"), "a", "long", "c")
@@ -282,22 +220,19 @@ def test_a_request_that_the_server_refuses_is_that_rows_error_alone(server: Loca
     assert len(server.requests) == 3
 
 
-def test_a_server_that_never_answers_is_given_up_and_named(server: LocalServer) -> None:
-    server.answer = lambda number, body: failing(500)
+def test_a_server_that_never_answers_is_given_up_and_named(server: FakeChatServer) -> None:
+    server.answer = lambda number, body: failure(500)
     with pytest.raises(
         RewardError, match=r"127\.0\.0\.1.* left 5 requests in a row without an answer.*HTTP 500"
     ):
         grades(judge(server, attempts=2, concurrency=2), *map(str, range(100)))
     assert len(server.requests) <= 2 * 7
-    with socket.socket() as free:  # nobody listens here
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-        (score,) = grades(judge(server, base_url=url, attempts=2), "a")
+    (score,) = grades(judge(server, base_url=closed_url(), attempts=2), "a")
     assert "the judge did not answer in 2 attempts; the last: ConnectError" in str(score.error)
 
 
 def test_a_wrong_key_or_model_stops_at_once_and_the_key_is_shown_nowhere(
-    server: LocalServer, monkeypatch: pytest.MonkeyPatch
+    server: FakeChatServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", "secret-123456")
     status = 401
@@ -310,7 +245,7 @@ def test_a_wrong_key_or_model_stops_at_once_and_the_key_is_shown_nowhere(
     with pytest.raises(RewardError, match=r"the API key is missing or wrong .*bad key \*\*\*") as caught:
         grades(reward, "a", "b")
     assert "secret" not in str(caught.value)
-    assert server.requests[0][1]["Authorization"] == "Bearer secret-123456"
+    assert server.requests[0].headers["Authorization"] == "Bearer secret-123456"
     status = 404
     with pytest.raises(RewardError, match="no such model or URL"):
         grades(reward, "a")
@@ -322,9 +257,9 @@ def test_a_wrong_key_or_model_stops_at_once_and_the_key_is_shown_nowhere(
 # ------------------------------------------------------------------------- paid once, and no more than allowed
 
 
-def test_nothing_is_asked_twice_whatever_is_made_of_the_answers(server: LocalServer) -> None:
+def test_nothing_is_asked_twice_whatever_is_made_of_the_answers(server: FakeChatServer) -> None:
     kept = Kept()
-    server.answer = lambda number, body: graded("4", _4=0.5, _5=0.5)
+    server.answer = lambda number, body: token_completion("4", {"4": 0.5, "5": 0.5})
     assert [s.reward for s in grades(judge(server, kept), "a", "a", "b")] == [4.5] * 3
     assert len(server.requests) == 2
     again = judge(server, kept, name="other", weight=2.0, grades={"1": 0, "2": 0, "3": 0, "4": 0, "5": 1})
@@ -336,7 +271,7 @@ def test_nothing_is_asked_twice_whatever_is_made_of_the_answers(server: LocalSer
         assert len(server.requests) == before + 1, change
 
 
-def test_a_budget_of_calls_stops_the_run_and_a_larger_one_goes_on(server: LocalServer) -> None:
+def test_a_budget_of_calls_stops_the_run_and_a_larger_one_goes_on(server: FakeChatServer) -> None:
     kept = Kept()
     texts = [str(n) for n in range(30)]
     with pytest.raises(
@@ -351,7 +286,7 @@ def test_a_budget_of_calls_stops_the_run_and_a_larger_one_goes_on(server: LocalS
     assert len(server.requests) == 30
 
 
-def test_a_budget_of_tokens_is_passed_by_no_more_than_the_calls_under_way(server: LocalServer) -> None:
+def test_a_budget_of_tokens_is_passed_by_no_more_than_the_calls_under_way(server: FakeChatServer) -> None:
     with pytest.raises(RewardError, match=r"budget is used up .*max_total_tokens"):
         grades(judge(server, max_total_tokens=100, concurrency=3), *map(str, range(50)))
     assert 10 <= len(server.requests) <= 12
@@ -400,7 +335,7 @@ def vllm_url(judge_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("vllm") / "server.log"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(judge_model)]
-    command += ["--served-model-name", "tiny-judge", "--host", "127.0.0.1", "--port", str(port)]
+    command += f"--served-model-name tiny-judge --host 127.0.0.1 --port {port} --max-model-len 256".split()
     command += [
         "--enforce-eager",
         "--no-enable-chunked-prefill",
@@ -409,23 +344,22 @@ def vllm_url(judge_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         "--dtype",
         "float32",
     ]
-    command += ["--max-model-len", "256", "--kv-cache-memory-bytes", str(64 << 20)]
+    command += ["--kv-cache-memory-bytes", str(64 << 20)]
     environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment
         )
+
+    def healthy() -> bool:
+        assert process.poll() is None, log.read_text()[-3000:]
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
     try:
-        deadline = time.monotonic() + 300
-        while True:
-            assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            time.sleep(0.25)
+        assert wait_until(healthy, 300), log.read_text()[-3000:]
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         os.killpg(process.pid, signal.SIGKILL)

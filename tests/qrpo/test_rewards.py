@@ -28,9 +28,9 @@ from qrpo.rewards import (
     identity,
     open_reward,
 )
+from tests.support.rewards import HI
 
 FILE = Path(__file__).with_name("reward_functions.py").resolve()
-HI = [{"role": "user", "content": "Hi there"}]
 
 
 @pytest.fixture
@@ -61,18 +61,23 @@ def values(scores: Sequence[Score]) -> list[float | None]:
 # ------------------------------------------------------------------------------------------- functions
 
 
-def test_a_function_scores_strings(opened: Any) -> None:
-    assert values(score(opened("length"), ["a", "bb", ""])) == [1.0, 2.0, 0.0]
-
-
-def test_columns_arrive_by_name_and_only_those_it_takes(opened: Any) -> None:
-    reward = opened("matches_answer")
-    assert values(score(reward, ["4", "5"], answer=["4", "4"], level=[1, 2])) == [1.0, 0.0]
-
-
-def test_async_functions_and_arrays_are_understood(opened: Any) -> None:
-    assert values(score(opened("slowly"), ["a", "bb"])) == [1.0, 2.0]
-    assert values(score(opened("as_array"), ["a", "bb"])) == [1.0, 2.0]
+@pytest.mark.parametrize(
+    ("name", "completions", "columns", "expected"),
+    [
+        ("length", ["a", "bb", ""], {}, [1.0, 2.0, 0.0]),
+        ("matches_answer", ["4", "5"], {"answer": ["4", "4"], "level": [1, 2]}, [1.0, 0.0]),
+        # what a function does not take is not sent: this could not be pickled
+        ("matches_answer", ["4", "5"], {"answer": ["4", "4"], "other": [lambda: None] * 2}, [1.0, 0.0]),
+        ("slowly", ["a", "bb"], {}, [1.0, 2.0]),
+        ("as_array", ["a", "bb"], {}, [1.0, 2.0]),
+        ("with_helper", ["a"], {}, [7.0]),
+        ("with_id", ["a", "b"], {"completion_ids": [[1, 2], [3]]}, [2.0, 1.0]),
+    ],
+)
+def test_a_function_scores_completions_and_the_columns_that_it_takes(
+    opened: Any, name: str, completions: list[str], columns: dict[str, Any], expected: list[float]
+) -> None:
+    assert values(score(opened(name), completions, **columns)) == expected
 
 
 def test_messages_and_strings_arrive_as_the_dataset_had_them(opened: Any) -> None:
@@ -90,45 +95,36 @@ def test_large_inputs_are_cut_into_calls_and_keep_their_order(opened: Any) -> No
 
 
 def test_none_means_does_not_apply_and_odd_values_are_errors(opened: Any) -> None:
-    scores = score(opened("sometimes"), ["fine", "none", "nan", "inf", "text", "true"])
-    assert [s.reward for s in scores] == [1.0, None, None, None, None, 1.0]
-    assert [s.error for s in scores] == [
-        None,
-        None,
-        "the reward is nan, expected a finite number",
-        "the reward is inf, expected a finite number",
-        "the reward is of type str, expected a number or None",
-        None,
-    ]
+    expected: dict[str, tuple[float | None, str | None]] = {
+        "fine": (1.0, None),
+        "none": (None, None),
+        "nan": (None, "the reward is nan, expected a finite number"),
+        "inf": (None, "the reward is inf, expected a finite number"),
+        "text": (None, "the reward is of type str, expected a number or None"),
+        "true": (1.0, None),
+    }
+    scores = score(opened("sometimes"), list(expected))
+    assert [(s.reward, s.error) for s in scores] == list(expected.values())
 
 
-def test_one_bad_row_does_not_cost_the_others(opened: Any) -> None:
-    scores = score(opened("raises_on_bad"), ["a", "bad", "c"])
-    assert [s.reward for s in scores] == [1.0, None, 1.0]
-    assert scores[1].error is not None
-    assert "ValueError: cannot judge this (reward_functions.py:" in scores[1].error
-
-
-def test_a_wrong_count_costs_only_the_rows_it_is_wrong_for(opened: Any) -> None:
-    scores = score(opened("skips_empty"), ["a", "", "c"])
-    assert [s.reward for s in scores] == [1.0, None, 1.0]
-    assert scores[1].error is not None
-    assert "returned 0 rewards for 1 completions, expected as many" in scores[1].error
-
-
-def test_a_call_that_hangs_costs_only_its_row(opened: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "settings", "completions", "errors"),
+    [
+        ("raises_on_bad", {}, ["a", "bad", "c"], {1: "ValueError: cannot judge this (reward_functions.py:"}),
+        ("skips_empty", {}, ["a", "", "c"], {1: "returned 0 rewards for 1 completions, expected as many"}),
+        ("hangs_on_bad", {"timeout": 0.5}, ["a", "bad", "c"], {1: "no answer within 0.5 s (timeout)"}),
+        ("dies_on_bad", {}, ["a", "bad", "quit", "d"], {1: "exited with code 1", 2: "SystemExit: I quit"}),
+    ],
+)
+def test_a_call_that_raises_miscounts_hangs_or_dies_costs_only_its_row(
+    opened: Any, name: str, settings: dict[str, Any], completions: list[str], errors: dict[int, str]
+) -> None:
     started = time.monotonic()
-    scores = score(opened("hangs_on_bad", timeout=0.5), ["a", "bad", "c"])
-    assert [s.reward for s in scores] == [1.0, None, 1.0]
-    assert scores[1].error == "no answer within 0.5 s (timeout)"
-    assert time.monotonic() - started < 60  # it hangs for 1000 s
-
-
-def test_a_call_that_kills_its_process_costs_only_its_row(opened: Any) -> None:
-    scores = score(opened("dies_on_bad"), ["a", "bad", "quit", "d"])
-    assert [s.reward for s in scores] == [1.0, None, None, 1.0]
-    assert "exited with code 1" in str(scores[1].error)
-    assert "SystemExit: I quit" in str(scores[2].error)
+    scores = score(opened(name, **settings), completions)
+    assert [s.reward for s in scores] == [None if row in errors else 1.0 for row in range(len(scores))]
+    for row, error in errors.items():
+        assert error in str(scores[row].error)
+    assert time.monotonic() - started < 60  # one hangs for 1000 s
 
 
 @pytest.mark.parametrize(
@@ -166,22 +162,6 @@ def test_workers_share_the_rows_and_one_bad_row_still_costs_no_other(opened: Any
     assert [n for n, s in enumerate(scores) if s.error is not None] == [5]
     processes = {s.reward for s in scores if s.error is None}
     assert len(processes) == 2  # it gives its process's id
-
-
-def test_the_columns_that_a_function_takes_are_all_that_it_is_sent(opened: Any) -> None:
-    unpicklable = [lambda: None] * 2  # would fail if it were sent
-    assert values(score(opened("matches_answer"), ["4", "5"], answer=["4", "4"], other=unpicklable)) == [
-        1.0,
-        0.0,
-    ]
-
-
-def test_siblings_can_be_imported(opened: Any) -> None:
-    assert values(score(opened("with_helper"), ["a"])) == [7.0]
-
-
-def test_token_ids_are_passed_as_trl_does(opened: Any) -> None:
-    assert values(score(opened("with_id"), ["a", "b"], completion_ids=[[1, 2], [3]])) == [2.0, 1.0]
 
 
 def test_functions_that_cannot_be_loaded_say_why(tmp_path: Path) -> None:
@@ -317,28 +297,31 @@ CONVERSATIONS = [
 ]
 
 
+def ids_of_conversations(folder: Path) -> list[Any]:
+    """Each conversation's token ids as a batch of one, from transformers alone."""
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    said = [[*prompt, {"role": "assistant", "content": text}] for prompt, text in CONVERSATIONS]
+    return [torch.tensor([tokenizer.apply_chat_template(one, return_dict=False)]) for one in said]
+
+
 def plain_forward(folder: Path) -> list[float]:
     """The textbook way: one conversation at a time, no padding."""
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    rewards = []
-    for prompt, completion in CONVERSATIONS:
-        ids = tokenizer.apply_chat_template(
-            [*prompt, {"role": "assistant", "content": completion}], return_dict=False
-        )
-        with torch.inference_mode():
-            rewards.append(model(torch.tensor([ids])).logits[0, 0].item())
-    return rewards
+    with torch.inference_mode():
+        return [model(ids).logits[0, 0].item() for ids in ids_of_conversations(folder)]
 
 
-def model_scores(folder: Path, **settings: Any) -> list[Score]:
+def model_scores(folder: Path, conversations: Sequence[Any] = CONVERSATIONS, **settings: Any) -> list[Score]:
     from qrpo.rewards.model import ModelReward
 
     reward = ModelReward(ModelRewardConfig(model=ModelConfig(path=str(folder)), device="cpu", **settings))
-    prompts, completions = zip(*CONVERSATIONS, strict=True)
+    prompts, completions = zip(*conversations, strict=True)
     return reward.score(prompts, completions)
 
 
@@ -346,9 +329,8 @@ def model_scores(folder: Path, **settings: Any) -> list[Score]:
 def test_a_models_reward_is_a_plain_forwards_whatever_the_batch(
     tiny_reward_model: Path, batch_tokens: int
 ) -> None:
-    assert values(model_scores(tiny_reward_model, batch_tokens=batch_tokens)) == pytest.approx(
-        plain_forward(tiny_reward_model), abs=1e-4
-    )
+    found = values(model_scores(tiny_reward_model, batch_tokens=batch_tokens))
+    assert found == pytest.approx(plain_forward(tiny_reward_model), abs=1e-4)
 
 
 def test_a_model_whose_padding_is_its_end_token_is_read_as_alone(
@@ -404,34 +386,24 @@ def test_a_reward_model_runs_in_a_child_and_gives_its_memory_back(
 def test_bfloat16_scores_do_not_depend_on_the_batch_beyond_its_rounding(
     tiny_reward_model: Path, tmp_path: Path
 ) -> None:
-    folder = saved_in_bfloat16(tiny_reward_model, tmp_path)
+    import torch
+
+    folder = tmp_path / "bfloat16"
+    shutil.copytree(tiny_reward_model, folder)
+    model = load_reward_model(ModelConfig(path=str(tiny_reward_model)), "cpu")
+    model.to(torch.bfloat16).save_pretrained(folder)
     expected = plain_forward(folder)
-    spread = max(expected) - min(expected)
     for batch_tokens in (1, 400, 100_000):
         found = values(model_scores(folder, batch_tokens=batch_tokens))
         assert found == pytest.approx(expected, abs=2**-8 * 4 * max(map(abs, expected)))
-    assert spread > 0.1
+    assert max(expected) - min(expected) > 0.1
 
 
 def test_scores_follow_their_rows_in_any_order(tiny_reward_model: Path) -> None:
-    from qrpo.rewards.model import ModelReward
-
-    reward = ModelReward(ModelRewardConfig(model=ModelConfig(path=str(tiny_reward_model)), device="cpu"))
     order = sorted(range(len(CONVERSATIONS)), key=lambda row: (row * 7) % 23)
-    prompts, completions = zip(*(CONVERSATIONS[row] for row in order), strict=True)
     expected = plain_forward(tiny_reward_model)
-    assert values(reward.score(prompts, completions)) == pytest.approx(
-        [expected[row] for row in order], abs=1e-4
-    )
-
-
-def saved_in_bfloat16(source: Path, folder: Path) -> Path:
-    import torch
-
-    target = folder / "bfloat16"
-    shutil.copytree(source, target)
-    load_reward_model(ModelConfig(path=str(source)), "cpu").to(torch.bfloat16).save_pretrained(target)
-    return target
+    found = values(model_scores(tiny_reward_model, [CONVERSATIONS[row] for row in order]))
+    assert found == pytest.approx([expected[row] for row in order], abs=1e-4)
 
 
 MULTI_OBJECTIVE = '''
@@ -514,18 +486,15 @@ def gated_scores(folder: Path) -> list[float]:
     """The score from the weights themselves: objectives at the last token, gate at the first."""
     import torch
     from safetensors.torch import load_file
-    from transformers import AutoTokenizer, LlamaConfig, LlamaModel
+    from transformers import LlamaConfig, LlamaModel
 
     weights = load_file(folder / "model.safetensors")
     body = LlamaModel(LlamaConfig.from_pretrained(folder)).eval()
     body.load_state_dict(
         {name.removeprefix("model."): w for name, w in weights.items() if name.startswith("model.")}
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     scores = []
-    for prompt, completion in CONVERSATIONS:
-        messages = [*prompt, {"role": "assistant", "content": completion}]
-        ids = torch.tensor([tokenizer.apply_chat_template(messages, return_dict=False)])
+    for ids in ids_of_conversations(folder):
         with torch.inference_mode():
             hidden_TD = body(ids).last_hidden_state[0]
             gate = (weights["gate.weight"] @ hidden_TD[0]).softmax(-1)

@@ -10,14 +10,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from qrpo.sandbox import CheckTests, Limits, ProgramTests, Sandbox, Verdict
+from tests.support.rewards import needs_bubblewrap, wait_until
 
-pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+pytestmark = needs_bubblewrap
 
 ATTACKS = runpy.run_path(str(Path(__file__).with_name("sandbox_attacks.py")))
 CHEATS, HOGS, PROBES = ATTACKS["CHEATS"], ATTACKS["HOGS"], ATTACKS["PROBES"]
@@ -168,11 +169,11 @@ sandbox.judge([("while True: pass", CheckTests("assert f(1) == 2", "f"))])
     with subprocess.Popen([sys.executable, "-c", host], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        assert _until(
+        assert wait_until(
             lambda: len(_marked(mark << 20)) >= 6
         )  # two jails, and the cells of a judge and a solution
         process.kill()
-    assert _until(lambda: not _marked(mark << 20))
+    assert wait_until(lambda: not _marked(mark << 20))
 
 
 def _marked(memory_bytes: int) -> list[str]:
@@ -182,13 +183,6 @@ def _marked(memory_bytes: int) -> list[str]:
             if f'"memory_bytes": {memory_bytes},' in (folder / "cmdline").read_text():
                 found.append(folder.name)
     return found
-
-
-def _until(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 120
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return condition()
 
 
 def _children() -> set[str]:

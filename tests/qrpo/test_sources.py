@@ -121,7 +121,7 @@ def test_missing_and_unknown_files_say_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot list nosuch://x"):
         rows_of("nosuch://x.jsonl")
     (tmp_path / "data.docx").write_text("x")
-    with pytest.raises(DataError, match=r"data\.docx is of no known kind, expected \.csv"):
+    with pytest.raises(DataError, match=r"data\.docx has no known format, expected \.csv"):
         rows_of(tmp_path / "data.docx")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(jsonl(ROWS * 50).encode())[:-20])
     with pytest.raises(DataError, match=r"cannot read .*cut\.jsonl\.gz"):

@@ -2,10 +2,7 @@
 
 import json
 import re
-import shutil
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,76 +19,22 @@ from qrpo.evaluation.suites.alpaca_eval import (
 )
 from qrpo.evaluation.suites.files import read_rows
 from qrpo.evaluation.suites.leetcode import read_problems, score_solutions
+from tests.support.rewards import LEETCODE, needs_bubblewrap
+from tests.support.servers import FakeChatServer, Reply, closed_url, token_completion
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 OUTPUT = re.compile(r'"model_identifier": "(m|M)",\s*"output": """(.*?)"""', re.DOTALL)
 
 
-class Judge:
-    """A judge at an address: `prefer(answer of m, answer of M)` says how likely it finds m the better one."""
+def preferring(prefer: Callable[[str, str], float]) -> FakeChatServer:
+    """A judge at a URL: `prefer(answer of m, answer of M)` is its probability that m is the better one."""
 
-    def __init__(self, prefer: Callable[[str, str], float]):
-        self.prefer = prefer
-        self.asked: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
-        judge = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                judge.asked.append({"path": self.path, **request})
-                judge.keys.append(self.headers["Authorization"])
-                answer = json.dumps(judge.answer(request)).encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(answer)))
-                self.end_headers()
-                self.wfile.write(answer)
-
-            def log_message(self, *arguments: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        outputs = dict(OUTPUT.findall(request["messages"][-1]["content"]))
-        chance = self.prefer(outputs["m"], outputs["M"])
+    def answer(number: int, body: dict[str, Any]) -> Reply:
+        outputs = dict(OUTPUT.findall(body["messages"][-1]["content"]))
+        chance = prefer(outputs["m"], outputs["M"])
         chances = {"m": chance, "M": 1 - chance} if 0 < chance < 1 else {"Both": 1.0}
-        top = [
-            {"token": token, "bytes": None, "logprob": float(np.log(p))}
-            for token, p in sorted(chances.items(), key=lambda item: -item[1])
-        ]
-        choice = {
-            "index": 0,
-            "finish_reason": "length",
-            "message": {"role": "assistant", "content": top[0]["token"]},
-            "logprobs": {"content": [{**top[0], "top_logprobs": top}]},
-        }
-        usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-        return {
-            "id": "1",
-            "object": "chat.completion",
-            "created": 0,
-            "model": request["model"],
-            "choices": [choice],
-            "usage": usage,
-        }
+        return token_completion(max(chances, key=chances.__getitem__), chances)
 
-
-@pytest.fixture
-def judge_for() -> Iterator[Callable[[Callable[[str, str], float]], Judge]]:
-    judges: list[Judge] = []
-
-    def start(prefer: Callable[[str, str], float]) -> Judge:
-        judges.append(Judge(prefer))
-        threading.Thread(target=judges[-1].server.serve_forever, daemon=True).start()
-        return judges[-1]
-
-    yield start
-    for judge in judges:
-        judge.server.shutdown()
-        judge.server.server_close()
+    return FakeChatServer(answer)
 
 
 def write_pair(folder: Path, baseline: list[str], outputs: list[str]) -> tuple[Path, Path]:
@@ -112,7 +55,7 @@ def longer(first: str, second: str) -> float:
 
 @pytest.mark.slow
 def test_win_rate_is_the_judges_mean_preference_and_length_explains_it_all(
-    judge_for: Callable[..., Judge], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_KEY", "secret-of-the-test")
     rng = np.random.default_rng(0)
@@ -123,10 +66,12 @@ def test_win_rate_is_the_judges_mean_preference_and_length_explains_it_all(
         ["b" * n for n in lengths],
         ["p" * round(n * r) for n, r in zip(lengths, ratios, strict=True)],
     )
-    judge = judge_for(longer)
-    settings = AlpacaEvalJudge(url=judge.url, model="my/judge", api_key="MY_KEY")
-
-    result = judge_outputs(outputs, baseline, tmp_path / "judged", settings)
+    with preferring(longer) as judge:
+        settings = AlpacaEvalJudge(url=judge.url, model="my/judge", api_key="MY_KEY")
+        result = judge_outputs(outputs, baseline, tmp_path / "judged", settings)
+        assert len(judge.requests) == 60
+        again = judge_outputs(outputs, baseline, tmp_path / "judged", settings)
+        assert len(judge.requests) == 60, "what was judged before was paid for again"
 
     mine = np.array([len(row["output"]) for row in json.loads(outputs.read_text())])
     expected = 100 * np.mean(mine / (mine + lengths))
@@ -136,23 +81,21 @@ def test_win_rate_is_the_judges_mean_preference_and_length_explains_it_all(
     assert result["length_control"] == "length_controlled_minimal"
     assert (result["judged"], result["unreadable"]) == (60, 0)
     assert result["mean_length"] == pytest.approx(mine.mean())
-    assert len(judge.asked) == 60
-    assert {row["model"] for row in judge.asked} == {"my/judge"}
-    assert {row["path"] for row in judge.asked} == {"/v1/chat/completions"}
-    assert set(judge.keys) == {"Bearer secret-of-the-test"}
+    assert {request.body["model"] for request in judge.requests} == {"my/judge"}
+    assert {request.path for request in judge.requests} == {"/v1/chat/completions"}
+    keys = {
+        value for r in judge.requests for name, value in r.headers.items() if name.lower() == "authorization"
+    }
+    assert keys == {"Bearer secret-of-the-test"}
     kept = "".join(path.read_text() for path in (tmp_path / "judged").iterdir())
     assert "secret-of-the-test" not in kept
-
-    again = judge_outputs(outputs, baseline, tmp_path / "judged", settings)
-
     numbers = {key: value for key, value in result.items() if not isinstance(value, str)}
     assert {key: again[key] for key in numbers} == pytest.approx(numbers, rel=1e-6)
-    assert len(judge.asked) == 60, "what was judged before was paid for again"
 
 
 @pytest.mark.slow
 def test_published_regression_takes_the_difficulties_from_a_local_file(
-    judge_for: Callable[..., Judge], tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     rng = np.random.default_rng(1)
     outputs, baseline = write_pair(
@@ -166,13 +109,11 @@ def test_published_regression_takes_the_difficulties_from_a_local_file(
             )
     (tmp_path / "df_gamed.csv").write_text("\n".join(lines) + "\n")
 
-    result = judge_outputs(
-        outputs,
-        baseline,
-        tmp_path / "judged",
-        AlpacaEvalJudge(url=judge_for(longer).url),
-        difficulty=tmp_path / "df_gamed.csv",
-    )
+    with preferring(longer) as server:
+        judge = AlpacaEvalJudge(url=server.url)
+        result = judge_outputs(
+            outputs, baseline, tmp_path / "judged", judge, difficulty=tmp_path / "df_gamed.csv"
+        )
 
     assert result["length_control"] == "length_controlled_v1"
     assert 0 < result["length_controlled_win_rate"] < result["win_rate"]
@@ -180,19 +121,20 @@ def test_published_regression_takes_the_difficulties_from_a_local_file(
 
 @pytest.mark.slow
 def test_answers_of_a_judge_that_cannot_be_read_are_counted_and_none_at_all_is_an_error(
-    judge_for: Callable[..., Judge], tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     outputs, baseline = write_pair(tmp_path, ["one", "two", "three", "four"], ["1", "2", "3", "4"])
-    some = judge_for(lambda first, second: 0.0 if "three" in (first, second) else 0.5)
-    none = judge_for(lambda first, second: 0.0)
-
-    result = judge_outputs(outputs, baseline, tmp_path / "some", AlpacaEvalJudge(url=some.url))
+    with preferring(lambda first, second: 0.0 if "three" in (first, second) else 0.5) as some:
+        result = judge_outputs(outputs, baseline, tmp_path / "some", AlpacaEvalJudge(url=some.url))
     assert (result["judged"], result["unreadable"]) == (3, 1)
     assert result["win_rate"] == pytest.approx(50)
     assert result["length_controlled_win_rate"] is None
     assert "5 are needed" in result["length_control"]
 
-    with pytest.raises(DataError, match="none of the judge's 4 answers could be read"):
+    with (
+        preferring(lambda first, second: 0.0) as none,
+        pytest.raises(DataError, match="none of the judge's 4 answers could be read"),
+    ):
         judge_outputs(outputs, baseline, tmp_path / "none", AlpacaEvalJudge(url=none.url))
 
 
@@ -202,10 +144,7 @@ def test_judge_that_does_not_answer_is_told_apart_from_one_that_is_not_set_up(
 ) -> None:
     outputs, baseline = write_pair(tmp_path, ["a"], ["b"])
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    closed = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
-    url = f"http://127.0.0.1:{closed.server_port}/v1"
-    closed.server_close()
-
+    url = closed_url()
     with pytest.raises(ConfigError, match="no OPENAI_API_KEY"):
         judge_outputs(outputs, baseline, tmp_path, AlpacaEvalJudge())
     with pytest.raises(EngineError, match="cannot be asked"):
@@ -216,11 +155,11 @@ def test_judge_that_does_not_answer_is_told_apart_from_one_that_is_not_set_up(
 
 @pytest.mark.slow
 def test_real_preferences_of_real_instructions_come_out_as_their_mean(
-    judge_for: Callable[..., Judge], tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    path = SHARED / "alpaca_eval_rewards_200.parquet"
+    path = LEETCODE.with_name("alpaca_eval_rewards_200.parquet")
     if not path.is_file():
-        pytest.skip(f"no {path.name} beside this checkout")
+        pytest.skip(f"{path} does not exist")
     import polars as pl
 
     table = pl.read_parquet(path)
@@ -243,12 +182,9 @@ def test_real_preferences_of_real_instructions_come_out_as_their_mean(
         tmp_path / "outputs.json", model_outputs(read_baseline(tmp_path / "baseline.json"), answers, model)
     )
 
-    result = judge_outputs(
-        tmp_path / "outputs.json",
-        tmp_path / "baseline.json",
-        tmp_path,
-        AlpacaEvalJudge(url=judge_for(judged).url),
-    )
+    with preferring(judged) as server:
+        judge = AlpacaEvalJudge(url=server.url)
+        result = judge_outputs(tmp_path / "outputs.json", tmp_path / "baseline.json", tmp_path, judge)
 
     assert result["judged"] == 40
     assert result["win_rate"] == pytest.approx(100 * np.mean(list(preference.values())), abs=0.01)
@@ -289,19 +225,13 @@ def solution(expression: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    shutil.which("bwrap") is None, reason="the sandbox needs bubblewrap: `make system` installs it"
-)
+@needs_bubblewrap
 def test_tests_passed_and_pass_at_1_are_means_over_problems() -> None:
-    problems = [
-        problem(
-            "square", "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(3) == 9\n"
-        ),
-        problem(
-            "root", "def check(candidate):\n    assert candidate(4) == 2\n    assert candidate(9) == 3\n"
-        ),
-        problem("unasked", "def check(candidate):\n    assert candidate(1) == 1\n"),
-    ]
+    def tested(name: str, *pairs: tuple[int, int]) -> dict[str, Any]:
+        asserts = "".join(f"    assert candidate({given}) == {wanted}\n" for given, wanted in pairs)
+        return problem(name, f"def check(candidate):\n{asserts}")
+
+    problems = [tested("square", (2, 4), (3, 9)), tested("root", (4, 2), (9, 3)), tested("unasked", (1, 1))]
 
     summary, rows = score_solutions(
         problems,
@@ -318,14 +248,11 @@ def test_tests_passed_and_pass_at_1_are_means_over_problems() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    shutil.which("bwrap") is None, reason="the sandbox needs bubblewrap: `make system` installs it"
-)
+@needs_bubblewrap
 def test_published_solutions_of_real_problems_pass_and_another_problems_do_not() -> None:
-    path = SHARED / "leetcode_train_100.jsonl"
-    if not path.is_file():
-        pytest.skip(f"no {path.name} beside this checkout")
-    problems = read_problems(path, limit=12)
+    if not LEETCODE.is_file():
+        pytest.skip(f"{LEETCODE} does not exist")
+    problems = read_problems(LEETCODE, limit=12)
     names = [row["task_id"] for row in problems]
     right = {row["task_id"]: [row["response"]] for row in problems}
     wrong = dict(zip(names, [*list(right.values())[1:], right[names[0]]], strict=True))

@@ -1,12 +1,15 @@
-"""AlpacaEval 2: how often a judge prefers a model's answers to a baseline's, unadjusted and at equal length.
+"""AlpacaEval 2: how often a judge prefers a model's answers to a baseline's, unadjusted and at
+equal length.
 
-The `alpaca-eval` package does the judging and the statistics. This module adds its file formats, and a judge behind any
-OpenAI-compatible URL. The baseline's published outputs (`alpaca_eval_gpt4_baseline.json`: a list of `instruction`,
-`output`, `generator`, `dataset`) are also the list of prompts.
+The `alpaca-eval` package does the judging and the statistics. This module adds its file formats,
+and a judge behind any OpenAI-compatible URL. The baseline's published outputs
+(`alpaca_eval_gpt4_baseline.json`: a list of `instruction`, `output`, `generator`, `dataset`) are
+also the list of prompts.
 
-The length-controlled win rate is the package's regression. The published one (`length_controlled_v1`) needs the
-difficulty of each instruction: the file `df_gamed.csv` of tatsu-lab/alpaca_eval on the Hugging Face Hub. Without it the
-package's `length_controlled_minimal` is used, which knows lengths only: close to the leaderboard's number, not equal.
+The length-controlled win rate is the package's regression. The published one
+(`length_controlled_v1`) needs the difficulty of each instruction: the file `df_gamed.csv` of
+tatsu-lab/alpaca_eval on the Hugging Face Hub. Without it the package's `length_controlled_minimal`
+is used, which knows lengths only: close to the leaderboard's number, not equal.
 """
 
 import json
@@ -33,7 +36,7 @@ class AlpacaEvalJudge(Section):
     """The judge."""
 
     annotator: str = "weighted_alpaca_eval_gpt4_turbo"
-    """The package's configuration whose prompt and parser are used; its evaluators_configs folder lists them."""
+    """A configuration in the package's evaluators_configs: prompt and parser."""
     model: str | None = None
     """The judge's name at its server; by default the one in the configuration."""
     url: str | None = None
@@ -54,7 +57,7 @@ def read_baseline(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
 def model_outputs(
     baseline: Sequence[Mapping[str, Any]], answers: Mapping[int, str], generator: str
 ) -> list[dict[str, Any]]:
-    """A model's answers (by row of the baseline) in the package's format; rows without one are skipped."""
+    """A model's answers, by row of the baseline, in the package's format."""
     return [
         {
             "instruction": row["instruction"],
@@ -82,12 +85,15 @@ def judge_outputs(
     difficulty: Path | None = None,
     log: Path | None = None,
 ) -> dict[str, Any]:
-    """Let the package judge `outputs` against `baseline`, row by row; return percentages and counts, for JSON.
+    """Let the package judge `outputs` against `baseline`, row by row; return percentages and
+    counts, for JSON.
 
-    Annotations are stored in `folder`, so no judgement is paid for twice. `difficulty` is df_gamed.csv. Keys: `win_rate`, `standard_error`, `discrete_win_rate`, `length_controlled_win_rate`,
-    `length_controlled_standard_error`, `length_control` (the regression's name), `judged`, `unreadable`, `mean_length`
-    and `baseline_length` in characters. Raises ConfigError if the package or the judge's key is missing,
-    EngineError if the judge does not answer, DataError if no judgement could be read.
+    Annotations are stored in `folder`, so no judgement is paid for twice. `difficulty` is
+    df_gamed.csv. Keys: `win_rate`, `standard_error`, `discrete_win_rate`,
+    `length_controlled_win_rate`, `length_controlled_standard_error`, `length_control` (the
+    regression's name), `judged`, `unreadable`, `mean_length` and `baseline_length` in characters.
+    Raises ConfigError if the package or the judge's key is missing, EngineError if the judge does
+    not answer, DataError if no judgement could be read.
     """
     environment = {"OPENAI_MAX_CONCURRENCY": str(judge.concurrency), "IS_ALPACA_EVAL_2": "True"}
     key = os.environ.get(judge.api_key)
@@ -111,7 +117,7 @@ def judge_outputs(
 
 
 class _Package:
-    """The package in a child process, because it reads its settings from the environment at import."""
+    """The package in a child process: it reads the environment at import."""
 
     def judge(
         self, outputs: Path, baseline: Path, folder: Path, config: Path, difficulty: Path | None

@@ -32,10 +32,11 @@ def draw_completions(
     namespace: str = "suite",
     log: Path | None = None,
 ) -> Completions:
-    """Sample `num_samples` completions of every prompt; the engine's process ends before this returns.
+    """Sample `num_samples` completions of every prompt; the engine's process ends before this
+    returns.
 
-    A sample's seed is a hash of `namespace`, `seed`, the prompt's key and the sample's index. Raises DataError if no
-    prompt fits the engine's context.
+    A sample's seed is a hash of `namespace`, `seed`, the prompt's key and the sample's index.
+    Raises DataError if no prompt fits the engine's context.
     """
     opened = open_engine(engine, model, log=log)
     tokenizer = load_tokenizer(model)

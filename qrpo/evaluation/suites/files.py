@@ -10,7 +10,7 @@ __all__ = ["read_rows"]
 
 
 def read_rows(path: Path, required: tuple[str, ...]) -> list[dict[str, Any]]:
-    """All rows of a file; DataError naming the file and row if one lacks text in a required field."""
+    """All rows of a file; DataError if a row lacks text in a required field."""
     rows: list[dict[str, Any]] = []
     for where, row in sources.read_rows(str(path)):
         if isinstance(row, DataError):

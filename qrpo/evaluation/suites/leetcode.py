@@ -1,7 +1,9 @@
-"""LeetCodeDataset: the share of a problem's tests that a model's solution passes, and how often it passes all.
+"""LeetCodeDataset: the share of a problem's tests that a model's solution passes, and how often it
+passes all.
 
-Problems are the published JSON lines: `task_id`, `query` (the question to the model), `prompt` (imports that precede a
-solution), `entry_point`, `test`. Solutions run in the sandbox of the code reward.
+Problems are the published JSON lines: `task_id`, `query` (the question to the model), `prompt`
+(imports that precede a solution), `entry_point`, `test`. Solutions run in the sandbox of the code
+reward.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,11 +33,13 @@ def score_solutions(
     limits: Limits | None = None,
     seed: int = 0,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Score answers (texts with fenced code, by `task_id`); return a summary for JSON, and one row per solution.
+    """Score answers (texts with fenced code, by `task_id`); return a summary for JSON, and one row
+    per solution.
 
-    The summary has `tests_passed` (share of a solution's tests, mean over problems) and `pass_at_1` (share of solutions
-    that pass all), each with `standard_error`, `low` and `high` over problems; `problems`, `samples`, and `unusable`:
-    the reasons why problems could not be scored. Problems without an answer are ignored.
+    The summary has `tests_passed` (share of a solution's tests, mean over problems) and `pass_at_1`
+    (share of solutions that pass all), each with `standard_error`, `low` and `high` over problems;
+    `problems`, `samples`, and `unusable`: the reasons why problems could not be scored. Problems
+    without an answer are ignored.
     """
     rows = [
         {**problem, "solution": index, "text": text}

@@ -1,11 +1,13 @@
-"""Python values as inert data: a solution's result reaches the judge as numbers, strings and containers, or not at all.
+"""Python values as inert data: a solution's result reaches the judge as numbers, strings and
+containers, or not at all.
 
-A value is encoded as a flat table of nodes in JSON. The table preserves linked lists of any length, shared parts and
-cycles; JSON's reader is safe on hostile input. A container is referenced by its index in the table, as `[index]`.
-Subclasses of builtin types become the builtin type: an `int` whose `__eq__` is always true arrives as a plain int. NumPy's
-numeric arrays and scalars are supported where NumPy is loaded. Instances of a class written in Python are encoded as the
-class's name and attributes; they are created again without calling any method, if the reader knows a class of that name.
-Functions, iterators, files and the like cannot be encoded.
+A value is encoded as a flat table of nodes in JSON. The table preserves linked lists of any length,
+shared parts and cycles; JSON's reader is safe on hostile input. A container is referenced by its
+index in the table, as `[index]`. Subclasses of builtin types become the builtin type: an `int`
+whose `__eq__` is always true arrives as a plain int. NumPy's numeric arrays and scalars are
+supported where NumPy is loaded. Instances of a class written in Python are encoded as the class's
+name and attributes; they are created again without calling any method, if the reader knows a class
+of that name. Functions, iterators, files and the like cannot be encoded.
 """
 
 import json
@@ -101,7 +103,7 @@ class _Encoder:
 
 
 def _plain(value: Any) -> int | float | str:
-    """The number or text of an instance of a subclass, read by the builtin type's methods and not the subclass's."""
+    """The number or text of a subclass's instance, read by the builtin type's methods."""
     if isinstance(value, int):
         return int.__index__(value)
     return float.__mul__(value, 1.0) if isinstance(value, float) else str.__str__(value)
@@ -119,7 +121,8 @@ def _kind_of(value: Any) -> str:
 def decode(data: bytes, find_class: Callable[[str], Any]) -> Any:
     """The value that `data` describes; CodecError if it describes none.
 
-    `find_class` maps a name to the class that its objects get, and to anything but a class for unknown names.
+    `find_class` maps a name to the class that its objects get, and to anything but a class for
+    unknown names.
     """
     try:
         root, nodes = _READER.decode(data.decode())

@@ -1,10 +1,11 @@
 """Isolation of one forked process, applied before it runs a line of foreign code.
 
-The process gets a new process namespace, a private /tmp, no capabilities, limits on time, memory, files and threads, and
-the system-call filter. Nothing outlives the namespace's first process, and nothing can leave the namespace.
+The process gets a new process namespace, a private /tmp, no capabilities, limits on time, memory,
+files and threads, and the system-call filter. Nothing outlives the namespace's first process, and
+nothing can leave the namespace.
 
-The main cost of a fork is the memory that it writes to, which the kernel copies page by page. So everything possible is
-prepared before the fork.
+The main cost of a fork is the memory that it writes to, which the kernel copies page by page. So
+everything possible is prepared before the fork.
 """
 
 import ctypes
@@ -44,8 +45,8 @@ class Isolation:
     def fork(self) -> int:
         """Fork a child that is the first process of a new process namespace, with an empty /tmp.
 
-        Calls the C library's fork: what `os.fork` does besides serves processes with several threads, and writes to a
-        quarter of all pages that a job ever writes to.
+        Calls the C library's fork: what `os.fork` does besides serves processes with several
+        threads, and writes to a quarter of all pages that a job ever writes to.
         """
         if self._bare:
             return os.fork()
@@ -84,7 +85,7 @@ class Isolation:
         self._pristine = self._state_of_tmp()
 
     def _state_of_tmp(self) -> tuple[int, ...]:
-        """Differs from the state of a new /tmp once anything was created in it, even if it was removed again."""
+        """Differs from the state of a new /tmp once anything was created, even if removed."""
         folder, space = os.stat("/tmp"), os.statvfs("/tmp")
         return folder.st_ino, folder.st_mode, folder.st_ctime_ns, space.f_bfree, space.f_ffree
 

@@ -1,10 +1,12 @@
-"""The judge: runs a problem's tests in a process that never runs a solution, and obtains the solution's results.
+"""The judge: runs a problem's tests in a process that never runs a solution, and obtains the
+solution's results.
 
-`check(candidate)` is split into its statements. Every statement with an assertion is one test; the others prepare tests.
-The candidate that the tests call is a proxy: the real one runs in the solution's process, and its results arrive as inert
-data. If the arguments of all calls depend only on the tests' source (as in the usual `assert candidate(...) == ...`), the
-calls are known in advance: the solution answers them in one pass, and the tests are judged afterwards. Otherwise they are
-made one by one while the tests run.
+`check(candidate)` is split into its statements. Every statement with an assertion is one test; the
+others prepare tests. The candidate that the tests call is a proxy: the real one runs in the
+solution's process, and its results arrive as inert data. If the arguments of all calls depend only
+on the tests' source (as in the usual `assert candidate(...) == ...`), the calls are known in
+advance: the solution answers them in one pass, and the tests are judged afterwards. Otherwise they
+are made one by one while the tests run.
 """
 
 import ast
@@ -28,11 +30,13 @@ _NESTED = (ast.Lambda, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.
 def serve(jobs: Reader, answer: int, drop_privileges: Callable[[], None]) -> int:
     """Serve requests one after another until the pipe ends. b"." ends each answer.
 
-    - "prepare", preamble, test, entry point: answers with JSON (`tests` and `calls`, their numbers, where calls are -1 if
-      they are made one by one; or `error`), the compiled suite, the compiled preamble, and the calls.
-    - "judge", compiled suite, number of replies, replies: answers with b"1" or b"0" for each test, all at the end.
-    - "step by step" with the same: answers with each verdict as soon as it is known, and with b"c" and a call to make,
-      whose reply is the next message.
+    - "prepare", preamble, test, entry point: answers with JSON (`tests` and `calls`, their numbers,
+      where calls are -1 if they are made one by one; or `error`), the compiled suite, the compiled
+      preamble, and the calls.
+    - "judge", compiled suite, number of replies, replies: answers with b"1" or b"0" for each test,
+      all at the end.
+    - "step by step" with the same: answers with each verdict as soon as it is known, and with b"c"
+      and a call to make, whose reply is the next message.
     """
     drop_privileges()
     sys.setrecursionlimit(10_000)
@@ -86,7 +90,7 @@ class Suite:
         self._steps = steps
         self._candidates = candidates
         self.calls = calls
-        """Code that evaluates to the list of the calls' arguments; None if they are not known in advance."""
+        """Code for the list of the calls' arguments; None if not known in advance."""
         self.tests = sum(is_test for is_test, _ in steps)
         module = types.ModuleType("tests")
         sys.modules["tests"] = module
@@ -177,13 +181,13 @@ class Suite:
         raise kind(message)
 
     def _own_class(self, name: str) -> Any:
-        """The class of this name in the preamble or the tests; data can create objects of no other class."""
+        """The class of this name in the preamble or the tests; no other class can be created."""
         found = self._names.get(name)
         return found if isinstance(found, type) and found.__module__ == "tests" else None
 
 
 def _known_in_advance(body: list[ast.stmt], candidate: str) -> bool:
-    """Whether each use of the candidate is a plain call in an assertion whose arguments use no variables of the test."""
+    """Whether the candidate is only called in assertions, without variables of the test."""
     bound = {n.id for step in body for n in ast.walk(step) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}  # fmt: skip
     for step in body:
         uses = sum(isinstance(node, ast.Name) and node.id == candidate for node in ast.walk(step))
@@ -231,7 +235,7 @@ def _asserts(node: ast.stmt) -> bool:
 
 
 def _outside_scopes(node: ast.AST) -> Iterator[Any]:
-    """The nodes that are evaluated exactly once with the statement: none in a function or a comprehension."""
+    """The nodes evaluated exactly once: none in a function or a comprehension."""
     yield node
     for inner in ast.iter_child_nodes(node):
         if not isinstance(inner, _NESTED):

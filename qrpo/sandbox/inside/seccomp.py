@@ -1,9 +1,10 @@
 """The system calls that a solution may make: a seccomp filter, as a BPF program.
 
-It is an allow-list. A solution may compute, use its memory, files and threads, and read the time. It cannot create
-processes (so limits per process limit everything it does), sockets except a socket pair, namespaces, mounts or shared
-memory, and cannot trace or inspect another process. Any other call fails with EPERM. Call numbers are those of Linux's
-`unistd.h`; calls of another architecture kill the process.
+It is an allow-list. A solution may compute, use its memory, files and threads, and read the time.
+It cannot create processes (so limits per process limit everything it does), sockets except a socket
+pair, namespaces, mounts or shared memory, and cannot trace or inspect another process. Any other
+call fails with EPERM. Call numbers are those of Linux's `unistd.h`; calls of another architecture
+kill the process.
 """
 
 import ctypes
@@ -103,7 +104,7 @@ _CONDITIONS: dict[str, list[_Instruction]] = {
 
 
 def build_filter(machine: str) -> bytes:
-    """The program for `machine` (as `platform.machine()` names it); OSError if its call numbers are unknown."""
+    """The program for a `platform.machine()`; OSError if its call numbers are unknown."""
     if machine not in ALLOWED:
         raise OSError(f"no system-call filter for {machine}, expected {' or '.join(ALLOWED)}")
     program: list[_Instruction] = [
@@ -119,7 +120,7 @@ def build_filter(machine: str) -> bytes:
 
 
 def _search(calls: list[tuple[int, str]]) -> list[_Instruction]:
-    """Binary search of a call number. The kernel evaluates a new filter on all numbers, for every process that installs it."""
+    """Binary search of a call number: the kernel tries every number on a new filter."""
     if len(calls) > 4:
         middle = len(calls) // 2
         below = _search(calls[:middle])

@@ -1,4 +1,4 @@
-"""The solution's role in a forked process: answer calls, or run as a program. It never sees a test or an expected value."""
+"""Run a solution: answer calls, or run it as a program. It never sees a test."""
 
 import atexit
 import builtins
@@ -19,9 +19,10 @@ __all__ = ["call", "run_program"]
 def call(jobs: Reader, answer: int, drop_privileges: Callable[[], None]) -> int:
     """Define the solution and answer calls to its entry point, in order.
 
-    The job: preamble (compiled), code, entry point, the number of calls, the calls; then, where that number is -1, calls one by
-    one until the pipe ends. A call is `encode([args, kwargs])`. The answer is b"=" and the result, or b"!" and the exception;
-    to one of the later calls, the result and the arguments as the call left them.
+    The job: preamble (compiled), code, entry point, the number of calls, the calls; then, where
+    that number is -1, calls one by one until the pipe ends. A call is `encode([args, kwargs])`. The
+    answer is b"=" and the result, or b"!" and the exception; to one of the later calls, the result
+    and the arguments as the call left them.
     """
     preamble, code, entry_point = jobs.frame(), jobs.text(), jobs.text()
     count = int(jobs.text())
@@ -57,7 +58,7 @@ def _answer(candidate: Any, data: bytes, names: dict[str, Any], *, back: bool) -
 
 
 def run_program(jobs: Reader, answer: int, drop_privileges: Callable[[], None]) -> int:
-    """Run the code as `__main__` with the given text on standard input; standard output is the answer."""
+    """Run the code as `__main__` with text on standard input; its output is the answer."""
     code, text = jobs.text(), jobs.frame()
     given = os.memfd_create("stdin")
     with open(given, "wb", closefd=False) as file:

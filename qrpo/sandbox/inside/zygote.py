@@ -1,7 +1,8 @@
 """The zygote: an interpreter with all imports done, forked for every solution and every judge.
 
-It never reads a job: a request is one byte and two file descriptors, which only the forked process uses. So no forked
-process finds the data of another in its memory. Messages on its socket to the host:
+It never reads a job: a request is one byte and two file descriptors, which only the forked process
+uses. So no forked process finds the data of another in its memory. Messages on its socket to the
+host:
 
     from the host   b"R" and (job to read, answer to write)    fork; the forked process reads and runs its job
                     b"K"                                       kill it
@@ -33,7 +34,7 @@ from .isolation import Isolation
 __all__ = ["BUSY_SHARE", "EXIT_RECORD", "main"]
 
 EXIT_RECORD = struct.Struct("<icd")
-"""Exit status as `os.waitpid` returns it; b"w" if its wall time was exceeded, else b"-"; CPU seconds."""
+"""`os.waitpid` status; b"w" if its wall time was exceeded, else b"-"; CPU seconds."""
 
 _PREIMPORTED = """
     abc array bisect builtins cmath collections collections.abc contextlib copy dataclasses datetime decimal enum fractions
@@ -42,14 +43,15 @@ _PREIMPORTED = """
 """
 
 BUSY_SHARE = 0.05
-"""A solution may exceed its wall time if it used at least this share of it as CPU time: a busy machine starved it. Its
-CPU limit ends it, at the latest after that limit divided by this share."""
+"""A solution may exceed its wall time if it used at least this share of it as CPU time: a busy
+machine starved it. Its CPU limit ends it, at the latest after that limit divided by this share."""
 
 
 def main(control: int, settings: str) -> None:
     """Serve requests over the socket `control` until it closes.
 
-    `settings` is JSON: the limits; `packages`, their names, and the `path` to find them on; `bare`, for no isolation.
+    `settings` is JSON: the limits; `packages`, their names, and the `path` to find them on; `bare`,
+    for no isolation.
     """
     limits: dict[str, Any] = json.loads(settings)
     sys.path += limits["path"]
@@ -102,8 +104,8 @@ class Solution:
 
 
 def _warm_up() -> None:
-    """Run a solution's job a few times: Python then specializes instructions and fills caches once, in shared pages, and
-    not again in every forked process."""
+    """Run a solution's job a few times: Python then specializes instructions and fills caches once,
+    in shared pages, and not again in every forked process."""
     preamble, code, entry_point = _WARM_UP
     call = encode([[], {"numbers": [3, 1, 2], "wanted": 2}])
     job = [
@@ -143,7 +145,7 @@ _ANSWER, _JOB = 3, 4
 
 
 def _move_descriptors(job: int, answer: int) -> None:
-    """Move the answer to descriptor 3 and the job to 4, and close all above. 0 to 2 are /dev/null already."""
+    """Move the answer to descriptor 3 and the job to 4, and close all above."""
     job, answer = os.dup2(job, 101), os.dup2(answer, 100)
     os.dup2(answer, _ANSWER)
     os.dup2(job, _JOB)
