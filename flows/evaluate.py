@@ -1,7 +1,6 @@
 """`qrpo evaluate`: a table of a run's models on its held-out prompts; several runs that differ in their seed as one."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,12 @@ from qrpo.errors import ConfigError, DataError
 from qrpo.evaluation.statistics import seeds_and_prompts
 from qrpo.evaluation.summary import COLUMNS, prompt_scores
 from storage import Store
+from tasks.artifact_summary import MAIN_MEASURES, compare_models, interval
 from tasks.config import PipelineConfig, load_config, parse_config
 
 __all__ = [
-    "Cell",
     "across_runs",
-    "compare_models",
     "evaluation_table",
-    "interval",
     "kept_steps",
     "named_models",
     "print_comparison",
@@ -81,76 +78,6 @@ def named_models(pairs: Sequence[str]) -> dict[str, str]:
     return models
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One number as text, and its error or interval."""
-
-    value: str = ""
-    note: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.value} {self.note}".strip()
-
-
-def compare_models(summary: Mapping[str, Any]) -> tuple[list[str], dict[str, list[Cell]]]:
-    """The models' names (and the optimum, if the loss has a theory), and title -> cells of each measure."""
-    others = summary.get("others", {})
-    described = [summary["reference"], summary["policy"], *others.values()]
-    compared = [summary, *others.values()]
-    controlled = [one["length_controlled"] for one in compared]
-    slopes = [one["reward_per_token"]["model"] for one in controlled]
-
-    def each(key: str, digits: int = 3) -> list[Cell]:
-        return [_measured(one[key], digits) for one in described]
-
-    def diversity(key: str) -> list[Cell]:
-        return [_measured(one["diversity"][key]) for one in described]
-
-    def gains(key: str) -> list[Cell]:
-        return [Cell(), *(_measured(one[key]) for one in controlled)]
-
-    rows = {
-        "mean reward": each("reward"),
-        "mean quantile reward": each("quantile_reward"),
-        "win rate against the reference": [Cell("0.5"), *(interval(one["win_rate"]) for one in compared)],
-        "win rate at equal length": [Cell("0.5"), *(interval(one["win_rate"]) for one in controlled)],
-        "reward gained": gains("reward_gain_unadjusted"),
-        "reward gained at equal length": gains("reward_gain"),
-        "reward per token of length": [
-            _measured(slope, 4) for slope in (controlled[0]["reward_per_token"]["reference"], *slopes)
-        ],
-        "KL to the reference, nats": [Cell("0"), *(_measured(one["kl"]) for one in compared)],
-        "completion length, tokens": each("length", 2),
-        "distinct completions of a prompt": diversity("unique"),
-        "distinct token pairs": diversity("distinct_2"),
-        "overlap of two completions": diversity("self_similarity"),
-        "finished by": [
-            Cell(", ".join(f"{reason} {count:,}" for reason, count in one["finish_reasons"].items()))
-            for one in described
-        ],
-    }
-    names = ["reference", "policy", *others]
-    if theory := summary.get("theory"):
-        names.append(f"optimum for beta {theory['beta']:g}")
-        optimum = {
-            "mean quantile reward": theory["quantile_reward"],
-            "win rate against the reference": theory["quantile_reward"],
-            "KL to the reference, nats": theory["kl"],
-        }
-        for title, cells in rows.items():
-            cells.append(Cell(f"{optimum[title]:.3f}" if title in optimum else ""))
-    return names, rows
-
-
-_BRIEF = {
-    "mean reward",
-    "mean quantile reward",
-    "win rate against the reference",
-    "KL to the reference, nats",
-    "completion length, tokens",
-}
-
-
 def evaluation_table(summary: Mapping[str, Any], *, brief: bool = False) -> Table:
     """The comparison for a terminal; `brief`: its main lines."""
     names, rows = compare_models(summary)
@@ -158,7 +85,7 @@ def evaluation_table(summary: Mapping[str, Any], *, brief: bool = False) -> Tabl
     title = f"{summary['prompts']} held-out prompts, {samples:,} fresh samples of each model"
     table = Table(Column("", no_wrap=True), *names, title=title, title_justify="left")
     for heading, cells in rows.items():
-        if heading in _BRIEF or not brief:
+        if heading in MAIN_MEASURES or not brief:
             table.add_row(heading, *map(str, cells))
     return table
 
@@ -201,15 +128,3 @@ def across_runs(store: Store, names: Sequence[str]) -> dict[str, Any]:
         result["prompts"] = len(shared)
         result[score] = seeds_and_prompts(values)
     return result
-
-
-def _measured(value: Mapping[str, Any], digits: int = 3) -> Cell:
-    if value["mean"] is None:
-        return Cell("-")
-    error = value["standard_error"]
-    return Cell(f"{value['mean']:.{digits}f}", f"± {error:.{digits}f}" if error is not None else "")
-
-
-def interval(value: Mapping[str, Any]) -> Cell:
-    """A mean with its 95% interval."""
-    return Cell(f"{value['mean']:.3f}", f"({value['low']:.3f} to {value['high']:.3f})")

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from flows.evaluate import interval
 from flows.views.runs import find_manifest
 from qrpo.config import keyed
 from qrpo.engines.sampling import SamplingConfig
@@ -25,46 +25,42 @@ from qrpo.evaluation.suites.alpaca_eval import (
 )
 from qrpo.models import ModelConfig, model_identity
 from storage import Store, fingerprint
+from tasks.artifact_summary import interval
 from tasks.config import PipelineConfig, apply_overrides
 from tasks.stages.evaluation import checkpoint_model
 
-__all__ = ["SUITES", "SuiteRequest", "alpaca_eval", "judge_of", "leetcode", "print_suite", "request_of"]
+__all__ = ["SUITES", "SuiteRequest", "alpaca_eval", "judge_of", "leetcode", "print_suite"]
 
 
 @dataclass(frozen=True)
 class SuiteRequest:
-    """A model of a run on a suite's file."""
+    """A model of a run on a suite's file: `policy`, `reference`, `step-N` or a model of evaluation.models."""
 
+    store: Store
     config: PipelineConfig
     model_name: str
-    model: ModelConfig
     data: Path
     folder: Path
-    sampling: SamplingConfig
-    num_samples: int = 1
+    num_samples: int | None = None
     limit: int | None = None
+    temperature: float | None = None
+    max_tokens: int | None = None
 
+    def __post_init__(self) -> None:
+        assert self.model  # an unknown model is an error before any work
+        self.folder.mkdir(parents=True, exist_ok=True)
 
-def request_of(
-    store: Store,
-    config: PipelineConfig,
-    model_name: str,
-    data: Path,
-    folder: Path,
-    *,
-    num_samples: int | None = None,
-    limit: int | None = None,
-    temperature: float | None = None,
-    max_tokens: int | None = None,
-) -> SuiteRequest:
-    """The request for `policy`, `reference` or a model of evaluation.models; sampling is the run's unless given."""
-    changes = {"temperature": temperature, "max_tokens": max_tokens}
-    sampling = config.completions.sampling.model_copy(
-        update={name: value for name, value in changes.items() if value is not None}
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    model = _model(store, config, model_name)
-    return SuiteRequest(config, model_name, model, data, folder, sampling, num_samples or 1, limit)
+    @cached_property
+    def sampling(self) -> SamplingConfig:
+        """The run's sampling unless the request says otherwise."""
+        changes = {"temperature": self.temperature, "max_tokens": self.max_tokens}
+        given = {name: value for name, value in changes.items() if value is not None}
+        return self.config.completions.sampling.model_copy(update=given)
+
+    @cached_property
+    def model(self) -> ModelConfig:
+        """The model's weights. Raises ConfigError if the run has no such model."""
+        return _model(self.store, self.config, self.model_name)
 
 
 def alpaca_eval(
@@ -90,7 +86,7 @@ def leetcode(request: SuiteRequest) -> dict[str, Any]:
 
     problems = read_problems(request.data, request.limit)
     prompts = {row["task_id"]: _user(row["query"]) for row in problems}
-    drawn, refused = _draw(request, "leetcode", prompts, num_samples=request.num_samples)
+    drawn, refused = _draw(request, "leetcode", prompts, num_samples=request.num_samples or 1)
     scored, rows = score_solutions(problems, drawn, seed=request.config.seed)
     with (request.folder / "solutions.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,13 +1,37 @@
-"""Facts about a committed artifact that the views and Prefect's UI both show: reject reasons, logged training metrics."""
+"""Facts about an artifact that the views and Prefect's UI both show: reject reasons, metrics, numbers, model comparisons."""
 
 import io
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import polars as pl
 
 from storage import Manifest, Store
 
-__all__ = ["reject_reasons", "training_metrics"]
+__all__ = [
+    "MAIN_MEASURES",
+    "QUANTILES",
+    "Cell",
+    "compare_models",
+    "interval",
+    "numbers_of",
+    "reject_reasons",
+    "training_metrics",
+]
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+_BINS = 32
+MAIN_MEASURES = {
+    "mean reward",
+    "mean quantile reward",
+    "win rate against the reference",
+    "KL to the reference, nats",
+    "completion length, tokens",
+}
+"""Titles of the rows of `compare_models` for a brief table."""
 
 
 def reject_reasons(store: Store, manifest: Manifest, limit: int = 10) -> dict[str, int]:
@@ -26,3 +50,98 @@ def training_metrics(store: Store, manifest: Manifest) -> pl.DataFrame | None:
             if file.name == "metrics.parquet":
                 return pl.read_parquet(io.BytesIO(store.read_bytes(file.key)))
     return None
+
+
+def numbers_of(values: pl.Series) -> dict[str, Any] | None:
+    """Count, mean, extremes, quantiles and histogram of the finite values. None if there are none."""
+    if not values.dtype.is_numeric():
+        return None
+    finite = values.cast(pl.Float64).drop_nulls()
+    finite = finite.filter(finite.is_finite())
+    if finite.is_empty():
+        return None
+    quantiles = [finite.quantile(share, "linear") for share in QUANTILES]
+    low, high = float(quantiles[0] or 0.0), float(quantiles[-1] or 0.0)
+    counts, _ = np.histogram(finite, _BINS if high > low else 1, (low, high) if high > low else None)
+    return {
+        "count": len(finite),
+        "mean": finite.mean(),
+        "std": finite.std(),
+        "min": low,
+        "max": high,
+        "quantiles": quantiles,
+        "histogram": {"low": low, "high": high, "counts": counts.tolist()},
+    }
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number as text, and its error or interval."""
+
+    value: str = ""
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.value} {self.note}".strip()
+
+
+def compare_models(summary: Mapping[str, Any]) -> tuple[list[str], dict[str, list[Cell]]]:
+    """The models' names (and the optimum, if the loss has a theory), and title -> cells of each measure."""
+    others = summary.get("others", {})
+    described = [summary["reference"], summary["policy"], *others.values()]
+    compared = [summary, *others.values()]
+    controlled = [one["length_controlled"] for one in compared]
+    slopes = [one["reward_per_token"]["model"] for one in controlled]
+
+    def each(key: str, digits: int = 3) -> list[Cell]:
+        return [_measured(one[key], digits) for one in described]
+
+    def diversity(key: str) -> list[Cell]:
+        return [_measured(one["diversity"][key]) for one in described]
+
+    def gains(key: str) -> list[Cell]:
+        return [Cell(), *(_measured(one[key]) for one in controlled)]
+
+    rows = {
+        "mean reward": each("reward"),
+        "mean quantile reward": each("quantile_reward"),
+        "win rate against the reference": [Cell("0.5"), *(interval(one["win_rate"]) for one in compared)],
+        "win rate at equal length": [Cell("0.5"), *(interval(one["win_rate"]) for one in controlled)],
+        "reward gained": gains("reward_gain_unadjusted"),
+        "reward gained at equal length": gains("reward_gain"),
+        "reward per token of length": [
+            _measured(slope, 4) for slope in (controlled[0]["reward_per_token"]["reference"], *slopes)
+        ],
+        "KL to the reference, nats": [Cell("0"), *(_measured(one["kl"]) for one in compared)],
+        "completion length, tokens": each("length", 2),
+        "distinct completions of a prompt": diversity("unique"),
+        "distinct token pairs": diversity("distinct_2"),
+        "overlap of two completions": diversity("self_similarity"),
+        "finished by": [
+            Cell(", ".join(f"{reason} {count:,}" for reason, count in one["finish_reasons"].items()))
+            for one in described
+        ],
+    }
+    names = ["reference", "policy", *others]
+    if theory := summary.get("theory"):
+        names.append(f"optimum for beta {theory['beta']:g}")
+        optimum = {
+            "mean quantile reward": theory["quantile_reward"],
+            "win rate against the reference": theory["quantile_reward"],
+            "KL to the reference, nats": theory["kl"],
+        }
+        for title, cells in rows.items():
+            cells.append(Cell(f"{optimum[title]:.3f}" if title in optimum else ""))
+    return names, rows
+
+
+def _measured(value: Mapping[str, Any], digits: int = 3) -> Cell:
+    if value["mean"] is None:
+        return Cell("-")
+    error = value["standard_error"]
+    return Cell(f"{value['mean']:.{digits}f}", f"± {error:.{digits}f}" if error is not None else "")
+
+
+def interval(value: Mapping[str, Any]) -> Cell:
+    """A mean with its 95% interval."""
+    return Cell(f"{value['mean']:.3f}", f"({value['low']:.3f} to {value['high']:.3f})")

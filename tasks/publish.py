@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
-import polars.selectors as cs
 from httpx import HTTPError
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from prefect.assets import Asset, AssetProperties, add_asset_metadata, materialize
@@ -28,7 +27,7 @@ from prefect.utilities.annotations import quote
 
 from storage import Manifest, Store
 from tasks import charts
-from tasks.artifact_summary import reject_reasons, training_metrics
+from tasks.artifact_summary import MAIN_MEASURES, compare_models, numbers_of, reject_reasons, training_metrics
 from tasks.run_stage import StageResult
 from tasks.stages import STAGES
 
@@ -172,26 +171,21 @@ def _numbers(manifest: Manifest, store: Store) -> Iterator[str]:
     else:
         metrics = training_metrics(store, manifest)
         table = (pl.DataFrame() if metrics is None else metrics).lazy()
-    numeric = table.select(cs.numeric())
-    found = pl.collect_all([numeric.mean(), numeric.std(), numeric.min(), numeric.max()])
-    rows = []
-    for name in found[0].columns:
-        values: list[Any] = [frame[name].first() for frame in found]
-        rows.append((name, *("" if value is None else f"{value:.5g}" for value in values)))
-    return _table(("column", "mean", "std", "min", "max"), rows)
+    names = [name for name, kind in table.collect_schema().items() if kind.is_numeric()]
+    columns = {name: numbers_of(table.select(name).collect()[name]) for name in names}
+    keys = ("mean", "std", "min", "max")
+    rows = [
+        (name, *("" if known[key] is None else f"{known[key]:.5g}" for key in keys))
+        for name, known in columns.items()
+        if known is not None
+    ]
+    return _table(("column", *keys), rows)
 
 
 def _comparison(summary: Mapping[str, Any]) -> Iterator[str]:
-    policy, reference, wins = summary["policy"], summary["reference"], summary["win_rate"]
-    titles = {"reward": "mean reward", "quantile_reward": "mean quantile reward", "length": "tokens"}
-    rows = [
-        (title, f"{reference[key]['mean']:.4g}", f"{policy[key]['mean']:.4g}")
-        for key, title in titles.items()
-    ]
-    win_rate = f"{wins['mean']:.3f} ({wins['low']:.3f} to {wins['high']:.3f})"
-    rows.append(("win rate against the reference", "0.5", win_rate))
-    rows.append(("KL to the reference, nats", "0", f"{summary['kl']['mean']:.4g}"))
-    return _table((f"{summary['prompts']} held-out prompts", "reference", "policy"), rows)
+    models, rows = compare_models(summary)
+    main = [(title, *cells) for title, cells in rows.items() if title in MAIN_MEASURES]
+    return _table((f"{summary['prompts']} held-out prompts", *models), main)
 
 
 def _sample(manifest: Manifest, store: Store) -> list[dict[str, str]]:

@@ -124,12 +124,12 @@ def evaluate(
         return
     if len(names) != 1 or data is None:
         raise typer.BadParameter("--suite takes one run, and the suite's file with --data")
-    from flows.suites import SUITES, judge_of, print_suite, request_of
+    from flows.suites import SUITES, SuiteRequest, judge_of, print_suite
 
     if suite not in SUITES:
         raise typer.BadParameter(f"no suite {suite!r}; the suites are {', '.join(SUITES)}")
     config = run_config(opened, names[0], more)
-    request = request_of(
+    request = SuiteRequest(
         opened,
         config,
         which,

@@ -5,7 +5,6 @@ import json
 import random
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,171 +144,12 @@ def snapshot() -> Callable[[Path], dict[str, tuple[int, str]]]:
     return take
 
 
-HOSTILE = (
-    "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"></td></table></pre>"
-    "[bold]b[/bold] {{ 7*7 }} \x1b[31mred\x1b]0;owned\x07 \u202edesrever\u202c \x00"
-)
-"""Markup, scripts, templates, terminal commands and direction marks, as a model could write them."""
-
-
 @pytest.fixture(scope="session")
-def write_artifacts() -> Callable[..., Any]:
-    """Write every stage of a run into a store, a few prompts a part, without computing anything; the first completion is hostile.
+def write_artifacts() -> Callable[..., None]:
+    """`tests.support.views.write_artifacts`."""
+    from tests.support import views
 
-    `reward_shift` is added to the rewards of the parts in the second half: those differ between two runs.
-    """
-
-    def write(
-        store: Any,
-        run: str,
-        *,
-        prompts: int = 12,
-        part_size: int = 4,
-        num_ref: int = 6,
-        reward_shift: float = 0.0,
-    ) -> None:
-        from storage import manifest_of
-
-        made: dict[str, list[Any]] = {}
-        for first in range(0, prompts, part_size):
-            numbers = range(first, min(first + part_size, prompts))
-            shift = reward_shift if 2 * first >= prompts else 0.0
-            above: dict[str, str] = {}
-            for stage, rows in artifact_rows(numbers, num_ref, shift).items():
-                record = commit_rows(
-                    store, stage, f"{numbers.start}-{numbers.stop}-{num_ref}-{shift}", rows, above
-                )
-                made.setdefault(stage, []).append(record)
-                above = above | {record.fingerprint: record.digest}
-        stages, parents = {}, {}
-        for stage, records in made.items():
-            inputs = {"source": ["digest-of-the-source"]} if stage == "prompts" else {}
-            manifest = store.commit_manifest(
-                manifest_of(stage, "tests", records, parents=parents, inputs=inputs)
-            )
-            parents = {stage: manifest.fingerprint}
-            stages[stage] = {"fingerprint": manifest.fingerprint}
-        policy = store.commit_manifest(
-            manifest_of("policy", "tests", [commit_policy(store)], parents=parents)
-        )
-        stages["policy"] = {"fingerprint": policy.fingerprint}
-        store.write_run(run, {"stages": stages, "updated": "2026-11-24T12:00:00Z"})
-
-    return write
-
-
-def artifact_rows(numbers: range, num_ref: int, shift: float) -> dict[str, list[dict[str, Any]]]:
-    """Rows of the stages for these prompts; the reward of sample k of prompt p is p + k / 10."""
-    rows: dict[str, list[dict[str, Any]]] = {
-        name: [] for name in ("prompts", "completions", "rewards", "quantiles", "shards", "evaluation")
-    }
-    for p in numbers:
-        prompt = {"prompt_id": hashlib.sha256(str(p).encode()).hexdigest()[:32]}
-        question = HOSTILE if p == 0 else f"How many are {p} and {p}?"
-        rows["prompts"].append(
-            prompt
-            | {
-                "messages": [
-                    {"role": "system", "content": "Be brief."},
-                    {"role": "user", "content": question},
-                ],
-                "split": "train",
-                "source": "tests",
-                "offline_completions": [],
-                "metadata": json.dumps({"answer": 2 * p}),
-                "conversational": True,
-            }
-        )
-        rewards = [p + k / 10 + shift for k in range(num_ref)]
-        for k, reward in enumerate(rewards):
-            key = prompt | {"sample_index": k, "origin": "reference"}
-            text = HOSTILE if p == 0 and k == 0 else f"I say {2 * p} ({k})"
-            said = {
-                "text": text,
-                "token_ids": list(range(k, k + 3)),
-                "finish_reason": "stop",
-                "sampled_logprob": -1.0 - k,
-            }
-            components = [{"name": "right", "value": reward}]
-            rows["completions"].append(key | said)
-            rows["rewards"].append(key | {"reward": reward, "components": components, "error": None})
-        each = {
-            "sample_index": list(range(2)),
-            "origin": ["reference"] * 2,
-            "reward": rewards[:2],
-            "quantile_reward": [0.0, 0.2],
-            "quantile_low": [0.0, 0.1],
-            "quantile_high": [0.5, 0.6],
-        }
-        shared = {"ref_mean": sum(rewards) / num_ref, "ref_std": 0.5}
-        rows["quantiles"].append(prompt | shared | each | {"ref_rewards": rewards, "num_ref": num_ref})
-        tokens = {
-            "prompt_token_ids": [1, 2],
-            "completion_token_ids": [[0, 1, 2], [1, 2, 3]],
-            "ref_logprob": [-3.0, -4.0],
-        }
-        rows["shards"].append(prompt | shared | each | tokens | {"num_ref": num_ref - 1})
-        for model, bonus in (("policy", 0.5), ("reference", 0.0)):
-            rows["evaluation"].append(
-                prompt
-                | {
-                    "model": model,
-                    "sample_index": 0,
-                    "text": f"evaluated {p} by {model}",
-                    "token_ids": [0, 1, 2],
-                    "finish_reason": "stop",
-                    "reward": p + bonus,
-                    "quantile_reward": 0.5 + bonus / 2,
-                    "model_logprob": -2.0,
-                    "ref_logprob": -3.0,
-                    "model_token_logprobs": [-0.1, -1.5, -0.4],
-                    "ref_token_logprobs": [-0.3, -0.2, -2.5],
-                }
-            )
-    return rows
-
-
-def commit_rows(
-    store: Any, stage: str, name: str, rows: list[dict[str, Any]], parents: dict[str, str]
-) -> Any:
-    """Commit a part of these rows; one reject beside every part of rewards."""
-    import pyarrow as pa
-
-    from storage import PartKey, rejects_table
-    from tasks.stages import TABLES
-
-    schema = TABLES[stage].schema
-    extra = [pa.field(key, pa.list_(pa.float32())) for key in rows[0] if key not in schema.names]
-    rejects = None
-    if stage == "rewards":
-        key = f"{rows[0]['prompt_id']}/reference/99"
-        reject = {
-            "stage": stage,
-            "key": key,
-            "reason": f"the reward failed: {HOSTILE}",
-            "prompt_id": rows[0]["prompt_id"],
-        }
-        rejects = rejects_table([reject])
-    table = pa.Table.from_pylist(rows, schema=pa.schema([*schema, *extra]))
-    return store.commit_part(
-        PartKey(stage, "tests", f"{stage}-{name}"), table, rejects=rejects, parents=parents
-    )
-
-
-def commit_policy(store: Any) -> Any:
-    """A model folder without weights: what training logged, and a tokenizer whose token 1 is markup."""
-    import polars as pl
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
-    from storage import PartKey
-
-    words = {"I": 0, "<b>say</b>": 1, "four": 2, "five": 3, "six": 4, "seven": 5, "[UNK]": 6}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        Tokenizer(WordLevel(words, unk_token="[UNK]")).save(str(folder / "tokenizer.json"))
-        pl.DataFrame({"step": [1, 2, 3], "loss": [1.0, 0.5, 0.25]}).write_parquet(folder / "metrics.parquet")
-        return store.commit_folder(PartKey("policy", "tests", "policy"), folder)
+    return views.write_artifacts
 
 
 def make_rows(count: int) -> list[dict[str, str]]:

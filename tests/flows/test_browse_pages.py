@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from storage import Store
-
-CHROMIUM = Path("/usr/bin/chromium")
-PROMPT = "5feceb66ffc86f38d952786c6d696c79"  # of prompt 0, whose text is hostile
+from tests.support.views import CHROMIUM, PROMPT, browsing, chromium, write_artifacts
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,7 +19,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, write_artifacts: Callable[..., None]) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with the runs `one` and `two`."""
     path = tmp_path_factory.mktemp("browsed") / "store"
     for run, shift in (("one", 0.0), ("two", 1.0)):
@@ -38,29 +35,14 @@ def address(
 ) -> Iterator[str]:
     """Where `qrpo browse` serves the store."""
     log = tmp_path_factory.mktemp("log") / "browse.log"
-    process = start_qrpo(log, "browse", "--store", folder, "--port", "0")
-    try:
-        for _ in range(600):
-            if found := re.search(r"http://\S+/", log.read_text()):
-                break
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.1)
-        else:
-            pytest.fail(f"no address: {log.read_text()}")
+    with browsing(start_qrpo, log, folder, r"http://\S+/") as found:
         yield found.group().rstrip("/")
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+    with chromium() as launched:
         yield launched
-        launched.close()
 
 
 @pytest.fixture
@@ -108,10 +90,8 @@ def test_every_link_leads_to_a_page_where_nothing_runs(
         answer = page.goto(address + path)
         assert answer.status == 200, path
         assert page.locator("h1").count() == 1, path
-        assert (
-            page.evaluate("document.scripts.length + document.querySelectorAll('img, iframe, object').length")
-            == 0
-        )
+        count = "document.scripts.length + document.querySelectorAll('img, iframe, object').length"
+        assert page.evaluate(count) == 0
         assert page.title() != "owned"
         links = page.locator("a[href]").evaluate_all("all => all.map(a => a.getAttribute('href'))")
         for link in links:
@@ -191,12 +171,8 @@ def test_forms_and_headings_filter_sort_and_page_by_the_address(
     page.get_by_role("link", name="next").click()
 
     asked = parse_qs(urlsplit(page.url).query)
-    assert asked == {
-        "where": ["reward >= 5 AND sample_index < 4"],
-        "q": ["right"],
-        "sort": ["-reward"],
-        "page": ["2"],
-    }
+    where = ["reward >= 5 AND sample_index < 4"]
+    assert asked == {"where": where, "q": ["right"], "sort": ["-reward"], "page": ["2"]}
     assert "76 rows match" in page.get_by_role("status").inner_text()
     column = page.locator("th").all_inner_texts().index("reward ↓")
     rewards = [float(text) for text in page.locator(f"td:nth-child({column + 1})").all_inner_texts()]
@@ -231,12 +207,8 @@ def test_keys_reach_the_filter_turn_pages_and_lead_home(new_page: Callable[..., 
 
 def press(page: Any, key: str) -> None:
     """Alt and a key, as a keyboard sends it: Playwright's own leaves out the text by which Chromium knows access keys."""
-    told = {
-        "key": key,
-        "code": f"Key{key.upper()}",
-        "windowsVirtualKeyCode": ord(key.upper()),
-        "modifiers": 1,
-    }
+    code = ord(key.upper())
+    told = {"key": key, "code": f"Key{key.upper()}", "windowsVirtualKeyCode": code, "modifiers": 1}
     session = page.context.new_cdp_session(page)
     session.send("Input.dispatchKeyEvent", {"type": "keyDown", "unmodifiedText": key, **told})
     session.send("Input.dispatchKeyEvent", {"type": "keyUp", **told})
@@ -364,10 +336,6 @@ def test_every_page_fits_a_phone_and_is_dark_in_the_dark(
     phone.goto(address + path)
 
     assert phone.evaluate("document.documentElement.scrollWidth") <= 360
-    back, ink = (
-        phone.evaluate(
-            f"getComputedStyle(document.body).{name}.match(/[0-9]+/g).reduce((a, b) => a + Number(b), 0)"
-        )
-        for name in ("backgroundColor", "color")
-    )
+    total = "getComputedStyle(document.body).{}.match(/[0-9]+/g).reduce((a, b) => a + Number(b), 0)"
+    back, ink = (phone.evaluate(total.format(name)) for name in ("backgroundColor", "color"))
     assert back < 120 < 600 < ink

@@ -1,36 +1,29 @@
 """What `qrpo browse` answers to whom, apart from what its pages show."""
 
-import http.client
-import re
 import socket
 import subprocess
-import time
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
+import uvicorn
 
 import storage
 from flows.views.browse.server import Guard, browse_app
 from storage import Store
-from tasks.stages import TABLES
+from tests.support.views import ask, browsing, commit, row, table, write_artifacts
 
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., int]]:
     """Serve a store in this process as `qrpo browse` does; the port."""
-    import threading
-
-    import uvicorn
-
     running: list[tuple[Any, threading.Thread]] = []
 
     def start(store: Store, token: str | None = None) -> int:
-        app = Guard(
-            browse_app(store), token=token, hosts=None if token else ("localhost", "127.0.0.1", "[::1]")
-        )
+        hosts = None if token else ("localhost", "127.0.0.1", "[::1]")
+        app = Guard(browse_app(store), token=token, hosts=hosts)
         listening = socket.create_server(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", ws="none"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -44,25 +37,20 @@ def serve() -> Iterator[Callable[..., int]]:
         thread.join(30)
 
 
-def ask(port: int, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], str]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request(method, path, headers=headers)
-    answer = connection.getresponse()
-    body = answer.read().decode()
-    connection.close()
-    return answer.status, {name.lower(): value for name, value in answer.getheaders()}, body
-
-
 @pytest.fixture
-def memory(write_artifacts: Callable[..., None], request: pytest.FixtureRequest) -> Store:
+def memory(request: pytest.FixtureRequest) -> Store:
     store = Store(f"memory://browse-{abs(hash(request.node.nodeid))}/store")
     write_artifacts(store, "one")
     return store
 
 
-def test_pages_of_a_store_that_is_no_folder(serve: Callable[..., int], memory: Store) -> None:
-    port = serve(memory)
+@pytest.fixture
+def port(serve: Callable[..., int], memory: Store) -> int:
+    """The port of a server of a store in memory."""
+    return serve(memory)
 
+
+def test_pages_of_a_store_that_is_no_folder(port: int) -> None:
     for path, expected in (
         ("/", "one"),
         ("/runs/one/rewards?where=reward+%3E+11&sort=-reward", "5 rows match"),
@@ -73,19 +61,13 @@ def test_pages_of_a_store_that_is_no_folder(serve: Callable[..., int], memory: S
         assert (status, expected in body) == (200, True), path
 
 
-def test_nothing_but_reading_is_answered(serve: Callable[..., int], memory: Store) -> None:
-    port = serve(memory)
-
+def test_nothing_but_reading_is_answered(port: int) -> None:
     for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS"):
         assert ask(port, "/", method)[0] == 405
     assert ask(port, "/", "HEAD")[0] == 200
 
 
-def test_every_answer_forbids_scripts_frames_and_other_hosts(
-    serve: Callable[..., int], memory: Store
-) -> None:
-    port = serve(memory)
-
+def test_every_answer_forbids_scripts_frames_and_other_hosts(port: int) -> None:
     for path in ("/", "/nowhere", "/runs/none", "/static/style.css", "/runs/one/rewards?where=oops"):
         _, headers, body = ask(port, path)
         policy = dict(
@@ -100,9 +82,7 @@ def test_every_answer_forbids_scripts_frames_and_other_hosts(
         assert "<script" not in body
 
 
-def test_another_sites_name_does_not_lead_here(serve: Callable[..., int], memory: Store) -> None:
-    port = serve(memory)
-
+def test_another_sites_name_does_not_lead_here(port: int) -> None:
     assert ask(port, "/", Host=f"rebound.example:{port}")[0] == 421
     for name in ("localhost", "127.0.0.1", "[::1]"):
         assert ask(port, "/", Host=f"{name}:{port}")[0] == 200
@@ -140,19 +120,15 @@ def test_opened_wider_it_asks_for_the_token(serve: Callable[..., int], memory: S
         "/runs/%00",
     ],
 )
-def test_what_is_not_there_is_told_and_nothing_else_is_reached(
-    serve: Callable[..., int], memory: Store, path: str
-) -> None:
-    status, _, body = ask(serve(memory), path)
+def test_what_is_not_there_is_told_and_nothing_else_is_reached(port: int, path: str) -> None:
+    status, _, body = ask(port, path)
 
     assert status == 404
     assert "root:" not in body
     assert "Traceback" not in body
 
 
-def test_strange_numbers_and_names_in_an_address_do_no_harm(serve: Callable[..., int], memory: Store) -> None:
-    port = serve(memory)
-
+def test_strange_numbers_and_names_in_an_address_do_no_harm(port: int) -> None:
     for query in (
         "page=-1",
         "page=99999999999999999999",
@@ -171,9 +147,7 @@ def test_strange_numbers_and_names_in_an_address_do_no_harm(serve: Callable[...,
         assert "<script>" not in body
 
 
-def test_damaged_part_is_told_with_its_remedy(
-    serve: Callable[..., int], tmp_path: Path, write_artifacts: Callable[..., None]
-) -> None:
+def test_damaged_part_is_told_with_its_remedy(serve: Callable[..., int], tmp_path: Path) -> None:
     store = Store(tmp_path)
     write_artifacts(store, "one")
     part = storage.open(store, "one", "rewards").manifest.parts[0]
@@ -187,20 +161,7 @@ def test_damaged_part_is_told_with_its_remedy(
 
 def test_huge_completion_leaves_the_page_small(serve: Callable[..., int], tmp_path: Path) -> None:
     store = Store(tmp_path)
-    row = {
-        "prompt_id": "p",
-        "sample_index": 0,
-        "origin": "reference",
-        "text": "<b>" * 2_000_000,
-        "token_ids": [1],
-        "finish_reason": None,
-        "sampled_logprob": None,
-    }
-    part = store.commit_part(
-        storage.PartKey("completions", "f", "p"), pa.Table.from_pylist([row], TABLES["completions"].schema)
-    )
-    manifest = store.commit_manifest(storage.manifest_of("completions", "f", [part]))
-    store.write_run("one", {"stages": {"completions": {"fingerprint": manifest.fingerprint}}})
+    commit(store, "completions", [table("completions", [row("completions", text="<b>" * 2_000_000)])])
     port = serve(store)
 
     assert len(ask(port, "/runs/one/completions")[2]) < 20_000
@@ -213,23 +174,12 @@ def test_huge_completion_leaves_the_page_small(serve: Callable[..., int], tmp_pa
 def test_command_says_where_it_serves_and_makes_up_a_token(
     tmp_path: Path, start_qrpo: Callable[..., "subprocess.Popen[bytes]"]
 ) -> None:
-    log = tmp_path / "log"
-    process = start_qrpo(log, "browse", "--store", tmp_path / "store", "--host", "0.0.0.0", "--port", "0")
-    try:
-        for _ in range(600):
-            if found := re.search(r"http://0\.0\.0\.0:(\d+)/\?token=(\S+)", log.read_text()):
-                break
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.1)
-        else:
-            pytest.fail(f"no address: {log.read_text()}")
+    said = r"http://0\.0\.0\.0:(\d+)/\?token=(\S+)"
+    with browsing(start_qrpo, tmp_path / "log", tmp_path / "store", said, "--host", "0.0.0.0") as found:
         port, token = int(found.group(1)), found.group(2)
         assert ask(port, "/")[0] == 401
         assert ask(port, "/", Cookie=f"qrpo_browse={token}")[0] == 200
         assert "There are no runs here yet" in ask(port, "/", Cookie=f"qrpo_browse={token}")[2]
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 @pytest.mark.slow

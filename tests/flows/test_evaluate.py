@@ -4,20 +4,17 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import pytest
-from typer.testing import CliRunner
+from starlette.testclient import TestClient
 
-from flows.cli import app
+from flows.views.browse.server import browse_app
 from qrpo.evaluation.statistics import seeds_and_prompts
+from storage import Store
+from tests.support.views import qrpo, qrpo_json
 
 pytestmark = pytest.mark.slow
-
-
-def command(*arguments: str | Path) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +27,7 @@ def runs(
     other = ("--set", "policy.seed=1", "--set", "name=seed-1", "--until", "policy")
     also = ("--checkpoint", "all", "--model", f"same={base_model}")
     for arguments in (("run", trained / "config.yaml", *other), ("evaluate", "seed-1", *also)):
-        done = command(*arguments, "--store", folder / "store")
+        done = qrpo(*arguments, "--store", folder / "store")
         assert done.exit_code == 0, done.stderr
     (folder / "said.txt").write_text(done.stdout)
     return folder
@@ -38,9 +35,7 @@ def runs(
 
 def evaluation(runs: Path, name: str) -> tuple[set[str], pl.DataFrame]:
     """The files and the rows of a run's evaluation."""
-    shown = command("show", name, "evaluation", "--store", runs / "store", "--json")
-    assert shown.exit_code == 0, shown.stderr
-    parts = json.loads(shown.stdout)["parts"]
+    parts = qrpo_json("show", name, "evaluation", "--store", runs / "store")["parts"]
     return set(parts), pl.read_parquet(parts)
 
 
@@ -51,19 +46,13 @@ def test_reference_is_sampled_once_for_all_policies_that_it_is_compared_with(run
     assert set(shared["model"]) == {"reference"}
     assert len(shared) == len(first[1].filter(pl.col("model") == "reference"))
     assert set(pl.read_parquet(sorted(first[0] - second[0]))["model"]) == {"policy"}
-    assert set(pl.read_parquet(sorted(second[0] - first[0]))["model"]) == {
-        "policy",
-        "same",
-        "step-1",
-        "step-2",
-    }
+    models = {"policy", "same", "step-1", "step-2"}
+    assert set(pl.read_parquet(sorted(second[0] - first[0]))["model"]) == models
 
 
 def test_seeds_are_taken_as_one_with_an_interval_over_seeds_and_prompts(runs: Path) -> None:
-    done = command("evaluate", "tiny", "seed-1", "--store", runs / "store", "--json")
+    answer = qrpo_json("evaluate", "tiny", "seed-1", "--store", runs / "store")
 
-    assert done.exit_code == 0, done.stderr
-    answer = json.loads(done.stdout)
     assert set(answer["runs"]) == {"tiny", "seed-1"}
     means = [
         evaluation(runs, name)[1]
@@ -82,10 +71,8 @@ def test_seeds_are_taken_as_one_with_an_interval_over_seeds_and_prompts(runs: Pa
 
 
 def test_another_model_is_compared_by_name(runs: Path) -> None:
-    done = command("evaluate", "seed-1", "--store", runs / "store", "--json")
+    summary = qrpo_json("evaluate", "seed-1", "--store", runs / "store")["runs"]["seed-1"]
 
-    assert done.exit_code == 0, done.stderr
-    summary = json.loads(done.stdout)["runs"]["seed-1"]
     # the same weights as the reference: no divergence, whatever was said
     assert summary["others"]["same"]["kl"]["mean"] == pytest.approx(0, abs=1e-5)
     assert set(summary["best"]["selected_by"]) == {"policy", "same", "step-1", "step-2"}
@@ -107,7 +94,7 @@ def test_checkpoints_are_compared_as_models_of_their_own_and_the_last_one_is_the
     )
     assert still == pytest.approx(0, abs=1e-5)
     assert moved > 1e-3
-    shown = json.loads(command("show", "seed-1", "policy", "--store", runs / "store", "--json").stdout)
+    shown = qrpo_json("show", "seed-1", "policy", "--store", runs / "store")
     folder = Path(next(url for url in shown["parts"] if url.endswith("/metrics.parquet"))).parent
     steps = {
         path.name: (path / "model.safetensors").read_bytes() for path in (folder / "checkpoints").iterdir()
@@ -115,7 +102,7 @@ def test_checkpoints_are_compared_as_models_of_their_own_and_the_last_one_is_the
     assert set(steps) == {"1", "2"}
     assert steps["1"] != steps["2"] == (folder / "model.safetensors").read_bytes()
 
-    missing = command("evaluate", "seed-1", "--checkpoint", "7", "--store", runs / "store")
+    missing = qrpo("evaluate", "seed-1", "--checkpoint", "7", "--store", runs / "store")
     assert missing.exit_code == 2
     assert "no checkpoint of step 7; its checkpoints: 1, 2" in missing.stderr
 
@@ -123,13 +110,6 @@ def test_checkpoints_are_compared_as_models_of_their_own_and_the_last_one_is_the
 def test_every_token_has_its_log_probabilities_and_the_prompt_s_page_colours_it_by_their_ratio(
     runs: Path,
 ) -> None:
-    import asyncio
-
-    import httpx
-
-    from flows.views.browse.server import browse_app
-    from storage import Store
-
     rows = evaluation(runs, "seed-1")[1]
     for row in rows.to_dicts():
         for model in ("model", "ref"):
@@ -139,21 +119,16 @@ def test_every_token_has_its_log_probabilities_and_the_prompt_s_page_colours_it_
             assert max(tokens) < 0
     (moved,) = rows.filter(pl.col("model") == "policy").head(1).to_dicts()
 
-    async def page() -> str:
-        transport = httpx.ASGITransport(app=browse_app(Store(runs / "store")))
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            return (await client.get(f"/prompt/seed-1/{moved['prompt_id']}")).text
-
-    shown = asyncio.run(page())
+    client = TestClient(browse_app(Store(runs / "store")), base_url="http://localhost")
+    shown = client.get(f"/prompt/seed-1/{moved['prompt_id']}").text
     for ours, theirs in zip(moved["model_token_logprobs"], moved["ref_token_logprobs"], strict=True):
         ratio = ours - theirs
-        assert (
-            f'<span class="t{round(max(-1, min(1, ratio / 3)) * 5)}" title="log-ratio {ratio:.3g}">' in shown
-        )
+        shade = round(max(-1, min(1, ratio / 3)) * 5)
+        assert f'<span class="t{shade}" title="log-ratio {ratio:.3g}">' in shown
 
 
 def test_report_of_a_real_run_is_written(runs: Path, tmp_path: Path) -> None:
-    done = command("report", "seed-1", "--store", runs / "store", "--out", tmp_path / "page.html")
+    done = qrpo("report", "seed-1", "--store", runs / "store", "--out", tmp_path / "page.html")
 
     assert done.exit_code == 0, done.stderr
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -165,24 +140,17 @@ def test_report_of_a_real_run_is_written(runs: Path, tmp_path: Path) -> None:
     shutil.which("bwrap") is None, reason="the sandbox needs bubblewrap: `make system` installs it"
 )
 def test_suite_answers_are_drawn_once_and_its_files_are_kept(runs: Path, tmp_path: Path) -> None:
-    problem = {
-        "task_id": "one",
-        "query": "say 1",
-        "prompt": "",
-        "entry_point": "f",
-        "test": "def check(candidate):\n    assert candidate() == 1\n",
-    }
+    check = "def check(candidate):\n    assert candidate() == 1\n"
+    problem = {"task_id": "one", "query": "say 1", "prompt": "", "entry_point": "f", "test": check}
     hard = {**problem, "task_id": "long", "query": "word " * 500}
     (tmp_path / "problems.jsonl").write_text(json.dumps(problem) + "\n" + json.dumps(hard) + "\n")
     asked = [
         *("evaluate", "tiny", "--suite", "leetcode", "--data", tmp_path / "problems.jsonl", "--samples", 2),
-        *("--out", tmp_path / "out", "--store", runs / "store", "--json"),
+        *("--out", tmp_path / "out", "--store", runs / "store"),
     ]
 
-    done = command(*asked)
+    result = qrpo_json(*asked)
 
-    assert done.exit_code == 0, done.stderr
-    result = json.loads(done.stdout)
     assert result == json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["pass_at_1"]["mean"] == 0, "a model of random weights wrote a program"
     assert (result["problems"], result["samples"]) == (1, 2)
@@ -191,7 +159,7 @@ def test_suite_answers_are_drawn_once_and_its_files_are_kept(runs: Path, tmp_pat
     kept = json.loads((tmp_path / "out" / "completions.json").read_text())
     assert [row["text"] for row in solutions] == kept["texts"]["one"]
     before = (tmp_path / "out" / "completions.json").stat().st_mtime_ns
-    assert json.loads(command(*asked).stdout) == result
+    assert qrpo_json(*asked) == result
     assert (tmp_path / "out" / "completions.json").stat().st_mtime_ns == before
 
 
@@ -208,7 +176,7 @@ def test_suite_answers_are_drawn_once_and_its_files_are_kept(runs: Path, tmp_pat
     ],
 )
 def test_what_cannot_be_meant_is_told_in_one_line(runs: Path, arguments: list[str], message: str) -> None:
-    done = command("evaluate", *arguments, "--store", runs / "store")
+    done = qrpo("evaluate", *arguments, "--store", runs / "store")
 
     assert done.exit_code == 2, done.stderr
     assert message in " ".join(done.stderr.replace("│", " ").split())

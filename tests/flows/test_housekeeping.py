@@ -33,7 +33,11 @@ def test_damage_is_named_and_repair_computes_only_that_again(
     snapshot: Callable[[Path], dict[str, tuple[int, str]]],
 ):
     _, store = finished
-    before = {key: seen for key, seen in snapshot(store / "parts").items() if key.endswith(".parquet")}
+
+    def tables() -> dict[str, tuple[int, str]]:
+        return {key: seen for key, seen in snapshot(store / "parts").items() if key.endswith(".parquet")}
+
+    before = tables()
     damaged = next(key for key in before if key.startswith("rewards/"))
     content = bytearray((store / "parts" / damaged).read_bytes())
     content[len(content) // 2] ^= 1
@@ -47,7 +51,7 @@ def test_damage_is_named_and_repair_computes_only_that_again(
     assert damaged in found.stdout
     assert repaired.exit_code == 0, repaired.stdout
     assert json.loads(repaired.stdout)["runs"] == ["tiny"]
-    after = {key: seen for key, seen in snapshot(store / "parts").items() if key.endswith(".parquet")}
+    after = tables()
     assert {key for key in before if after[key][0] != before[key][0]} == {damaged}
     assert after[damaged][1] == before[damaged][1]
     assert clean.exit_code == 0
@@ -57,19 +61,9 @@ def test_gc_removes_what_no_run_needs_and_only_when_told_to(
     finished: tuple[Path, Path], qrpo: Callable[..., Any]
 ):
     config, store = finished
-    assert (
-        qrpo(
-            "run",
-            config,
-            "--store",
-            store,
-            "--until",
-            "completions",
-            "--set",
-            "completions.sampling.temperature=0.5",
-        ).exit_code
-        == 0
-    )
+    cooler = ("--until", "completions", "--set", "completions.sampling.temperature=0.5")
+    run = ("run", config, "--store", store, *cooler)
+    assert qrpo(*run).exit_code == 0
 
     def parts() -> set[str]:
         return {path.stem for path in (store / "parts").rglob("*.parquet")}
@@ -84,15 +78,5 @@ def test_gc_removes_what_no_run_needs_and_only_when_told_to(
     assert json.loads(planned.stdout)["keys"] == json.loads(removed.stdout)["keys"]
     assert 0 < len(parts()) < len(everything)
     assert qrpo("verify", "--store", store).exit_code == 0
-    again = qrpo(
-        "run",
-        config,
-        "--store",
-        store,
-        "--until",
-        "completions",
-        "--set",
-        "completions.sampling.temperature=0.5",
-        "--json",
-    )
+    again = qrpo(*run, "--json")
     assert all(stage["parts_computed"] == 0 for stage in json.loads(again.stdout)["stages"].values())

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +9,16 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
-from typer.testing import CliRunner
 
 import storage
-from flows.cli import app
 from flows.views.inspect.rows import ArtifactRows, Query, find_rows
 from flows.views.inspect.summary import column_nulls, summarise
 from storage import Store
-from tasks.stages import TABLES
-
-PROMPT = "5feceb66ffc86f38d952786c6d696c79"  # of prompt 0
+from tests.support.views import PROMPT, commit, qrpo, qrpo_json, rewards_table, row, table, write_artifacts
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory, write_artifacts: Callable[..., None]) -> str:
+def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A store with two runs, `one` and `two`; the rewards of the last four prompts are 1 higher in `two`."""
     folder = tmp_path_factory.mktemp("inspected") / "store"
     for run, shift in (("one", 0.0), ("two", 1.0)):
@@ -31,29 +26,17 @@ def url(tmp_path_factory: pytest.TempPathFactory, write_artifacts: Callable[...,
     return str(folder)
 
 
-def inspect(url: str, *arguments: str, run: str = "one", stage: str = "rewards") -> Any:
-    result = CliRunner().invoke(app, ["inspect", run, stage, "--store", url, *arguments])
-    assert "Traceback" not in result.stderr
-    return result
+def inspect(url: str, *arguments: Any, run: str = "one", stage: str = "rewards") -> Any:
+    return qrpo("inspect", run, stage, "--store", url, *arguments)
 
 
-def asked(url: str, *arguments: str, **where: str) -> dict[str, Any]:
-    result = inspect(url, *arguments, "--json", **where)
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
+def asked(url: str, *arguments: Any, run: str = "one", stage: str = "rewards") -> Any:
+    return qrpo_json("inspect", run, stage, "--store", url, *arguments)
 
 
 def test_condition_order_columns_and_limit_choose_the_rows(url: str) -> None:
-    shown = asked(
-        url,
-        "--where",
-        "reward > 3 AND sample_index IN (1, 2)",
-        "--sort=-reward",
-        "--limit",
-        "3",
-        "--columns",
-        "reward",
-    )
+    where = ("--where", "reward > 3 AND sample_index IN (1, 2)")
+    shown = asked(url, *where, "--sort=-reward", "--limit", "3", "--columns", "reward")
 
     assert [row["reward"] for row in shown["samples"]] == pytest.approx([11.2, 11.1, 10.2])
     assert shown["samples"][0].keys() == {"reward"}
@@ -88,26 +71,13 @@ def test_every_numeric_column_has_exact_numbers(url: str) -> None:
     assert numbers["estimated_from"] is None
     assert sum(numbers["histogram"]["counts"]) == len(rewards) == 72
     assert shown["numbers"]["components.right"]["mean"] == pytest.approx(rewards.mean())
-    assert shown["nulls"] == {
-        "prompt_id": 0,
-        "sample_index": 0,
-        "origin": 0,
-        "reward": 0,
-        "components": 0,
-        "error": 72,
-    }
+    never = ("prompt_id", "sample_index", "origin", "reward", "components")
+    assert shown["nulls"] == dict.fromkeys(never, 0) | {"error": 72}
 
 
 def test_rows_are_shown_as_conversations_whatever_the_stage(url: str) -> None:
-    for stage in ("completions", "rewards"):
-        chat = asked(
-            url,
-            "--where",
-            "reward > 5.45" if stage == "rewards" else "text = 'I say 10 (5)'",
-            "--limit",
-            "1",
-            stage=stage,
-        )
+    for stage, where in (("completions", "text = 'I say 10 (5)'"), ("rewards", "reward > 5.45")):
+        chat = asked(url, "--where", where, "--limit", 1, stage=stage)
         assert chat["conversations"][0]["messages"][1]["content"] == "How many are 5 and 5?"
         assert chat["conversations"][0]["completion"] == "I say 10 (5)"
 
@@ -159,26 +129,24 @@ def test_diff_counts_rows_and_says_what_moved(url: str) -> None:
     assert means[1] - means[0] == pytest.approx(24 / 72)
 
 
-def test_diff_of_more_prompts_says_which_rows_came_and_went(
-    write_artifacts: Callable[..., None], tmp_path: Path
-) -> None:
+def test_diff_of_more_prompts_says_which_rows_came_and_went(tmp_path: Path) -> None:
     for run, prompts in (("few", 5), ("many", 8)):
         write_artifacts(Store(tmp_path), run, prompts=prompts, num_ref=prompts)
 
-    grown = asked(str(tmp_path), "--diff", "few", run="many", stage="prompts")
-    shrunk = asked(str(tmp_path), "--diff", "many", run="few", stage="prompts")
+    grown = asked(tmp_path, "--diff", "few", run="many", stage="prompts")
+    shrunk = asked(tmp_path, "--diff", "many", run="few", stage="prompts")
 
     assert (grown["same"], grown["added"], grown["removed"]) == (5, 3, 0)
     assert (shrunk["same"], shrunk["added"], shrunk["removed"]) == (5, 0, 3)
     assert grown["examples"]["added"][0]["messages"][1]["content"] == "How many are 5 and 5?"
-    assert "3 added" in inspect(str(tmp_path), "--diff", "few", run="many", stage="prompts").stdout
+    assert "3 added" in inspect(tmp_path, "--diff", "few", run="many", stage="prompts").stdout
 
 
 @pytest.mark.parametrize("ending", ["parquet", "jsonl", "csv"])
 def test_export_holds_the_rows_of_the_condition_in_their_order(url: str, tmp_path: Path, ending: str) -> None:
     file = tmp_path / f"best.{ending}"
 
-    done = asked(url, "--where", "reward > 9", "--sort=-reward", "--export", str(file))
+    done = asked(url, "--where", "reward > 9", "--sort=-reward", "--export", file)
 
     read = {"parquet": pl.read_parquet, "jsonl": pl.read_ndjson, "csv": pl.read_csv}[ending](file)
     assert done["rows"] == read.height == 17
@@ -189,7 +157,7 @@ def test_export_holds_the_rows_of_the_condition_in_their_order(url: str, tmp_pat
 
 
 def test_export_of_everything_is_everything(url: str, tmp_path: Path) -> None:
-    asked(url, "--export", str(tmp_path / "all.parquet"), stage="completions")
+    asked(url, "--export", tmp_path / "all.parquet", stage="completions")
 
     assert pl.read_parquet(tmp_path / "all.parquet").equals(
         storage.open(url, "one", "completions").lazy.collect()
@@ -205,7 +173,7 @@ def test_export_replaces_no_file_and_knows_its_endings(url: str, tmp_path: Path)
         ("rows.xlsx", "ending must be one of"),
         ("no/a.csv", "no folder"),
     ):
-        result = inspect(url, "--export", str(tmp_path / name))
+        result = inspect(url, "--export", tmp_path / name)
         assert result.exit_code == 2
         assert complaint in result.stderr
     assert (tmp_path / "mine.csv").read_text() == "precious"
@@ -250,36 +218,19 @@ def test_nothing_that_a_model_wrote_commands_the_terminal(url: str) -> None:
 
 
 def test_huge_completion_is_cut_and_its_length_said(tmp_path: Path) -> None:
-    text = "x" * 5_000_000
-    row = {
-        "prompt_id": "p",
-        "sample_index": 0,
-        "origin": "reference",
-        "text": text,
-        "token_ids": [1],
-        "finish_reason": None,
-    }
-    commit(
-        Store(tmp_path),
-        "completions",
-        [pa.Table.from_pylist([row | {"sampled_logprob": None}], TABLES["completions"].schema)],
-    )
+    commit(Store(tmp_path), "completions", [table("completions", [row("completions", text="x" * 5_000_000)])])
 
-    shown = unfolded(inspect(str(tmp_path), stage="completions").stdout)
+    shown = unfolded(inspect(tmp_path, stage="completions").stdout)
 
     assert "(5,000,000characters)" in shown
     assert len(shown) < 20_000
 
 
-def test_works_on_other_stores(write_artifacts: Callable[..., None], url: str) -> None:
+def test_works_on_other_stores(url: str) -> None:
     memory = "memory://inspected/store"
     write_artifacts(Store(memory), "one")
 
-    for arguments in (
-        ("--where", "reward > 3", "--sort=-reward"),
-        ("--prompt-id", PROMPT),
-        ("--sample", "1"),
-    ):
+    for arguments in (("--where", "reward > 3", "--sort=-reward"), ("--prompt-id", PROMPT), ("--sample", 1)):
         assert asked(memory, *arguments) == asked(url, *arguments)
 
 
@@ -287,25 +238,20 @@ def test_works_on_other_stores(write_artifacts: Callable[..., None], url: str) -
 def test_little_is_read_of_a_big_part_in_a_bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import boto3
 
-    for name, value in (
-        ("ACCESS_KEY_ID", "AKIATESTTESTTEST"),
-        ("SECRET_ACCESS_KEY", "verysecretaccesskey"),
-        ("DEFAULT_REGION", "us-east-1"),
-        ("ENDPOINT_URL", s3_endpoint),
-    ):
+    keys = {"ACCESS_KEY_ID": "AKIATESTTESTTEST", "SECRET_ACCESS_KEY": "verysecretaccesskey"}
+    for name, value in {**keys, "DEFAULT_REGION": "us-east-1", "ENDPOINT_URL": s3_endpoint}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
     boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="inspected")
     store = Store("s3://inspected/store")
     rng = np.random.default_rng(0)
     noise = pa.array([rng.bytes(2000).hex() for _ in range(5000)])
-    table = rewards_table(rng.normal(size=5000)).append_column("noise", noise)
-    commit(store, "rewards", [table])
+    rewards = rewards_table(rng.normal(size=5000)).append_column("noise", noise)
+    size = commit(store, "rewards", [rewards]).bytes
     read = count_bytes(store, monkeypatch)
 
     shown = asked(store.url, "--where", "reward > 1", "--columns", "reward,prompt_id", "--sort=-reward")
 
-    size = store.manifest("rewards", store.run("one")["stages"]["rewards"]["fingerprint"]).bytes
-    assert shown["samples"][0]["reward"] == pytest.approx(max(table["reward"].to_pylist()))
+    assert shown["samples"][0]["reward"] == pytest.approx(max(rewards["reward"].to_pylist()))
     assert sum(read) < size / 10, (sum(read), size)
 
 
@@ -313,9 +259,7 @@ def test_numbers_of_a_big_artifact_are_estimates_that_say_so(tmp_path: Path) -> 
     rng = np.random.default_rng(0)
     tables = [rewards_table(rng.normal(size=40_000), first=40_000 * part) for part in range(6)]
     store = Store(tmp_path)
-    commit(store, "rewards", tables)
-    manifest = store.manifest("rewards", store.run("one")["stages"]["rewards"]["fingerprint"])
-    rows = ArtifactRows(store, manifest.parts)
+    rows = ArtifactRows(store, commit(store, "rewards", tables).parts)
     everything = pa.concat_tables(tables)["reward"].to_numpy()
 
     known = summarise(rows)["reward"]
@@ -324,7 +268,7 @@ def test_numbers_of_a_big_artifact_are_estimates_that_say_so(tmp_path: Path) -> 
     assert (known["min"], known["max"]) == (everything.min(), everything.max()), "footers are exact"
     assert known["quantiles"][3] == pytest.approx(np.median(everything), abs=0.02)
     assert column_nulls(rows)["error"] == 240_000
-    assert "min and max are exact, the rest is estimated from 80,000 rows" in inspect(str(tmp_path)).stdout
+    assert "min and max are exact, the rest is estimated from 80,000 rows" in inspect(tmp_path).stdout
     exact = summarise(rows, exact=True)["reward"]
     assert exact["estimated_from"] is None
     assert exact["quantiles"][3] == pytest.approx(np.median(everything))
@@ -334,8 +278,7 @@ def test_looking_ends_when_time_is_up_and_says_how_far_it_came(tmp_path: Path) -
     store = Store(tmp_path)
     size = 140_000  # more than is looked at together
     tables = [rewards_table(np.full(size, part, dtype=float), first=size * part) for part in range(2)]
-    commit(store, "rewards", tables)
-    rows = ArtifactRows(store, storage.open(store, "one", "rewards").manifest.parts)
+    rows = ArtifactRows(store, commit(store, "rewards", tables).parts)
     query = Query(where="reward >= 1")
 
     cut = find_rows(rows, query, limit=3, seconds=0.0)
@@ -366,30 +309,6 @@ def test_stages_stand_in_the_order_of_the_pipeline() -> None:
     from tasks.stages import STAGE_NAMES, STAGES
 
     assert tuple(STAGES) == STAGE_NAMES
-
-
-def rewards_table(rewards: Any, first: int = 0) -> pa.Table:
-    count = len(rewards)
-    return pa.table(
-        {
-            "prompt_id": [f"p{first + row}" for row in range(count)],
-            "sample_index": pa.array([0] * count, pa.int32()),
-            "origin": ["reference"] * count,
-            "reward": pa.array(rewards, pa.float32()),
-            "components": pa.nulls(count, TABLES["rewards"].schema.field("components").type),
-            "error": pa.nulls(count, pa.string()),
-        }
-    )
-
-
-def commit(store: Store, stage: str, tables: list[pa.Table]) -> None:
-    """One artifact of one part a table, as run `one`."""
-    parts = [
-        store.commit_part(storage.PartKey(stage, "tests", f"part{n}"), table)
-        for n, table in enumerate(tables)
-    ]
-    manifest = store.commit_manifest(storage.manifest_of(stage, "tests", parts))
-    store.write_run("one", {"stages": {stage: {"fingerprint": manifest.fingerprint}}})
 
 
 def count_bytes(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[int]:

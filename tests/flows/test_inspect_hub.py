@@ -13,6 +13,7 @@ import polars as pl
 import pytest
 
 from storage import Store
+from tests.support.views import write_artifacts
 
 
 class Hub(ThreadingHTTPServer):
@@ -49,21 +50,14 @@ class _Request(BaseHTTPRequestHandler):
         elif self.path.startswith("/api/validate-yaml"):
             self._answer({"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
-            names = [file["path"] for file in json.loads(body)["files"]]
-            self._answer(
-                {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
-            )
+            how = {"uploadMode": "regular", "shouldIgnore": False}
+            self._answer({"files": [{"path": file["path"], **how} for file in json.loads(body)["files"]]})
         elif "/commit/" in self.path:
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self._answer(
-                {
-                    "commitUrl": f"{self.server.url}/datasets/org/rows/commit/1",
-                    "commitOid": "1",
-                    "success": True,
-                }
-            )
+            url = f"{self.server.url}/datasets/org/rows/commit/1"
+            self._answer({"commitUrl": url, "commitOid": "1", "success": True})
         else:
             self._answer({"error": self.path}, 404)
 
@@ -90,20 +84,18 @@ def hub() -> Iterator[Hub]:
     server.server_close()
 
 
-@pytest.mark.slow
-def test_rows_are_pushed_as_a_private_dataset_with_a_card(
-    hub: Hub, tmp_path: Path, write_artifacts: Callable[..., None], qrpo_process: Callable[..., Any]
-) -> None:
+@pytest.fixture
+def push(hub: Hub, tmp_path: Path, qrpo_process: Callable[..., Any]) -> Callable[..., Any]:
+    """`qrpo inspect one rewards --hub`, with the hub of this test."""
     write_artifacts(Store(tmp_path / "store"), "one")
-    where = {
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_OFFLINE": "0",
-        "HF_TOKEN": "hf_test",
-        "HF_HOME": str(tmp_path / "home"),
-    }
-    options = ("--store", tmp_path / "store", "--where", "reward > 9", "--sort=-reward", "--hub", "org/rows")
+    where = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    command = ("inspect", "one", "rewards", "--store", tmp_path / "store", "--hub")
+    return lambda *arguments, **more: qrpo_process(*command, *arguments, **(where | more))
 
-    result = qrpo_process("inspect", "one", "rewards", *options, **where)
+
+@pytest.mark.slow
+def test_rows_are_pushed_as_a_private_dataset_with_a_card(hub: Hub, push: Callable[..., Any]) -> None:
+    result = push("org/rows", "--where", "reward > 9", "--sort=-reward", HF_TOKEN="hf_test")
 
     assert result.returncode == 0, result.stderr
     assert f"pushed to {hub.url}/datasets/org/rows" in result.stdout
@@ -122,22 +114,12 @@ def test_rows_are_pushed_as_a_private_dataset_with_a_card(
 
 
 @pytest.mark.slow
-def test_what_the_hub_refuses_is_told_in_one_line_with_the_remedy(
-    hub: Hub, tmp_path: Path, write_artifacts: Callable[..., None], qrpo_process: Callable[..., Any]
-) -> None:
-    write_artifacts(Store(tmp_path / "store"), "one")
+def test_what_the_hub_refuses_is_told_in_one_line_with_the_remedy(hub: Hub, push: Callable[..., Any]) -> None:
     hub.refuse = True
-    where = {
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_OFFLINE": "0",
-        "HF_TOKEN": "hf_secret",
-        "HF_HOME": str(tmp_path / "home"),
-    }
-    arguments = ("inspect", "one", "rewards", "--store", tmp_path / "store", "--hub")
 
-    refused = qrpo_process(*arguments, "org/rows", **where)
-    offline = qrpo_process(*arguments, "org/rows", **(where | {"HF_HUB_OFFLINE": "1"}))
-    misnamed = qrpo_process(*arguments, "not a name", **where)
+    refused = push("org/rows", HF_TOKEN="hf_secret")
+    offline = push("org/rows", HF_TOKEN="hf_secret", HF_HUB_OFFLINE="1")
+    misnamed = push("not a name", HF_TOKEN="hf_secret")
 
     assert (refused.returncode, offline.returncode, misnamed.returncode) == (1, 2, 1)
     assert "HF_TOKEN says who you are" in refused.stderr

@@ -1,6 +1,6 @@
 """The report's page, from a store filled by hand with hostile text, loaded in a real browser."""
 
-import shutil
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,16 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
 
-from flows.cli import app
 from flows.views.report import render_report
 from qrpo.evaluation.summary import summarise
 from storage import PartKey, Store, fingerprint, manifest_of, rejects_table
 from tasks.config import parse_config
-from tasks.stages import TABLES
+from tests.support.views import CHROMIUM, chromium, qrpo, row, table
 
-CHROMIUM = shutil.which("chromium")
 HOSTILE = (
     "<script>document.title = 'run'</script>",
     "<img src=x onerror=\"document.title = 'run'\">",
@@ -69,8 +66,6 @@ def test_page_holds_no_script_no_address_and_only_escaped_text(page: str) -> Non
 
 
 def test_identifiers_of_the_pictures_do_not_collide(page: str) -> None:
-    import re
-
     names = re.findall(r'\bid="([^"]+)"', page)
     used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', page))
 
@@ -98,15 +93,12 @@ def test_browser_loads_the_page_alone_and_without_a_complaint(
 
 
 def test_command_writes_the_page_of_a_run_that_has_no_evaluation_too(store: Store, tmp_path: Path) -> None:
-    def report(*arguments: str) -> Any:
-        return CliRunner().invoke(app, ["report", *arguments, "--store", store.url])
-
     noted = store.run("hostile")
     assert noted is not None
     early = {name: noted["stages"][name] for name in ("prompts", "quantiles")}
     store.write_run("early", {**noted, "stages": early})
 
-    done = report("early", "--out", str(tmp_path / "sub" / "page.html"))
+    done = qrpo("report", "early", "--store", store.url, "--out", tmp_path / "sub" / "page.html")
 
     assert done.exit_code == 0, done.stderr
     assert str(tmp_path / "sub" / "page.html") in done.stdout
@@ -116,7 +108,7 @@ def test_command_writes_the_page_of_a_run_that_has_no_evaluation_too(store: Stor
     assert "<h2>Result</h2>" not in page
     assert page.count("<svg") == 2  # the reference's rewards, and what num_ref costs
 
-    unknown = report("nothing")
+    unknown = qrpo("report", "nothing", "--store", store.url)
     assert unknown.exit_code == 2
     assert "no run named 'nothing'" in unknown.stderr
     assert "hostile" in unknown.stderr
@@ -163,14 +155,11 @@ FACTS = """() => {
 @pytest.fixture(scope="module")
 def visit(page: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Visit]]:
     """Load the page in headless Chromium at a size and colour scheme."""
-    if CHROMIUM is None:
+    if not CHROMIUM.exists():
         pytest.skip("no chromium on this machine: `make system` installs it")
-    from playwright.sync_api import sync_playwright
-
     path = tmp_path_factory.mktemp("report") / "report.html"
     path.write_text(page, encoding="utf-8")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as browser:
 
         def load(width: int, height: int, scheme: Any) -> Visit:
             seen = Visit(path.as_uri())
@@ -185,7 +174,6 @@ def visit(page: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calla
             return seen
 
         yield load
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -213,54 +201,26 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     stages: dict[str, str] = {}
 
     def commit(stage: str, rows: list[dict[str, Any]], **more: Any) -> None:
-        table = pa.Table.from_pylist(rows, schema=TABLES[stage].schema)
-        record = store.commit_part(PartKey(stage, "family", fingerprint(stage)), table, seconds=1.5, **more)
-        metadata = (
-            {"summary": summarise(table, config.policy, num_ref=NUM_REF)} if stage == "evaluation" else {}
+        scored = table(stage, rows)
+        record = store.commit_part(PartKey(stage, "family", fingerprint(stage)), scored, seconds=1.5, **more)
+        summary = (
+            {"summary": summarise(scored, config.policy, num_ref=NUM_REF)} if stage == "evaluation" else {}
         )
-        inputs = {"sources": {"source": ["<b>digest</b>"]}}
-        manifest = manifest_of(
-            stage, "family", [record], inputs=inputs, parents=dict(stages), seconds=2.0, metadata=metadata
-        )
+        made = {"inputs": {"sources": {"source": ["<b>digest</b>"]}}, "parents": dict(stages), "seconds": 2.0}
+        manifest = manifest_of(stage, "family", [record], metadata=summary, **made)
         stages[stage] = store.commit_manifest(manifest).fingerprint
 
     texts = [HOSTILE[number % len(HOSTILE)] for number in range(PROMPTS)]
+    said = {
+        name: [{"role": "user", "content": f"{name} {text}"}] for name, text in zip(ids, texts, strict=True)
+    }
     commit(
         "prompts",
-        [
-            {
-                "prompt_id": name,
-                "messages": [{"role": "user", "content": f"{name} {text}"}],
-                "split": "eval",
-                "source": "prompts.jsonl",
-                "offline_completions": [],
-                "metadata": "{}",
-                "conversational": True,
-            }
-            for name, text in zip(ids, texts, strict=True)
-        ],
+        [row("prompts", name, messages=messages, split="eval") for name, messages in said.items()],
         rejects=rejects_table([{"stage": "prompts", "key": "line 3", "reason": "the row is broken <b>"}]),
     )
-    ref_rewards = {name: np.sort(rng.normal(0, 1, NUM_REF)).tolist() for name in ids}
-    commit(
-        "quantiles",
-        [
-            {
-                "prompt_id": name,
-                "ref_rewards": rewards,
-                "num_ref": NUM_REF,
-                "ref_mean": 0.0,
-                "ref_std": 1.0,
-                "sample_index": [0],
-                "origin": ["reference"],
-                "reward": [0.0],
-                "quantile_reward": [0.5],
-                "quantile_low": [0.2],
-                "quantile_high": [0.8],
-            }
-            for name, rewards in ref_rewards.items()
-        ],
-    )
+    refs = {name: np.sort(rng.normal(0, 1, NUM_REF)).tolist() for name in ids}
+    commit("quantiles", [row("quantiles", name, ref_rewards=refs[name], num_ref=NUM_REF) for name in ids])
     model = folder / "policy"
     model.mkdir()
     (model / "config.json").write_text("{}")
@@ -275,23 +235,19 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     for name, text in zip(ids, texts, strict=True):
         for model_name, shift in (("policy", 1.0), ("reference", 0.0), ("step-7", 0.5)):
             for index, reward in enumerate(rng.normal(shift, 1, SAMPLES).astype(np.float32).tolist()):
-                rows.append(
-                    {
-                        "prompt_id": name,
-                        "model": model_name,
-                        "sample_index": index,
-                        "text": f"{model_name} {text}",
-                        "token_ids": rng.integers(0, 9, int(rng.integers(1, 12))).tolist(),
-                        "finish_reason": "stop",
-                        "reward": reward,
-                        "quantile_reward": float(np.mean(np.array(ref_rewards[name]) < reward)),
-                        "model_logprob": -1.0,
-                        "ref_logprob": -1.0 - shift**2 / 2,
-                    }
-                )
+                values = {
+                    "model": model_name,
+                    "sample_index": index,
+                    "text": f"{model_name} {text}",
+                    "token_ids": rng.integers(0, 9, int(rng.integers(1, 12))).tolist(),
+                    "reward": reward,
+                    "quantile_reward": float(np.mean(np.array(refs[name]) < reward)),
+                    "model_logprob": -1.0,
+                    "ref_logprob": -1.0 - shift**2 / 2,
+                }
+                rows.append(row("evaluation", name, **values))
     commit("evaluation", rows)
-    noted = {
-        name: {"fingerprint": value, "parts_computed": 1, "parts_cached": 0} for name, value in stages.items()
-    }
+    counts = {"parts_computed": 1, "parts_cached": 0}
+    noted = {name: {"fingerprint": value, **counts} for name, value in stages.items()}
     store.write_run("hostile", {"name": "hostile", "config": config.model_dump(mode="json"), "stages": noted})
     return store

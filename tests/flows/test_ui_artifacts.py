@@ -25,12 +25,8 @@ def ran(
     config = load_config(write_task(folder / "task", prompts=16, policy__epochs=1, name="Shown"))
     state = pipeline(config, str(folder / "store"), "prompts", "policy", return_state=True)
     assert state.is_completed(), state.message
-    return {
-        "folder": folder,
-        "config": config,
-        "id": state.state_details.flow_run_id,
-        "results": state.result(),
-    }
+    run_id = state.state_details.flow_run_id
+    return {"folder": folder, "config": config, "id": run_id, "results": state.result()}
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +48,8 @@ def test_run_names_say_which_prompts_and_model(ran: dict[str, Any], client: Any)
     body = {"flow_runs": {"tags": {"all_": ["run:Shown"]}}}
     stages = client.request("POST", "/flow_runs/filter", json=body).json()
     assert {stage["name"] for stage in stages} >= {"Shown: rewards (prompts.jsonl, model)"}
-    tasks = client.request(
-        "POST", "/task_runs/filter", json={"task_runs": {"tags": {"all_": ["run:Shown", "stage:rewards"]}}}
-    ).json()
+    body = {"task_runs": {"tags": {"all_": ["run:Shown", "stage:rewards"]}}}
+    tasks = client.request("POST", "/task_runs/filter", json=body).json()
     assert {task["name"] for task in tasks} >= {"rewards 1/1", "publish rewards"}
 
 
@@ -115,9 +110,8 @@ def found_events(client: Any, which: Any, keys: set[str]) -> dict[str, Any]:
 
     deadline = time.monotonic() + 120
     while True:
-        answer = client.request(
-            "POST", "/events/filter", json={"filter": which.model_dump(mode="json"), "limit": 50}
-        )
+        body = {"filter": which.model_dump(mode="json"), "limit": 50}
+        answer = client.request("POST", "/events/filter", json=body)
         found = {event["resource"]["prefect.resource.id"]: event for event in answer.json()["events"]}
         if keys <= found.keys():
             return found

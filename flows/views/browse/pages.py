@@ -17,13 +17,13 @@ from flows.views.inspect.diff import diff_stage
 from flows.views.inspect.lookup import PromptLookup
 from flows.views.inspect.prompt import follow_prompt
 from flows.views.inspect.rows import ArtifactRows, Query, condition_of, find_rows
-from flows.views.inspect.summary import column_nulls, numbers_of, summarise
+from flows.views.inspect.summary import column_nulls, summarise
 from flows.views.inspect.text import one_line
 from flows.views.runs import RunArtifacts, flatten, part_urls, size_text
 from flows.views.show import list_runs
 from qrpo.errors import DataError, QRPOError
 from storage import Manifest, Store
-from tasks.artifact_summary import reject_reasons, training_metrics
+from tasks.artifact_summary import numbers_of, reject_reasons, training_metrics
 from tasks.stages import STAGE_NAMES
 
 __all__ = ["NotFoundError", "Pages", "TidierAddressError", "View"]

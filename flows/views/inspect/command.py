@@ -8,7 +8,12 @@ from typing import Any
 
 from rich.console import Console
 
+from flows.views.inspect import terminal
+from flows.views.inspect.diff import diff_stage
+from flows.views.inspect.export import export_rows, push_to_hub
+from flows.views.inspect.lookup import PromptLookup
 from flows.views.inspect.rows import ArtifactRows, Query
+from flows.views.inspect.stage import inspect_stage
 from flows.views.runs import find_manifest, run_name
 from qrpo.errors import ConfigError, DataError
 from storage import Store
@@ -48,45 +53,27 @@ def answer(url: str, options: InspectOptions) -> Answer:
     narrowed = given("where", "sort", "sample", "columns")
     if narrowed and modes and modes[0] in ("--prompt-id", "--diff"):
         raise ConfigError(f"{narrowed[0]} has no meaning with {modes[0]}")
-    store, run = Store(url), run_name(options.name)
+    store, run, limit = Store(url), run_name(options.name), options.limit or 5
+    query = Query(where=options.where, sort=options.sort, sample=options.sample)
     if options.export is not None or options.hub is not None:
-        return _export(store, run, options)
-
-    from flows.views.inspect import terminal
-
+        return _export(store, run, query, options)
     if options.diff is not None:
-        from flows.views.inspect.diff import diff_stage
-
         names = [run_name(options.diff), run]
         before, after = (find_manifest(store, name, options.stage) for name in names)
-        shown = {"runs": names, **diff_stage(store, before, after, limit=options.limit or 5)}
+        shown = {"runs": names, **diff_stage(store, before, after, limit=limit)}
         return shown, partial(terminal.print_diff, shown)
-
-    from flows.views.inspect.lookup import PromptLookup
-
     data = PromptLookup(store, run)
     if options.prompt_id is not None:
-        from flows.views.inspect.prompt import follow_prompt
+        from flows.views.inspect.prompt import follow_prompt  # imports scipy
 
         shown = follow_prompt(data, options.prompt_id)
         return shown, partial(terminal.print_prompt, shown)
-    from flows.views.inspect.stage import inspect_stage
-
-    query = Query(where=options.where, sort=options.sort, sample=options.sample)
-    shown = inspect_stage(
-        data,
-        options.stage,
-        query,
-        columns=options.columns,
-        limit=options.limit or 5,
-        exact=options.exact,
-    )
+    columns, exact = options.columns, options.exact
+    shown = inspect_stage(data, options.stage, query, columns=columns, limit=limit, exact=exact)
     return shown, partial(terminal.print_inspection, shown)
 
 
-def _export(store: Store, run: str, options: InspectOptions) -> Answer:
-    from flows.views.inspect.export import export_rows, push_to_hub
-
+def _export(store: Store, run: str, query: Query, options: InspectOptions) -> Answer:
     stage, columns, limit = options.stage, options.columns, options.limit
     manifest = find_manifest(store, run, stage)
     rows = ArtifactRows(store, manifest.parts)
@@ -94,11 +81,9 @@ def _export(store: Store, run: str, options: InspectOptions) -> Answer:
         raise DataError(
             f"{stage} of run {run!r} has no table to export; `qrpo show {run} {stage}` lists its files"
         )
-    query = Query(where=options.where, sort=options.sort, sample=options.sample)
-    done: dict[str, Any]
     if options.export is not None:
         written = export_rows(rows, query, options.export, columns=columns, limit=limit)
-        done = {"rows": written, "file": str(options.export)}
+        done: dict[str, Any] = {"rows": written, "file": str(options.export)}
         line = f"{written:,} rows written to {options.export}"
     else:
         url = push_to_hub(rows, manifest, run, options.hub or "", query, columns=columns, limit=limit)

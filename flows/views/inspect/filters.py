@@ -102,10 +102,8 @@ def _check(text: str) -> None:
                 f"{word} is not allowed: a condition is an expression over the row's own columns, not a query. "
                 f"Put a column of that name in double quotes; {_EXAMPLE}"
             )
-    for word in re.findall(r"(\w+)\s*'", bare):
-        if (
-            word.upper() not in _OPERATORS
-        ):  # E'...', DATE '...': other kinds of texts have other rules for quotes
+    for word in re.findall(r"""(\w+)\s*['"]""", bare):
+        if word.upper() not in _OPERATORS:  # E'...', R"...": other rules for quotes
             raise DataError(f"{word} is not allowed before a text; write the text alone, {_EXAMPLE}")
     for name in _CALL.findall(bare):
         if name.upper() not in FUNCTIONS | _OPERATORS:

@@ -27,6 +27,7 @@ __all__ = ["ArtifactRows", "Found", "Query", "condition_of", "find_rows"]
 
 _POSITION = "\0position"
 _CHUNK_ROWS, _CHUNK_BYTES = 131_072, 64 << 20  # filtered at a time
+_PIECE_ROWS = 4_096  # of a part, decoded at a time for single rows
 
 
 class ArtifactRows:
@@ -50,6 +51,15 @@ class ArtifactRows:
         """The Arrow schema, which says what may be null."""
         with self.open(self.parts[0]) as opened:
             return opened.schema_arrow
+
+    @cached_property
+    def footers(self) -> list[pq.FileMetaData]:
+        """The Parquet metadata of every part."""
+        found = []
+        for part in self.parts:
+            with self.open(part) as opened:
+                found.append(opened.metadata)
+        return found
 
     def open(self, part: PartRecord) -> pq.ParquetFile:
         """The part's Parquet file. Raises DamagedError if its size or row count is wrong."""
@@ -82,12 +92,13 @@ class ArtifactRows:
         """The rows at these positions, in that order."""
         columns = list(columns or self.schema)
         ordered = sorted(set(positions))
-        by_part: dict[int, list[int]] = {}
+        pieces: dict[tuple[int, int], list[int]] = {}  # (part, piece of the part) -> rows of the part
         for position in ordered:
             number = self._part_number(position)
-            by_part.setdefault(number, []).append(position - self.starts[number])
+            row = position - self.starts[number]
+            pieces.setdefault((number, row // _PIECE_ROWS), []).append(row)
         frames = [pl.DataFrame(schema={name: self.schema[name] for name in columns})]
-        for number, wanted in by_part.items():
+        for (number, _), wanted in pieces.items():
             first, count = wanted[0], wanted[-1] - wanted[0] + 1
             table = read.read_rows(self.store.files, self.parts[number], first, count, columns)
             frames.append(_frame(table, columns).select(pl.all().gather([row - first for row in wanted])))

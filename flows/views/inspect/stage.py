@@ -5,8 +5,8 @@ from typing import Any
 
 from flows.views.inspect.lookup import PromptLookup
 from flows.views.inspect.rows import ArtifactRows, Query, condition_of, find_rows
-from flows.views.inspect.summary import column_nulls, numbers_of, summarise
-from tasks.artifact_summary import reject_reasons, training_metrics
+from flows.views.inspect.summary import column_nulls, summarise
+from tasks.artifact_summary import numbers_of, reject_reasons, training_metrics
 
 __all__ = ["inspect_stage"]
 

@@ -8,17 +8,15 @@ A list column counts every element. A list of named values (`components`) counts
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 
 from flows.views.inspect.filters import apply_condition
 from flows.views.inspect.rows import ArtifactRows
+from tasks.artifact_summary import numbers_of
 
-__all__ = ["QUANTILES", "column_nulls", "numbers_of", "summarise"]
+__all__ = ["column_nulls", "summarise"]
 
-QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-_BINS = 32
 _MAX_ROWS = 100_000  # rows that quantiles are estimated from
 _MAX_TOKEN_ROWS = 10_000  # the same for columns of token ids, which are long
 _MAX_FOOTERS = 1_000  # parts; an artifact with more gets estimated extremes and no null counts
@@ -80,28 +78,6 @@ def column_nulls(rows: ArtifactRows, *, exact: bool = False) -> dict[str, int | 
     return counts
 
 
-def numbers_of(values: pl.Series) -> dict[str, Any] | None:
-    """Count, mean, extremes, quantiles and histogram of the finite values. None if there are none."""
-    if not values.dtype.is_numeric():
-        return None
-    finite = values.cast(pl.Float64).drop_nulls()
-    finite = finite.filter(finite.is_finite())
-    if finite.is_empty():
-        return None
-    quantiles = [finite.quantile(share, "linear") for share in QUANTILES]
-    low, high = float(quantiles[0] or 0.0), float(quantiles[-1] or 0.0)
-    counts, _ = np.histogram(finite, _BINS if high > low else 1, (low, high) if high > low else None)
-    return {
-        "count": len(finite),
-        "mean": finite.mean(),
-        "std": finite.std(),
-        "min": low,
-        "max": high,
-        "quantiles": quantiles,
-        "histogram": {"low": low, "high": high, "counts": counts.tolist()},
-    }
-
-
 def _sample(
     rows: ArtifactRows, columns: Sequence[str], condition: pl.Expr | None, budget: int
 ) -> tuple[pl.DataFrame, int]:
@@ -141,9 +117,7 @@ def _extremes(rows: ArtifactRows, columns: Sequence[str], exact: bool) -> dict[s
 def _footer_columns(rows: ArtifactRows, columns: Sequence[str]) -> dict[str, list[pq.ColumnChunkMetaData]]:
     """Column -> what the footers of all parts say of it, by row group and leaf."""
     found: dict[str, list[pq.ColumnChunkMetaData]] = {name: [] for name in columns}
-    for part in rows.parts if columns else ():
-        with rows.open(part) as opened:
-            footer = opened.metadata
+    for footer in rows.footers if columns else ():
         for group in map(footer.row_group, range(footer.num_row_groups)):
             for chunk in map(group.column, range(group.num_columns)):
                 name = chunk.path_in_schema.partition(".")[0]

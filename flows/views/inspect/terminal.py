@@ -10,9 +10,9 @@ from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
-from flows.views.inspect.summary import QUANTILES
 from flows.views.inspect.text import one_line, visible
 from flows.views.runs import size_text
+from tasks.artifact_summary import QUANTILES
 
 __all__ = ["print_diff", "print_inspection", "print_prompt"]
 

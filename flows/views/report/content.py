@@ -8,11 +8,10 @@ import numpy as np
 import polars as pl
 import yaml
 
-from flows.evaluate import Cell, compare_models
 from flows.views.runs import RunArtifacts, flatten
 from qrpo.evaluation.statistics import Floats
 from storage import Manifest, Store
-from tasks.artifact_summary import reject_reasons, training_metrics
+from tasks.artifact_summary import Cell, compare_models, reject_reasons, training_metrics
 from tasks.config import PipelineConfig, parse_config
 
 __all__ = ["Content", "gather"]
