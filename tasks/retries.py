@@ -33,5 +33,5 @@ def may_pass(error: object) -> bool:
         text = str(error)
         return " failed: " not in text or bool(_PASSING_IN_CHILD.search(text))  # else the child died
     if isinstance(error, StoreUnavailableError):
-        return error.may_pass
+        return error.transient
     return isinstance(error, (MemoryError, ConnectionError, TimeoutError))

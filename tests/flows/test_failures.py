@@ -30,7 +30,7 @@ from tasks.retries import may_pass
 
 def unavailable(passing: bool) -> StoreUnavailableError:
     error = StoreUnavailableError("the store")
-    error.may_pass = passing
+    error.transient = passing
     return error
 
 

@@ -1,21 +1,16 @@
 import json
-from collections.abc import Callable
 
-import pyarrow as pa
 import pytest
 
 import storage
-from storage import DamagedError, PartKey, Store, StoreError, manifest_of
-
-Key = Callable[..., PartKey]
-Table = Callable[..., pa.Table]
+from storage import DamagedError, Store, StoreError, manifest_of
+from tests.support.storage import REJECTS, part_key, scores
 
 
 @pytest.fixture
-def manifest(store: Store, part_key: Key, rewards_table: Table) -> storage.Manifest:
-    rejects = storage.rejects_table([{"stage": "rewards", "key": "3", "reason": "NaN"}])
+def manifest(store: Store) -> storage.Manifest:
     records = [
-        store.commit_part(part_key("rewards", n), rewards_table(10, seed=n), rejects=rejects if n else None)
+        store.commit_part(part_key("rewards", n), scores(10, seed=n), rejects=REJECTS if n else None)
         for n in range(3)
     ]
     return manifest_of(
@@ -67,11 +62,9 @@ def test_committing_a_manifest_again_changes_nothing(store: Store, manifest: sto
     assert store.commit_manifest(later) == manifest
 
 
-def test_a_manifest_follows_a_part_that_was_computed_again(
-    store: Store, manifest: storage.Manifest, part_key: Key, rewards_table: Table
-) -> None:
+def test_a_manifest_follows_a_part_that_was_computed_again(store: Store, manifest: storage.Manifest) -> None:
     store.commit_manifest(manifest)
-    again = store.commit_part(part_key("rewards", 1), rewards_table(10, seed=9), replace=True)
+    again = store.commit_part(part_key("rewards", 1), scores(10, seed=9), replace=True)
     mended = manifest_of("rewards", manifest.family, [manifest.parts[0], again, manifest.parts[2]])
     assert mended.fingerprint == manifest.fingerprint
     assert store.commit_manifest(mended) == mended == store.manifest("rewards", manifest.fingerprint)
