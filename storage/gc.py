@@ -22,7 +22,7 @@ from storage.manifest import Manifest, manifest_key
 from storage.parts import PartKey
 from storage.store import Store
 
-__all__ = ["GcPlan", "collect", "plan_gc", "usage"]
+__all__ = ["GcPlan", "collect", "plan_gc"]
 
 _DEAD_AFTER = 3600.0  # seconds without a heartbeat; more than the clocks of two machines may differ
 _TEMPORARY_AGE = 24 * 3600.0  # seconds
@@ -72,10 +72,10 @@ def plan_gc(
     runs = {
         key[5:-5]: info for key, info in files.items() if key.startswith("runs/") and key.endswith(".json")
     }
+    live, families = _live_holders(store, files)
     kept = _kept_runs(runs, tuple(keep_runs), newest, max_age)
     manifests = _read_manifests(store, files, progress)
     needed = _needed_manifests(store, kept, manifests)
-    live, families = _live_holders(store, files)
     stale = {
         key
         for key, manifest in manifests.items()
@@ -138,15 +138,6 @@ def collect(store: Store, plan: GcPlan, progress: Progress | None = None) -> int
             progress(done, total)
     swept = store.files.sweep(_TEMPORARY_AGE) if isinstance(store.files, LocalFiles) else ()
     return plan.bytes + sum(info.bytes for info in swept)
-
-
-def usage(store: Store) -> dict[str, int]:
-    """Bytes by kind of file, by a listing: parts, rejects, artifacts, runs, leases, work."""
-    sizes: dict[str, int] = {}
-    for info in store.listing():
-        kind = info.key.split("/")[0]
-        sizes[kind] = sizes.get(kind, 0) + info.bytes
-    return sizes
 
 
 def _kept_runs(

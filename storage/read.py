@@ -78,11 +78,10 @@ class PartReader:
         """The rows of many parts as one pyarrow Dataset."""
         return self._dataset(_tables(records))
 
-    def fetch_folder(self, record: PartRecord, into: Path | None = None) -> Path:
+    def fetch_folder(self, record: PartRecord) -> Path:
         """A local folder with the files of a folder part. Do not change its contents.
 
-        In a local store it is the stored folder; otherwise a verified copy in the user's cache. With
-        `into`, it is a copy there, which the caller owns.
+        In a local store it is the stored folder; otherwise a verified copy in the user's cache.
         """
         if record.table is not None or not record.payload:
             raise StoreError(f"{record.key} is a table, not a folder. Use read_part.")
@@ -91,10 +90,9 @@ class PartReader:
         if root is not None:
             for entry in record.payload:
                 _check_size(record, entry, self.files.size(entry.key))
-            if into is None:
-                return root
-        target = into or cache_folder() / "folders" / record.digest
-        if into is None and target.is_dir():
+            return root
+        target = cache_folder() / "folders" / record.digest
+        if target.is_dir():
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as unfinished:
@@ -103,14 +101,11 @@ class PartReader:
                 path = copy / entry.name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _download(self.files, entry, path, record)
-            if into is not None:
-                shutil.copytree(copy, into, dirs_exist_ok=True)
-            else:
-                try:
-                    os.rename(copy, target)
-                except OSError:  # another process fetched it in the meantime
-                    if not target.is_dir():
-                        raise
+            try:
+                os.rename(copy, target)
+            except OSError:  # another process fetched it in the meantime
+                if not target.is_dir():
+                    raise
         return target
 
     def _dataset(self, tables: list[FileEntry]) -> "ds.Dataset":

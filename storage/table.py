@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["REJECTS", "Check", "Table", "UniqueKeys", "column", "conform", "is_list", "rejects_table"]
 
-
 Check: TypeAlias = Callable[[pa.RecordBatch], str | None]
 """Looks for a fault in the values of a row group: a sentence, or None."""
 

@@ -11,7 +11,7 @@ import pytest
 
 import storage
 from tasks.stages import TABLES
-from tests.support.storage import REJECTS, part_key, scores
+from tests.support.storage import commit_scores, part_key, scores
 
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "notebook.py"
 
@@ -19,10 +19,7 @@ NOTEBOOK = Path(__file__).parents[2] / "examples" / "notebook.py"
 @pytest.fixture
 def opened(store: storage.Store) -> storage.Artifact:
     """Rewards of two parts, opened by the run's name."""
-    parts = [
-        store.commit_part(part_key("rewards", n), scores(10, seed=n), rejects=REJECTS if n else None)
-        for n in range(2)
-    ]
+    parts = commit_scores(store, 2)
     manifest = store.commit_manifest(storage.manifest_of("rewards", "family", parts))
     store.write_run("mine", {"stages": {"rewards": {"fingerprint": manifest.fingerprint}}})
     return storage.open(store, "mine", "rewards")

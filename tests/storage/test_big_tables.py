@@ -1,9 +1,9 @@
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.storage import run_code
 
 CODE = """
 import resource, sys
@@ -34,10 +34,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 
 def grown_by(rows: int, folder: Path) -> int:
     """MiB by which the peak memory of a process grows while it streams a part of that many rows."""
-    run = subprocess.run(
-        [sys.executable, "-c", CODE, str(rows), str(folder)], capture_output=True, text=True, check=True
-    )
-    return int(run.stdout)
+    return int(run_code(CODE, rows, folder))
 
 
 @pytest.mark.slow

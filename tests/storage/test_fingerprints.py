@@ -1,7 +1,5 @@
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage import StoreError, file_digest, fingerprint, folder_digest, seeded_hash
+from tests.support.storage import run_code
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -99,8 +98,7 @@ def test_folder_digest_follows_names_and_contents_only(tmp_path: Path) -> None:
 def test_fingerprint_is_the_same_in_another_process() -> None:
     value = {"stage": "rewards", "config": {"beta": 0.1, "names": ["é", "b"]}}
     code = f"import storage; print(storage.fingerprint({value!r}))"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == fingerprint(value)
+    assert run_code(code).strip() == fingerprint(value)
 
 
 def test_a_seeded_hash_depends_on_its_purpose_and_values_only() -> None:

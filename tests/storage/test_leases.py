@@ -13,7 +13,7 @@ import pytest
 import storage
 from storage import PartKey, Store
 from storage.leases import HOLDERS, Leases, Watch
-from tests.support.storage import part_key, scores
+from tests.support.storage import at_once, part_key, scores
 
 HOLD = """
 import sys, time, storage
@@ -58,20 +58,8 @@ def test_leaving_gives_everything_back(store: Store) -> None:
 
 def test_many_threads_that_claim_at_once_get_one_winner(store: Store) -> None:
     runs = [Leases(store) for _ in range(8)]
-    won: list[int] = []
-    barrier = threading.Barrier(8)
-
-    def claim(number: int) -> None:
-        barrier.wait()
-        if runs[number].acquire(part_key("rewards")):
-            won.append(number)
-
-    threads = [threading.Thread(target=claim, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(won) == 1
+    won = at_once(8, lambda number: runs[number].acquire(part_key("rewards")))
+    assert won.count(True) == 1
 
 
 def test_a_waiter_gets_what_the_other_run_commits(store: Store) -> None:

@@ -4,15 +4,12 @@ import pytest
 
 import storage
 from storage import DamagedError, Store, StoreError, manifest_of
-from tests.support.storage import REJECTS, part_key, scores
+from tests.support.storage import commit_scores, part_key, scores
 
 
 @pytest.fixture
 def manifest(store: Store) -> storage.Manifest:
-    records = [
-        store.commit_part(part_key("rewards", n), scores(10, seed=n), rejects=REJECTS if n else None)
-        for n in range(3)
-    ]
+    records = commit_scores(store, 3)
     return manifest_of(
         "rewards",
         records[0].family,

@@ -16,7 +16,7 @@ import storage
 from storage import ShardReader, Store, StoreUnavailableError, manifest_of, remote
 from storage.leases import Leases
 from storage.verify import verify
-from tests.support.storage import REJECTS, SHARDS, part_key, scores, shards
+from tests.support.storage import REJECTS, SHARDS, at_once, commit_scores, part_key, scores, shards
 
 pytestmark = pytest.mark.slow
 
@@ -215,7 +215,7 @@ def test_a_missing_bucket_is_named(s3_store: Store) -> None:
 def test_the_way_of_a_run_lists_nothing_and_reads_once(far_store: Store, line: Line) -> None:
     keys = [part_key("rewards", n) for n in range(5)]
     assert far_store.find_parts(keys) == {}
-    records = [far_store.commit_part(key, scores(10, seed=n)) for n, key in enumerate(keys)]
+    records = commit_scores(far_store, 5)
     made = far_store.commit_manifest(manifest_of("rewards", "family", records))
     far_store.write_run("run", {})
     assert not [path for _, path in line.seen if "list-type" in path]
@@ -248,19 +248,7 @@ def test_keys_that_are_not_listed_yet_are_found_all_the_same(far_store: Store, l
 
 def test_two_writers_of_one_key_agree_on_the_first(s3_store: Store) -> None:
     key = part_key("rewards")
-    records: list[storage.PartRecord] = []
-    barrier = threading.Barrier(4)
-
-    def write(number: int) -> None:
-        store = Store(s3_store.url)
-        barrier.wait()
-        records.append(store.commit_part(key, scores(10, seed=number)))
-
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    records = at_once(4, lambda number: Store(s3_store.url).commit_part(key, scores(10, seed=number)))
     assert len({record.digest for record in records}) == 1
     assert records[0].digest == s3_store.part(key).digest
     assert list(verify(s3_store)) == []

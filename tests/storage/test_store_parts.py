@@ -1,9 +1,6 @@
 import hashlib
 import os
 import pickle
-import subprocess
-import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import storage
-from storage import DamagedError, Store, StoreUnavailableError
+from storage import DamagedError, PartKey, PartRecord, Store, StoreUnavailableError
 from storage.verify import verify
-from tests.support.storage import REJECT, REJECTS, SCORES, part_key, scores
+from tests.support.storage import REJECT, REJECTS, SCORES, at_once, commit_scores, part_key, run_code, scores
 
 
 def test_a_committed_part_is_found_and_read_back(store: Store) -> None:
@@ -196,9 +193,9 @@ def test_a_folder_is_committed_and_fetched(store: Store, tmp_path: Path, monkeyp
     (model / "sub" / "model.safetensors").write_bytes(bytes(range(256)) * 100)
     record = store.commit_folder(part_key("policy"), model, metadata={"steps": 3})
     assert store.part(part_key("policy")) == record
-    for fetched in (store.fetch_folder(record), store.fetch_folder(record, into=tmp_path / "mine")):
-        assert storage.folder_digest(fetched) == storage.folder_digest(model)
-    assert store.fetch_folder(record) == store.fetch_folder(record)
+    fetched = store.fetch_folder(record)
+    assert storage.folder_digest(fetched) == storage.folder_digest(model)
+    assert store.fetch_folder(record) == fetched
     store.discard_part(part_key("policy"))
     assert store.list() == []
 
@@ -217,14 +214,14 @@ def test_a_half_copied_folder_is_not_a_part(store: Store, tmp_path: Path) -> Non
 
 def test_polars_and_duckdb_read_a_family_by_a_glob(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    records = [store.commit_part(part_key("rewards", n), scores(10, seed=n)) for n in range(3)]
+    records = commit_scores(store, 3)
     glob = str(tmp_path / "parts" / "rewards" / records[0].family / "*.parquet")
     assert pl.scan_parquet(glob).select(pl.len()).collect().item() == 30
     assert duckdb.sql(f"select count(*), count(distinct prompt_id) from '{glob}'").fetchall() == [(30, 15)]
 
 
 def test_scan_reads_many_parts_as_one_table(store: Store) -> None:
-    records = [store.commit_part(part_key("rewards", n), scores(10, seed=n)) for n in range(3)]
+    records = commit_scores(store, 3)
     lazy = store.scan(records).filter(pl.col("sample_index") == 1).select("prompt_id", "reward")
     assert lazy.collect().shape == (15, 2)
 
@@ -257,19 +254,11 @@ def test_work_folders_survive_until_they_are_cleared(store: Store, tmp_path: Pat
 def test_threads_that_commit_one_part_agree_on_the_first(store: Store) -> None:
     for number in range(5):
         key = part_key("rewards", number)
-        barrier = threading.Barrier(4)
-        records: list[storage.PartRecord] = []
 
-        def commit(seed: int, key=key, barrier=barrier, records=records) -> None:
-            table = scores(10 + seed, seed=seed)
-            barrier.wait()
-            records.append(store.commit_part(key, table, rejects=REJECTS if seed % 2 else None))
+        def commit(seed: int, key: PartKey = key) -> PartRecord:
+            return store.commit_part(key, scores(10 + seed, seed), rejects=REJECTS if seed % 2 else None)
 
-        threads = [threading.Thread(target=commit, args=(seed,)) for seed in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        records = at_once(4, commit)
         assert len(records) == 4
         assert len({record.files for record in records}) == 1
         assert store.read_part(records[0]).num_rows == records[0].rows
@@ -298,8 +287,5 @@ try:
 except storage.StoreUnavailableError as error:
     print(error)
 """
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
-    )
-    assert "File too large. Nothing committed is lost" in run.stdout
+    assert "File too large. Nothing committed is lost" in run_code(code, tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

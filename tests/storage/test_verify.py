@@ -7,16 +7,13 @@ import pytest
 from storage import Manifest, PartKey, Store, manifest_of
 from storage.parts import dump_checksummed
 from storage.verify import repair, verify
-from tests.support.storage import REJECTS, SCORES, part_key, scores
+from tests.support.storage import REJECTS, SCORES, commit_scores, part_key, scores
 
 
 @pytest.fixture
 def manifest(store: Store) -> Manifest:
     """A committed artifact of four parts, one with rejects, named by a run."""
-    records = [
-        store.commit_part(part_key("rewards", n), scores(20, seed=n), rejects=None if n else REJECTS)
-        for n in range(4)
-    ]
+    records = commit_scores(store, 4, rows=20, rejected=lambda n: n == 0)
     made = store.commit_manifest(manifest_of("rewards", records[0].family, records))
     store.write_run("run", {"stages": {"rewards": made.fingerprint}})
     return made

@@ -1,16 +1,34 @@
 """Keys and tables for the tests of the store, which knows no stage."""
 
-from typing import Any
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
-from storage import PartKey, fingerprint, rejects_table
+from storage import PartKey, PartRecord, Store, fingerprint, rejects_table
 from storage.checks import at_least, finite, one_of
 from storage.reader import PIECE
 from storage.table import Table, column
 
-__all__ = ["REJECT", "REJECTS", "SCORES", "SHARDS", "part_key", "scores", "shards"]
+__all__ = [
+    "REJECT",
+    "REJECTS",
+    "SCORES",
+    "SHARDS",
+    "at_once",
+    "commit_scores",
+    "part_key",
+    "run_code",
+    "scores",
+    "shards",
+]
+
+T = TypeVar("T")
 
 SCORES = Table(
     schema=pa.schema(
@@ -102,3 +120,31 @@ def shards(rows: int = 10, first: int = 0, tokens: int = 7, ragged: bool = True)
             }
         )
     return pa.Table.from_pylist(made, schema=SHARDS.schema)
+
+
+def commit_scores(
+    store: Store, count: int, rows: int = 10, rejected: Callable[[int], bool] = bool
+) -> list[PartRecord]:
+    """Commit parts 0, 1, ... with scores of seed 0, 1, ...; those that are `rejected` have one reject."""
+    return [
+        store.commit_part(part_key("rewards", n), scores(rows, n), rejects=REJECTS if rejected(n) else None)
+        for n in range(count)
+    ]
+
+
+def at_once(count: int, act: Callable[[int], T]) -> list[T]:
+    """What act(0), act(1), ... return, called in threads that start together."""
+    barrier = threading.Barrier(count)
+
+    def run(number: int) -> T:
+        barrier.wait()
+        return act(number)
+
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(run, range(count)))
+
+
+def run_code(code: str, *args: object) -> str:
+    """What a Python process prints that runs this code."""
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
