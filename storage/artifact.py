@@ -1,4 +1,4 @@
-"""An artifact for notebooks: `storage.open("artifacts", "my-run", "rewards").lazy.filter(...)`."""
+"""Artifacts of runs, for notebooks: `storage.open("artifacts", "my-run", "rewards").lazy`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from storage import read
 from storage.errors import StoreError
 from storage.manifest import Manifest
 from storage.store import Store
@@ -23,7 +22,7 @@ __all__ = ["Artifact", "artifact_summary", "named_artifacts", "open_artifact"]
 
 @dataclass(frozen=True)
 class Artifact:
-    """One stage's result of one run."""
+    """The result of one stage in one run."""
 
     store: Store
     manifest: Manifest
@@ -36,11 +35,11 @@ class Artifact:
     @property
     def dataset(self) -> "ds.Dataset":
         """All rows as a pyarrow Dataset."""
-        return read.dataset(self.store.files, self.manifest.parts)
+        return self.store.dataset(self.manifest.parts)
 
     @cached_property
     def rejects(self) -> pa.Table:
-        """The rows left out, with reasons."""
+        """The rejected rows, with reasons."""
         tables = [self.store.read_rejects(part) for part in self.manifest.parts if part.rejects]
         return pa.concat_tables(tables) if tables else REJECTS.empty_table()
 
@@ -51,26 +50,25 @@ class Artifact:
 
 
 def open_artifact(store: Store | str | Path, run: str, stage: str) -> Artifact:
-    """The artifact that a run produced at a stage; raises StoreError with what there is instead."""
+    """The artifact of a stage in a run; raises StoreError with the existing runs or stages."""
     store = store if isinstance(store, Store) else Store(store)
     noted = store.run(run)
     if noted is None:
         raise StoreError(f"{store.url} has no run {run!r}; it has {', '.join(store.runs()) or 'none'}.")
-    stages: dict[str, Any] = noted.get("stages", {})
+    stages = named_artifacts(noted)
     if stage not in stages:
         raise StoreError(f"run {run!r} has no stage {stage!r}; it has {', '.join(stages) or 'none'}.")
-    named = stages[stage]
-    artifact = named["fingerprint"] if isinstance(named, dict) else named
+    artifact = stages[stage]
     manifest = store.manifest(stage, artifact)
     if manifest is None:
         raise StoreError(
-            f"run {run!r} names {stage} {artifact}, which is not complete or was collected. Run it again."
+            f"run {run!r} names {stage} {artifact}, which is not complete or was removed by gc. Run it again."
         )
     return Artifact(store, manifest)
 
 
 def named_artifacts(run: Mapping[str, Any]) -> dict[str, str]:
-    """Stage -> artifact fingerprint, as a run's file names them under "stages" (a text or an object each)."""
+    """Stage -> artifact fingerprint, from the "stages" of a run (texts, or objects with one)."""
     noted = run.get("stages")
     pairs = noted.items() if isinstance(noted, Mapping) else ()
     named = {
@@ -80,7 +78,7 @@ def named_artifacts(run: Mapping[str, Any]) -> dict[str, str]:
 
 
 def artifact_summary(store: Store, manifest: Manifest) -> dict[str, Any]:
-    """What a command prints of an artifact: fingerprint, rows, rejects, sizes, and its parts' URLs."""
+    """What commands print about an artifact: fingerprint, rows, rejects, sizes, part URLs."""
     return {
         "stage": manifest.stage,
         "fingerprint": manifest.fingerprint,

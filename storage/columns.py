@@ -1,7 +1,8 @@
-"""Rows kept as columns: a batch is a slice of flat buffers, and what is one row's is made only when it is asked for.
+"""Rows kept as columns: a batch is a slice of flat buffers; a row is built when it is read.
 
-To Arrow, a list of numbers is a string of bytes like any other, so rows are put into another order by one copy each, in C++ and
-without Python's lock: several times as quick as Arrow's own `take` of lists, which computes an index per token.
+To Arrow a list of numbers can be a string of bytes like any other. So rows are reordered by one copy
+each, in C++ and without Python's lock. That is several times as fast as Arrow's own `take` of lists,
+which computes an index per item.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,17 +13,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-__all__ = ["Column", "Ragged", "Rows", "gather", "joined"]
+__all__ = ["Column", "ColumnBatch", "Ragged", "concatenate", "gather"]
 
 Values: TypeAlias = "npt.NDArray[Any] | Ragged | list[Any]"
 Column: TypeAlias = "Ragged | list[Any]"
-"""One value per row: lists of numbers (perhaps of lists of them), or Python values of any other kind."""
+"""One value per row: nested lists of numbers, or Python values of any other kind."""
 
 
 class Ragged(Sequence[Any]):
-    """Lists of any lengths, one after the other: list i is `values[offsets[i]:offsets[i + 1]]`.
+    """Lists of different lengths in one buffer: list i is `values[offsets[i]:offsets[i + 1]]`.
 
-    `values` is an array, or `Ragged` again where the lists hold lists. Everything taken from it shares its memory.
+    `values` is an array, or `Ragged` again for lists of lists. Slices share its memory.
     """
 
     def __init__(self, offsets: npt.NDArray[np.int64], values: Values) -> None:
@@ -33,14 +34,14 @@ class Ragged(Sequence[Any]):
         return len(self.offsets) - 1
 
     @overload
-    def __getitem__(self, place: int) -> Any: ...
+    def __getitem__(self, index: int) -> Any: ...
     @overload
-    def __getitem__(self, place: slice) -> "Ragged": ...
-    def __getitem__(self, place: int | slice) -> Any:
-        if not isinstance(place, slice):
-            return _only(self, place)
-        start, stop, step = place.indices(len(self))
-        assert step == 1, "lists that lie apart are no slice"
+    def __getitem__(self, index: slice) -> "Ragged": ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if not isinstance(index, slice):
+            return _item(self, index)
+        start, stop, step = index.indices(len(self))
+        assert step == 1, "only consecutive lists share a buffer"
         return Ragged(self.offsets[start : max(start, stop) + 1], self.values)
 
     def __iter__(self) -> Iterator[Any]:
@@ -53,27 +54,27 @@ class Ragged(Sequence[Any]):
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """How many values each list has (B,)."""
+        """The length of each list (B,)."""
         return np.diff(self.offsets)
 
     @property
     def flat(self) -> Values:
-        """The values of all lists, one after the other, without padding."""
+        """The values of all lists in one array."""
         return self.values[self.offsets[0] : self.offsets[-1]]
 
     def padded(self, value: float = 0) -> npt.NDArray[Any]:
-        """Lists of numbers as one array (B, T), T the longest, filled up on the right; no copy where all are equally long."""
+        """Lists of numbers as one array (B, T), padded on the right; no copy for equal lengths."""
         flat, lengths = cast(npt.NDArray[Any], self.flat), self.lengths
         longest = int(lengths.max(initial=0))
         if len(flat) == len(lengths) * longest:
             return flat.reshape(len(lengths), longest)
-        made = np.full((len(lengths), longest), value, dtype=flat.dtype)
-        made[np.arange(longest) < lengths[:, None]] = flat
-        return made
+        padded = np.full((len(lengths), longest), value, dtype=flat.dtype)
+        padded[np.arange(longest) < lengths[:, None]] = flat
+        return padded
 
 
-class Rows(Sequence[Any]):
-    """Consecutive rows, as `columns`; each row by itself is a dict of arrays and Python values, made when it is read."""
+class ColumnBatch(Sequence[Any]):
+    """Consecutive rows as `columns`. A row is a dict of arrays and Python values."""
 
     def __init__(self, columns: Mapping[str, Column]) -> None:
         self.columns = columns
@@ -82,13 +83,13 @@ class Rows(Sequence[Any]):
         return len(next(iter(self.columns.values())))
 
     @overload
-    def __getitem__(self, place: int) -> dict[str, Any]: ...
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
     @overload
-    def __getitem__(self, place: slice) -> "Rows": ...
-    def __getitem__(self, place: int | slice) -> Any:
-        if not isinstance(place, slice):
-            return _only(self, place)
-        return Rows({name: column[place] for name, column in self.columns.items()})
+    def __getitem__(self, index: slice) -> "ColumnBatch": ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if not isinstance(index, slice):
+            return _item(self, index)
+        return ColumnBatch({name: column[index] for name, column in self.columns.items()})
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         names = tuple(self.columns)
@@ -97,10 +98,10 @@ class Rows(Sequence[Any]):
 
 
 def gather(array: pa.Array, rows: npt.NDArray[np.int64]) -> Column:
-    """These rows of a column, in this order; arrays in them are fresh and writable, for torch warns of others."""
-    # Buffers, not pa.array and to_numpy: at their first use those import pandas where it is installed, 0.1 seconds and more.
+    """These rows of a column, in this order. Arrays are writable: torch warns about others."""
+    # not pa.array and to_numpy: their first use imports pandas if installed (0.1 s)
     places = pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(np.ascontiguousarray(rows))])
-    if not pa.types.is_list(array.type) or array.null_count:  # null lists are only in added columns
+    if not pa.types.is_list(array.type) or array.null_count:  # Python values
         return cast(list[Any], array.take(places).to_pylist())
     offsets, items = (np.frombuffer(array.buffers()[1] or bytes(4), np.int32)[array.offset :], array.values)
     starts, lengths = offsets[rows], offsets[rows + 1] - offsets[rows]
@@ -117,11 +118,11 @@ def gather(array: pa.Array, rows: npt.NDArray[np.int64]) -> Column:
     return Ragged(bounds, np.frombuffer(texts.take(places).buffers()[2], dtype, int(bounds[-1])))
 
 
-def joined(parts: Sequence[Rows]) -> Rows:
-    """Rows of one kind after one another; one part as it is."""
+def concatenate(parts: Sequence[ColumnBatch]) -> ColumnBatch:
+    """Batches with the same columns as one batch."""
     if len(parts) == 1:
         return parts[0]
-    return Rows({name: _join([part.columns[name] for part in parts]) for name in parts[0].columns})
+    return ColumnBatch({name: _join([part.columns[name] for part in parts]) for name in parts[0].columns})
 
 
 def _join(parts: Sequence[Values]) -> Any:
@@ -134,15 +135,15 @@ def _join(parts: Sequence[Values]) -> Any:
     return list(chain.from_iterable(parts))
 
 
-def _only(sequence: Ragged | Rows, place: int) -> Any:
-    if not -len(sequence) <= place < len(sequence):
-        raise IndexError(f"place {place} of {len(sequence)}")
-    place %= len(sequence)
-    return next(iter(sequence[place : place + 1]))
+def _item(sequence: Ragged | ColumnBatch, index: int) -> Any:
+    if not -len(sequence) <= index < len(sequence):
+        raise IndexError(f"index {index} of {len(sequence)}")
+    index %= len(sequence)
+    return next(iter(sequence[index : index + 1]))
 
 
 def _letter(kind: pa.DataType) -> str | None:
-    """NumPy's letter for a type of numbers; None for others."""
+    """NumPy's type character of a number type; None for other types."""
     if pa.types.is_floating(kind):
         return "f"
     if pa.types.is_integer(kind):

@@ -1,17 +1,21 @@
-"""How a part becomes visible: payload first, its record last, and nothing that exists is ever written over.
+"""How a part becomes visible: payload first, its record last. Nothing that exists is overwritten.
 
-Rows are streamed to a temporary file in row groups whose borders depend on the rows alone, so equal rows give equal
-bytes however they arrived. Then, in this order: rejects, payload, record. A kill in between leaves files that no
-record names. The payload is created, never replaced: where a killed or a faster run left one, that one is taken as
-it is (it is whole, and of the same fingerprint), so that whoever writes the record describes what lies there.
+Rows are streamed to a temporary file. The borders of row groups depend on the rows alone, so equal
+rows give equal bytes, whatever tables they came in. Then, in this order: rejects, payload, record. A
+kill in between leaves files that no record names.
+
+The payload is created and never replaced. Where a killed or a faster run left one, it is adopted: it
+is complete and has the same fingerprint, and the record then describes the file in the store.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict, Unpack
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,208 +23,225 @@ import pyarrow.parquet as pq
 from storage.crashpoints import crash_point
 from storage.errors import DamagedError, SchemaError, StoreError
 from storage.files import Files, plain_errors
-from storage.fingerprints import canonical_json, file_digest
+from storage.fingerprints import canonical_json, file_digest, stream_digest
 from storage.manifest import code_version, now
-from storage.names import check_key
-from storage.parts import FileEntry, PartKey, PartRecord, sealed, unsealed
+from storage.names import check_key, check_name
+from storage.parts import FileEntry, PartKey, PartRecord
 from storage.table import REJECTS, Table, UniqueKeys, conform
 
-__all__ = ["Rejects", "commit_folder", "commit_part", "discard_part", "load_record"]
+__all__ = ["PartWriter", "Provenance", "Rejects"]
 
 Rejects: TypeAlias = "pa.Table | Callable[[], pa.Table | None] | None"
-"""The rows left out: a table, or a function that is asked for it once all rows are written."""
+"""The rejected rows: a table, or a function that is called once all rows are written."""
 
 _TABLE_FILE, _REJECTS_FILE = "table.parquet", "rejects.parquet"
 _STEP = 1024  # rows: incoming tables are cut and joined to this grid before row groups are formed
-_MOST_BYTES = 64 << 20
-_CHUNK = 1 << 20
+_MAX_BYTES = 64 << 20  # of one row group
 
 
-def commit_part(
-    files: Files,
-    key: PartKey,
-    tables: pa.Table | Iterable[pa.Table],
-    *,
-    table: Table | None = None,
-    rejects: Rejects = None,
-    parents: Mapping[str, str] | None = None,
-    metadata: Mapping[str, Any] | None = None,
-    seconds: float = 0.0,
-    replace: bool = False,
-) -> PartRecord:
-    """Write a part's rows and commit it; the record of the part that is there afterwards."""
-    if not replace and (existing := load_record(files, key)) is not None:
-        return existing
-    canonical_json([dict(parents or {}), dict(metadata or {})])  # refuse what cannot be noted before writing
-    scratch = files.scratch(key.table)
-    try:
-        stream = [tables] if isinstance(tables, pa.Table) else tables
-        rows = _write_table(scratch, key, stream, table or Table())
-        left_out = rejects() if callable(rejects) else rejects
-        payload = FileEntry(_TABLE_FILE, key.table, scratch.stat().st_size, file_digest(scratch))
-        if replace:
-            discard_part(files, key)
-        entries = [payload, *_write_rejects(files, key, left_out, payload.sha256)]
-        if not files.create_from(key.table, scratch):
-            found = _adopted(files, key)
-            if found is None:
-                discard_part(files, key)
-                entries = [payload, *_write_rejects(files, key, left_out, payload.sha256)]
-                files.create_from(key.table, scratch)
-            elif found[0] != payload:
-                for entry in entries[1:]:
-                    files.delete(entry.key)
-                entries, rows = found, _parquet_rows(files, key.table)
-    finally:
-        scratch.unlink(missing_ok=True)
-    rejected = sum(_parquet_rows(files, entry.key) for entry in entries[1:])
-    return _record(files, key, entries, rows, rejected, parents, metadata, seconds)
+class Provenance(TypedDict, total=False):
+    """What a record says about how its part was computed."""
+
+    parents: Mapping[str, str] | None
+    """Fingerprint of each parent part -> its digest."""
+    metadata: Mapping[str, Any] | None
+    """Any JSON values."""
+    seconds: float
+    """How long the computation took."""
 
 
-def commit_folder(
-    files: Files,
-    key: PartKey,
-    folder: Path,
-    *,
-    rows: int = 0,
-    parents: Mapping[str, str] | None = None,
-    metadata: Mapping[str, Any] | None = None,
-    seconds: float = 0.0,
-    replace: bool = False,
-) -> PartRecord:
-    """Copy every file of a local folder into the store and commit it as one part."""
-    if not replace and (existing := load_record(files, key)) is not None:
-        return existing
-    canonical_json([dict(parents or {}), dict(metadata or {})])
-    sources = {
-        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
-    }
-    if not sources:
-        raise StoreError(f"{key}: the folder {folder} holds no files, so there is nothing to commit.")
-    digests = {check_key(name): file_digest(path) for name, path in sources.items()}
-    root = f"{key.folder}/{hashlib.sha256(canonical_json(digests)).hexdigest()[:12]}"
-    if replace:
-        discard_part(files, key)
-    entries = []
-    for name, path in sources.items():
-        entry = FileEntry(name, f"{root}/{name}", path.stat().st_size, digests[name])
-        if not files.copy_from(entry.key, path) and files.size(entry.key) != entry.bytes:
-            raise DamagedError(
-                f"{key}: {entry.key} is there with another size than {entry.bytes} bytes. Delete that file and start again."
-            )
-        entries.append(entry)
-    return _record(files, key, entries, rows, 0, parents, metadata, seconds)
+class PartWriter:
+    """Commits, finds and discards parts. `Store` inherits these methods."""
 
+    files: Files
 
-def discard_part(files: Files, key: PartKey) -> None:
-    """Take a part out of the store, so that the next run computes it again.
+    def commit_part(
+        self,
+        key: PartKey,
+        tables: pa.Table | Iterable[pa.Table],
+        *,
+        table: Table | None = None,
+        rejects: Rejects = None,
+        replace: bool = False,
+        **provenance: Unpack[Provenance],
+    ) -> PartRecord:
+        """Write a part's rows and commit it; raises SchemaError where they do not satisfy `table`.
 
-    A mark is written first and removed last: a payload beside it is never taken for one that a killed run left whole.
-    """
-    mark = f"{key.folder}.discarded"
-    try:
-        record = load_record(files, key)
-    except DamagedError:
-        record = None
-    files.write(mark, b"{}\n")
-    files.delete(key.record)
-    doomed = {entry.key for entry in record.files} if record else set()
-    if record is None:
-        doomed |= {info.key for info in files.list(key.folder)}
-        prefix = f"rejects/{key.stage}/{key.family}"
-        doomed |= {
-            info.key for info in files.list(prefix) if info.key.startswith(f"{prefix}/{key.fingerprint}-")
+        `tables` may be an iterator: row groups are written as they fill. Without a `table` any rows
+        are accepted. A part that is already committed stays and its record is returned. With
+        `replace` it is discarded once the new rows are written.
+        """
+        if not replace and (existing := self.part(key)) is not None:
+            return existing
+        _check_provenance(provenance)
+        files = self.files
+        scratch = files.scratch(key.table)
+        try:
+            stream = [tables] if isinstance(tables, pa.Table) else tables
+            rows = _write_table(scratch, key, stream, table or Table())
+            rejected = rejects() if callable(rejects) else rejects
+            payload = FileEntry(_TABLE_FILE, key.table, scratch.stat().st_size, file_digest(scratch))
+            if replace:
+                self.discard_part(key)
+            entries = [payload, *_write_rejects(files, key, rejected, payload.sha256)]
+            if not files.create_from(key.table, scratch):
+                adopted = _adopt(files, key)
+                if adopted is None:
+                    self.discard_part(key)
+                    entries = [payload, *_write_rejects(files, key, rejected, payload.sha256)]
+                    files.create_from(key.table, scratch)
+                elif adopted[0] != payload:
+                    for entry in entries[1:]:
+                        files.delete(entry.key)
+                    entries, rows = adopted, _parquet_rows(files, key.table)
+        finally:
+            scratch.unlink(missing_ok=True)
+        rejects_count = sum(_parquet_rows(files, entry.key) for entry in entries[1:])
+        return self._write_record(key, entries, rows, rejects_count, provenance)
+
+    def commit_folder(
+        self,
+        key: PartKey,
+        folder: Path,
+        *,
+        rows: int = 0,
+        replace: bool = False,
+        **provenance: Unpack[Provenance],
+    ) -> PartRecord:
+        """Copy a local folder (a trained model) into the store as one part and commit it."""
+        if not replace and (existing := self.part(key)) is not None:
+            return existing
+        _check_provenance(provenance)
+        sources = {
+            path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
         }
-    for name in sorted(doomed | {key.table}):
-        files.delete(name)
-    files.delete(mark)
+        if not sources:
+            raise StoreError(f"{key}: the folder {folder} holds no files, so there is nothing to commit.")
+        digests = {check_key(name): file_digest(path) for name, path in sources.items()}
+        root = f"{key.folder}/{hashlib.sha256(canonical_json(digests)).hexdigest()[:12]}"
+        if replace:
+            self.discard_part(key)
+        entries = []
+        for name, path in sources.items():
+            entry = FileEntry(name, f"{root}/{name}", path.stat().st_size, digests[name])
+            if not self.files.copy_from(entry.key, path) and self.files.size(entry.key) != entry.bytes:
+                raise DamagedError(
+                    f"{key}: {entry.key} exists, but its size is not {entry.bytes} bytes. "
+                    "Delete that file and start again."
+                )
+            entries.append(entry)
+        return self._write_record(key, entries, rows, 0, provenance)
 
+    def discard_part(self, key: PartKey) -> None:
+        """Delete a part, so that the next run computes it again.
 
-def load_record(files: Files, key: PartKey) -> PartRecord | None:
-    """The record of a committed part; None where it is not committed; raises DamagedError."""
-    try:
-        data = files.read(key.record)
-    except FileNotFoundError:
-        return None
-    return parse_record(data, key)
+        A marker file is written first and deleted last. A payload next to a marker is never adopted.
+        """
+        marker = _marker(key)
+        try:
+            record = self.part(key)
+        except DamagedError:
+            record = None
+        self.files.write(marker, b"{}\n")
+        self.files.delete(key.record)
+        names = {key.table}
+        if record is not None:
+            names |= {entry.key for entry in record.files}
+        else:
+            rejects = f"rejects/{key.stage}/{key.family}"
+            names |= {info.key for info in self.files.list(key.folder)}
+            names |= {
+                info.key
+                for info in self.files.list(rejects)
+                if info.key.startswith(f"{rejects}/{key.fingerprint}-")
+            }
+        for name in sorted(names):
+            self.files.delete(name)
+        self.files.delete(marker)
 
+    def part(self, key: PartKey) -> PartRecord | None:
+        """The record of a committed part; None where it is not committed; raises DamagedError."""
+        try:
+            return PartRecord.from_file(self.files.read(key.record), key)
+        except FileNotFoundError:
+            return None
 
-def parse_record(data: bytes, key: PartKey) -> PartRecord:
-    """The record in a record's file; raises DamagedError where it is not this part's or was edited."""
-    value = unsealed(data, f"the record {key.record}")
-    try:
-        record = PartRecord.from_json(value)
-    except (TypeError, KeyError, ValueError) as error:
-        raise DamagedError(f"{key.record} is not a part's record of this version: {error}.") from None
-    if record.key != key:
-        raise DamagedError(
-            f"{key.record} is the record of {record.key}: it was moved or copied there by hand."
+    def find_parts(self, keys: Iterable[PartKey]) -> dict[str, PartRecord]:
+        """The committed ones of these parts: fingerprint -> record. Reads in parallel."""
+        wanted = {key.record: key for key in keys}
+        found = self.files.read_many(wanted)
+        return {
+            wanted[name].fingerprint: PartRecord.from_file(data, wanted[name]) for name, data in found.items()
+        }
+
+    def family_parts(self, stage: str, family: str) -> list[PartRecord]:
+        """All committed parts of a family, by a listing, in the order of fingerprints."""
+        prefix = f"parts/{check_name(stage, 'stage')}/{check_name(family, 'family')}/"
+        names = (info.key.removeprefix(prefix) for info in self.files.list(prefix[:-1]))
+        records = [name.removesuffix(".json") for name in names if name.endswith(".json") and "/" not in name]
+        return list(self.find_parts(PartKey(stage, family, name) for name in records).values())
+
+    def _write_record(
+        self, key: PartKey, entries: list[FileEntry], rows: int, rejects: int, provenance: Provenance
+    ) -> PartRecord:
+        record = PartRecord(
+            stage=key.stage,
+            family=key.family,
+            fingerprint=key.fingerprint,
+            files=tuple(entries),
+            rows=rows,
+            rejects=rejects,
+            parents=dict(provenance.get("parents") or {}),
+            metadata=dict(provenance.get("metadata") or {}),
+            code_version=code_version(),
+            created=now(),
+            seconds=round(provenance.get("seconds", 0.0), 3),
         )
-    return record
+        data = record.to_file()
+        if self.files.create(key.record, data):
+            return PartRecord.from_file(data, key)  # as every later reader sees it
+        committed = self.part(key)  # another run was first
+        if committed is None:
+            raise StoreError(
+                f"{key}: its record appeared and vanished while it was written. Start the same command again."
+            )
+        return committed
 
 
-def _adopted(files: Files, key: PartKey) -> list[FileEntry] | None:
-    """The files of a payload that lies there without a record; None where it is not to be kept.
+def _check_provenance(provenance: Provenance) -> None:
+    """Raise where a record could not hold these values, before anything is written."""
+    canonical_json([dict(provenance.get("parents") or {}), dict(provenance.get("metadata") or {})])
 
-    Not kept is what a killed `discard_part` left, and what is not Parquet at all.
+
+def _marker(key: PartKey) -> str:
+    return f"{key.folder}.discarded"
+
+
+def _adopt(files: Files, key: PartKey) -> list[FileEntry] | None:
+    """The files of a payload that exists without a record.
+
+    None where a killed `discard_part` left the payload, or where it is not Parquet.
     """
-    if files.size(f"{key.folder}.discarded") is not None:
+    if files.size(_marker(key)) is not None:
         return None
     try:
         _parquet_rows(files, key.table)
     except pa.ArrowInvalid:
         return None
-    table = _entry(files, _TABLE_FILE, key.table)
-    rejects = key.rejects(table.sha256)
-    return [table] if files.size(rejects) is None else [table, _entry(files, _REJECTS_FILE, rejects)]
+    payload = _entry(files, _TABLE_FILE, key.table)
+    rejects = key.rejects(payload.sha256)
+    return [payload] if files.size(rejects) is None else [payload, _entry(files, _REJECTS_FILE, rejects)]
 
 
 def _entry(files: Files, name: str, key: str) -> FileEntry:
-    hasher, size = hashlib.sha256(), 0
     with files.open_input(key) as file:
-        while chunk := file.read(_CHUNK):
-            hasher.update(chunk)
-            size += len(chunk)
-    return FileEntry(name, key, size, hasher.hexdigest())
+        digest = stream_digest(file)
+        return FileEntry(name, key, file.seek(0, os.SEEK_END), digest)
 
 
 def _parquet_rows(files: Files, key: str) -> int:
     with files.open_input(key) as file:
         return int(pq.read_metadata(file).num_rows)
-
-
-def _record(
-    files: Files,
-    key: PartKey,
-    entries: list[FileEntry],
-    rows: int,
-    rejects: int,
-    parents: Mapping[str, str] | None,
-    metadata: Mapping[str, Any] | None,
-    seconds: float,
-) -> PartRecord:
-    record = PartRecord(
-        stage=key.stage,
-        family=key.family,
-        fingerprint=key.fingerprint,
-        files=tuple(entries),
-        rows=rows,
-        rejects=rejects,
-        parents=dict(parents or {}),
-        metadata=dict(metadata or {}),
-        code_version=code_version(),
-        created=now(),
-        seconds=round(seconds, 3),
-    )
-    data = sealed(record.to_json())
-    if files.create(key.record, data):
-        return parse_record(data, key)  # as every later reader sees it
-    committed = load_record(files, key)  # another run was first
-    if committed is None:
-        raise StoreError(
-            f"{key}: its record appeared and vanished while it was written. Start the same command again."
-        )
-    return committed
 
 
 def _write_rejects(files: Files, key: PartKey, rejects: pa.Table | None, sha256: str) -> list[FileEntry]:
@@ -231,84 +252,85 @@ def _write_rejects(files: Files, key: PartKey, rejects: pa.Table | None, sha256:
     scratch = files.scratch(target)
     try:
         pq.write_table(table, scratch, compression="zstd")
-        files.create_from(target, scratch)  # one that is there belongs to the same payload: it stays
+        files.create_from(target, scratch)  # an existing file belongs to the same payload: it stays
     finally:
         scratch.unlink(missing_ok=True)
     return [_entry(files, _REJECTS_FILE, target)]
 
 
 def _write_table(scratch: Path, key: PartKey, tables: Iterable[pa.Table], table: Table) -> int:
+    """Write the rows as Parquet and check them; how many there are."""
     keys = UniqueKeys(table.key, str(key))
-    writer: pq.ParquetWriter | None = None
-    written = 0
     disk = partial(plain_errors, scratch.parent, scratch.name, writing=True)
+    groups = _row_groups(tables, table, key)
+    first = next(groups)
     with disk():
         file = open(scratch, "xb")  # noqa: SIM115
+    crash_point("scratch-opened", key.table)
+    writer = pq.ParquetWriter(
+        file,
+        first.schema,
+        compression="zstd",
+        use_dictionary=[path for field in first.schema for path in _dictionary_paths(field)],
+        write_page_index=True,
+    )
+    written = 0
     try:
-        crash_point("scratch-opened", key.table)
-        for group in _row_groups(tables, table, key):
+        for group in chain([first], groups):
             table.check(group, f"{key}, rows from {written}")
             keys.add(group)
             with disk():
-                if writer is None:
-                    writer = pq.ParquetWriter(
-                        file,
-                        group.schema,
-                        compression="zstd",
-                        use_dictionary=[leaf for field in group.schema for leaf in _repeating(field)],
-                        write_page_index=True,
-                    )
                 if group.num_rows:
                     writer.write_table(group, row_group_size=group.num_rows)
                 file.flush()
             written += group.num_rows
             crash_point("scratch-half", key.table)
         with disk():
-            if writer is not None:
-                writer.close()
+            writer.close()
             file.flush()
     finally:
         with suppress(OSError):
-            if writer is not None:
-                writer.close()
+            writer.close()
             file.close()
     crash_point("scratch-written", key.table)
     keys.finish(scratch)
     return written
 
 
-def _repeating(field: pa.Field, at: str = "") -> Iterator[str]:
-    """The Parquet paths of a field's leaves but for floats: a dictionary of those costs much and seldom helps."""
-    kind, path = field.type, f"{at}{field.name}"
+def _dictionary_paths(field: pa.Field, prefix: str = "") -> Iterator[str]:
+    """The Parquet paths of a field's leaves, without floats: their dictionaries save little."""
+    kind, path = field.type, f"{prefix}{field.name}"
     if pa.types.is_struct(kind):
         for inner in kind:
-            yield from _repeating(inner, f"{path}.")
+            yield from _dictionary_paths(inner, f"{path}.")
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        yield from _repeating(kind.value_field.with_name("element"), f"{path}.list.")
+        yield from _dictionary_paths(kind.value_field.with_name("element"), f"{path}.list.")
     elif not pa.types.is_floating(kind):
         yield path
 
 
 def _row_groups(tables: Iterable[pa.Table], table: Table, key: PartKey) -> Iterator[pa.Table]:
-    """The rows again, as one contiguous table for each row group; at least one table, perhaps without rows."""
+    """The rows as one contiguous table per row group; at least one table, possibly without rows."""
     group: list[pa.Table] = []
     rows = size = 0
-    yielded = False
+    empty = True
     for step in _steps(tables, table.schema, key):
         group.append(step)
         rows += step.num_rows
         size += step.nbytes
-        if rows >= table.group_rows or size >= _MOST_BYTES:
+        if rows >= table.group_rows or size >= _MAX_BYTES:
             yield pa.concat_tables(group).combine_chunks()
-            group, rows, size, yielded = [], 0, 0, True
-    if rows or not yielded:
-        if not group and not table.schema.names:
+            group, rows, size, empty = [], 0, 0, False
+    if group and (rows or empty):
+        yield pa.concat_tables(group).combine_chunks()
+    elif empty:
+        if not table.schema.names:
             raise SchemaError(f"{key}: neither rows nor a schema were given, so the columns are unknown.")
-        yield pa.concat_tables(group).combine_chunks() if group else table.schema.empty_table()
+        yield table.schema.empty_table()
 
 
 def _steps(tables: Iterable[pa.Table], schema: pa.Schema, key: PartKey) -> Iterator[pa.Table]:
-    """The rows again in tables of _STEP rows, whatever the sizes that they came in."""
+    """The rows in tables of _STEP rows, whatever the sizes of the given tables."""
     held: list[pa.Table] = []
     rows = 0
     first: pa.Schema | None = None
@@ -320,12 +342,12 @@ def _steps(tables: Iterable[pa.Table], schema: pa.Schema, key: PartKey) -> Itera
                 f"{key}: its tables have different columns: {_columns(first)}, then {_columns(table.schema)}. "
                 "Give every table of a part the same columns in the same order."
             )
-        at = 0
-        while at < table.num_rows:
-            piece = table.slice(at, _STEP - rows)
+        start = 0
+        while start < table.num_rows:
+            piece = table.slice(start, _STEP - rows)
             held.append(piece)
             rows += piece.num_rows
-            at += piece.num_rows
+            start += piece.num_rows
             if rows == _STEP:
                 yield pa.concat_tables(held).combine_chunks()
                 held, rows = [], 0

@@ -1,9 +1,8 @@
-"""Named instants at which a crash would matter, so that tests can kill the process at every one of them.
+"""Named instants of every change to a store, so that tests can kill the process at each of them.
 
-Every operation of the store that changes something calls `crash_point` before and after it. In production nothing
-is listening and the call costs a comparison. A test's child process listens with `on_crash_point`, counts the
-instants of one run, then is killed (SIGKILL, by itself) at the first, the second, ... in later runs. There is no
-environment variable or setting: nothing can switch this on by accident.
+`crash_point` is called before and after every change. In production it costs one comparison. A test's
+child process registers a listener with `on_crash_point`, counts the instants of one run, and kills
+itself at the first, the second, ... in later runs. No setting or environment variable enables this.
 """
 
 from collections.abc import Callable
@@ -23,19 +22,19 @@ CRASH_POINTS = {
     "delete-before": "a file or object is about to be deleted",
     "delete-after": "the file or object is gone",
 }
-"""Every name that `crash_point` is called with, and what is true at that instant."""
+"""Every name that `crash_point` gets, and what is true at that instant."""
 
 _listener: Callable[[str, str], None] | None = None
 
 
 def crash_point(name: str, key: str) -> None:
-    """Tell the listener, if there is one, that this instant is reached for this key."""
+    """Call the listener, if any: this instant is reached for this key."""
     if _listener is not None:
         assert name in CRASH_POINTS, name
         _listener(name, key)
 
 
 def on_crash_point(listener: Callable[[str, str], None] | None) -> None:
-    """Call `listener(name, key)` at every crash point of this process from now on; None to stop."""
+    """Call `listener(name, key)` at every crash point of this process; None stops it."""
     global _listener
     _listener = listener

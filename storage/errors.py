@@ -1,14 +1,14 @@
-"""Every error that the store raises on purpose.
+"""The errors of the store.
 
 StoreError
-├── StoreURLError          the store's URL cannot be used (unknown protocol, credentials in it)
-├── UnsafeNameError        a key, run name or prompt-made name would leave the store's folder
+├── StoreURLError          the store's URL cannot be used: unknown protocol, credentials in it
+├── UnsafeNameError        a key or name would leave the store's folder
 ├── StoreUnavailableError  the backend refuses or does not answer: no permission, disk full, retries used up
-├── SchemaError            a table does not fit its stage: columns, types, nulls, ranges, duplicate keys
-├── DamagedError           what is stored is not what was committed: missing, truncated, altered, edited by hand
-└── LeaseLostError         another run took over what this one was working on
+├── SchemaError            rows do not satisfy their table: columns, types, nulls, ranges, duplicate keys
+├── DamagedError           a stored file is not the committed one: missing, truncated, altered, edited
+└── LeaseLostError         another run took over a part of this run
 
-A message says what was got, what was expected, where, and the remedy. Credentials never appear in one.
+A message says what was found, what was expected, where, and what to do. It never contains credentials.
 """
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
 
 
 class StoreError(Exception):
-    """Base of all errors of the store that a user can mend."""
+    """Base of all errors of the store that a user can fix."""
 
 
 class StoreURLError(StoreError):
@@ -31,22 +31,22 @@ class StoreURLError(StoreError):
 
 
 class UnsafeNameError(StoreError):
-    """A name or key would leave the store's folder, or holds characters that some backend cannot keep."""
+    """A key or name would leave the store's folder, or has characters that a backend refuses."""
 
 
 class StoreUnavailableError(StoreError):
-    """The backend refuses or does not answer. `may_pass` says which: what did not answer may do so later."""
+    """The backend refuses, or does not answer. `transient` is set where a later try may succeed."""
 
-    may_pass = False
+    transient = False
 
 
 class SchemaError(StoreError):
-    """A table does not fit its stage."""
+    """Rows do not satisfy their table."""
 
 
 class DamagedError(StoreError):
-    """What is stored is not what was committed."""
+    """A stored file is not the committed one."""
 
 
 class LeaseLostError(StoreError):
-    """Another run took over what this one was working on."""
+    """Another run took over a part of this run."""

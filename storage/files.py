@@ -1,11 +1,11 @@
-"""Bytes by key: what every backend must offer, and the local folder, where "written" means on the disk.
+"""Bytes by key: the interface of backends, and the local folder, with durable writes.
 
-A local write goes to a temporary file in the folder where it will live, is flushed to the disk (fsync), then gets its
-name by one atomic step (rename to replace, hard link to create), then the folder is flushed. So after a crash or a
-power cut a key has its old content, its new content or none, and never something between.
+A local write goes to a temporary file in the target folder, is flushed to the disk (fsync), then gets
+its name in one atomic step (rename to replace, hard link to create), and the folder is flushed. After
+a crash a key has its old content, its new content or none.
 
-`create` and `create_from` never replace: the first writer wins, and says whether it was the first. That is what
-makes committed parts immutable even where two runs work on one store without knowing of each other.
+`create` and `create_from` never replace and say whether they created the key: the first writer wins.
+So committed parts are immutable, even with two runs that do not know of each other.
 """
 
 import errno
@@ -28,7 +28,7 @@ __all__ = ["FileInfo", "Files", "LocalFiles", "plain_errors"]
 
 @dataclass(frozen=True)
 class FileInfo:
-    """A listed file: its key, size in bytes, and the time of its last change in seconds since 1970 (None: unknown)."""
+    """A listed file: key, size in bytes, last change in seconds since 1970 (None: unknown)."""
 
     key: str
     bytes: int
@@ -36,25 +36,25 @@ class FileInfo:
 
 
 class Files(Protocol):
-    """What the store needs of a backend. Missing keys raise FileNotFoundError, all other trouble StoreUnavailableError."""
+    """A backend. A missing key raises FileNotFoundError, other failures StoreUnavailableError."""
 
     def read(self, key: str) -> bytes:
         """All bytes of a key."""
 
     def read_many(self, keys: Iterable[str]) -> dict[str, bytes]:
-        """The bytes of those keys that exist, read side by side."""
+        """The bytes of those keys that exist, read in parallel."""
 
     def write(self, key: str, data: bytes) -> None:
         """Create or replace a key, atomically and durably."""
 
     def create(self, key: str, data: bytes) -> bool:
-        """Create a key; False, and nothing changed, where it exists."""
+        """Create a key; False, without a change, where it exists."""
 
     def scratch(self, key: str) -> Path:
-        """A new local file name to write a key's content to before `create_from`."""
+        """A new local file name for the content of a key, for `create_from`."""
 
     def create_from(self, key: str, scratch: Path) -> bool:
-        """Create a key with a scratch file's content; False where the key exists. The caller removes the scratch file."""
+        """Create a key from a scratch file; False where the key exists. The caller removes the file."""
 
     def copy_from(self, key: str, source: Path) -> bool:
         """Create a key with a copy of any local file; False where the key exists."""
@@ -66,10 +66,10 @@ class Files(Protocol):
         """Delete a key; nothing happens where there is none."""
 
     def list(self, prefix: str) -> Iterator[FileInfo]:
-        """Every file under a folder (a key without a final slash; "" for all), in the order of keys."""
+        """Every file under a folder ("" for all), in the order of keys."""
 
     def open_input(self, key: str, size: int | None = None) -> BinaryIO:
-        """A readable, seekable binary file. `size` is what the caller expects, and may save a request."""
+        """A readable, seekable binary file. `size`, the expected size, may save a request."""
 
     def path(self, key: str) -> Path | None:
         """The local path of a key; None where the store is not a local folder."""
@@ -82,16 +82,13 @@ class LocalFiles:
         self.root = root
 
     def path(self, key: str) -> Path:
-        """The local path of a key, which need not exist."""
         return self.root / check_key(key)
 
     def read(self, key: str) -> bytes:
-        """All bytes of a key."""
         with plain_errors(self.root, key):
             return self.path(key).read_bytes()
 
     def read_many(self, keys: Iterable[str]) -> dict[str, bytes]:
-        """The bytes of those keys that exist."""
         found = {}
         for key in keys:
             with suppress(FileNotFoundError):
@@ -99,50 +96,42 @@ class LocalFiles:
         return found
 
     def write(self, key: str, data: bytes) -> None:
-        """Create or replace a key, atomically and durably."""
-        with plain_errors(self.root, key, writing=True):
-            scratch = self.scratch(key)
-            try:
-                _write(scratch, data, key)
-                os.replace(scratch, self.path(key))
-                crash_point("published", key)
-                _sync(scratch.parent)
-                crash_point("published-synced", key)
-            finally:
-                scratch.unlink(missing_ok=True)
+        with self._scratch(key) as scratch:
+            _write(scratch, data, key)
+            os.replace(scratch, self.path(key))
+            crash_point("published", key)
+            _sync(scratch.parent)
+            crash_point("published-synced", key)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Create a key; False, and nothing changed, where it exists."""
-        with plain_errors(self.root, key, writing=True):
-            scratch = self.scratch(key)
-            try:
-                _write(scratch, data, key)
-                return self._publish(key, scratch)
-            finally:
-                scratch.unlink(missing_ok=True)
+        with self._scratch(key) as scratch:
+            _write(scratch, data, key)
+            return self._publish(key, scratch)
 
     def scratch(self, key: str) -> Path:
-        """A new file name in the folder of the key, hidden from readers."""
         with plain_errors(self.root, key, writing=True):
             folder = self.path(key).parent
             self._make_folder(folder, key)
             return folder / f"{TEMPORARY}{secrets.token_hex(8)}"
 
     def create_from(self, key: str, scratch: Path) -> bool:
-        """Flush the scratch file and give it the key's name if that is free; the caller removes the scratch name."""
         with plain_errors(self.root, key, writing=True):
             _sync(scratch)
             crash_point("scratch-synced", key)
             return self._publish(key, scratch)
 
     def copy_from(self, key: str, source: Path) -> bool:
-        """Create a key with a copy of a file from anywhere; False where the key exists."""
+        with self._scratch(key) as scratch:
+            shutil.copyfile(source, scratch)
+            crash_point("scratch-written", key)
+            return self.create_from(key, scratch)
+
+    @contextmanager
+    def _scratch(self, key: str) -> Iterator[Path]:
         with plain_errors(self.root, key, writing=True):
             scratch = self.scratch(key)
             try:
-                shutil.copyfile(source, scratch)
-                crash_point("scratch-written", key)
-                return self.create_from(key, scratch)
+                yield scratch
             finally:
                 scratch.unlink(missing_ok=True)
 
@@ -153,7 +142,7 @@ class LocalFiles:
         except FileExistsError:
             return False
         except OSError as error:
-            # Some network and FAT-like file systems have no hard links: nearly as good, by two steps.
+            # some network and FAT-like file systems have no hard links: check, then rename
             if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
                 raise
             if target.exists():
@@ -179,7 +168,6 @@ class LocalFiles:
             crash_point("folder-made", key)
 
     def size(self, key: str) -> int | None:
-        """Size in bytes; None where there is no such file."""
         with plain_errors(self.root, key):
             try:
                 return self.path(key).stat().st_size
@@ -187,17 +175,15 @@ class LocalFiles:
                 return None
 
     def delete(self, key: str) -> None:
-        """Delete a file and flush its folder, which stays: another writer may be about to use it."""
         with plain_errors(self.root, key):
             path = self.path(key)
             crash_point("delete-before", key)
-            path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)  # its folder stays: another writer may be about to use it
             with suppress(FileNotFoundError):
                 _sync(path.parent)
             crash_point("delete-after", key)
 
     def list(self, prefix: str) -> Iterator[FileInfo]:
-        """Every file under a folder; temporary files, and names that no store writes, are left out."""
         start = self.path(prefix) if prefix else self.root
         with plain_errors(self.root, prefix):
             for folder, folders, names in os.walk(start):
@@ -211,12 +197,11 @@ class LocalFiles:
                             yield FileInfo(key, status.st_size, status.st_mtime)
 
     def open_input(self, key: str, size: int | None = None) -> BinaryIO:
-        """The file, opened for reading."""
         with plain_errors(self.root, key):
             return open(self.path(key), "rb")
 
     def sweep(self, older_than: float) -> Iterator[FileInfo]:
-        """Remove temporary files that killed writers left more than `older_than` seconds ago; yields what went."""
+        """Remove and yield temporary files of killed writers older than `older_than` seconds."""
         limit = time.time() - older_than
         for folder, folders, names in os.walk(self.root):
             for name in [name for name in [*names, *folders] if name.startswith(TEMPORARY)]:
@@ -253,23 +238,30 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+_PERMISSIONS = "Check the folder's owner and permissions, or choose another store (--store, QRPO_STORE)."
+_NOT_A_FOLDER = "A file is where a folder is needed: choose another store (--store, QRPO_STORE)."
+_REMEDIES = {
+    errno.EACCES: _PERMISSIONS,
+    errno.EPERM: _PERMISSIONS,
+    errno.ENOENT: "It cannot be created there: choose another store (--store, QRPO_STORE).",
+    errno.ENOSPC: "The disk is full: free space (`qrpo gc` shows what no run needs) and start again.",
+    errno.EDQUOT: "The disk quota is used up: free space and start again.",
+    errno.EROFS: "The file system is read-only: choose another store (--store, QRPO_STORE).",
+    errno.ENOTDIR: _NOT_A_FOLDER,
+    errno.EEXIST: _NOT_A_FOLDER,
+}
+
+
 @contextmanager
 def plain_errors(root: Path, key: str, writing: bool = False) -> Iterator[None]:
-    """Turn an OSError into a StoreUnavailableError that says where and what to do; a missing file is told as it is."""
+    """Turn an OSError into a StoreUnavailableError; when reading, FileNotFoundError passes."""
     try:
         yield
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not writing:
             raise
-        remedy = {
-            errno.EACCES: "Check the folder's owner and permissions, or choose another store (--store, QRPO_STORE).",
-            errno.EPERM: "Check the folder's owner and permissions, or choose another store (--store, QRPO_STORE).",
-            errno.ENOENT: "It cannot be made there: choose another store (--store, QRPO_STORE).",
-            errno.ENOSPC: "The disk is full: free space (`qrpo gc` shows what no run needs) and start again.",
-            errno.EDQUOT: "The disk quota is used up: free space and start again.",
-            errno.EROFS: "The file system is read-only: choose another store (--store, QRPO_STORE).",
-            errno.ENOTDIR: "A file is in the place of a folder: choose another store (--store, QRPO_STORE).",
-            errno.EEXIST: "A file is in the place of a folder: choose another store (--store, QRPO_STORE).",
-        }.get(error.errno or 0, "Nothing committed is lost: mend the file system and start again.")
+        remedy = _REMEDIES.get(
+            error.errno or 0, "Nothing committed is lost: fix the file system and start again."
+        )
         where = f"{error.filename or key}: {error.strerror or error}"
         raise StoreUnavailableError(f"the store {root} failed at {where}. {remedy}") from error

@@ -1,8 +1,8 @@
-"""Fingerprints: short names for *what was asked*; digests: hashes of *what came*.
+"""Fingerprints name what was asked for; digests are hashes of what was computed.
 
-A fingerprint is a hash of canonical JSON, so that it is the same on every machine, Python and run, and so that
-anybody can recompute it with a dozen lines in another language. Values that JSON cannot hold exactly are refused
-rather than turned into text: `str(object)` would bring addresses and versions into cache keys.
+A fingerprint is a hash of canonical JSON, so it is equal on every machine, Python and run, and easy to
+recompute in another language. Values that JSON cannot hold exactly are refused: `str(object)` would
+bring addresses and versions into cache keys.
 """
 
 import hashlib
@@ -12,17 +12,25 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from storage.errors import StoreError
 
-__all__ = ["canonical_json", "file_digest", "fingerprint", "folder_digest", "plain_json"]
+__all__ = [
+    "canonical_json",
+    "file_digest",
+    "fingerprint",
+    "folder_digest",
+    "plain_json",
+    "seeded_hash",
+    "stream_digest",
+]
 
 _CHUNK = 1 << 20
 
 
 def fingerprint(obj: Any) -> str:
-    """32 hex digits that name a JSON-able value; equal for tuples and lists, and for any order of keys.
+    """32 hex digits for a JSON value; equal for tuples and lists, and for any order of keys.
 
     Floats are written by `repr`, and 1 and 1.0 differ. Raises TypeError with the path of a value that is not JSON,
     ValueError with the path of a NaN or an infinity.
@@ -37,10 +45,8 @@ def canonical_json(obj: Any) -> bytes:
 
 
 def plain_json(obj: Any) -> bytes:
-    """The same for a value that came out of a JSON text, which need not be looked through; ValueError for a NaN."""
-    return json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode(
-        "ascii"
-    )
+    """The same without checks, for a value that was parsed from JSON; ValueError for a NaN."""
+    return json.dumps(obj, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _check(value: Any, path: str) -> None:
@@ -66,20 +72,33 @@ def _check(value: Any, path: str) -> None:
         )
 
 
+def seeded_hash(purpose: str, *values: str | int) -> bytes:
+    """32 pseudo-random bytes from these values, for orders and draws equal on every machine.
+
+    `purpose` keeps draws with equal values independent: `seeded_hash("shards", seed, prompt_id)`.
+    """
+    return hashlib.sha256("\0".join([purpose, *map(str, values)]).encode()).digest()
+
+
+def stream_digest(file: IO[bytes]) -> str:
+    """The sha256 (64 hex digits) of the rest of an open file."""
+    hasher = hashlib.sha256()
+    while chunk := file.read(_CHUNK):
+        hasher.update(chunk)
+    return hasher.hexdigest()
+
+
 def file_digest(url: str | os.PathLike[str]) -> str:
-    """The sha256 (64 hex digits) of a file, local or on any fsspec URL, read in pieces of 1 MiB."""
+    """The sha256 (64 hex digits) of a file, local or on any fsspec URL."""
     text = os.fspath(url)
     try:
         if "://" not in text:
-            with open(text, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            with open(text, "rb") as local:
+                return stream_digest(local)
         import fsspec
 
-        hasher = hashlib.sha256()
         with fsspec.open(text, "rb") as file:
-            while chunk := file.read(_CHUNK):
-                hasher.update(chunk)
-        return hasher.hexdigest()
+            return stream_digest(file)
     except FileNotFoundError:
         raise StoreError(f"{text} does not exist. Check the path.") from None
     except IsADirectoryError:
@@ -87,7 +106,7 @@ def file_digest(url: str | os.PathLike[str]) -> str:
 
 
 def folder_digest(path: str | os.PathLike[str]) -> str:
-    """The sha256 over the names and contents of all files under a local folder (links are followed).
+    """The sha256 over the names and contents of all files under a local folder, links followed.
 
     The folder's own name, times and permissions do not count. Meant for model folders.
     """

@@ -1,9 +1,13 @@
-"""Removing what no run needs. First a plan with keys and sizes, that changes nothing; then its execution.
+"""Garbage collection: a plan of what no run needs, with keys and sizes, and its execution.
 
-Kept is what a kept run names, with everything that it was made from; the parts of an artifact that is kept; what a
-living run is making (it protects its families by its heartbeat); and whatever is younger than a grace time, as a run
-of an older kind may be making it. All else goes: manifests first, then parts, so that a kill in between leaves no
-manifest that lists a part that is gone.
+A plan keeps
+
+- manifests that a kept run names, and the manifests they were computed from;
+- the parts of every kept manifest;
+- the families that a live run protects by its heartbeat;
+- files younger than a grace period, because a run without a heartbeat may be writing them.
+
+Everything else is removed, manifests before parts, so that a kill leaves no manifest without its parts.
 """
 
 import time
@@ -13,20 +17,22 @@ from dataclasses import dataclass
 from storage.artifact import named_artifacts
 from storage.errors import DamagedError, StoreError
 from storage.files import FileInfo, LocalFiles
-from storage.leases import CLAIMS, HOLDERS, Holder, Watch, claim_holder
+from storage.leases import CLAIMS, HOLDERS, Watch, claim_holder
 from storage.manifest import Manifest, manifest_key
 from storage.parts import PartKey
 from storage.store import Store
 
-__all__ = ["GcPlan", "collect", "plan_gc", "usage"]
+__all__ = ["GcPlan", "collect", "plan_gc"]
 
+_DEAD_AFTER = 3600.0  # seconds without a heartbeat; more than the clocks of two machines may differ
+_TEMPORARY_AGE = 24 * 3600.0  # seconds
 
-_LONG_SILENT = 3600.0  # seconds
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class GcPlan:
-    """What would go, and what would stay. Sizes in bytes."""
+    """What `collect` would remove and keep. Sizes in bytes."""
 
     keep_runs: tuple[str, ...]
     drop_runs: tuple[str, ...]
@@ -38,9 +44,13 @@ class GcPlan:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys of all that would go; for a part its record's."""
-        runs = tuple(f"runs/{name}.json" for name in self.drop_runs)
-        return (*runs, *self.manifests, *(key.record for key in self.parts), *self.others)
+        """The keys to remove; for a part, the key of its record."""
+        return (*self.single_files, *(key.record for key in self.parts))
+
+    @property
+    def single_files(self) -> tuple[str, ...]:
+        """The keys of the files to remove that belong to no part."""
+        return (*(_run_key(name) for name in self.drop_runs), *self.manifests, *self.others)
 
 
 def plan_gc(
@@ -50,105 +60,90 @@ def plan_gc(
     newest: int | None = None,
     max_age: float | None = None,
     grace: float = 3600.0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> GcPlan:
-    """What can go. Without rules every run is kept, and only what no run needs goes.
+    """Plan what to remove. Without a rule every run is kept.
 
-    With rules a run is kept where one of them says so: it is named in `keep_runs`, among the `newest` so many, or
-    younger than `max_age` seconds. Nothing younger than `grace` seconds goes. `progress` is told how many manifests of
-    how many were read. Raises StoreError for a run to be kept
-    that is not there, or that cannot be read: better nothing goes than too much.
+    With rules, a run is kept if it is in `keep_runs`, among the `newest` N, or younger than `max_age`
+    seconds. Nothing younger than `grace` seconds is removed. `progress` gets the number of manifests
+    read so far and their total. Raises StoreError where a kept run is missing or cannot be read.
     """
     files = {info.key: info for info in store.listing()}
     runs = {
         key[5:-5]: info for key, info in files.items() if key.startswith("runs/") and key.endswith(".json")
     }
+    live, families = _live_holders(store, files)
     kept = _kept_runs(runs, tuple(keep_runs), newest, max_age)
-    needed = _needed(store, kept, files)
-    living = [holder for holder in Watch(store).holders() if not _fell_silent(holder, files.get(holder.key))]
-    families = {family for holder in living for family in holder.families}
-    young = time.time() - grace
-
-    manifests = [key for key in files if key.startswith("artifacts/") and key.endswith("/manifest.json")]
-    stale = [
+    manifests = _read_manifests(store, files, progress)
+    needed = _needed_manifests(store, kept, manifests)
+    stale = {
         key
-        for key in manifests
-        if key not in needed and not _is_young(files[key], young) and not _is_protected(store, key, families)
-    ]
-    needed_parts = set[PartKey]()
-    staying = set(manifests) - set(stale)
-    for number, key in enumerate(staying, start=1):
-        manifest = _manifest(store, key)
-        needed_parts |= {record.key for record in manifest.parts} if manifest else set()
-        if progress is not None:
-            progress(number, len(staying))
-    dead_leases, claimed = _leases(store, files, {holder.id for holder in living})
+        for key, manifest in manifests.items()
+        if key not in needed
+        and not (manifest is not None and manifest.family in families)
+        and not _is_young(files[key], grace)
+    }
+    needed_parts = {
+        record.key
+        for key, manifest in manifests.items()
+        if manifest is not None and key not in stale
+        for record in manifest.parts
+    }
+    dead_leases, claimed = _leases(store, files, live)
 
-    doomed: dict[PartKey, list[FileInfo]] = {}
+    parts: dict[PartKey, list[FileInfo]] = {}
     for key, info in files.items():
-        part = _part_of(key)
-        if part is not None:
-            doomed.setdefault(part, []).append(info)
-    for part in list(doomed):
-        needed_now = part in needed_parts or part.family in families or part.fingerprint in claimed
-        if needed_now or any(_is_young(info, young) for info in doomed[part]):
-            del doomed[part]
-    beside = {key.removesuffix("manifest.json") for key in stale}
-    others = [
-        key for key in files if key not in stale and key.startswith("artifacts/") and _folder(key) in beside
-    ]
-    others += dead_leases
-    gone = {*stale, *others, *(f"runs/{name}.json" for name in set(runs) - kept)}
-    gone |= {info.key for infos in doomed.values() for info in infos}
-    size = sum(files[key].bytes for key in gone)
+        if (part := _part_of(key)) is not None:
+            parts.setdefault(part, []).append(info)
+    removed_parts = {
+        part: infos
+        for part, infos in parts.items()
+        if part not in needed_parts
+        and part.family not in families
+        and part.fingerprint not in claimed
+        and not any(_is_young(info, grace) for info in infos)
+    }
+    stale_folders = {_folder(key) for key in stale}
+    others = {key for key in files if key not in stale and _folder(key) in stale_folders} | dead_leases
+    drop_runs = set(runs) - kept
+    removed = stale | others | {_run_key(name) for name in drop_runs}
+    removed |= {info.key for infos in removed_parts.values() for info in infos}
+    size = sum(files[key].bytes for key in removed)
     return GcPlan(
         keep_runs=tuple(sorted(kept)),
-        drop_runs=tuple(sorted(set(runs) - kept)),
+        drop_runs=tuple(sorted(drop_runs)),
         manifests=tuple(sorted(stale)),
-        parts=tuple(sorted(doomed, key=lambda part: part.record)),
+        parts=tuple(sorted(removed_parts, key=lambda part: part.record)),
         others=tuple(sorted(others)),
         bytes=size,
         kept_bytes=sum(info.bytes for info in files.values()) - size,
     )
 
 
-def collect(store: Store, plan: GcPlan, progress: Callable[[int, int], None] | None = None) -> int:
-    """Carry a plan out; the bytes that it freed. What a run began to make since the plan stays.
+def collect(store: Store, plan: GcPlan, progress: Progress | None = None) -> int:
+    """Execute a plan; returns the bytes freed. Families protected since the plan stay.
 
-    `progress` is told how many keys of how many are done.
+    `progress` gets the number of keys processed so far and their total.
     """
     total = len(plan.keys)
-    whole = (*(f"runs/{name}.json" for name in plan.drop_runs), *plan.manifests, *plan.others)
-    for done, key in enumerate(whole, start=1):
+    for done, key in enumerate(plan.single_files, start=1):
         store.delete(key)
         if progress is not None:
             progress(done, total)
     families = {family for holder in Watch(store).holders() for family in holder.families}
-    for done, part in enumerate(plan.parts, start=len(whole) + 1):
+    for done, part in enumerate(plan.parts, start=len(plan.single_files) + 1):
         if part.family not in families:
             store.discard_part(part)
         if progress is not None:
             progress(done, total)
-    swept = 0
-    if isinstance(store.files, LocalFiles):
-        swept = sum(info.bytes for info in store.files.sweep(older_than=24 * 3600))
-    return plan.bytes + swept
-
-
-def usage(store: Store) -> dict[str, int]:
-    """Bytes by kind of file, by a listing: parts, rejects, artifacts, runs, leases, work."""
-    sizes: dict[str, int] = {}
-    for info in store.listing():
-        kind = info.key.split("/")[0]
-        sizes[kind] = sizes.get(kind, 0) + info.bytes
-    return sizes
+    swept = store.files.sweep(_TEMPORARY_AGE) if isinstance(store.files, LocalFiles) else ()
+    return plan.bytes + sum(info.bytes for info in swept)
 
 
 def _kept_runs(
     runs: dict[str, FileInfo], keep: tuple[str, ...], newest: int | None, max_age: float | None
 ) -> set[str]:
-    missing = sorted(set(keep) - set(runs))
-    if missing:
+    if missing := sorted(set(keep) - set(runs)):
         raise StoreError(
             f"there is no run {', '.join(missing)} to keep; there is {', '.join(sorted(runs)) or 'none'}."
         )
@@ -156,47 +151,80 @@ def _kept_runs(
         return set(runs)
     by_age = sorted(runs, key=lambda name: runs[name].modified or float("inf"), reverse=True)
     kept = set(keep) | set(by_age[: max(0, newest or 0)])
-    if max_age is not None:
-        kept |= {name for name in runs if _is_young(runs[name], time.time() - max_age)}
-    return kept
+    return kept | {name for name in runs if max_age is not None and _is_young(runs[name], max_age)}
 
 
-def _needed(store: Store, runs: Iterable[str], files: dict[str, FileInfo]) -> set[str]:
-    """The manifests that these runs name, and those that they were made from."""
-    waiting: list[str] = []
-    for name in runs:
-        waiting += [manifest_key(*named) for named in named_artifacts(store.run(name) or {}).items()]
+def _read_manifests(
+    store: Store, files: Iterable[str], progress: Progress | None
+) -> dict[str, Manifest | None]:
+    """Every manifest by its key; None for a damaged one."""
+    keys = [key for key in files if key.startswith("artifacts/") and key.endswith("/manifest.json")]
+    manifests: dict[str, Manifest | None] = {}
+    for number, key in enumerate(keys, start=1):
+        _, stage, artifact = key.split("/")[:3]
+        try:
+            manifests[key] = store.manifest(stage, artifact)
+        except DamagedError:
+            manifests[key] = None
+        if progress is not None:
+            progress(number, len(keys))
+    return manifests
+
+
+def _needed_manifests(store: Store, runs: Iterable[str], manifests: dict[str, Manifest | None]) -> set[str]:
+    """The manifests that these runs name, and those they were computed from."""
+    waiting = [
+        manifest_key(*named) for name in runs for named in named_artifacts(store.run(name) or {}).items()
+    ]
     needed: set[str] = set()
     while waiting:
         key = waiting.pop()
-        if key in needed or key not in files:
+        if key in needed or key not in manifests:
             continue
         needed.add(key)
-        manifest = _manifest(store, key)
+        manifest = manifests[key]
         if manifest is None:
             raise StoreError(
-                f"{key} is damaged, so what it was made from cannot be known. Run `qrpo verify --repair` first."
+                f"{key} is damaged, so its parents are unknown. Run `qrpo verify --repair` first."
             )
         waiting += [manifest_key(stage, artifact) for stage, artifact in manifest.parents.items()]
     return needed
 
 
-def _manifest(store: Store, key: str) -> Manifest | None:
-    try:
-        return store.manifest(key.split("/")[1], key.split("/")[2])
-    except DamagedError:
-        return None
+def _live_holders(store: Store, files: dict[str, FileInfo]) -> tuple[set[str], set[str]]:
+    """The ids of the holders that may be alive, and the families that they protect.
+
+    A holder on another machine counts as dead after a silence longer than any difference of clocks.
+    """
+    live = [
+        holder
+        for holder in Watch(store).holders()
+        if holder.key not in files or _is_young(files[holder.key], max(_DEAD_AFTER, 2 * holder.ttl))
+    ]
+    return {holder.id for holder in live}, {family for holder in live for family in holder.families}
 
 
-def _is_protected(store: Store, key: str, families: set[str]) -> bool:
-    if not families:
-        return False
-    manifest = _manifest(store, key)
-    return manifest is not None and manifest.family in families
+def _leases(store: Store, files: Iterable[str], live: set[str]) -> tuple[set[str], set[str]]:
+    """The lease files of dead holders, and the fingerprints of the parts that live holders claim.
+
+    A run that is killed between commit and release leaves the claim of a committed part, which no run
+    asks for again.
+    """
+    dead, claimed = set(), set()
+    for key in files:
+        name = key.rsplit("/", 1)[-1].removesuffix(".json")
+        if key.startswith(f"{HOLDERS}/") and name not in live:
+            dead.add(key)
+        elif key.startswith(f"{CLAIMS}/"):
+            if claim_holder(store, key) in live:
+                claimed.add(name)
+            else:
+                dead.add(key)
+    return dead, claimed
 
 
 def _part_of(key: str) -> PartKey | None:
-    """The part that a file under parts/ or rejects/ belongs to."""
+    """The part of a file under parts/ or rejects/."""
     segments = key.split("/")
     if segments[0] == "parts" and len(segments) >= 4:
         return PartKey(segments[1], segments[2], segments[3].split(".")[0])
@@ -205,34 +233,13 @@ def _part_of(key: str) -> PartKey | None:
     return None
 
 
-def _leases(store: Store, files: dict[str, FileInfo], living: set[str]) -> tuple[list[str], set[str]]:
-    """The files of leases whose holder is not among the living, and the fingerprints of parts claimed by those that are.
-
-    Claims of committed parts are among the first: a run that was killed between commit and release leaves one, and nobody asks
-    for it again.
-    """
-    dead, claimed = [], set()
-    for key in files:
-        name = key.rsplit("/", 1)[-1].removesuffix(".json")
-        if key.startswith(f"{HOLDERS}/") and name not in living:
-            dead.append(key)
-        elif key.startswith(f"{CLAIMS}/"):
-            if claim_holder(store, key) in living:
-                claimed.add(name)
-            else:
-                dead.append(key)
-    return dead, claimed
-
-
-def _fell_silent(holder: Holder, heartbeat: FileInfo | None) -> bool:
-    """Whether a holder is dead though it may have run elsewhere: silent for longer than any two clocks differ by."""
-    silence = max(_LONG_SILENT, 2 * holder.ttl)
-    return heartbeat is not None and not _is_young(heartbeat, time.time() - silence)
+def _run_key(name: str) -> str:
+    return f"runs/{name}.json"
 
 
 def _folder(key: str) -> str:
-    return key.rsplit("/", 1)[0] + "/"
+    return key.rsplit("/", 1)[0]
 
 
-def _is_young(info: FileInfo, limit: float) -> bool:
-    return info.modified is None or info.modified > limit
+def _is_young(info: FileInfo, age: float) -> bool:
+    return info.modified is None or info.modified > time.time() - age

@@ -1,15 +1,15 @@
-"""Leases: so that of two runs on one store each part is worked on by one.
+"""Leases: of several runs on one store, only one computes a part.
 
-A process has one heartbeat, `leases/holders/<id>.json`, written again every third of its time to live by a thread; a
-claim, `leases/parts/<stage>/<fingerprint>.json`, names its holder and is created atomically where the backend can.
-So the cost is one small write every few seconds, however many parts are claimed.
+A process has one heartbeat, `leases/holders/<id>.json`, which a thread rewrites three times per
+time-to-live. A claim, `leases/parts/<stage>/<fingerprint>.json`, names its holder and is created
+atomically where the backend can. So leases cost one small write every few seconds, plus one per part.
 
-A holder is dead when its heartbeat has not changed for its time to live *by the watcher's own monotonic clock*: no two
-machines' clocks are compared. One that was killed on this very machine is seen to be gone at once. Then one waiter
-takes its claims over. A holder that lives but does not come to an end is waited for only so long.
+A holder is dead once its heartbeat has not changed for its time-to-live on the watcher's monotonic
+clock; clocks of machines are never compared. A process killed on this machine is dead at once. One
+waiter then takes over its claims. A waiter also takes over after a maximum wait.
 
-A lease saves work; nothing rests on it. Parts are created and never replaced, so in the worst case (a holder that
-slept longer than its time to live) a part is computed twice, and the first commit stands.
+Leases save work; no guarantee rests on them. Parts are created and never replaced, so at worst (a
+holder slept longer than its time-to-live) a part is computed twice and the first commit stays.
 """
 
 import json
@@ -20,15 +20,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
+from typing import Self
 
 from storage.errors import LeaseLostError, StoreError
+from storage.fingerprints import canonical_json
 from storage.parts import PartKey, PartRecord
 from storage.store import Store
 
-__all__ = ["Holder", "Leases", "Watch", "claim_holder"]
+__all__ = ["CLAIMS", "HOLDERS", "Holder", "Leases", "Watch", "claim_holder"]
 
 HOLDERS = "leases/holders"
 CLAIMS = "leases/parts"
@@ -36,7 +37,7 @@ CLAIMS = "leases/parts"
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds leases, and what a heartbeat says: `beat` counts up, `ttl` is in seconds, `families` are being made."""
+    """The content of a heartbeat: a counter, a time-to-live in seconds, protected families."""
 
     id: str
     host: str
@@ -49,26 +50,26 @@ class Holder:
 
     @property
     def key(self) -> str:
-        """The key of its heartbeat."""
+        """The key of the heartbeat."""
         return f"{HOLDERS}/{self.id}.json"
 
     @property
     def is_gone(self) -> bool:
-        """Whether this holder ran on this machine and its process is no more. False where that cannot be known."""
+        """Whether this holder ran on this machine and its process has ended. False if unknown."""
         if not self.machine or self.machine != _machine():
             return False
         return _started(self.process) != self.started
 
 
 class Watch:
-    """Which holders live, as seen by one watcher. The first look at a holder starts its clock."""
+    """Which holders are alive, for one watcher. The first look at a holder starts its clock."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._seen: dict[str, tuple[Holder | None, float]] = {}
 
     def is_dead(self, holder_id: str, ttl: float) -> bool:
-        """Whether a holder is gone from this machine, or silent since its time to live (`ttl` where it never said)."""
+        """Whether a holder ended on this machine or was silent for its ttl (`ttl` if unknown)."""
         holder = self.holder(holder_id)
         if holder is not None and holder.is_gone:
             return True
@@ -79,7 +80,7 @@ class Watch:
         return now - self._seen[holder_id][1] >= (holder.ttl if holder else ttl)
 
     def holder(self, holder_id: str) -> Holder | None:
-        """What a holder's heartbeat says now; None where there is none or it cannot be read."""
+        """The current heartbeat of a holder; None where it is missing or cannot be read."""
         try:
             value = json.loads(self._store.read_bytes(f"{HOLDERS}/{holder_id}.json"))
             return Holder(**{**value, "families": tuple(value["families"])})
@@ -87,13 +88,13 @@ class Watch:
             return None
 
     def holders(self) -> list[Holder]:
-        """All holders that are not gone from this machine, by a listing; some may have died elsewhere."""
+        """All holders that have not ended on this machine; some may be dead elsewhere."""
         names = [info.key.rsplit("/", 1)[-1].removesuffix(".json") for info in self._store.listing(HOLDERS)]
         return [holder for name in names if (holder := self.holder(name)) is not None and not holder.is_gone]
 
 
 class Leases:
-    """This process's leases on one store; use it in a `with`.
+    """The leases of this process on one store, as a context manager.
 
         with Leases(store) as leases:
             done, mine, others = leases.share(keys)
@@ -101,16 +102,14 @@ class Leases:
                 compute_and_commit(key)
                 leases.release(key)
             for key, record in leases.wait(others):
-                ...  # record: what another run committed; None: the claim is ours now, compute it
+                ...  # record: another run committed it; None: it is claimed for us now, compute it
 
-    `ttl` is how long, in seconds, a holder may be silent before others take over; `poll` how often a waiter looks.
+    `ttl` is the silence, in seconds, after which others take over; `poll` the pause between two looks.
     """
 
     def __init__(self, store: Store, ttl: float = 60.0, poll: float = 1.0) -> None:
         if ttl <= 0 or poll <= 0:
-            raise StoreError(
-                f"a lease with ttl {ttl} and poll {poll} cannot be kept: expected seconds above 0."
-            )
+            raise StoreError(f"a lease with ttl {ttl} and poll {poll}: expected seconds above 0.")
         self.store = store
         self.ttl = ttl
         self.poll = poll
@@ -120,83 +119,78 @@ class Leases:
         )
         self._watch = Watch(store)
         self._held: set[PartKey] = set()
-        self._families: set[str] = set()
-        self._beat = 0
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_beating, name="lease-heartbeat", daemon=True)
         self._failure: Exception | None = None
 
-    def __enter__(self) -> "Leases":
+    def __enter__(self) -> Self:
         self.renew()
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        with suppress(StoreError):  # what stays behind expires
+        with suppress(StoreError):  # a remaining lease expires
             for key in list(self._held):
                 self.release(key)
             self.store.delete(self._me.key)
 
-    def renew(self) -> None:
-        """Write the heartbeat now; the thread does so by itself."""
+    def renew(self, families: Iterable[str] = ()) -> None:
+        """Write the heartbeat now, with these families added; the thread does so regularly."""
         with self._lock:
-            self._beat += 1
-            beat = asdict(self._me) | {"beat": self._beat, "families": sorted(self._families)}
-            self.store.write_bytes(self._me.key, json.dumps(beat).encode())
+            protected = tuple(sorted({*self._me.families, *families}))
+            self._me = replace(self._me, beat=self._me.beat + 1, families=protected)
+            self.store.write_bytes(self._me.key, canonical_json({**vars(self._me)}))
 
     def protect(self, family: str) -> None:
-        """Keep `gc` from a family's parts as long as this run lives: they are in no manifest until all are there."""
-        if family not in self._families:
-            self._families.add(family)
-            self.renew()
+        """Keep `gc` from a family's parts while this run is alive: no manifest lists them yet."""
+        if family not in self._me.families:
+            self.renew([family])
 
     def acquire(self, key: PartKey) -> bool:
-        """Claim a part; False where another run that may be alive has it. Takes over from one that is dead."""
+        """Claim a part, also from a dead holder; False where a holder that may be alive has it."""
         claim = _claim(key)
-        mine = json.dumps({"holder": self._me.id}).encode()
-        if not self.store.files.create(claim, mine):
+        content = canonical_json({"holder": self._me.id})
+        if not self.store.files.create(claim, content):
             owner = self._owner(key)
             if owner != self._me.id:
                 if owner is not None and not self._watch.is_dead(owner, self.ttl):
                     return False
                 self.store.delete(claim)
-                if not self.store.files.create(claim, mine):
+                if not self.store.files.create(claim, content):
                     return False  # another waiter was quicker
         self._held.add(key)
         return True
 
     def share(self, keys: Iterable[PartKey]) -> tuple[dict[str, PartRecord], list[PartKey], list[PartKey]]:
-        """Which of these parts are committed (fingerprint -> record), which are claimed for us now, which by others."""
+        """Sort parts into committed (fingerprint -> record), claimed for us, claimed by others."""
         wanted = list(dict.fromkeys(keys))
         done = self.store.find_parts(wanted)
-        missing = [key for key in wanted if key.fingerprint not in done]
-        mine = [key for key in missing if self.acquire(key)]
-        late = self.store.find_parts(mine)  # committed and released between the look and the claim
+        mine = [key for key in wanted if key.fingerprint not in done and self.acquire(key)]
+        done |= self.store.find_parts(mine)  # committed and released before our claim
         for key in mine:
-            if key.fingerprint in late:
+            if key.fingerprint in done:
                 self.release(key)
-        others = [key for key in missing if key not in self._held and key.fingerprint not in late]
-        return done | late, [key for key in mine if key.fingerprint not in late], others
+        missing = [key for key in wanted if key.fingerprint not in done]
+        mine = [key for key in missing if key in self._held]
+        return done, mine, [key for key in missing if key not in self._held]
 
     def check(self, key: PartKey) -> None:
-        """Raise LeaseLostError where another run has taken this part over, StoreError where the heartbeat fails."""
+        """Raise LeaseLostError if another run took this part over, StoreError if heartbeats fail."""
         owner = self._owner(key)
         if owner != self._me.id:
             self._held.discard(key)
             raise LeaseLostError(
                 f"{key} was taken over by {owner or 'nobody'}: this process was silent for more than {self.ttl:g} s. "
-                "The result that is committed first stands; nothing is lost."
+                "The result that is committed first stays; nothing is lost."
             )
         if self._failure is not None:
             raise StoreError(f"the heartbeat of this run's leases fails: {self._failure}")
 
     def release(self, key: PartKey) -> None:
-        """Give a claim back, after its part was committed or given up."""
+        """Release a claim, after its part was committed or given up."""
         self._held.discard(key)
         if self._owner(key) == self._me.id:
             self.store.delete(_claim(key))
@@ -204,25 +198,25 @@ class Leases:
     def wait(
         self, keys: Iterable[PartKey], patience: float = 3600.0, progress: Callable[[int], None] | None = None
     ) -> Iterator[tuple[PartKey, PartRecord | None]]:
-        """Each part as soon as it is settled: with its record once another run commits it, or None: it is ours now.
+        """Yield each part with its record once another run commits it, or None once it is ours.
 
-        A part is taken over when its claim is given back or its holder is dead, and after `patience` seconds in any
-        case: this never waits for ever. `progress` is told how many are waited for, once each round.
+        A part is claimed when its claim was released, when its holder is dead, and in any case after
+        `patience` seconds. `progress` gets the number of parts still waited for, once per round.
         """
         waiting = list(dict.fromkeys(keys))
-        give_up = time.monotonic() + patience
+        deadline = time.monotonic() + patience
         while waiting:
             found = self.store.find_parts(waiting)
             for key in [key for key in waiting if key.fingerprint in found]:
                 waiting.remove(key)
                 yield key, found[key.fingerprint]
-            impatient = time.monotonic() >= give_up
+            expired = time.monotonic() >= deadline
             for key in list(waiting):
-                if impatient:
+                if expired:
                     self.store.delete(_claim(key))
                 if self.acquire(key):
                     waiting.remove(key)
-                    record = self.store.part(key)  # committed between the look and the claim
+                    record = self.store.part(key)  # committed before our claim
                     if record is not None:
                         self.release(key)
                     yield key, record
@@ -239,12 +233,12 @@ class Leases:
             try:
                 self.renew()
                 self._failure = None
-            except StoreError as error:  # `check` tells it; the next beat may succeed
+            except StoreError as error:  # `check` raises it; the next beat may succeed
                 self._failure = error
 
 
 def claim_holder(store: Store, key: str) -> str | None:
-    """The id of the holder in a claim's file; None where there is no such file, or it cannot be read."""
+    """The id of the holder in a claim's file; None where the file is missing or cannot be read."""
     try:
         return str(json.loads(store.read_bytes(key))["holder"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -256,19 +250,16 @@ def _claim(key: PartKey) -> str:
 
 
 def _machine() -> str:
-    """The running kernel and the process namespace; empty where they cannot be known."""
+    """The running kernel and the process namespace; empty if unknown."""
     try:
-        return (
-            Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-            + " "
-            + os.readlink("/proc/self/ns/pid")
-        )
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
 
 
 def _started(process: int) -> str:
-    """When a process started, in the kernel's ticks since boot; empty where there is no such process, or a zombie."""
+    """When a process started, in kernel ticks since boot; empty where it has ended."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:

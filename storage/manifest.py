@@ -1,7 +1,7 @@
-"""The manifest: one stage's whole result, and everything that made it. Its existence is the artifact's completion.
+"""The manifest of an artifact: the result of one stage with its provenance, written last.
 
-It embeds the records of its parts, so that a fully cached stage costs one read, and a plan, a listing or a reader
-never has to open the parts' own records. `artifacts/<stage>/<fingerprint>/manifest.json`.
+It embeds the records of its parts, so a fully cached stage costs one read, and a plan, a listing or a
+reader never opens the records of parts. Key: `artifacts/<stage>/<fingerprint>/manifest.json`.
 """
 
 import builtins
@@ -14,14 +14,14 @@ from typing import Any
 from storage.errors import DamagedError
 from storage.fingerprints import fingerprint
 from storage.names import check_name
-from storage.parts import PartRecord, sealed, unsealed
+from storage.parts import PartRecord, dump_checksummed, load_checksummed
 
 __all__ = ["Manifest", "artifact_fingerprint", "code_version", "manifest_of", "now"]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """One artifact. `inputs` are the identities of outside inputs, `parents` the artifacts that it was made from."""
+    """One artifact. `inputs` identifies outside inputs, `parents` are artifacts by stage."""
 
     stage: str
     fingerprint: str
@@ -45,19 +45,19 @@ class Manifest:
 
     @property
     def rejects_key(self) -> str:
-        """The key of the rejects of all parts in one table, where there are any."""
+        """The key of the table with the rejects of all parts, if there are any."""
         return self.key.removesuffix("manifest.json") + "rejects.parquet"
 
     def to_file(self) -> builtins.bytes:
-        """The manifest's file."""
+        """The content of the manifest's file."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in fields.items()}
-        return sealed({**plain, "parts": [part.to_json() for part in self.parts]})
+        return dump_checksummed({**plain, "parts": [part.to_json() for part in self.parts]})
 
     @classmethod
     def from_file(cls, data: builtins.bytes, where: str) -> "Manifest":
         """The manifest in such a file; raises DamagedError."""
-        value = unsealed(data, where)
+        value = load_checksummed(data, where)
         try:
             return cls(**{**value, "parts": tuple(PartRecord.from_json(part) for part in value["parts"])})
         except (TypeError, KeyError, ValueError) as error:
@@ -72,7 +72,7 @@ def manifest_key(stage: str, artifact: str) -> str:
 
 
 def artifact_fingerprint(family: str, parts: Iterable[str]) -> str:
-    """The artifact's fingerprint: of its family and its parts' fingerprints, in order."""
+    """The fingerprint of an artifact with this family and these parts, in order."""
     return fingerprint(["artifact", family, list(parts)])
 
 
@@ -87,7 +87,7 @@ def manifest_of(
     seconds: float = 0.0,
     metadata: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """The manifest of these parts, with its fingerprint and totals worked out."""
+    """The manifest of these parts, with its fingerprint and totals."""
     records = tuple(parts)
     return Manifest(
         stage=stage,
@@ -109,7 +109,7 @@ def manifest_of(
 
 @lru_cache(1)
 def code_version() -> str:
-    """The installed version of this project, as manifests and records note it."""
+    """The installed version of this project."""
     from importlib import metadata as packages  # slow to import, and only a writer needs it
 
     try:
@@ -119,5 +119,5 @@ def code_version() -> str:
 
 
 def now() -> str:
-    """The time as records and manifests note it: UTC, ISO 8601, seconds. For people; nothing is decided by it."""
+    """The current time, UTC, in ISO 8601. For people; no code depends on it."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

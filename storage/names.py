@@ -1,8 +1,8 @@
-"""Names and keys: what may be one, so that nothing written can leave the store's folder; and how to hide secrets.
+"""Valid names and keys, and redaction of secrets.
 
-A key is a relative POSIX path of plain ASCII segments. That is less than any backend allows and the same on all of
-them, so a store can be copied from a disk to a bucket and back. Prompt ids, run names and metadata from outside only
-ever become a key through these checks.
+A key is a relative POSIX path of plain ASCII segments. Every backend accepts such keys, so a store can
+be copied from a disk to a bucket and back. Prompt ids, run names and metadata from outside become a
+key only through these checks, so no write can leave the store's folder.
 """
 
 import os
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 TEMPORARY = ".tmp-"
-"""Names that start like this are half-written files; they are hidden from every reader and swept by `gc`."""
+"""The prefix of unfinished files, which are hidden from readers and removed by `gc`."""
 
 _NAME = re.compile(r"[A-Za-z0-9._+@=][A-Za-z0-9._+@=-]{0,199}")
 _MAX_KEY = 900
@@ -50,13 +50,8 @@ _SECRET_VARIABLES = (
 
 
 def check_name(name: str, what: str = "name") -> str:
-    """The name itself if it can be one segment of a key; raises UnsafeNameError otherwise."""
-    if (
-        not isinstance(name, str)
-        or not _NAME.fullmatch(name)
-        or set(name) == {"."}
-        or name.startswith(TEMPORARY)
-    ):
+    """The name if it is a valid segment of a key; raises UnsafeNameError otherwise."""
+    if not isinstance(name, str) or not _is_segment(name):
         raise UnsafeNameError(
             f"{what} {_shown(name)} cannot be used in a store: expected 1 to 200 letters, digits or any of . _ + @ = - "
             f"(not first), and not '.' or '..'. Choose another {what}."
@@ -64,14 +59,18 @@ def check_name(name: str, what: str = "name") -> str:
     return name
 
 
+def _is_segment(name: str) -> bool:
+    return bool(_NAME.fullmatch(name)) and set(name) != {"."} and not name.startswith(TEMPORARY)
+
+
 def check_key(key: str) -> str:
-    """The key itself if it is a safe relative path; raises UnsafeNameError otherwise."""
+    """The key if it is a safe relative path; raises UnsafeNameError otherwise."""
     if not isinstance(key, str) or len(key) > _MAX_KEY:
         raise UnsafeNameError(
             f"key {_shown(key)} cannot be used in a store: expected at most {_MAX_KEY} characters."
         )
     for segment in key.split("/"):
-        if not _NAME.fullmatch(segment) or set(segment) == {"."} or segment.startswith(TEMPORARY):
+        if not _is_segment(segment):
             raise UnsafeNameError(
                 f"key {_shown(key)} cannot be used in a store: segment {_shown(segment)} is not a plain name "
                 "(letters, digits and . _ + @ = -, not '..', not empty), so it could leave the store's folder."
@@ -80,7 +79,7 @@ def check_key(key: str) -> str:
 
 
 def is_key(key: str) -> bool:
-    """Whether a listed name can be one of ours. Other files in a store's folder are nobody's business."""
+    """Whether a listed name can be a key. Other files in a store's folder are ignored."""
     try:
         check_key(key)
     except UnsafeNameError:
@@ -89,20 +88,20 @@ def is_key(key: str) -> bool:
 
 
 def public_url(url: str) -> str:
-    """The URL if it carries no credentials; raises StoreURLError otherwise (the message does not repeat them)."""
+    """The URL if it has no credentials; raises StoreURLError otherwise, without repeating them."""
     if "://" in url:
         parts = urlsplit(url)
         if "@" in parts.netloc or parts.query:
             raise StoreURLError(
-                f"the store's URL {parts.scheme}://***{parts.path} carries credentials or a query, which would end in "
-                "logs and manifests. Give them by the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ...) "
-                "or fsspec's configuration file, and the plain URL here."
+                f"the store's URL {parts.scheme}://***{parts.path} has credentials or a query, which logs and manifests "
+                "would show. Set credentials in the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, "
+                "...) or fsspec's configuration file, and pass the plain URL."
             )
     return url
 
 
 def secrets_of(options: Mapping[str, Any]) -> frozenset[str]:
-    """The string values among fsspec options (nested ones too) whose names say that they are secret."""
+    """The values of fsspec options, nested ones included, whose names sound secret."""
     found: set[str] = set()
     for name, value in options.items():
         if isinstance(value, Mapping):
@@ -113,13 +112,13 @@ def secrets_of(options: Mapping[str, Any]) -> frozenset[str]:
 
 
 def environment_secrets() -> frozenset[str]:
-    """The credentials that this process's environment holds."""
+    """The credentials in the environment of this process."""
     values = (os.environ.get(name, "") for name in _SECRET_VARIABLES)
     return frozenset(value for value in values if len(value) >= 8)
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
-    """The text without known secrets, user-info in URLs, and signatures of presigned URLs."""
+    """The text without these secrets, without passwords and signatures in URLs."""
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
     return _SECRET_IN_TEXT.sub(r"\1***", _USERINFO.sub(r"\1***@", text))

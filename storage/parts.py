@@ -1,18 +1,19 @@
-"""The part: the unit of work, of caching and of commit, and the small JSON record whose existence is its commit.
+"""The part: the unit of work, caching and commit. It is committed once its JSON record exists.
 
     parts/<stage>/<family>/<fingerprint>.parquet     the rows
     parts/<stage>/<family>/<fingerprint>.json        the record, written last
-    rejects/<stage>/<family>/<fingerprint>-<sha>.parquet    rows left out, where there are any
-    parts/<stage>/<family>/<fingerprint>/<sha>/...   in place of rows: the files of a folder (a trained model)
+    rejects/<stage>/<family>/<fingerprint>-<sha>.parquet    rejected rows, if any
+    parts/<stage>/<family>/<fingerprint>/<sha>/...   instead of rows: the files of a folder (a trained model)
 
-Rejects and folders carry the first digits of their part's sha256 in their names: whatever a killed or slower run left
-behind then belongs to its own contents and can never be mistaken for another's.
+<sha> is the start of a sha256 over the payload. So a file that a killed or slower run left behind is
+never taken for one of another payload.
 """
 
+import builtins
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -20,12 +21,12 @@ from storage.errors import DamagedError
 from storage.fingerprints import canonical_json, plain_json
 from storage.names import check_key, check_name, environment_secrets, redact
 
-__all__ = ["FileEntry", "PartKey", "PartRecord", "sealed", "unsealed", "without_secrets"]
+__all__ = ["FileEntry", "PartKey", "PartRecord", "dump_checksummed", "load_checksummed", "without_secrets"]
 
 
 @dataclass(frozen=True)
 class PartKey:
-    """Which part: its stage, its family (what all parts of one artifact share) and its own fingerprint."""
+    """Identifies a part: stage, family (shared by all parts of an artifact), fingerprint."""
 
     stage: str
     family: str
@@ -52,7 +53,7 @@ class PartKey:
         return f"{self.folder}.json"
 
     def rejects(self, sha256: str) -> str:
-        """The key of the rows left out beside a payload with this sha256."""
+        """The key of the rejected rows of a payload with this sha256."""
         return f"rejects/{self.stage}/{self.family}/{self.fingerprint}-{sha256[:12]}.parquet"
 
     def __str__(self) -> str:
@@ -61,7 +62,7 @@ class PartKey:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One stored file: its name within the part, its key in the store, its size in bytes and its sha256."""
+    """One stored file: its name within the part, key in the store, size in bytes, sha256."""
 
     name: str
     key: str
@@ -71,7 +72,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class PartRecord:
-    """What a committed part is and what made it. `parents` maps parent parts' fingerprints to their digests."""
+    """A committed part and its provenance. `parents`: fingerprint of a parent part -> digest."""
 
     stage: str
     family: str
@@ -97,12 +98,12 @@ class PartRecord:
 
     @property
     def rejects_file(self) -> FileEntry | None:
-        """The file with the rows left out; None where there are none."""
+        """The file with the rejected rows; None where there are none."""
         return next((file for file in self.files if file.key.startswith("rejects/")), None)
 
     @property
     def payload(self) -> tuple[FileEntry, ...]:
-        """All files but the rejects."""
+        """All files except the rejects."""
         return tuple(file for file in self.files if not file.key.startswith("rejects/"))
 
     @property
@@ -112,36 +113,44 @@ class PartRecord:
 
     @cached_property
     def digest(self) -> str:
-        """The sha256 over the payload's names and digests: what came, where the fingerprint says what was asked."""
+        """The sha256 over the payload's names and digests: it identifies the computed bytes."""
         return hashlib.sha256(canonical_json([[file.name, file.sha256] for file in self.payload])).hexdigest()
 
     def is_stale(self, digests: Mapping[str, str]) -> bool:
-        """Whether a parent part (fingerprint -> digest now) holds other bytes than this part was made from.
+        """Whether a parent part (fingerprint -> digest) has changed since this part was computed.
 
-        That comes of computing a damaged parent again where its stage is not deterministic (GPU kernels): the
-        fingerprints stay, and what was made from the old bytes must be made again.
+        This happens when a damaged parent is computed again and its stage is not deterministic (GPU
+        kernels): fingerprints stay, but what was computed from the old bytes must be computed again.
         """
         return any(digests.get(parent, digest) != digest for parent, digest in self.parents.items())
 
+    def to_file(self) -> builtins.bytes:
+        """The content of the record's file."""
+        return dump_checksummed(self.to_json())
+
+    @classmethod
+    def from_file(cls, data: builtins.bytes, key: PartKey) -> "PartRecord":
+        """The record in the file of this key; raises DamagedError where it was edited or moved."""
+        value = load_checksummed(data, f"the record {key.record}")
+        try:
+            record = cls.from_json(value)
+        except (TypeError, KeyError, ValueError) as error:
+            raise DamagedError(f"{key.record} is not a part's record of this version: {error}.") from None
+        if record.key != key:
+            raise DamagedError(
+                f"{key.record} is the record of {record.key}: it was moved or copied there by hand."
+            )
+        return record
+
     def to_json(self) -> dict[str, Any]:
         """The record as plain JSON values."""
-        return {
-            "stage": self.stage,
-            "family": self.family,
-            "fingerprint": self.fingerprint,
-            "files": [[file.name, file.key, file.bytes, file.sha256] for file in self.files],
-            "rows": self.rows,
-            "rejects": self.rejects,
-            "parents": dict(self.parents),
-            "metadata": dict(self.metadata),
-            "code_version": self.code_version,
-            "created": self.created,
-            "seconds": self.seconds,
-        }
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        files = [list(astuple(file)) for file in self.files]
+        return {**fields, "files": files, "parents": dict(self.parents), "metadata": dict(self.metadata)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "PartRecord":
-        """The record of such values; raises KeyError, TypeError or ValueError where they are not a record."""
+        """The record of such values; raises KeyError, TypeError or ValueError for others."""
         files = tuple(
             FileEntry(name, check_key(key), int(size), sha256) for name, key, size, sha256 in value["files"]
         )
@@ -150,14 +159,32 @@ class PartRecord:
         return record
 
 
-def sealed(value: dict[str, Any]) -> bytes:
-    """The JSON text of a value with its own sha256 inside, so that an edit by hand is found.
+def dump_checksummed(value: dict[str, Any]) -> bytes:
+    """The JSON text of a value with its sha256 in the field `sha256`, which detects edits.
 
-    Credentials of this process, and those in URLs, do not go in, wherever in the value they were.
+    Credentials of this process and those in URLs are redacted, wherever they are in the value.
     """
     value = json.loads(without_secrets(canonical_json(value)))
-    seal = hashlib.sha256(plain_json(value)).hexdigest()
-    return json.dumps({**value, "sha256": seal}, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+    return plain_json({**value, "sha256": _checksum(value)}) + b"\n"
+
+
+def load_checksummed(data: bytes, where: str) -> dict[str, Any]:
+    """The value in such a text; raises DamagedError where it is not JSON or was changed."""
+    try:
+        value = json.loads(data)
+        intact = value.pop("sha256") == _checksum(value)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DamagedError(
+            f"{where} is not readable ({type(error).__name__}). "
+            "`qrpo verify --repair` computes what it described again."
+        ) from None
+    if not intact:
+        raise DamagedError(
+            f"{where} was changed after it was written: its sha256 does not match. Undo the edit, or let "
+            "`qrpo verify --repair` compute what it described again."
+        )
+    assert isinstance(value, dict)
+    return value
 
 
 def without_secrets(text: bytes) -> bytes:
@@ -165,20 +192,5 @@ def without_secrets(text: bytes) -> bytes:
     return redact(text.decode(), environment_secrets()).encode()
 
 
-def unsealed(data: bytes, where: str) -> dict[str, Any]:
-    """The value in such a text; raises DamagedError where it is not JSON or not what was sealed."""
-    try:
-        value = json.loads(data)
-        seal = value.pop("sha256")
-        intact = hashlib.sha256(plain_json(value)).hexdigest() == seal
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DamagedError(
-            f"{where} is not readable ({type(error).__name__}). `qrpo verify --repair` computes again what it described."
-        ) from None
-    if not intact:
-        raise DamagedError(
-            f"{where} was changed after it was written: its own sha256 does not match. Undo the edit, or let "
-            "`qrpo verify --repair` compute again what it described."
-        )
-    assert isinstance(value, dict)
-    return value
+def _checksum(value: dict[str, Any]) -> str:
+    return hashlib.sha256(plain_json(value)).hexdigest()

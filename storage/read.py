@@ -1,7 +1,6 @@
-"""Reading what was committed, with the cheap half of verification: sizes and row counts, on every read.
+"""Reads committed parts and checks sizes and row counts; `storage.verify` checks every byte.
 
-The dear half (every byte's sha256) is `storage.verify`. A difference raises DamagedError with the file's name; it is
-never read around.
+A difference raises DamagedError with the name of the file.
 """
 
 import os
@@ -26,19 +25,96 @@ if TYPE_CHECKING:
     import polars as pl
     import pyarrow.dataset as ds
 
-__all__ = [
-    "cache_folder",
-    "dataset",
-    "fetch_folder",
-    "open_table",
-    "read_rejects",
-    "read_rows",
-    "read_table",
-    "scan",
-]
+__all__ = ["PartReader", "cache_folder", "open_table"]
 
-_SMALL = 1 << 20  # bytes: below, one request for all is quicker than several for some
-_REMEDY = "`qrpo verify --repair` computes just this part again."
+_SMALL = 1 << 20  # bytes: one request for a whole smaller file is quicker than several for ranges
+_REMEDY = "`qrpo verify --repair` computes only this part again."
+
+
+class PartReader:
+    """Reads parts. `Store` inherits these methods."""
+
+    files: Files
+
+    def read_part(
+        self, record: PartRecord, columns: Sequence[str] | None = None, encoded: Sequence[str] = ()
+    ) -> pa.Table:
+        """A part's rows; raises DamagedError where the file is not the committed one.
+
+        The text columns in `encoded` come dictionary-encoded, which is quick where values repeat.
+        """
+        with open_table(self.files, record, encoded) as opened:
+            return _read(opened, record, columns)
+
+    def read_rows(
+        self, record: PartRecord, first: int, rows: int, columns: Sequence[str] | None = None
+    ) -> pa.Table:
+        """Rows [first, first + rows) of a part. Decodes their row groups, in the calling thread."""
+        with open_table(self.files, record, sparse=rows < record.rows) as opened:
+            sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
+            starts = np.cumsum([0, *sizes])
+            low = int(np.searchsorted(starts, first, side="right")) - 1
+            high = int(np.searchsorted(starts, first + rows, side="left"))
+            return _read(opened, record, columns, range(low, high)).slice(first - int(starts[low]), rows)
+
+    def read_rejects(self, record: PartRecord) -> pa.Table:
+        """The rejected rows of a part, with reasons."""
+        if record.rejects_file is None:
+            return REJECTS.empty_table()
+        with _open(self.files, record.rejects_file, record) as opened:
+            return _read(opened, record, None)
+
+    def scan(self, records: Iterable[PartRecord]) -> "pl.LazyFrame":
+        """The rows of many parts as one polars LazyFrame."""
+        import polars as pl
+
+        tables = _tables(records)
+        paths = [self.files.path(entry.key) for entry in tables]
+        if None not in paths:
+            return pl.scan_parquet([str(path) for path in paths], missing_columns="raise", glob=False)
+        return pl.scan_pyarrow_dataset(self._dataset(tables))
+
+    def dataset(self, records: Iterable[PartRecord]) -> "ds.Dataset":
+        """The rows of many parts as one pyarrow Dataset."""
+        return self._dataset(_tables(records))
+
+    def fetch_folder(self, record: PartRecord) -> Path:
+        """A local folder with the files of a folder part. Do not change its contents.
+
+        In a local store it is the stored folder; otherwise a verified copy in the user's cache.
+        """
+        if record.table is not None or not record.payload:
+            raise StoreError(f"{record.key} is a table, not a folder. Use read_part.")
+        first = record.payload[0]
+        root = self.files.path(first.key.removesuffix(f"/{first.name}"))
+        if root is not None:
+            for entry in record.payload:
+                _check_size(record, entry, self.files.size(entry.key))
+            return root
+        target = cache_folder() / "folders" / record.digest
+        if target.is_dir():
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as unfinished:
+            copy = Path(unfinished, "files")
+            for entry in record.payload:
+                path = copy / entry.name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _download(self.files, entry, path, record)
+            try:
+                os.rename(copy, target)
+            except OSError:  # another process fetched it in the meantime
+                if not target.is_dir():
+                    raise
+        return target
+
+    def _dataset(self, tables: list[FileEntry]) -> "ds.Dataset":
+        import pyarrow.dataset as ds
+
+        if isinstance(self.files, RemoteFiles):
+            names = [f"{self.files.root}/{entry.key}" for entry in tables]
+            return ds.dataset(names, format="parquet", filesystem=self.files.filesystem)
+        return ds.dataset([str(self.files.path(entry.key)) for entry in tables], format="parquet")
 
 
 def open_table(
@@ -46,112 +122,39 @@ def open_table(
 ) -> pq.ParquetFile:
     """A part's Parquet file, its size and row count checked. Close it, or use it in a `with`.
 
-    The text columns `encoded` come as dictionaries: many equal texts are then not made one by one.
-    `sparse`: little of it will be read, so from an object store fetch only the ranges that hold what is asked for.
+    The text columns in `encoded` come dictionary-encoded. With `sparse`, an object store is asked only
+    for the ranges that are read.
     """
     entry = record.table
     if entry is None:
         raise StoreError(f"{record.key} is a folder, not a table. Use fetch_folder.")
     opened = _open(files, entry, record, encoded, sparse)
-    if opened.metadata.num_rows != record.rows:
+    if (rows := opened.metadata.num_rows) != record.rows:
         raise DamagedError(
-            f"{record.key}: {entry.key} has {opened.metadata.num_rows} rows, {record.rows} were committed. {_REMEDY}"
+            f"{record.key}: {entry.key} has {rows} rows, {record.rows} were committed. {_REMEDY}"
         )
     return opened
-
-
-def read_table(
-    files: Files, record: PartRecord, columns: Sequence[str] | None = None, encoded: Sequence[str] = ()
-) -> pa.Table:
-    """A part's rows, all columns or some; the text columns `encoded` as dictionaries."""
-    with open_table(files, record, encoded) as opened:
-        return _read(opened, record, columns)
-
-
-def read_rows(
-    files: Files, record: PartRecord, first: int, rows: int, columns: Sequence[str] | None = None
-) -> pa.Table:
-    """Rows [first, first + rows) of a part, by decoding just the row groups that they are in, in this thread."""
-    with open_table(files, record, sparse=rows < record.rows) as opened:
-        sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
-        starts = np.cumsum([0, *sizes])
-        low = int(np.searchsorted(starts, first, side="right")) - 1
-        high = int(np.searchsorted(starts, first + rows, side="left"))
-        return _read(opened, record, columns, range(low, high)).slice(first - int(starts[low]), rows)
-
-
-def read_rejects(files: Files, record: PartRecord) -> pa.Table:
-    """The rows that a part left out; a table without rows where there are none."""
-    if record.rejects_file is None:
-        return REJECTS.empty_table()
-    with _open(files, record.rejects_file, record) as opened:
-        return _read(opened, record, None)
-
-
-def scan(files: Files, records: Iterable[PartRecord]) -> "pl.LazyFrame":
-    """The rows of many parts as one polars LazyFrame; columns and filters are pushed down into the files."""
-    import polars as pl
-
-    records = [record for record in records if record.table]
-    if not records:
-        raise StoreError("there are no parts to scan: the list is empty.")
-    paths = [files.path(record.key.table) for record in records]
-    if None not in paths:
-        return pl.scan_parquet([str(path) for path in paths], missing_columns="raise", glob=False)
-    return pl.scan_pyarrow_dataset(dataset(files, records))
-
-
-def dataset(files: Files, records: Iterable[PartRecord]) -> "ds.Dataset":
-    """The rows of many parts as one pyarrow Dataset."""
-    import pyarrow.dataset as ds
-
-    records = [record for record in records if record.table]
-    if not records:
-        raise StoreError("there are no parts to scan: the list is empty.")
-    if isinstance(files, RemoteFiles):
-        names = [f"{files.root}/{record.key.table}" for record in records]
-        return ds.dataset(names, format="parquet", filesystem=files.filesystem)
-    return ds.dataset([str(files.path(record.key.table)) for record in records], format="parquet")
-
-
-def fetch_folder(files: Files, record: PartRecord, into: Path | None = None) -> Path:
-    """A local folder with the part's files: in a local store its own, else a verified copy in the user's cache.
-
-    Do not change what is in it. With `into`, a copy there that is the caller's.
-    """
-    if record.table is not None or not record.payload:
-        raise StoreError(f"{record.key} is a table, not a folder. Use read_part.")
-    first = record.payload[0]
-    root = files.path(first.key.removesuffix(f"/{first.name}"))
-    if root is not None:
-        for entry in record.payload:
-            if files.size(entry.key) != entry.bytes:
-                raise DamagedError(f"{record.key}: {_changed(files, entry)} {_REMEDY}")
-        if into is None:
-            return root
-    target = into or cache_folder() / "folders" / record.digest
-    if into is None and target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as unfinished:
-        for entry in record.payload:
-            path = Path(unfinished, "files", entry.name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _download(files, entry, path, record)
-        if into is not None:
-            shutil.copytree(Path(unfinished, "files"), into, dirs_exist_ok=True)
-        else:
-            try:
-                os.rename(Path(unfinished, "files"), target)
-            except OSError:  # another process fetched it meanwhile
-                if not target.is_dir():
-                    raise
-    return target
 
 
 def cache_folder() -> Path:
     """The user's cache folder for copies from stores that are not local."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qrpo"
+
+
+def _tables(records: Iterable[PartRecord]) -> list[FileEntry]:
+    tables = [record.table for record in records if record.table]
+    if not tables:
+        raise StoreError("there are no parts to scan: the list is empty.")
+    return tables
+
+
+def _check_size(record: PartRecord, entry: FileEntry, size: int | None) -> None:
+    if size is None:
+        raise DamagedError(f"{record.key}: {entry.key} is missing. {_REMEDY}")
+    if size != entry.bytes:
+        raise DamagedError(
+            f"{record.key}: {entry.key} has {size} bytes, {entry.bytes} were committed. {_REMEDY}"
+        )
 
 
 def _download(files: Files, entry: FileEntry, path: Path, record: PartRecord) -> None:
@@ -169,21 +172,22 @@ def _download(files: Files, entry: FileEntry, path: Path, record: PartRecord) ->
 def _open(
     files: Files, entry: FileEntry, record: PartRecord, encoded: Sequence[str] = (), sparse: bool = False
 ) -> pq.ParquetFile:
+    size: int | None = None
     try:
         file: Any = files.path(entry.key)
-        if file is None and sparse and entry.bytes > _SMALL and isinstance(files, RemoteFiles):
-            file = files.open_ranges(entry.key, entry.bytes)
-        elif file is None:
-            file = files.open_input(entry.key, entry.bytes)
-        size = file.stat().st_size if isinstance(file, Path) else file.seek(0, os.SEEK_END)
+        if file is not None:
+            size = file.stat().st_size
+        else:
+            if sparse and entry.bytes > _SMALL and isinstance(files, RemoteFiles):
+                file = files.open_ranges(entry.key, entry.bytes)
+            else:
+                file = files.open_input(entry.key, entry.bytes)
+            size = file.seek(0, os.SEEK_END)
     except FileNotFoundError:
-        raise DamagedError(f"{record.key}: {entry.key} is missing. {_REMEDY}") from None
-    if size != entry.bytes:
-        raise DamagedError(
-            f"{record.key}: {entry.key} has {size} bytes, {entry.bytes} were committed. {_REMEDY}"
-        )
+        pass
+    _check_size(record, entry, size)
     try:
-        # fetching ahead spares requests; from a local file it would only be another copy
+        # fetching ahead saves requests; from a local file it would only be another copy
         return pq.ParquetFile(file, pre_buffer=not isinstance(file, Path), read_dictionary=list(encoded))
     except (pa.ArrowInvalid, OSError) as error:
         raise DamagedError(
@@ -197,23 +201,13 @@ def _read(
     columns: Sequence[str] | None,
     groups: Sequence[int] | None = None,
 ) -> pa.Table:
-    if columns is not None:
-        unknown = sorted(set(columns) - set(opened.schema_arrow.names))
-        if unknown:
-            raise StoreError(
-                f"{record.key} has no column {', '.join(unknown)}; it has {', '.join(opened.schema_arrow.names)}."
-            )
-        columns = list(columns)
+    names = opened.schema_arrow.names
+    if unknown := sorted(set(columns or ()) - set(names)):
+        raise StoreError(f"{record.key} has no column {', '.join(unknown)}; it has {', '.join(names)}.")
+    columns = columns if columns is None else list(columns)
     try:
         if groups is None:
             return opened.read(columns=columns)
         return opened.read_row_groups(groups, columns=columns, use_threads=False)
     except (pa.ArrowInvalid, OSError) as error:
         raise DamagedError(f"{record.key}: its rows cannot be decoded ({error}). {_REMEDY}") from None
-
-
-def _changed(files: Files, entry: FileEntry) -> str:
-    size = files.size(entry.key)
-    if size is None:
-        return f"{entry.key} is missing."
-    return f"{entry.key} has {size} bytes, {entry.bytes} were committed."

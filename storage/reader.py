@@ -1,15 +1,15 @@
-"""The training shards, row by row, in an order that nothing but the seed, the epoch and the shards decides.
+"""Reads training shards row by row, in an order that depends on seed, epoch and shards only.
 
-Shards are cut where their row groups end, into pieces of at most 1,024 rows. An epoch permutes the pieces, takes as many
-after one another as make a window of about WINDOW rows, and permutes the rows of each window. Rows were shuffled inside
-each shard when it was written, so that is random enough, and it buys three things: whole row groups are read, each once
-an epoch; position `start` is found by arithmetic on the shards' row counts and reading one window (a resume costs the same
-anywhere); and the order is the same for any number of ranks.
+Shards are read in pieces of at most PIECE rows, which are row groups. An epoch permutes the pieces,
+forms windows of about WINDOW rows from consecutive pieces, and permutes the rows of each window. Rows
+were already shuffled inside each shard when it was written. The order has three advantages:
 
-A rank takes positions rank, rank + world_size, ...; together the ranks see every row once. The next window is read, decoded
-and put into its order in threads meanwhile. A batch is a slice of the window's columns: no Python work per row or token
-until somebody reads a row. Left out: a cache on local disk (object stores are read a window ahead), and mixing of several
-sets.
+- Every row group is read once per epoch.
+- A position is found from the shards' row counts alone, so a resume reads one window, wherever it is.
+- It does not depend on the number of ranks: rank r reads positions r, r + world_size, ...
+
+Threads read, decode and reorder the next window in the meantime. A batch is a slice of the window's
+columns, so there is no Python work per row or token until a row is read.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,32 +21,30 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from storage.columns import Rows, gather, joined
+from storage.columns import ColumnBatch, concatenate, gather
 from storage.errors import StoreError
 from storage.parts import PartRecord
-from storage.read import read_rows
 from storage.store import Store
 
 __all__ = ["PIECE", "WINDOW", "Row", "ShardReader"]
 
 WINDOW = 2048
-"""Rows that are shuffled among themselves, give or take a piece. Part of the order: a change is another order."""
+"""Rows that are shuffled together, up to one piece more or less. Another value, another order."""
 
 PIECE = 1024
-"""Rows that are read together. Commit shards with row groups of this size, so that a read decodes whole groups."""
+"""Rows that are read together. Commit shards with `group_rows=PIECE` to decode whole groups."""
 
-_READS = 4  # pieces that are fetched at a time: from an object store, most of that is waiting
+_READS = 4  # concurrent reads of pieces, which mostly wait for an object store
 
 Row: TypeAlias = dict[str, Any]
 """One row: for each column an array, a list of arrays, or a Python value."""
 
 
 class ShardReader:
-    """Rows of a list of shards in a shuffled order that can be entered anywhere.
+    """The rows of shards in a shuffled order, from any position.
 
-    `columns` leaves out what is not needed (a row then has only those keys). Arrays are writable slices of a window:
-    copy one to keep it longer than its window. Can be pickled; raises DamagedError where a shard is not what was
-    committed.
+    With `columns`, rows have these keys only. Arrays are writable slices of a window: copy one to keep
+    it longer. Can be pickled. Raises DamagedError where a shard is not the committed one.
     """
 
     def __init__(
@@ -67,7 +65,7 @@ class ShardReader:
         return int(self._rows.sum())
 
     def order(self, epoch: int, start: int = 0) -> Iterator[int]:
-        """Row numbers, counted through the shards, in the order of an epoch, from position `start` on."""
+        """Row numbers over all shards, in the order of an epoch, from position `start` on."""
         before = np.cumsum(self._rows) - self._rows
         for pieces, rows in self._windows(epoch, start):
             numbers = np.concatenate([before[piece] + np.arange(self._rows[piece]) for piece in pieces])
@@ -76,17 +74,17 @@ class ShardReader:
     def iterate(self, epoch: int, start: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[Row]:
         """This rank's rows of an epoch.
 
-        `start` counts the rows that all ranks together have seen; this rank goes on with positions start + rank,
-        start + rank + world_size, ... Where the rest does not divide by `world_size`, the first ranks get one more.
+        `start` counts the rows that all ranks together have seen. This rank reads positions start + rank,
+        start + rank + world_size, ... If the rest is not divisible, the first ranks get one row more.
         """
         for rows in self._read(epoch, start, rank, world_size):
             yield from rows
 
     def batches(
         self, size: int, epoch: int, start: int = 0, rank: int = 0, world_size: int = 1
-    ) -> Iterator[Rows]:
-        """The same rows `size` at a time, as columns; the last batch may be smaller."""
-        held: list[Rows] = []
+    ) -> Iterator[ColumnBatch]:
+        """The same rows in batches of `size`, as columns; the last batch may be smaller."""
+        held: list[ColumnBatch] = []
         missing = size
         for rows in self._read(epoch, start, rank, world_size):
             at = 0
@@ -96,13 +94,13 @@ class ShardReader:
                 at += len(part)
                 missing -= len(part)
                 if not missing:
-                    yield joined(held)
+                    yield concatenate(held)
                     held, missing = [], size
         if held:
-            yield joined(held)
+            yield concatenate(held)
 
-    def _read(self, epoch: int, start: int, rank: int, world_size: int) -> Iterator[Rows]:
-        """This rank's rows window by window, read one window ahead."""
+    def _read(self, epoch: int, start: int, rank: int, world_size: int) -> Iterator[ColumnBatch]:
+        """This rank's rows, one batch per window, read one window ahead."""
         if not 0 <= rank < world_size:
             raise StoreError(f"rank {rank} of world_size {world_size}: expected 0 <= rank < world_size.")
         if start < 0:
@@ -112,10 +110,10 @@ class ShardReader:
             ThreadPoolExecutor(1, thread_name_prefix="shard-reader-ahead") as ahead,
         ):
 
-            def read(pieces: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> Rows:
+            def read(pieces: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> ColumnBatch:
                 table = pa.concat_tables(reads.map(self._read_piece, pieces))
                 columns = {name: pa.concat_arrays(table[name].chunks) for name in table.column_names}
-                return Rows({name: gather(column, rows) for name, column in columns.items()})
+                return ColumnBatch({name: gather(column, rows) for name, column in columns.items()})
 
             waiting = (ahead.submit(read, *share) for share in self._share(epoch, start, rank, world_size))
             upcoming = list(islice(waiting, 1))
@@ -127,7 +125,7 @@ class ShardReader:
     def _share(
         self, epoch: int, start: int, rank: int, world_size: int
     ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-        """(pieces, this rank's rows among theirs, in order) for each window that has some."""
+        """The pieces of each window, and the indices of this rank's rows in them, if it has some."""
         skip = rank
         for pieces, rows in self._windows(epoch, start):
             mine = rows[skip::world_size]
@@ -138,9 +136,9 @@ class ShardReader:
     def _windows(
         self, epoch: int, start: int
     ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-        """(pieces, rows among theirs) in the order of an epoch, from position `start` on.
+        """The pieces of each window, and the indices of their rows in order, from `start` on.
 
-        A piece belongs to the window in whose WINDOW positions it begins, so a window has WINDOW rows give or take a piece.
+        A piece belongs to the window in whose WINDOW positions it begins.
         """
         pieces = self._generator(epoch, 0).permutation(len(self._rows))
         begins = np.cumsum(self._rows[pieces]) - self._rows[pieces]
@@ -154,10 +152,10 @@ class ShardReader:
             yield pieces[firsts[window] : firsts[window + 1]], rows[max(0, start - begin) :]
 
     def _generator(self, epoch: int, stream: int) -> np.random.Generator:
-        # Philox counts from a key: the same on every platform, and made at once for any (epoch, stream).
+        # Philox is counter-based: equal on every platform, ready at once for any (epoch, stream)
         key = np.array([np.uint64(self.seed % 2**64), np.uint64((epoch << 32) + stream)], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key))
 
     def _read_piece(self, piece: int) -> pa.Table:
         record, first, rows = self.records[self._part[piece]], self._first[piece], self._rows[piece]
-        return read_rows(self.store.files, record, int(first), int(rows), self.columns)
+        return self.store.read_rows(record, int(first), int(rows), self.columns)

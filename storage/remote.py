@@ -1,9 +1,9 @@
-"""Bytes by key on any other fsspec file system: S3, GCS, memory, ... and the one place where trouble is retried.
+"""Bytes by key on any other fsspec file system (S3, GCS, memory, ...), with retries.
 
-An object store has no rename and needs none: one PUT is atomic. `create` is a conditional PUT (If-None-Match) where
-the backend knows it, as S3 does. No listing is used to read or commit, only by the housekeeping commands, and
-fsspec's cache of listings is off. Each request is tried up to ATTEMPTS times with growing pauses; what can never
-succeed (no such key, no permission) is not tried again.
+An object store needs no rename: one PUT is atomic. `create` is a conditional PUT (If-None-Match) where
+the backend has one, as S3 does. Reads and commits list nothing, and fsspec's cache of listings is off.
+Each request is tried up to ATTEMPTS times with growing pauses, unless it can never succeed (no such
+key, no permission).
 """
 
 import io
@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
@@ -28,18 +29,29 @@ __all__ = ["ATTEMPTS", "RemoteFiles"]
 T = TypeVar("T")
 
 ATTEMPTS = 8
-"""How often one request is tried before the store counts as unavailable."""
+"""How often a request is tried before StoreUnavailableError is raised."""
 
 _FIRST_PAUSE = 0.1  # seconds; doubles up to the longest
 _LONGEST_PAUSE = 8.0
-_WHOLE = 64 << 20  # bytes: objects up to here are read by one request
+_WHOLE = 64 << 20  # bytes: smaller objects are read by one request
+_PARALLEL = 32  # requests
 _connections: dict[tuple[int, str, str, str], Any] = {}
-_memory_lock = threading.Lock()  # fsspec's memory looks and writes in two steps
-_FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+_memory_lock = threading.Lock()  # fsspec's memory file system checks and writes in two steps
+_FINAL = (
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    TypeError,
+    ValueError,
+    AttributeError,
+)
+_FINAL_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "NoSuchBucket")
 
 
 class RemoteFiles:
-    """Files on an fsspec file system. Can be pickled and used after a fork: each process makes its own connection."""
+    """Files on an fsspec file system. Each process makes a connection, also after a fork."""
 
     def __init__(self, protocol: str, root: str, options: dict[str, Any]) -> None:
         self.protocol = protocol
@@ -47,7 +59,7 @@ class RemoteFiles:
         self.options = options
         self._secrets = secrets_of(options) | environment_secrets()
         self._connection: tuple[int, Any] | None = None
-        # s3fs would first ask for the size of what it reads: one request is enough.
+        # without this, s3fs asks for the size before it reads
         self._reading = {"max_concurrency": 1} if protocol in ("s3", "s3a") else {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -55,17 +67,15 @@ class RemoteFiles:
 
     @property
     def filesystem(self) -> Any:
-        """The fsspec file system: one for all stores of this process with the same options and environment."""
+        """The fsspec file system, shared in this process by equal options and environment."""
         if self._connection is None or self._connection[0] != os.getpid():
             self._connection = (os.getpid(), _connect(self.protocol, self.options))
         return self._connection[1]
 
     def path(self, key: str) -> None:
-        """None: there is no local path."""
         return
 
     def read(self, key: str) -> bytes:
-        """All bytes of a key."""
         return self._tried("read", key, lambda fs, name: cast(bytes, fs.cat_file(name, **self._reading)))
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
@@ -75,35 +85,22 @@ class RemoteFiles:
         )
         if len(data) != stop - start:
             raise StoreUnavailableError(
-                f"{self._shown(key)}: bytes {start} to {stop} were asked for, {len(data)} came."
+                f"{self._shown(key)}: expected {stop - start} bytes from {start}, got {len(data)}."
             )
         return data
 
     def read_many(self, keys: Iterable[str]) -> dict[str, bytes]:
-        """The bytes of those keys that exist, read side by side; a failed one is read again by itself."""
-        names = {self._name(key): key for key in keys}
-        if not names:
-            return {}
-        try:
-            answers = self.filesystem.cat(list(names), on_error="return", **self._reading)
-        except FileNotFoundError:
-            answers = {}
-        except Exception as error:
-            answers = dict.fromkeys(names, error)
-        found = {}
-        for name, key in names.items():
-            answer = answers.get(name)
-            if isinstance(answer, bytes):
-                found[key] = answer
-            elif not isinstance(answer, FileNotFoundError | KeyError):
-                try:
-                    found[key] = self.read(key)
-                except FileNotFoundError:
-                    continue
-        return found
+
+        def read(key: str) -> tuple[str, bytes | None]:
+            try:
+                return key, self.read(key)
+            except FileNotFoundError:
+                return key, None
+
+        with ThreadPoolExecutor(_PARALLEL, thread_name_prefix="store-read") as pool:
+            return {key: data for key, data in pool.map(read, keys) if data is not None}
 
     def write(self, key: str, data: bytes) -> None:
-        """Create or replace an object by one PUT."""
         crash_point("put-before", key)
         self._tried("write", key, lambda fs, name: fs.pipe_file(name, data))
         crash_point("put-after", key)
@@ -111,8 +108,8 @@ class RemoteFiles:
     def create(self, key: str, data: bytes) -> bool:
         """Create an object; False where it exists with other bytes.
 
-        A PUT whose answer was lost is sent again, by us or by the HTTP client, and then meets itself: so an object
-        with just these bytes counts as created.
+        A PUT whose answer was lost is sent again and finds its own object. So an object with exactly
+        these bytes counts as created.
         """
 
         def put(fs: Any, name: str) -> bool:
@@ -122,9 +119,7 @@ class RemoteFiles:
                         fs.pipe_file(name, data, mode="create")
                     return True
                 except FileExistsError:
-                    with suppress(
-                        FileNotFoundError
-                    ):  # deleted since it was in the way: the name is free again
+                    with suppress(FileNotFoundError):  # deleted in the meantime: the name is free again
                         return self.read(key) == data
 
         crash_point("put-before", key)
@@ -133,17 +128,14 @@ class RemoteFiles:
         return created
 
     def scratch(self, key: str) -> Path:
-        """A new name in the machine's folder for temporary files."""
         check_key(key)
         folder = Path(tempfile.gettempdir())
         return folder / f"{TEMPORARY}{os.getpid()}-{random.SystemRandom().getrandbits(64):016x}"
 
     def create_from(self, key: str, scratch: Path) -> bool:
-        """Send a scratch file as a new object; False where the key exists. The caller removes the file."""
         return self.copy_from(key, scratch)
 
     def copy_from(self, key: str, source: Path) -> bool:
-        """Send a local file as a new object, in pieces where it is big; False where the key exists."""
         if source.stat().st_size <= _WHOLE or self.protocol == "memory":
             return self.create(key, source.read_bytes())
         crash_point("put-before", key)
@@ -152,7 +144,6 @@ class RemoteFiles:
         return created
 
     def size(self, key: str) -> int | None:
-        """Size in bytes; None where there is no such object."""
         try:
             answer = self._tried("look up", key, lambda fs, name: cast(dict[str, Any], fs.info(name)))
         except FileNotFoundError:
@@ -160,14 +151,12 @@ class RemoteFiles:
         return int(answer["size"]) if answer["type"] == "file" else None
 
     def delete(self, key: str) -> None:
-        """Delete an object; nothing happens where there is none."""
         crash_point("delete-before", key)
         with suppress(FileNotFoundError):
             self._tried("delete", key, lambda fs, name: fs.rm_file(name))
         crash_point("delete-after", key)
 
     def list(self, prefix: str) -> Iterator[FileInfo]:
-        """Every object under a prefix that ends at a slash."""
         root = f"{self.root}/{check_key(prefix)}" if prefix else self.root
 
         def find(fs: Any, _: str) -> dict[str, dict[str, Any]]:
@@ -184,7 +173,6 @@ class RemoteFiles:
                 yield FileInfo(key, int(listed[name]["size"]), _modified(listed[name]))
 
     def open_input(self, key: str, size: int | None = None) -> BinaryIO:
-        """The object: held in memory where it is small, else read by ranges as they are asked for."""
         if size is None or size > _WHOLE:
             size = self.size(key)
             if size is None:
@@ -194,7 +182,7 @@ class RemoteFiles:
         return io.BufferedReader(_Ranges(self, key, size), buffer_size=4 << 20)
 
     def open_ranges(self, key: str, size: int) -> BinaryIO:
-        """The object of `size` bytes, read by ranges as they are asked for however small it is."""
+        """The object of `size` bytes, read by ranges on demand."""
         return io.BufferedReader(_Ranges(self, key, size), buffer_size=128 << 10)
 
     def _name(self, key: str) -> str:
@@ -204,7 +192,7 @@ class RemoteFiles:
         return redact(f"{self.protocol}://{self.root.lstrip('/')}/{key}", self._secrets)
 
     def _tried(self, verb: str, key: str, request: Callable[[Any, str], T]) -> T:
-        """The request's answer, after as many attempts as it takes, ATTEMPTS at most."""
+        """The answer of a request, tried up to ATTEMPTS times."""
         name = self._name(key) if key or verb != "list" else self.root
         pause = _FIRST_PAUSE
         for attempt in range(1, ATTEMPTS + 1):
@@ -215,21 +203,21 @@ class RemoteFiles:
                     raise
                 raise StoreUnavailableError(
                     f"cannot write {self._shown(key)}: {redact(str(error), self._secrets) or 'no such place'}. "
-                    "Make the bucket first, or check the store's URL."
+                    "Create the bucket first, or check the store's URL."
                 ) from None
             except StoreUnavailableError:
                 raise
-            except Exception as error:  # each backend has its own tree: sort by what can never succeed
-                final = isinstance(error, _FINAL) or _is_refusal(error)
+            except Exception as error:  # each backend has other classes
+                final = isinstance(error, _FINAL) or type(error).__name__ in _FINAL_NAMES
                 if final or attempt == ATTEMPTS:
                     why = redact(f"{type(error).__name__}: {error}", self._secrets)
                     tries = "" if final else f" after {ATTEMPTS} attempts"
                     unavailable = StoreUnavailableError(
                         f"cannot {verb} {self._shown(key)}{tries}: {why}. Check the store's URL, the network and the "
-                        "credentials in the environment; what is committed is safe, so start the same command again."
+                        "credentials in the environment. Committed parts are safe: start the same command again."
                     )
-                    unavailable.may_pass = not final
-                    # The original is not chained: its text may hold signed URLs or keys.
+                    unavailable.transient = not final
+                    # not chained: the original text may contain signed URLs or keys
                     raise unavailable from None
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, _LONGEST_PAUSE)
@@ -237,7 +225,7 @@ class RemoteFiles:
 
 
 class _Ranges(io.RawIOBase):
-    """A big object as a seekable file; every read is one ranged request."""
+    """A large object as a seekable file; every read is one ranged request."""
 
     def __init__(self, files: RemoteFiles, key: str, size: int) -> None:
         self._files, self._key, self._size, self._at = files, key, size, 0
@@ -271,22 +259,22 @@ class _Ranges(io.RawIOBase):
 
 
 def _connect(protocol: str, options: dict[str, Any]) -> Any:
-    # Kept here rather than by fsspec, which would hand out a connection made under another environment.
+    # not fsspec's own cache, which returns connections made under another environment
     environment = [pair for pair in os.environ.items() if pair[0].startswith(("AWS_", "GOOGLE_", "AZURE_"))]
-    made_for = (os.getpid(), protocol, repr(sorted(options.items())), repr(sorted(environment)))
-    if made_for not in _connections:
+    identity = (os.getpid(), protocol, repr(sorted(options.items())), repr(sorted(environment)))
+    if identity not in _connections:
         settings: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True, **options}
         if protocol in ("s3", "s3a"):
-            # Retries are ours; botocore's own would multiply them.
+            # retries happen here; botocore's would multiply them
             config = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 0}}
             settings["config_kwargs"] = {**config, **options.get("config_kwargs", {})}
         import fsspec  # not needed for a local store, and slow to import
 
-        made = fsspec.filesystem(protocol, **settings)
-        if hasattr(made, "retries"):
-            made.retries = 1
-        _connections[made_for] = made
-    return _connections[made_for]
+        filesystem = fsspec.filesystem(protocol, **settings)
+        if hasattr(filesystem, "retries"):
+            filesystem.retries = 1
+        _connections[identity] = filesystem
+    return _connections[identity]
 
 
 def _send(fs: Any, name: str, source: Path) -> bool:
@@ -295,17 +283,6 @@ def _send(fs: Any, name: str, source: Path) -> bool:
     except FileExistsError:
         return False
     return True
-
-
-def _is_refusal(error: Exception) -> bool:
-    """Whether an error says that this can never succeed: bad credentials, no such bucket, a mistake in the request."""
-    name = type(error).__name__
-    return isinstance(error, TypeError | ValueError | AttributeError) or name in (
-        "NoCredentialsError",
-        "PartialCredentialsError",
-        "ParamValidationError",
-        "NoSuchBucket",
-    )
 
 
 def _modified(info: dict[str, Any]) -> float | None:

@@ -1,4 +1,4 @@
-"""What a caller requires of a table: its columns, the key of a row, checks on values, row group size.
+"""What a caller requires of a part's rows: columns, key, checks on values, row group size.
 
 The store knows no stage: `Store.commit_part(..., table=Table(...))` brings the requirements along.
 Columns may be added after those of the schema.
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["REJECTS", "Check", "Table", "UniqueKeys", "column", "conform", "is_list", "rejects_table"]
 
-
-Check: TypeAlias = Callable[[pa.Table], str | None]
+Check: TypeAlias = Callable[[pa.RecordBatch], str | None]
 """Looks for a fault in the values of a row group: a sentence, or None."""
 
 _NO_SCHEMA = pa.schema([])
@@ -46,12 +45,10 @@ class Table:
 
     def check(self, rows: pa.Table, where: str) -> None:
         """Raise SchemaError with the first fault in the values of these rows."""
-        if not rows.num_rows:
-            return
-        rows = rows.combine_chunks()
-        for check in self.checks:
-            if fault := check(rows):
-                raise SchemaError(f"{where}: {fault}")
+        for batch in rows.to_batches():
+            for check in self.checks:
+                if fault := check(batch):
+                    raise SchemaError(f"{where}: {fault}")
 
 
 def column(name: str, kind: pa.DataType, *, null: bool = False) -> pa.Field:
@@ -67,7 +64,7 @@ REJECTS = pa.schema(
         column("prompt_id", pa.string(), null=True),
     ]
 )
-"""The columns of every rejects.parquet: the rejected row (or file and line), its stage, and the reason."""
+"""The columns of every rejects.parquet: stage, rejected row (or file and line), reason."""
 
 
 def rejects_table(rows: list[dict[str, str | None]]) -> pa.Table:
@@ -126,7 +123,7 @@ class UniqueKeys:
 
 
 def conform(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
-    """The table with the schema's columns first, then its other columns; raises SchemaError on a misfit.
+    """The table with the schema's columns first, then the others; raises SchemaError on a misfit.
 
     Another encoding of the same type (large_string, dictionary, list views, an all-null column) is
     cast. Another type, say float64 for float32, is an error and never rounded silently.
@@ -169,7 +166,7 @@ def _as_type(column: pa.ChunkedArray, field: pa.Field, where: str) -> pa.Chunked
             )
         try:
             column = column.cast(field.type)
-        except pa.ArrowInvalid as error:  # a null inside a type that forbids it, a chunk past 2 GiB of text
+        except pa.ArrowInvalid as error:  # a nested null, 2 GiB of text
             raise SchemaError(f"{where}: column {field.name} does not fit {field.type}: {error}.") from None
     if not field.nullable and column.null_count:
         row = column.is_null().index(True).as_py()

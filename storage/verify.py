@@ -1,21 +1,21 @@
-"""The dear half of verification: every byte's sha256, every count, and that records, manifests and files agree.
+"""Verification: every byte's sha256, every count, and that records, manifests and files agree.
 
-Each difference is one `Finding` that names the file and says what to drop: `repair` drops just that, and the next run
-computes just that again. Files are hashed side by side, as hashing leaves Python's lock.
+Each fault is a `Finding` with the part or manifest to discard. `repair` discards these, and the next
+run computes only them again. Files are hashed in threads: hashing releases Python's lock.
 """
 
-import hashlib
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import BinaryIO, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.artifact import named_artifacts
 from storage.errors import DamagedError, StoreError
+from storage.fingerprints import stream_digest
 from storage.manifest import Manifest, manifest_key
 from storage.parts import FileEntry, PartKey, PartRecord
 from storage.store import Store
@@ -27,12 +27,12 @@ Kind = Literal[
     "missing", "truncated", "altered", "rows", "schema", "record", "manifest", "stale", "reference"
 ]
 
-_HELD = 64 << 20  # bytes: files up to here are hashed and parsed from one read
+_IN_MEMORY = 64 << 20  # bytes: smaller files are hashed and parsed from one read
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault: the file's key, what is wrong, and which part or manifest to drop so that a run makes it anew."""
+    """One fault: the key of the file, what is wrong, and the part or manifest to discard."""
 
     kind: Kind
     key: str
@@ -52,56 +52,53 @@ def verify(
     workers: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Finding]:
-    """Every fault in these artifacts, or in the whole store (artifacts, parts of unfinished runs, runs' names).
+    """Every fault in these artifacts, or in the whole store: artifacts, other parts, runs.
 
-    `tables` maps stages to what their tables must satisfy; schemas and references between stages are
-    checked for these. `progress` is called with the parts checked so far and their number.
+    `tables` maps stages to the requirements of their tables; schemas and references between stages are
+    checked for these. `progress` gets the number of parts checked so far and their total.
     """
     tables = tables or {}
-    known: dict[PartKey, None] = {}
-    whole: list[Manifest] = []
+    artifacts = list(manifests or ())
+    keys: dict[PartKey, None] = {}
     if manifests is None:
-        for finding_or_manifest in _all_manifests(store):
-            if isinstance(finding_or_manifest, Finding):
-                yield finding_or_manifest
+        for found in _all_manifests(store):
+            if isinstance(found, Finding):
+                yield found
             else:
-                whole.append(finding_or_manifest)
-        known = dict.fromkeys(_all_parts(store))
-        yield from _runs(store)
-    else:
-        whole = list(manifests)
-    for manifest in whole:
-        known.update(dict.fromkeys(part.key for part in manifest.parts))
-    found: dict[PartKey, PartRecord] = {}
+                artifacts.append(found)
+        keys = dict.fromkeys(_all_parts(store))
+        yield from _check_runs(store)
+    keys.update((record.key, None) for manifest in artifacts for record in manifest.parts)
+    records: dict[PartKey, PartRecord] = {}
     with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
-        checks = {pool.submit(_check_part, store, key, tables.get(key.stage, Table())): key for key in known}
+        checks = [pool.submit(_check_part, store, key, tables.get(key.stage, Table())) for key in keys]
         for done, check in enumerate(as_completed(checks), start=1):
             record, findings = check.result()
             if record is not None:
-                found[record.key] = record
+                records[record.key] = record
             yield from findings
             if progress is not None:
                 progress(done, len(checks))
-    digests = {record.fingerprint: record.digest for record in found.values()}
-    for record in found.values():
+    digests = {record.fingerprint: record.digest for record in records.values()}
+    for record in records.values():
         if record.is_stale(digests):
-            message = f"{record.key} was made from other bytes of a parent part than lie in the store now."
+            message = f"{record.key} was computed from other bytes of a parent part than the store has now."
             yield Finding("stale", record.key.record, message, part=record.key)
-    for manifest in whole:
-        yield from _check_manifest(store, manifest, found, tables)
+    for manifest in artifacts:
+        yield from _check_manifest(store, manifest, records)
+        if all(record.key in records for record in manifest.parts):
+            yield from _check_references(store, manifest, tables)
 
 
 def repair(store: Store, findings: Iterable[Finding]) -> list[str]:
-    """Drop what the findings name; the next run computes only that again. Says what was dropped."""
-    parts: dict[PartKey, None] = {}
-    manifests: dict[str, None] = {}
-    for finding in findings:
-        if finding.part is not None:
-            parts[finding.part] = None
-        if finding.manifest is not None:
-            manifests[finding.manifest] = None
+    """Discard the parts and manifests that the findings name, and every manifest of such a part.
+
+    The next run computes only these again. Returns the names of what was discarded.
+    """
+    findings = list(findings)
+    parts = dict.fromkeys(finding.part for finding in findings if finding.part is not None)
+    manifests = dict.fromkeys(finding.manifest for finding in findings if finding.manifest is not None)
     for manifest in _all_manifests(store) if parts else ():
-        # a manifest is the word that all its parts are there
         if isinstance(manifest, Manifest) and any(record.key in parts for record in manifest.parts):
             manifests[manifest.key] = None
     for name in manifests:
@@ -114,17 +111,18 @@ def repair(store: Store, findings: Iterable[Finding]) -> list[str]:
 def _all_manifests(store: Store) -> Iterator[Finding | Manifest]:
     for key in store.list("artifacts"):
         segments = key.split("/")
-        if len(segments) == 4 and segments[3] == "manifest.json":
-            try:
-                manifest = store.manifest(segments[1], segments[2])
-            except DamagedError as error:
-                yield Finding("manifest", key, str(error), manifest=key)
-                continue
-            if manifest is not None and manifest.key != key:
-                message = f"{key} is the manifest of {manifest.key}: it was moved or copied there by hand."
-                yield Finding("manifest", key, message, manifest=key)
-            elif manifest is not None:
-                yield manifest
+        if len(segments) != 4 or segments[3] != "manifest.json":
+            continue
+        try:
+            manifest = store.manifest(segments[1], segments[2])
+        except DamagedError as error:
+            yield Finding("manifest", key, str(error), manifest=key)
+            continue
+        if manifest is not None and manifest.key != key:
+            message = f"{key} is the manifest of {manifest.key}: it was moved or copied there by hand."
+            yield Finding("manifest", key, message, manifest=key)
+        elif manifest is not None:
+            yield manifest
 
 
 def _all_parts(store: Store) -> Iterator[PartKey]:
@@ -134,7 +132,7 @@ def _all_parts(store: Store) -> Iterator[PartKey]:
             yield PartKey(*segments[1:])
 
 
-def _runs(store: Store) -> Iterator[Finding]:
+def _check_runs(store: Store) -> Iterator[Finding]:
     for name in store.runs():
         try:
             run = store.run(name) or {}
@@ -154,66 +152,64 @@ def _check_part(store: Store, key: PartKey, table: Table) -> tuple[PartRecord | 
         return None, [Finding("record", key.record, str(error), part=key)]
     if record is None:
         return None, [Finding("missing", key.record, f"{key}: its record {key.record} is missing.", part=key)]
-    findings = [
-        finding for entry in record.files if (finding := _check_file(store, record, entry, table)) is not None
+    faults = ((entry, _file_fault(store, record, entry, table)) for entry in record.files)
+    return record, [
+        Finding(fault[0], entry.key, f"{key}: {entry.key} {fault[1]}", part=key)
+        for entry, fault in faults
+        if fault is not None
     ]
-    return record, findings
 
 
-def _check_file(store: Store, record: PartRecord, entry: FileEntry, table: Table) -> Finding | None:
-    def fault(kind: Kind, message: str) -> Finding:
-        return Finding(kind, entry.key, f"{record.key}: {entry.key} {message}", part=record.key)
-
+def _file_fault(store: Store, record: PartRecord, entry: FileEntry, table: Table) -> tuple[Kind, str] | None:
     size = store.files.size(entry.key)
     if size is None:
-        return fault("missing", "is missing.")
+        return "missing", "is missing."
     if size != entry.bytes:
-        return fault("truncated", f"has {size} bytes, {entry.bytes} were committed.")
+        return "truncated", f"has {size} bytes, {entry.bytes} were committed."
     with store.open_input(entry.key) as file:
-        held = io.BytesIO(file.read()) if size <= _HELD else file
-        hasher = hashlib.sha256()
-        while chunk := held.read(1 << 20):
-            hasher.update(chunk)
-        if hasher.hexdigest() != entry.sha256:
-            return fault("altered", f"has the sha256 {hasher.hexdigest()}, {entry.sha256} was committed.")
-        is_rejects = entry == record.rejects_file
-        if entry != record.table and not is_rejects:
+        content: BinaryIO = io.BytesIO(file.read()) if size <= _IN_MEMORY else file
+        digest = stream_digest(content)
+        if digest != entry.sha256:
+            return "altered", f"has the sha256 {digest}, {entry.sha256} was committed."
+        if entry == record.rejects_file:
+            expected_rows, schema = record.rejects, REJECTS
+        elif entry == record.table:
+            expected_rows, schema = record.rows, table.schema
+        else:
             return None
-        held.seek(0)
+        content.seek(0)
         try:
-            with pq.ParquetFile(held) as opened:
-                rows, schema = opened.metadata.num_rows, opened.schema_arrow
+            with pq.ParquetFile(content) as opened:
+                rows, found = opened.metadata.num_rows, opened.schema_arrow
         except (pa.ArrowInvalid, OSError) as error:
-            return fault("altered", f"is not readable as Parquet: {error}.")
-    expected_rows = record.rejects if is_rejects else record.rows
+            return "altered", f"is not readable as Parquet: {error}."
     if rows != expected_rows:
-        return fault("rows", f"has {rows} rows, its record says {expected_rows}.")
-    if difference := _schema_difference(schema, REJECTS if is_rejects else table.schema):
-        return fault("schema", f"does not fit the stage's schema: {difference}.")
+        return "rows", f"has {rows} rows, its record says {expected_rows}."
+    if difference := _schema_difference(found, schema):
+        return "schema", f"does not fit the stage's schema: {difference}."
     return None
 
 
-def _schema_difference(got: pa.Schema, expected: pa.Schema) -> str:
+def _schema_difference(found: pa.Schema, expected: pa.Schema) -> str:
     differences = []
     for field in expected:
-        at = got.get_field_index(field.name)
-        if at < 0:
+        index = found.get_field_index(field.name)
+        if index < 0:
             differences.append(f"column {field.name} is missing")
-        elif got.field(at).type != field.type:
-            differences.append(f"column {field.name} is {got.field(at).type}, expected {field.type}")
+        elif found.field(index).type != field.type:
+            differences.append(f"column {field.name} is {found.field(index).type}, expected {field.type}")
     return "; ".join(differences)
 
 
 def _check_manifest(
-    store: Store, manifest: Manifest, found: dict[PartKey, PartRecord], tables: Mapping[str, Table]
+    store: Store, manifest: Manifest, records: Mapping[PartKey, PartRecord]
 ) -> Iterator[Finding]:
     def fault(message: str, kind: Kind = "manifest", key: str = manifest.key) -> Finding:
-        return Finding(
-            kind, key, f"{manifest.stage} artifact {manifest.fingerprint}: {message}", manifest=manifest.key
-        )
+        text = f"{manifest.stage} artifact {manifest.fingerprint}: {message}"
+        return Finding(kind, key, text, manifest=manifest.key)
 
     for record in manifest.parts:
-        stored = found.get(record.key)
+        stored = records.get(record.key)
         if stored is not None and stored != record:
             changed = [name for name in record.to_json() if getattr(record, name) != getattr(stored, name)]
             yield fault(f"{manifest.key} and {record.key.record} disagree in {', '.join(changed)}.")
@@ -221,55 +217,46 @@ def _check_manifest(
         total = sum(getattr(record, name) for record in manifest.parts)
         if getattr(manifest, name) != total:
             yield fault(f"{manifest.key} says {getattr(manifest, name)} {name}, its parts have {total}.")
-    if manifest.rejects:
-        try:
-            with store.open_input(manifest.rejects_key) as file:
-                rows = pq.read_metadata(file).num_rows
-            if rows != manifest.rejects:
-                yield fault(
-                    f"its rejects have {rows} rows, expected {manifest.rejects}.",
-                    "rows",
-                    manifest.rejects_key,
-                )
-        except FileNotFoundError:
-            yield fault(f"{manifest.rejects_key} is missing.", "missing", manifest.rejects_key)
-        except (pa.ArrowInvalid, OSError) as error:
-            yield fault(f"{manifest.rejects_key} is not readable: {error}.", "altered", manifest.rejects_key)
-    if all(record.key in found for record in manifest.parts):
-        yield from _references(store, manifest, tables)
+    if not manifest.rejects:
+        return
+    key = manifest.rejects_key
+    try:
+        with store.open_input(key) as file:
+            rows = pq.read_metadata(file).num_rows
+        if rows != manifest.rejects:
+            yield fault(f"its rejects have {rows} rows, expected {manifest.rejects}.", "rows", key)
+    except FileNotFoundError:
+        yield fault(f"{key} is missing.", "missing", key)
+    except (pa.ArrowInvalid, OSError) as error:
+        yield fault(f"{key} is not readable: {error}.", "altered", key)
 
 
-def _references(store: Store, manifest: Manifest, tables: Mapping[str, Table]) -> Iterator[Finding]:
-    """Rows whose key is not among the rows of a parent stage's table."""
+def _check_references(store: Store, manifest: Manifest, tables: Mapping[str, Table]) -> Iterator[Finding]:
+    """Find rows whose key is not in a parent's table, over the key columns that both have."""
     import polars as pl
 
+    own = tables.get(manifest.stage, Table()).schema
     for stage, artifact in manifest.parents.items():
-        parent_table, own_table = (tables.get(name, Table()) for name in (stage, manifest.stage))
+        required = tables.get(stage, Table())
         columns = [
-            name for name in parent_table.key if _is_shared(name, parent_table.schema, own_table.schema)
+            name
+            for name in required.key
+            if name in own.names and own.field(name).type == required.schema.field(name).type
         ]
         try:
             parent = store.manifest(stage, artifact)
         except DamagedError:
-            continue  # told by itself
+            continue  # reported by `_all_manifests`
         if parent is None or not columns or not parent.parts or not manifest.parts:
             continue
         try:
-            kept = store.scan(parent.parts).select(columns)
-            own = store.scan(manifest.parts).select(columns)
-            orphans = own.join(kept, on=columns, how="anti").unique().head(1).collect()
+            rows, parents = (store.scan(each.parts).select(columns) for each in (manifest, parent))
+            orphans = rows.join(parents, on=columns, how="anti").unique().head(1).collect()
         except (pl.exceptions.PolarsError, OSError):
-            continue  # an unreadable file is told by itself
+            continue  # reported by `_check_part`
         if orphans.height:
-            row: dict[str, Any] = orphans.row(0, named=True)
-            yield Finding(
-                "reference",
-                manifest.key,
-                f"{manifest.stage} artifact {manifest.fingerprint} has the row {row}, which its parent {stage} "
-                f"{artifact} does not have.",
-                manifest=manifest.key,
+            message = (
+                f"{manifest.stage} artifact {manifest.fingerprint} has the row {orphans.row(0, named=True)}, "
+                f"which its parent {stage} {artifact} does not have."
             )
-
-
-def _is_shared(column: str, parent: pa.Schema, child: pa.Schema) -> bool:
-    return column in child.names and child.field(column).type == parent.field(column).type
+            yield Finding("reference", manifest.key, message, manifest=manifest.key)

@@ -35,5 +35,5 @@ def is_transient(error: object) -> bool:
             _TRANSIENT_IN_CHILD.search(text)
         )  # without "failed:", the child died
     if isinstance(error, StoreUnavailableError):
-        return error.may_pass
+        return error.transient
     return isinstance(error, (MemoryError, ConnectionError, TimeoutError))

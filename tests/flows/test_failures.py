@@ -31,7 +31,7 @@ from tests.support.processes import descendants, engine_of, eventually, running,
 
 def unavailable(passing: bool) -> StoreUnavailableError:
     error = StoreUnavailableError("the store")
-    error.may_pass = passing
+    error.transient = passing
     return error
 
 

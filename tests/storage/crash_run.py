@@ -1,13 +1,13 @@
-"""Kills a small run at every crash point, resumes it, and compares with an uninterrupted one. Prints one JSON object.
+"""Kills a small run at every crash point, resumes it, and compares with an uninterrupted run. Prints one JSON object.
 
-    python crash_run.py URL kill       at every point: SIGKILL, then resume
-    python crash_run.py URL power      at every point: power is cut, in two ways, then resume (local folders)
-    python crash_run.py URL twice      at every third point: the resumed run is killed too, at a random point (fixed seed)
+    python -m tests.storage.crash_run URL kill     at every point: SIGKILL, then resume
+    python -m tests.storage.crash_run URL power    at every point: a power cut, in two ways, then resume (local folders)
+    python -m tests.storage.crash_run URL twice    at every third point: the resumed run is killed too, at a random point
 
-Each run happens in a fork of this process, which has imported everything and started nothing. For `power`, the real
-calls of os.fsync, link, replace and unlink are recorded in the killed process, and the folder is then put into the
-worst state that a disk may be in: contents that were never flushed are gone, and names (given, replaced or removed)
-whose folder was not flushed since are as they were before, or, in the second way, as they would be.
+Each run is a fork of this process, which has imported everything and started nothing. For `power`, the
+killed process records its real calls of os.fsync, link, replace and unlink. The folder is then put
+into the worst state that a disk may have: contents that were never flushed are lost, and names whose
+folder was not flushed since are as before the call, or, in the second way, as after it.
 """
 
 import hashlib
@@ -17,107 +17,74 @@ import random
 import shutil
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 import storage
-from storage.crashpoints import on_crash_point
-
-REJECTS = storage.rejects_table([{"stage": "rewards", "key": "3", "reason": "NaN"}])
+from tests.support.crashes import in_fork, timeless
+from tests.support.storage import REJECTS, SCORES, scores
 
 
 def key(stage: str, number: int) -> storage.PartKey:
     return storage.PartKey(stage, "family", f"part-{number}")
 
 
-def rewards(number: int, rows: int = 40) -> pa.Table:
-    return pa.table(
-        {
-            "prompt_id": [f"{number}-{row}" for row in range(rows)],
-            "sample_index": pa.array([0] * rows, pa.int32()),
-            "origin": ["reference"] * rows,
-            "reward": pa.array(np.random.default_rng(number).normal(size=rows), pa.float32()),
-            "components": pa.nulls(rows),
-            "error": pa.nulls(rows, pa.string()),
-        }
-    )
-
-
-def pipeline(url: str, computed: Callable[[storage.PartKey], None]) -> None:
-    """Parts with and without rejects, a folder, a part that is discarded and made again, manifests, a run."""
+def pipeline(url: str, computed: Callable[[str], object]) -> None:
+    """Parts with and without rejects, a folder, a part that is replaced, manifests, a run."""
     store = storage.Store(url)
     records = []
     for number in (1,) if "://" in url else (0, 1):  # fewer where each run takes a second
-        if (record := store.part(key("rewards", number))) is None:
-            computed(key("rewards", number))
+        part = key("rewards", number)
+        if (record := store.part(part)) is None:
+            computed(part.record)
             rejects = REJECTS if number == 1 else None
-            tables = iter([rewards(number)])
-            record = store.commit_part(key("rewards", number), tables, rejects=rejects)
+            tables = iter([scores(40, seed=number)])
+            record = store.commit_part(part, tables, table=SCORES, rejects=rejects)
         records.append(record)
     store.commit_manifest(storage.manifest_of("rewards", "family", records))
-    if "://" not in url and store.part(key("policy", 0)) is None:
-        computed(key("policy", 0))
-        work = store.work_dir(key("policy", 0))
+    policy = key("policy", 0)
+    if "://" not in url and store.part(policy) is None:
+        computed(policy.record)
+        work = store.work_dir(policy)
         (work / "config.json").write_text("{}")
         (work / "model.bin").write_bytes(bytes(1000))
-        record = store.commit_folder(key("policy", 0), work)
-    store.clear_work(key("policy", 0))
+        store.commit_folder(policy, work)
+    store.clear_work(policy)
     if store.run("run") is None:
-        old = store.part(key("metrics", 0)) or store.commit_part(
-            key("metrics", 0), pa.table({"version": [1]})
-        )
+        metrics = key("metrics", 0)
+        old = store.part(metrics) or store.commit_part(metrics, pa.table({"version": [1]}))
         if store.read_part(old)["version"].to_pylist() == [1]:
-            store.commit_part(key("metrics", 0), pa.table({"version": [2]}), replace=True)
+            store.commit_part(metrics, pa.table({"version": [2]}), replace=True)
         store.write_run("run", {"stages": {}})
 
 
-def in_fork(url: str, kill_at: int | None, record: Path | None = None) -> tuple[int, list[str]]:
-    """Exit status of one run in a process of its own, killed at that point, and the parts that it computed."""
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            count = 0
+def run(url: str, kill_at: int | None = None, record: Path | None = None) -> tuple[int, list[str]]:
+    """The exit code and the reports of one run, killed at that point. With `record`, its calls are saved there."""
+    recorder = Recorder(Path(url), record.parent / "graveyard") if record else None
 
-            def reached(name: str, point_key: str) -> None:
-                nonlocal count
-                if count == kill_at:
-                    if record is not None:
-                        recorder.save(record)
-                    os.write(write_end, f"@{name} {point_key}\n".encode())
-                    os.kill(os.getpid(), signal.SIGKILL)
-                count += 1
+    def work(report: Callable[[str], object]) -> None:
+        if recorder is not None:
+            recorder.install()
+        pipeline(url, report)
 
-            recorder = Recorder(Path(url), record.parent / "graveyard") if record else None
-            on_crash_point(reached)
-            pipeline(url, lambda part: os.write(write_end, f"{part.record}\n".encode()) and None)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    os.close(write_end)
-    with os.fdopen(read_end) as pipe:
-        lines = pipe.read().splitlines()
-    _, status = os.waitpid(child, 0)
-    return status, lines
+    return in_fork(work, kill_at, (lambda: recorder.save(record)) if recorder and record else None)
 
 
 class Recorder:
-    """Notes what is safe on the disk, by the calls that are really made."""
+    """Records what is safe on the disk, from the real calls of this process."""
 
     def __init__(self, root: Path, graveyard: Path) -> None:
         graveyard.mkdir(parents=True, exist_ok=True)
         self.root, self.graveyard = str(root), graveyard
         self.flushed: dict[int, int] = {}  # inode -> bytes on the disk
-        self.pending: dict[
-            str, str | None
-        ] = {}  # path -> what the disk's name still leads to (None: nothing)
+        self.pending: dict[str, str | None] = {}  # path -> what the name on the disk leads to
         self.count = 0
+
+    def install(self) -> None:
+        """Replace the functions of `os` by ones that record."""
         real = {name: getattr(os, name) for name in ("fsync", "link", "replace", "unlink", "mkdir")}
         self.link = real["link"]
 
@@ -218,11 +185,7 @@ def contents(url: str) -> dict[str, str]:
     for name in store.list():
         data = store.read_bytes(name)
         if is_record(name) or name.endswith("manifest.json"):
-            value = json.loads(data)
-            for part in [value, *value.get("parts", [])]:
-                del part["created"]
-            value.pop("sha256")
-            data = json.dumps(value, sort_keys=True).encode()
+            data = json.dumps(timeless(json.loads(data)), sort_keys=True).encode()
         found[name] = hashlib.sha256(data).hexdigest()
     return found
 
@@ -232,7 +195,7 @@ def is_record(name: str) -> bool:
 
 
 def main(url: str, mode: str) -> None:
-    status, _ = in_fork(f"{url}/uninterrupted", None)
+    status, _ = run(f"{url}/uninterrupted")
     assert status == 0
     expected = contents(f"{url}/uninterrupted")
     names: dict[str, int] = {}
@@ -243,28 +206,27 @@ def main(url: str, mode: str) -> None:
         for names_survive in variants:
             place = f"{url}/{at}-{names_survive}"
             record = None if names_survive is None else Path(f"{place}.state", "calls.json")
-            status, lines = in_fork(place, at, record)
+            status, reports = run(place, at, record)
             if status == 0:
                 sys.stdout.write(json.dumps({**totals, "names": names}))
                 return
-            assert os.WIFSIGNALED(status), f"point {at} ended with {status}"
-            assert os.WTERMSIG(status) == signal.SIGKILL
-            name = lines[-1].removeprefix("@")
-            names[name.split()[0]] = names.get(name.split()[0], 0) + 1
+            assert status == -signal.SIGKILL, f"point {at} ended with {status}"
+            point = reports[-1].removeprefix("@")
+            name = point.split()[0]
+            names[name] = names.get(name, 0) + 1
             if record is not None:
                 cut_power(Path(place), record, bool(names_survive))
             if mode == "twice":
-                in_fork(place, random_point.randrange(30))
+                run(place, random_point.randrange(30))
             before = committed(place)
-            status, computed_again = in_fork(place, None)
-            same = contents(place) == expected
-            if not same:
-                differs = contents(place).items() ^ expected.items()
-                sys.stderr.write(f"point {at} {name}: differs in {differs}\n")
+            status, computed_again = run(place)
+            differs = contents(place).items() ^ expected.items()
+            if differs:
+                sys.stderr.write(f"point {at} {point}: differs in {differs}\n")
             after = committed(place)
             totals["points"] += 1
             totals["resumed"] += status == 0
-            totals["identical"] += same
+            totals["identical"] += not differs
             totals["recomputed"] += len(set(computed_again) & set(before))
             totals["rewritten"] += sum(
                 after[part] != before[part] for part in before if "/metrics/" not in part

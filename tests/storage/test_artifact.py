@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
@@ -12,22 +11,15 @@ import pytest
 
 import storage
 from tasks.stages import TABLES
+from tests.support.storage import commit_scores, part_key, scores
 
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "notebook.py"
 
 
 @pytest.fixture
-def opened(
-    store: storage.Store, part_key: Callable[..., storage.PartKey], rewards_table: Callable[..., pa.Table]
-) -> storage.Artifact:
+def opened(store: storage.Store) -> storage.Artifact:
     """Rewards of two parts, opened by the run's name."""
-    rejects = storage.rejects_table([{"stage": "rewards", "key": "x", "reason": "no"}])
-    parts = [
-        store.commit_part(
-            part_key("rewards", n), rewards_table(rows=10, seed=n), rejects=rejects if n else None
-        )
-        for n in range(2)
-    ]
+    parts = commit_scores(store, 2)
     manifest = store.commit_manifest(storage.manifest_of("rewards", "family", parts))
     store.write_run("mine", {"stages": {"rewards": {"fingerprint": manifest.fingerprint}}})
     return storage.open(store, "mine", "rewards")
@@ -43,7 +35,7 @@ def test_artifact_opens_as_lazy_frame_and_dataset_with_the_same_rows(opened: sto
     assert rows["reward"].to_list() == dataset.to_table(columns=["reward"])["reward"].to_pylist()
     best = lazy.filter(pl.col("reward") > 0).select("reward").collect()
     assert best.height == dataset.count_rows(filter=ds.field("reward") > 0)
-    assert opened.rejects["reason"].to_pylist() == ["no"]
+    assert opened.rejects["reason"].to_pylist() == ["NaN"]
 
 
 def test_run_or_stage_that_is_not_there_is_told_with_what_is(opened: storage.Artifact) -> None:
@@ -53,46 +45,40 @@ def test_run_or_stage_that_is_not_there_is_told_with_what_is(opened: storage.Art
         storage.open(opened.store, "mine", "shards")
 
 
-def test_example_notebook_runs_on_a_store(
-    tmp_path: Path, part_key: Callable[..., storage.PartKey], rewards_table: Callable[..., pa.Table]
-) -> None:
+def test_example_notebook_runs_on_a_store(tmp_path: Path) -> None:
     store = storage.Store(tmp_path / "store")
-    rewards = rewards_table(rows=6)
-    keys = rewards.select(["prompt_id", "sample_index", "origin"])
-    said = {
-        "text": [f"text {n}" for n in range(6)],
-        "token_ids": pa.array([[1] * n for n in range(6)], pa.list_(pa.int32())),
-        "finish_reason": ["stop"] * 6,
-        "sampled_logprob": pa.array([-1.0] * 6, pa.float32()),
+    rewards = scores(6)
+    texts = [f"text {n}" for n in range(6)]
+    said = {"finish_reason": "stop", "sampled_logprob": -1.0}
+    keys = rewards.select(["prompt_id", "sample_index", "origin"]).to_pylist()
+    rows = {
+        "prompts": [
+            {
+                "prompt_id": "p",
+                "messages": [{"role": "user", "content": "What?"}],
+                "split": "train",
+                "source": "s",
+                "offline_completions": [],
+                "metadata": "{}",
+                "conversational": False,
+            }
+        ],
+        "completions": [
+            key | said | {"text": text, "token_ids": [1] * n}
+            for n, (key, text) in enumerate(zip(keys, texts, strict=True))
+        ],
+        "rewards": rewards.to_pylist(),
+        "quantiles": [
+            {"prompt_id": "p", "ref_rewards": [0.0, 1.0], "num_ref": 2, "ref_mean": 0.5, "ref_std": 0.5}
+            | {"sample_index": [0, 1], "origin": ["reference", "reference"]}
+            | {name: [0.0, 0.5] for name in ("reward", "quantile_reward", "quantile_low", "quantile_high")}
+        ],
     }
-    completions = keys
-    for name, column in said.items():
-        completions = completions.append_column(
-            name, pa.array(column) if isinstance(column, list) else column
-        )
-    message = {"role": "user", "content": "What?"}
-    prompt = {
-        "prompt_id": "p",
-        "messages": [message],
-        "split": "train",
-        "source": "s",
-        "offline_completions": [],
-    }
-    prompts = pa.Table.from_pylist(
-        [prompt | {"metadata": "{}", "conversational": False}], TABLES["prompts"].schema
-    )
-    ranks = {name: [0.0, 0.5] for name in ("reward", "quantile_reward", "quantile_low", "quantile_high")}
-    judged = {"prompt_id": "p", "ref_rewards": [0.0, 1.0], "num_ref": 2, "ref_mean": 0.5, "ref_std": 0.5}
-    row = judged | ranks | {"sample_index": [0, 1], "origin": ["reference", "reference"]}
-    quantiles = pa.Table.from_pylist([row], TABLES["quantiles"].schema)
     stages = {}
-    for stage, table in {
-        "prompts": prompts,
-        "completions": completions,
-        "rewards": rewards,
-        "quantiles": quantiles,
-    }.items():
-        manifest = storage.manifest_of(stage, "family", [store.commit_part(part_key(stage), table)])
+    for stage, values in rows.items():
+        table = pa.Table.from_pylist(values, TABLES[stage].schema)
+        part = store.commit_part(part_key(stage), table, table=TABLES[stage])
+        manifest = storage.manifest_of(stage, "family", [part])
         stages[stage] = {"fingerprint": store.commit_manifest(manifest).fingerprint}
     store.write_run("mine", {"stages": stages})
 
@@ -101,7 +87,7 @@ def test_example_notebook_runs_on_a_store(
     )
 
     assert result.returncode == 0, result.stderr
-    best = max(zip(rewards["reward"].to_pylist(), said["text"], strict=True))[1]
+    best = max(zip(rewards["reward"].to_pylist(), texts, strict=True))[1]
     first_row = next(
         line
         for line in result.stdout.splitlines()

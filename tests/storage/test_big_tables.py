@@ -1,13 +1,14 @@
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.storage import run_code
+
 CODE = """
 import resource, sys
 import numpy as np, pyarrow as pa, storage
+from tasks.stages.completions import TABLE
 rows, url = int(sys.argv[1]), sys.argv[2]
 STEP = 50_000
 def tables():
@@ -23,20 +24,17 @@ def tables():
             "sampled_logprob": pa.nulls(STEP),
         })
 store = storage.Store(url)
-warm = store.commit_part(storage.PartKey("completions", "family", "warm"), next(tables()))
+warm = store.commit_part(storage.PartKey("completions", "family", "warm"), next(tables()), table=TABLE)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-record = store.commit_part(storage.PartKey("completions", "family", "big"), tables())
+record = store.commit_part(storage.PartKey("completions", "family", "big"), tables(), table=TABLE)
 assert record.rows == rows
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
 def grown_by(rows: int, folder: Path) -> int:
-    """MiB by which the peak memory of a process grows while it streams a part of so many rows."""
-    run = subprocess.run(
-        [sys.executable, "-c", CODE, str(rows), str(folder)], capture_output=True, text=True, check=True
-    )
-    return int(run.stdout)
+    """MiB by which the peak memory of a process grows while it streams a part of that many rows."""
+    return int(run_code(CODE, rows, folder))
 
 
 @pytest.mark.slow

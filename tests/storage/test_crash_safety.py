@@ -15,7 +15,7 @@ import storage
 from storage import Store
 from storage.crashpoints import CRASH_POINTS
 
-SCRIPT = Path(__file__).with_name("crash_run.py")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -30,9 +30,8 @@ def fast_folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def crash_everywhere(url: str, mode: str) -> dict[str, int]:
-    shown = subprocess.run(
-        [sys.executable, str(SCRIPT), url, mode], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "tests.storage.crash_run", url, mode]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert shown.returncode == 0, shown.stderr
     totals = json.loads(shown.stdout)
     summary = f"{totals['points']} points, {totals['resumed']} resumed, {totals['identical']} identical"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage import row_digest
-from tests.support.storage import SHARDS
+from tests.support.storage import SHARDS, shards
 
 ROWS = [
     {
@@ -172,7 +172,7 @@ def test_a_type_without_a_definition_is_refused() -> None:
         row_digest(pa.table({"x": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int32()))}))
 
 
-def test_shards_have_a_digest(shards_table: Any) -> None:
-    table = shards_table(50)
+def test_shards_have_a_digest() -> None:
+    table = shards(50)
     assert table.schema == SHARDS.schema
     assert row_digest(table) == (row_digest(table.slice(0, 20)) + row_digest(table.slice(20))) % 2**256

@@ -1,7 +1,5 @@
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage import StoreError, file_digest, fingerprint, folder_digest
+from storage import StoreError, file_digest, fingerprint, folder_digest, seeded_hash
+from tests.support.storage import run_code
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -35,22 +34,8 @@ def test_fingerprint_does_not_depend_on_the_order_of_keys(value: dict[str, int])
 
 
 def test_fingerprint_tells_close_values_apart() -> None:
-    values = [
-        0,
-        0.0,
-        -0.0,
-        "0",
-        False,
-        None,
-        [],
-        {},
-        [[]],
-        "",
-        0.1,
-        0.1 + 1e-17 * 2,
-        0.30000000000000004,
-        0.3,
-    ]
+    close = [0.1, 0.1 + 1e-17 * 2, 0.30000000000000004, 0.3]
+    values = [0, 0.0, -0.0, "0", False, None, [], {}, [[]], "", *close]
     assert len({fingerprint(value) for value in values}) == len({json.dumps(value) for value in values})
 
 
@@ -113,5 +98,9 @@ def test_folder_digest_follows_names_and_contents_only(tmp_path: Path) -> None:
 def test_fingerprint_is_the_same_in_another_process() -> None:
     value = {"stage": "rewards", "config": {"beta": 0.1, "names": ["é", "b"]}}
     code = f"import storage; print(storage.fingerprint({value!r}))"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == fingerprint(value)
+    assert run_code(code).strip() == fingerprint(value)
+
+
+def test_a_seeded_hash_depends_on_its_purpose_and_values_only() -> None:
+    assert seeded_hash("shards", 0, "p") == hashlib.sha256(b"shards\x000\x00p").digest()
+    assert len({seeded_hash("shards", 0), seeded_hash("shards", 1), seeded_hash("split", 0)}) == 3

@@ -8,26 +8,22 @@ import pyarrow as pa
 import pytest
 
 import storage
-from storage import Manifest, PartKey, Store, StoreError, manifest_of
-from storage.gc import collect, plan_gc, usage
+from storage import Manifest, Store, StoreError, manifest_of
+from storage.gc import collect, plan_gc
 from storage.leases import Leases
 from storage.verify import verify
-
-Key = Callable[..., PartKey]
-Table = Callable[..., pa.Table]
+from tests.support.storage import REJECTS, part_key, scores
 
 
 @pytest.fixture
-def make_run(store: Store, part_key: Key, rewards_table: Table) -> Callable[..., dict[str, Manifest]]:
+def make_run(store: Store) -> Callable[..., dict[str, Manifest]]:
     """make_run("name", [1, 2]): a run of two stages whose second has these parts; the first is shared by all runs."""
 
     def make(name: str, numbers: list[int]) -> dict[str, Manifest]:
-        rejects = storage.rejects_table([{"stage": "rewards", "key": "3", "reason": "NaN"}])
         base = store.commit_part(part_key("metrics", 0), pa.table({"x": [1]}))
         parent = store.commit_manifest(manifest_of("metrics", "base", [base]))
         parts = [
-            store.commit_part(part_key("rewards", n), rewards_table(10, seed=n), rejects=rejects)
-            for n in numbers
+            store.commit_part(part_key("rewards", n), scores(10, seed=n), rejects=REJECTS) for n in numbers
         ]
         made = manifest_of("rewards", parts[0].family, parts, parents={"metrics": parent.fingerprint})
         made = store.commit_manifest(made)
@@ -66,7 +62,7 @@ def test_a_dropped_run_goes_with_just_its_own_parts(store: Store, make_run) -> N
     assert plan_gc(store, keep_runs=["b"], grace=0).keys == ()
 
 
-def test_newest_and_age_choose_runs(tmp_path: Path, part_key: Key, rewards_table: Table) -> None:
+def test_newest_and_age_choose_runs(tmp_path: Path) -> None:
     store = Store(tmp_path)
     for day, name in enumerate(["old", "middle", "new"]):
         store.write_run(name, {"stages": {}})
@@ -82,11 +78,9 @@ def test_newest_and_age_choose_runs(tmp_path: Path, part_key: Key, rewards_table
         plan_gc(store, keep_runs=["missing"])
 
 
-def test_parts_of_an_unfinished_run_stay_while_it_lives_or_they_are_young(
-    store: Store, part_key: Key, rewards_table: Table
-) -> None:
+def test_parts_of_an_unfinished_run_stay_while_it_lives_or_they_are_young(store: Store) -> None:
     key = part_key("rewards")
-    store.commit_part(key, rewards_table(10))
+    store.commit_part(key, scores(10))
     time.sleep(0.01)
     assert plan_gc(store).parts == ()  # younger than an hour
     with Leases(store) as leases:
@@ -95,11 +89,9 @@ def test_parts_of_an_unfinished_run_stay_while_it_lives_or_they_are_young(
     assert plan_gc(store, grace=0).parts == (key,)
 
 
-def test_a_plan_made_before_a_run_began_does_not_take_its_parts(
-    store: Store, part_key: Key, rewards_table: Table
-) -> None:
+def test_a_plan_made_before_a_run_began_does_not_take_its_parts(store: Store) -> None:
     key = part_key("rewards")
-    store.commit_part(key, rewards_table(10))
+    store.commit_part(key, scores(10))
     time.sleep(0.01)
     plan = plan_gc(store, grace=0)
     assert plan.parts == (key,)
@@ -109,15 +101,13 @@ def test_a_plan_made_before_a_run_began_does_not_take_its_parts(
         assert store.part(key) is not None
 
 
-def test_what_killed_writers_and_dead_runs_left_is_collected(
-    tmp_path: Path, part_key: Key, rewards_table: Table
-) -> None:
+def test_what_killed_writers_and_dead_runs_left_is_collected(tmp_path: Path) -> None:
     import subprocess
     import sys
 
     store = Store(tmp_path)
     key = part_key("rewards")
-    store.commit_part(key, rewards_table(10))
+    store.commit_part(key, scores(10))
     store.delete(key.record)  # a payload without a record
     store.write_bytes(part_key("rewards", 1).folder + ".discarded", b"{}")
     code = (
@@ -131,14 +121,12 @@ def test_what_killed_writers_and_dead_runs_left_is_collected(
     assert store.list() == []
 
 
-def test_a_claim_of_a_run_that_died_elsewhere_after_its_commit_is_collected(
-    tmp_path: Path, part_key: Key, rewards_table: Table
-) -> None:
+def test_a_claim_of_a_run_that_died_elsewhere_after_its_commit_is_collected(tmp_path: Path) -> None:
     store = Store(tmp_path)
     leases = Leases(store)
     assert leases.acquire(part_key("rewards"))
     leases.renew()
-    store.commit_part(part_key("rewards"), rewards_table(10))  # and it dies before it gives the claim back
+    store.commit_part(part_key("rewards"), scores(10))  # and it dies before it gives the claim back
     [heartbeat] = (tmp_path / "leases" / "holders").iterdir()
     there = json.loads(heartbeat.read_text())
     heartbeat.write_text(json.dumps(there | {"machine": "another one", "process": 1}))
@@ -158,19 +146,15 @@ def test_a_damaged_manifest_stops_gc_where_it_is_needed(store: Store, make_run) 
         plan_gc(store, grace=0)
 
 
-def test_files_of_others_in_the_folder_are_left_alone(
-    tmp_path: Path, part_key: Key, rewards_table: Table
-) -> None:
+def test_files_of_others_in_the_folder_are_left_alone(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    record = store.commit_part(part_key("rewards"), rewards_table(10))
+    record = store.commit_part(part_key("rewards"), scores(10))
     foreign = [tmp_path / "parts" / "my notes.json", tmp_path / "parts" / "rewards" / "f" / "größe.json"]
     for path in foreign:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
     assert list(verify(store)) == []
-    assert usage(store) == {
-        "parts": sum(path.stat().st_size for path in tmp_path.rglob(f"{record.fingerprint}*"))
-    }
+    assert {info.key.split(".")[0] for info in store.listing()} == {record.key.folder}
     time.sleep(0.01)
     collect(store, plan_gc(store, grace=0))
     assert store.part(record.key) is None

@@ -4,19 +4,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 
 import storage
 from storage import PartKey, Store
 from storage.leases import HOLDERS, Leases, Watch
-
-Key = Callable[..., PartKey]
-Table = Callable[..., pa.Table]
+from tests.support.storage import at_once, part_key, scores
 
 HOLD = """
 import sys, time, storage
@@ -40,7 +37,7 @@ def holder_process(url: str, ttl: float) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def test_a_part_is_claimed_by_one(store: Store, part_key: Key) -> None:
+def test_a_part_is_claimed_by_one(store: Store) -> None:
     key = part_key("rewards")
     with Leases(store) as first, Leases(store) as second:
         assert first.acquire(key)
@@ -51,7 +48,7 @@ def test_a_part_is_claimed_by_one(store: Store, part_key: Key) -> None:
         assert not first.acquire(key)
 
 
-def test_leaving_gives_everything_back(store: Store, part_key: Key) -> None:
+def test_leaving_gives_everything_back(store: Store) -> None:
     with Leases(store) as leases:
         assert leases.acquire(part_key("rewards", 0))
         assert leases.acquire(part_key("rewards", 1))
@@ -59,25 +56,13 @@ def test_leaving_gives_everything_back(store: Store, part_key: Key) -> None:
     assert store.list("leases") == []
 
 
-def test_many_threads_that_claim_at_once_get_one_winner(store: Store, part_key: Key) -> None:
+def test_many_threads_that_claim_at_once_get_one_winner(store: Store) -> None:
     runs = [Leases(store) for _ in range(8)]
-    won: list[int] = []
-    barrier = threading.Barrier(8)
-
-    def claim(number: int) -> None:
-        barrier.wait()
-        if runs[number].acquire(part_key("rewards")):
-            won.append(number)
-
-    threads = [threading.Thread(target=claim, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(won) == 1
+    won = at_once(8, lambda number: runs[number].acquire(part_key("rewards")))
+    assert won.count(True) == 1
 
 
-def test_a_waiter_gets_what_the_other_run_commits(store: Store, part_key: Key, rewards_table: Table) -> None:
+def test_a_waiter_gets_what_the_other_run_commits(store: Store) -> None:
     key = part_key("rewards")
     with Leases(store) as first, Leases(store, poll=0.02) as second:
         assert first.acquire(key)
@@ -85,7 +70,7 @@ def test_a_waiter_gets_what_the_other_run_commits(store: Store, part_key: Key, r
 
         def work() -> None:
             time.sleep(0.2)
-            store.commit_part(key, rewards_table(10))
+            store.commit_part(key, scores(10))
             first.release(key)
 
         worker = threading.Thread(target=work)
@@ -96,7 +81,7 @@ def test_a_waiter_gets_what_the_other_run_commits(store: Store, part_key: Key, r
     assert settled[0][1] is not None
 
 
-def test_a_waiter_takes_over_what_is_given_back_without_a_commit(store: Store, part_key: Key) -> None:
+def test_a_waiter_takes_over_what_is_given_back_without_a_commit(store: Store) -> None:
     key = part_key("rewards")
     with Leases(store) as first, Leases(store, poll=0.02) as second:
         assert first.acquire(key)
@@ -116,7 +101,7 @@ def test_a_holder_killed_on_this_machine_is_taken_over_from_at_once(tmp_path: Pa
         assert mine.acquire(KEY)
 
 
-def test_a_silent_holder_elsewhere_is_taken_over_after_its_time_to_live(store: Store, part_key: Key) -> None:
+def test_a_silent_holder_elsewhere_is_taken_over_after_its_time_to_live(store: Store) -> None:
     key = part_key("rewards")
     dead = Leases(store, ttl=0.4)
     object.__setattr__(dead._me, "machine", "another machine")
@@ -131,7 +116,7 @@ def test_a_silent_holder_elsewhere_is_taken_over_after_its_time_to_live(store: S
         dead.check(key)
 
 
-def test_a_holder_that_beats_is_never_taken_over_from_within_patience(store: Store, part_key: Key) -> None:
+def test_a_holder_that_beats_is_never_taken_over_from_within_patience(store: Store) -> None:
     key = part_key("rewards")
     with Leases(store, ttl=0.3) as busy, Leases(store, ttl=0.3, poll=0.05) as waiter:
         assert busy.acquire(key)
@@ -141,9 +126,7 @@ def test_a_holder_that_beats_is_never_taken_over_from_within_patience(store: Sto
     assert len(rounds) > 5
 
 
-def test_clocks_of_machines_are_not_compared(
-    store: Store, part_key: Key, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clocks_of_machines_are_not_compared(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     key = part_key("rewards")
     with Leases(store, ttl=30) as busy:
         assert busy.acquire(key)
@@ -151,18 +134,16 @@ def test_clocks_of_machines_are_not_compared(
         assert not Leases(store, ttl=30).acquire(key)
 
 
-def test_share_sorts_parts_into_done_mine_and_others(
-    store: Store, part_key: Key, rewards_table: Table
-) -> None:
+def test_share_sorts_parts_into_done_mine_and_others(store: Store) -> None:
     keys = [part_key("rewards", number) for number in range(3)]
-    record = store.commit_part(keys[0], rewards_table(10))
+    record = store.commit_part(keys[0], scores(10))
     with Leases(store) as first, Leases(store) as second:
         assert first.acquire(keys[1])
         assert second.share(keys) == ({keys[0].fingerprint: record}, [keys[2]], [keys[1]])
         assert second.share(keys) == ({keys[0].fingerprint: record}, [keys[2]], [keys[1]])
 
 
-def test_a_claim_that_cannot_be_read_is_nobodys(store: Store, part_key: Key) -> None:
+def test_a_claim_that_cannot_be_read_is_nobodys(store: Store) -> None:
     key = part_key("rewards")
     store.write_bytes(f"leases/parts/rewards/{key.fingerprint}.json", b"torn")
     with Leases(store) as leases:

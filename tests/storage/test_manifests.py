@@ -1,23 +1,15 @@
 import json
-from collections.abc import Callable
 
-import pyarrow as pa
 import pytest
 
 import storage
-from storage import DamagedError, PartKey, Store, StoreError, manifest_of
-
-Key = Callable[..., PartKey]
-Table = Callable[..., pa.Table]
+from storage import DamagedError, Store, StoreError, manifest_of
+from tests.support.storage import commit_scores, part_key, scores
 
 
 @pytest.fixture
-def manifest(store: Store, part_key: Key, rewards_table: Table) -> storage.Manifest:
-    rejects = storage.rejects_table([{"stage": "rewards", "key": "3", "reason": "NaN"}])
-    records = [
-        store.commit_part(part_key("rewards", n), rewards_table(10, seed=n), rejects=rejects if n else None)
-        for n in range(3)
-    ]
+def manifest(store: Store) -> storage.Manifest:
+    records = commit_scores(store, 3)
     return manifest_of(
         "rewards",
         records[0].family,
@@ -67,11 +59,9 @@ def test_committing_a_manifest_again_changes_nothing(store: Store, manifest: sto
     assert store.commit_manifest(later) == manifest
 
 
-def test_a_manifest_follows_a_part_that_was_computed_again(
-    store: Store, manifest: storage.Manifest, part_key: Key, rewards_table: Table
-) -> None:
+def test_a_manifest_follows_a_part_that_was_computed_again(store: Store, manifest: storage.Manifest) -> None:
     store.commit_manifest(manifest)
-    again = store.commit_part(part_key("rewards", 1), rewards_table(10, seed=9), replace=True)
+    again = store.commit_part(part_key("rewards", 1), scores(10, seed=9), replace=True)
     mended = manifest_of("rewards", manifest.family, [manifest.parts[0], again, manifest.parts[2]])
     assert mended.fingerprint == manifest.fingerprint
     assert store.commit_manifest(mended) == mended == store.manifest("rewards", manifest.fingerprint)

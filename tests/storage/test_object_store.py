@@ -4,24 +4,22 @@ import http.client
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import pyarrow as pa
 import pytest
 
 import storage
-from storage import PartKey, ShardReader, Store, StoreUnavailableError, manifest_of, remote
+from storage import ShardReader, Store, StoreUnavailableError, manifest_of, remote
 from storage.leases import Leases
 from storage.verify import verify
+from tests.support.storage import REJECTS, SHARDS, at_once, commit_scores, part_key, scores, shards
 
 pytestmark = pytest.mark.slow
 
-Key = Callable[..., PartKey]
-Table = Callable[..., pa.Table]
 KINDS = ("500", "503", "reset", "lost answer", "cut body", "slow")
 
 
@@ -134,27 +132,23 @@ def test_a_whole_run_survives_a_line_that_fails_every_fourth_time(
     far_store: Store,
     s3_store: Store,
     line: Line,
-    part_key: Key,
-    rewards_table: Table,
-    shards_table: Table,
     tmp_path: Path,
     monkeypatch,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(remote, "ATTEMPTS", 12)
     line.rate = 0.25
-    rejects = storage.rejects_table([{"stage": "rewards", "key": "3", "reason": "NaN"}])
     with Leases(far_store, ttl=30) as leases:
         keys = [part_key("rewards", n) for n in range(8)]
         done, mine, others = leases.share(keys)
         assert (done, mine, others) == ({}, keys, [])
         records = []
         for number, key in enumerate(keys):
-            records.append(far_store.commit_part(key, rewards_table(50, seed=number), rejects=rejects))
+            records.append(far_store.commit_part(key, scores(50, seed=number), rejects=REJECTS))
             leases.release(key)
     made = far_store.commit_manifest(manifest_of("rewards", records[0].family, records))
     far_store.write_run("run", {"stages": {"rewards": made.fingerprint}})
-    shard = far_store.commit_part(part_key("shards"), shards_table(2000))
+    shard = far_store.commit_part(part_key("shards"), shards(2000), table=SHARDS)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_bytes(bytes(range(256)) * 1000)
     model = far_store.commit_folder(part_key("policy"), tmp_path / "model")
@@ -189,7 +183,7 @@ def test_each_kind_of_fault_is_survived_by_reads_and_writes(far_store: Store, li
 
 
 def test_a_line_that_always_fails_ends_in_one_readable_error(
-    far_store: Store, line: Line, part_key: Key, rewards_table: Table, monkeypatch
+    far_store: Store, line: Line, monkeypatch
 ) -> None:
     monkeypatch.setattr(remote, "ATTEMPTS", 3)
     line.rate, line.kinds = 1.0, ("503",)
@@ -198,7 +192,7 @@ def test_a_line_that_always_fails_ends_in_one_readable_error(
     ):
         far_store.part(part_key("rewards"))
     with pytest.raises(StoreUnavailableError, match="start the same command again"):
-        far_store.commit_part(part_key("rewards"), rewards_table(10))
+        far_store.commit_part(part_key("rewards"), scores(10))
     assert len(line.seen) == 6
 
 
@@ -213,17 +207,15 @@ def test_a_server_that_is_gone_ends_in_one_readable_error(s3_store: Store, monke
 def test_a_missing_bucket_is_named(s3_store: Store) -> None:
     store = Store("s3://no-such-bucket-here/folder")
     with pytest.raises(
-        StoreUnavailableError, match=r"s3://no-such-bucket-here/folder/x: .*Make the bucket first"
+        StoreUnavailableError, match=r"s3://no-such-bucket-here/folder/x: .*Create the bucket first"
     ):
         store.write_bytes("x", b"1")
 
 
-def test_the_way_of_a_run_lists_nothing_and_reads_once(
-    far_store: Store, line: Line, part_key: Key, rewards_table: Table
-) -> None:
+def test_the_way_of_a_run_lists_nothing_and_reads_once(far_store: Store, line: Line) -> None:
     keys = [part_key("rewards", n) for n in range(5)]
     assert far_store.find_parts(keys) == {}
-    records = [far_store.commit_part(key, rewards_table(10, seed=n)) for n, key in enumerate(keys)]
+    records = commit_scores(far_store, 5)
     made = far_store.commit_manifest(manifest_of("rewards", "family", records))
     far_store.write_run("run", {})
     assert not [path for _, path in line.seen if "list-type" in path]
@@ -238,16 +230,14 @@ def test_the_way_of_a_run_lists_nothing_and_reads_once(
     far_store.read_part(records[0])
     assert [command for command, _ in line.seen] == ["GET"]
     line.seen.clear()
-    far_store.commit_part(part_key("rewards", 9), rewards_table(10))
+    far_store.commit_part(part_key("rewards", 9), scores(10))
     assert [command for command, _ in line.seen] == ["GET", "PUT", "PUT"]
 
 
-def test_keys_that_are_not_listed_yet_are_found_all_the_same(
-    far_store: Store, line: Line, part_key: Key, rewards_table: Table
-) -> None:
+def test_keys_that_are_not_listed_yet_are_found_all_the_same(far_store: Store, line: Line) -> None:
     line.empty_listings = True
     key = part_key("rewards")
-    record = far_store.commit_part(key, rewards_table(10))
+    record = far_store.commit_part(key, scores(10))
     made = far_store.commit_manifest(manifest_of("rewards", key.family, [record]))
     assert far_store.family_parts("rewards", key.family) == []
     assert far_store.part(key) == record
@@ -256,23 +246,9 @@ def test_keys_that_are_not_listed_yet_are_found_all_the_same(
     assert far_store.read_part(record).num_rows == 10
 
 
-def test_two_writers_of_one_key_agree_on_the_first(
-    s3_store: Store, part_key: Key, rewards_table: Table
-) -> None:
+def test_two_writers_of_one_key_agree_on_the_first(s3_store: Store) -> None:
     key = part_key("rewards")
-    records: list[storage.PartRecord] = []
-    barrier = threading.Barrier(4)
-
-    def write(number: int) -> None:
-        store = Store(s3_store.url)
-        barrier.wait()
-        records.append(store.commit_part(key, rewards_table(10, seed=number)))
-
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    records = at_once(4, lambda number: Store(s3_store.url).commit_part(key, scores(10, seed=number)))
     assert len({record.digest for record in records}) == 1
     assert records[0].digest == s3_store.part(key).digest
     assert list(verify(s3_store)) == []
@@ -282,8 +258,6 @@ def test_credentials_are_nowhere_in_what_is_stored_or_said(
     far_store: Store,
     s3_store: Store,
     line: Line,
-    part_key: Key,
-    rewards_table: Table,
     tmp_path: Path,
     monkeypatch,
     caplog,
@@ -293,7 +267,7 @@ def test_credentials_are_nowhere_in_what_is_stored_or_said(
     store = Store(
         s3_store.url, key=key_id, secret=secret, token=token, client_kwargs={"endpoint_url": line.endpoint}
     )
-    record = store.commit_part(part_key("rewards"), rewards_table(10), metadata={"store": store.url})
+    record = store.commit_part(part_key("rewards"), scores(10), metadata={"store": store.url})
     made = store.commit_manifest(manifest_of("rewards", record.family, [record]))
     store.write_run("run", {"summary": storage.artifact_summary(store, made), "store": repr(store)})
     with Leases(store) as leases:

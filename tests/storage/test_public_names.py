@@ -1,7 +1,5 @@
-import subprocess
-import sys
-
 import storage
+from tests.support.storage import run_code
 
 
 def test_all_equals_the_public_names_and_each_can_be_loaded() -> None:
@@ -12,11 +10,9 @@ def test_all_equals_the_public_names_and_each_can_be_loaded() -> None:
 
 def test_import_storage_loads_no_heavy_package() -> None:
     code = "import sys, storage; storage.fingerprint([1]); print([m for m in ('torch', 'pyarrow', 'polars', 'fsspec', 'numpy', 'prefect', 'qrpo') if m in sys.modules])"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "[]"
+    assert run_code(code).strip() == "[]"
 
 
 def test_the_store_works_without_torch_and_prefect() -> None:
     code = "import sys, storage; storage.Store('memory://x'); print([m for m in ('torch', 'prefect', 'qrpo', 'transformers') if m in sys.modules])"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "[]"
+    assert run_code(code).strip() == "[]"

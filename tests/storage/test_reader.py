@@ -2,7 +2,7 @@ import dataclasses
 import itertools
 import pickle
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,19 @@ from hypothesis import strategies as st
 import storage
 from qrpo.training.loader import is_idle, step_loader
 from storage import PartKey, PartRecord, ShardReader, Store
-from storage.columns import Rows, gather
+from storage.columns import ColumnBatch, gather
 from storage.reader import PIECE, WINDOW
-from tests.support.storage import SHARDS
+from tests.support.storage import SHARDS, shards
 
-Table = Callable[..., pa.Table]
 SIZES = [1300, 1, 350, 700]
 ROWS = sum(SIZES)
 
 
-def commit(store: Store, shards_table: Table, sizes: Sequence[int]) -> list[PartRecord]:
+def commit(store: Store, sizes: Sequence[int]) -> list[PartRecord]:
     """Shards with so many rows each, numbered through."""
     starts = itertools.accumulate([0, *sizes])
     return [
-        store.commit_part(
-            PartKey("shards", "family", f"{first}-{rows}"), shards_table(rows, first), table=SHARDS
-        )
+        store.commit_part(PartKey("shards", "family", f"{first}-{rows}"), shards(rows, first), table=SHARDS)
         for first, rows in zip(starts, sizes, strict=False)
     ]
 
@@ -41,8 +38,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 @pytest.fixture(scope="module")
-def records(store: Store, shards_table: Table) -> list[PartRecord]:
-    return commit(store, shards_table, SIZES)
+def records(store: Store) -> list[PartRecord]:
+    return commit(store, SIZES)
 
 
 def unread(store: Store, sizes: Iterable[int], seed: int = 0) -> ShardReader:
@@ -126,7 +123,7 @@ def test_the_trainer_s_loader_passes_on_the_reader_s_batches(
         loader = step_loader(reader, 600 // world_size, rank, world_size, drop_last=False)
         loader.set_epoch(2)
         batches = [batch["rows"] for batch in loader]
-        assert all(isinstance(rows, Rows) or is_idle(rows) for rows in batches)
+        assert all(isinstance(rows, ColumnBatch) or is_idle(rows) for rows in batches)
         shares.append(numbers(itertools.chain.from_iterable(batches)))
     assert together(shares) == list(reader.order(2))
 
@@ -135,16 +132,14 @@ def test_the_trainer_s_loader_passes_on_the_reader_s_batches(
 
 
 @pytest.mark.parametrize("kind", ["local", "memory", pytest.param("s3", marks=pytest.mark.slow)])
-def test_rows_hold_what_was_committed(
-    kind: str, tmp_path: Path, shards_table: Table, request: pytest.FixtureRequest
-) -> None:
+def test_rows_hold_what_was_committed(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Files opened by path, and objects read by one request or by ranges."""
     if kind == "s3":
         store = request.getfixturevalue("s3_store")
     else:
         store = Store(tmp_path if kind == "local" else f"memory://{tmp_path.name}")
-    expected = {row["prompt_id"]: row for row in shards_table(PIECE + 60).to_pylist()}
-    seen = list(ShardReader(store, commit(store, shards_table, [PIECE + 20, 40])).iterate(1))
+    expected = {row["prompt_id"]: row for row in shards(PIECE + 60).to_pylist()}
+    seen = list(ShardReader(store, commit(store, [PIECE + 20, 40])).iterate(1))
     assert len(seen) == len(expected)
     for row in seen:
         want = expected[row["prompt_id"]]
@@ -242,9 +237,9 @@ def test_entering_late_reads_only_the_shards_that_follow(store: Store, records: 
         list(reader.iterate(0))
 
 
-def test_a_damaged_shard_is_named_when_it_is_reached(tmp_path: Path, shards_table: Table) -> None:
+def test_a_damaged_shard_is_named_when_it_is_reached(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    records = commit(store, shards_table, [100, 100])
+    records = commit(store, [100, 100])
     store.delete(records[1].key.table)
     with pytest.raises(storage.DamagedError, match=records[1].key.table):
         list(ShardReader(store, records).iterate(0))

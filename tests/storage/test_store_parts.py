@@ -1,36 +1,27 @@
 import hashlib
 import os
 import pickle
-import subprocess
-import sys
-import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import duckdb
 import polars as pl
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import storage
-from storage import DamagedError, PartKey, Store, StoreUnavailableError
+from storage import DamagedError, PartKey, PartRecord, Store, StoreUnavailableError
 from storage.verify import verify
-from tests.support.storage import SCORES
-
-Key = Callable[..., PartKey]
-Table = Callable[..., pa.Table]
-REJECT = {"stage": "rewards", "key": "row 3", "reason": "NaN reward", "prompt_id": "prompt-3"}
+from tests.support.storage import REJECT, REJECTS, SCORES, at_once, commit_scores, part_key, run_code, scores
 
 
-def test_a_committed_part_is_found_and_read_back(store: Store, part_key: Key, rewards_table: Table) -> None:
+def test_a_committed_part_is_found_and_read_back(store: Store) -> None:
     key = part_key("rewards")
     assert store.part(key) is None
     record = store.commit_part(
         key,
-        rewards_table(10),
-        rejects=storage.rejects_table([REJECT]),
+        scores(10),
+        rejects=REJECTS,
         parents={"f" * 32: "0" * 64},
         metadata={"engine": "vllm"},
         seconds=1.25,
@@ -39,13 +30,13 @@ def test_a_committed_part_is_found_and_read_back(store: Store, part_key: Key, re
     assert store.find_parts([key, part_key("rewards", 1)]) == {key.fingerprint: record}
     assert store.family_parts("rewards", key.family) == [record]
     assert (record.rows, record.rejects, record.seconds) == (10, 1, 1.25)
-    assert store.read_part(record).to_pylist() == rewards_table(10).to_pylist()
+    assert store.read_part(record).to_pylist() == scores(10).to_pylist()
     assert store.read_part(record, ["reward"]).column_names == ["reward"]
     assert store.read_rejects(record).to_pylist() == [REJECT]
 
 
-def test_the_record_says_what_lies_in_the_store(store: Store, part_key: Key, rewards_table: Table) -> None:
-    record = store.commit_part(part_key("rewards"), rewards_table(10))
+def test_the_record_says_what_lies_in_the_store(store: Store) -> None:
+    record = store.commit_part(part_key("rewards"), scores(10))
     table = record.table
     assert table is not None
     data = store.read_bytes(table.key)
@@ -55,10 +46,8 @@ def test_the_record_says_what_lies_in_the_store(store: Store, part_key: Key, rew
     assert store.list() == [f"parts/rewards/{record.family}/{record.fingerprint}.json", table.key]
 
 
-def test_equal_rows_give_equal_bytes_however_they_arrive(
-    store: Store, part_key: Key, rewards_table: Table
-) -> None:
-    rows = rewards_table(5000)
+def test_equal_rows_give_equal_bytes_however_they_arrive(store: Store) -> None:
+    rows = scores(5000)
     whole = store.commit_part(part_key("rewards", 0), rows, table=SCORES)
     pieces = store.commit_part(
         part_key("rewards", 1), (rows.slice(at, 37) for at in range(0, 5000, 37)), table=SCORES
@@ -68,43 +57,39 @@ def test_equal_rows_give_equal_bytes_however_they_arrive(
     assert whole.rows == pieces.rows == 5000
 
 
-def test_a_committed_part_is_never_written_again(tmp_path: Path, part_key: Key, rewards_table: Table) -> None:
+def test_a_committed_part_is_never_written_again(tmp_path: Path) -> None:
     store = Store(tmp_path)
     key = part_key("rewards")
-    record = store.commit_part(key, rewards_table(10, seed=0))
+    record = store.commit_part(key, scores(10, seed=0))
     path = store.local_path(key.table)
     assert path is not None
     before = path.stat()
-    assert store.commit_part(key, rewards_table(10, seed=1)) == record
+    assert store.commit_part(key, scores(10, seed=1)) == record
     assert path.stat() == before
 
 
-def test_replace_puts_the_new_rows_in_place_of_the_old(
-    store: Store, part_key: Key, rewards_table: Table
-) -> None:
+def test_replace_puts_the_new_rows_in_place_of_the_old(store: Store) -> None:
     key = part_key("rewards")
-    old = store.commit_part(key, rewards_table(10), rejects=storage.rejects_table([REJECT]))
-    new = store.commit_part(key, rewards_table(12, seed=1), replace=True)
+    old = store.commit_part(key, scores(10), rejects=REJECTS)
+    new = store.commit_part(key, scores(12, seed=1), replace=True)
     assert new.digest != old.digest
     assert store.part(key) == new
     assert store.read_part(new).num_rows == 12
     assert store.list() == [key.record, key.table]
 
 
-def test_replace_keeps_the_old_part_where_the_new_rows_fail(
-    store: Store, part_key: Key, rewards_table: Table
-) -> None:
+def test_replace_keeps_the_old_part_where_the_new_rows_fail(store: Store) -> None:
     key = part_key("rewards")
-    old = store.commit_part(key, rewards_table(10))
+    old = store.commit_part(key, scores(10))
     with pytest.raises(storage.SchemaError):
-        store.commit_part(key, rewards_table(12).drop_columns("reward"), table=SCORES, replace=True)
+        store.commit_part(key, scores(12).drop_columns("reward"), table=SCORES, replace=True)
     assert store.part(key) == old
     assert store.read_part(old).num_rows == 10
 
 
-def test_a_failing_iterator_leaves_nothing_behind(store: Store, part_key: Key, rewards_table: Table) -> None:
+def test_a_failing_iterator_leaves_nothing_behind(store: Store) -> None:
     def rows():
-        yield rewards_table(70_000)
+        yield scores(70_000)
         raise RuntimeError("engine died")
 
     with pytest.raises(RuntimeError, match="engine died"):
@@ -115,78 +100,64 @@ def test_a_failing_iterator_leaves_nothing_behind(store: Store, part_key: Key, r
         assert not [name for _, _, names in os.walk(root.parent) for name in names]
 
 
-def test_rejects_may_be_known_only_after_the_last_row(
-    store: Store, part_key: Key, rewards_table: Table
-) -> None:
+def test_rejects_may_be_known_only_after_the_last_row(store: Store) -> None:
     left_out: list[dict[str, str | None]] = []
 
     def rows():
-        yield rewards_table(10)
+        yield scores(10)
         left_out.append(REJECT)
 
     record = store.commit_part(part_key("rewards"), rows(), rejects=lambda: storage.rejects_table(left_out))
     assert record.rejects == 1
 
 
-def test_a_part_may_have_no_rows(store: Store, part_key: Key) -> None:
+def test_a_part_may_have_no_rows(store: Store) -> None:
     for number, tables in enumerate([[], SCORES.schema.empty_table()]):
         record = store.commit_part(part_key("rewards", number), tables, table=SCORES)
         assert record.rows == 0
         assert store.read_part(record).schema == SCORES.schema
 
 
-def test_discard_makes_a_part_uncommitted_and_leaves_no_file(
-    store: Store, part_key: Key, rewards_table: Table
-) -> None:
+def test_discard_makes_a_part_uncommitted_and_leaves_no_file(store: Store) -> None:
     key, other = part_key("rewards", 0), part_key("rewards", 1)
-    store.commit_part(key, rewards_table(10), rejects=storage.rejects_table([REJECT]))
-    kept = store.commit_part(other, rewards_table(10))
+    store.commit_part(key, scores(10), rejects=REJECTS)
+    kept = store.commit_part(other, scores(10))
     store.discard_part(key)
     assert store.part(key) is None
     assert store.list() == [other.record, other.table]
     assert store.part(other) == kept
 
 
-def test_a_payload_left_by_a_killed_run_is_taken_as_it_is(
-    store: Store, part_key: Key, rewards_table: Table
-) -> None:
+def test_a_payload_left_by_a_killed_run_is_taken_as_it_is(store: Store) -> None:
     key = part_key("rewards")
-    first = store.commit_part(key, rewards_table(10, seed=0), rejects=storage.rejects_table([REJECT]))
+    first = store.commit_part(key, scores(10, seed=0), rejects=REJECTS)
     store.delete(key.record)  # as if killed before the commit
-    second = store.commit_part(
-        key, rewards_table(12, seed=1), rejects=storage.rejects_table([REJECT, REJECT])
-    )
+    second = store.commit_part(key, scores(12, seed=1), rejects=storage.rejects_table([REJECT, REJECT]))
     assert second.files == first.files
     assert (second.rows, second.rejects) == (10, 1)
     assert len(store.list()) == 3
 
 
-def test_a_payload_left_by_a_killed_discard_is_not_taken(
-    store: Store, part_key: Key, rewards_table: Table
-) -> None:
+def test_a_payload_left_by_a_killed_discard_is_not_taken(store: Store) -> None:
     key = part_key("rewards")
-    store.commit_part(key, rewards_table(10, seed=0))
+    store.commit_part(key, scores(10, seed=0))
     store.write_bytes(f"{key.folder}.discarded", b"{}")
     store.delete(key.record)
-    record = store.commit_part(key, rewards_table(12, seed=1))
+    record = store.commit_part(key, scores(12, seed=1))
     assert store.read_part(record).num_rows == 12
     assert store.list() == [key.record, key.table]
 
 
-def test_a_torn_payload_without_a_record_is_written_anew(
-    store: Store, part_key: Key, rewards_table: Table
-) -> None:
+def test_a_torn_payload_without_a_record_is_written_anew(store: Store) -> None:
     key = part_key("rewards")
     store.write_bytes(key.table, b"PAR1 and nothing more")
-    record = store.commit_part(key, rewards_table(10))
+    record = store.commit_part(key, scores(10))
     assert store.read_part(record).num_rows == 10
 
 
 @pytest.mark.parametrize("harm", ["missing", "truncated", "other rows"])
-def test_reading_a_damaged_part_names_its_file(
-    store: Store, part_key: Key, rewards_table: Table, harm: str
-) -> None:
-    record = store.commit_part(part_key("rewards"), rewards_table(10))
+def test_reading_a_damaged_part_names_its_file(store: Store, harm: str) -> None:
+    record = store.commit_part(part_key("rewards"), scores(10))
     assert record.table is not None
     key = record.table.key
     data = store.read_bytes(key)
@@ -200,9 +171,9 @@ def test_reading_a_damaged_part_names_its_file(
         store.read_part(record)
 
 
-def test_a_record_edited_by_hand_is_refused(store: Store, part_key: Key, rewards_table: Table) -> None:
+def test_a_record_edited_by_hand_is_refused(store: Store) -> None:
     key = part_key("rewards")
-    store.commit_part(key, rewards_table(10))
+    store.commit_part(key, scores(10))
     data = store.read_bytes(key.record)
     store.write_bytes(key.record, data.replace(b'"rows":10', b'"rows":11'))
     with pytest.raises(DamagedError, match="was changed after it was written"):
@@ -214,7 +185,7 @@ def test_a_record_edited_by_hand_is_refused(store: Store, part_key: Key, rewards
         store.part(part_key("rewards", 1))
 
 
-def test_a_folder_is_committed_and_fetched(store: Store, part_key: Key, tmp_path: Path, monkeypatch) -> None:
+def test_a_folder_is_committed_and_fetched(store: Store, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = tmp_path / "model"
     (model / "sub").mkdir(parents=True)
@@ -222,14 +193,14 @@ def test_a_folder_is_committed_and_fetched(store: Store, part_key: Key, tmp_path
     (model / "sub" / "model.safetensors").write_bytes(bytes(range(256)) * 100)
     record = store.commit_folder(part_key("policy"), model, metadata={"steps": 3})
     assert store.part(part_key("policy")) == record
-    for fetched in (store.fetch_folder(record), store.fetch_folder(record, into=tmp_path / "mine")):
-        assert storage.folder_digest(fetched) == storage.folder_digest(model)
-    assert store.fetch_folder(record) == store.fetch_folder(record)
+    fetched = store.fetch_folder(record)
+    assert storage.folder_digest(fetched) == storage.folder_digest(model)
+    assert store.fetch_folder(record) == fetched
     store.discard_part(part_key("policy"))
     assert store.list() == []
 
 
-def test_a_half_copied_folder_is_not_a_part(store: Store, part_key: Key, tmp_path: Path) -> None:
+def test_a_half_copied_folder_is_not_a_part(store: Store, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "a").write_text("a")
     (tmp_path / "model" / "b").write_text("b")
@@ -241,27 +212,23 @@ def test_a_half_copied_folder_is_not_a_part(store: Store, part_key: Key, tmp_pat
     assert store.commit_folder(key, tmp_path / "model").digest == record.digest
 
 
-def test_polars_and_duckdb_read_a_family_by_a_glob(
-    tmp_path: Path, part_key: Key, rewards_table: Table
-) -> None:
+def test_polars_and_duckdb_read_a_family_by_a_glob(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    records = [store.commit_part(part_key("rewards", n), rewards_table(10, seed=n)) for n in range(3)]
+    records = commit_scores(store, 3)
     glob = str(tmp_path / "parts" / "rewards" / records[0].family / "*.parquet")
     assert pl.scan_parquet(glob).select(pl.len()).collect().item() == 30
     assert duckdb.sql(f"select count(*), count(distinct prompt_id) from '{glob}'").fetchall() == [(30, 15)]
 
 
-def test_scan_reads_many_parts_as_one_table(store: Store, part_key: Key, rewards_table: Table) -> None:
-    records = [store.commit_part(part_key("rewards", n), rewards_table(10, seed=n)) for n in range(3)]
+def test_scan_reads_many_parts_as_one_table(store: Store) -> None:
+    records = commit_scores(store, 3)
     lazy = store.scan(records).filter(pl.col("sample_index") == 1).select("prompt_id", "reward")
     assert lazy.collect().shape == (15, 2)
 
 
-def test_row_groups_and_statistics_let_a_reader_skip(
-    tmp_path: Path, part_key: Key, rewards_table: Table
-) -> None:
+def test_row_groups_and_statistics_let_a_reader_skip(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    record = store.commit_part(part_key("rewards"), rewards_table(150_000))
+    record = store.commit_part(part_key("rewards"), scores(150_000), table=SCORES)
     with pq.ParquetFile(store.local_path(record.key.table)) as file:
         assert [file.metadata.row_group(i).num_rows for i in range(3)] == [65_536, 65_536, 18_928]
         column = file.metadata.row_group(0).column(0)
@@ -269,15 +236,13 @@ def test_row_groups_and_statistics_let_a_reader_skip(
         assert column.statistics.has_min_max
 
 
-def test_a_store_can_be_sent_to_another_process(store: Store, part_key: Key, rewards_table: Table) -> None:
-    record = store.commit_part(part_key("rewards"), rewards_table(10))
+def test_a_store_can_be_sent_to_another_process(store: Store) -> None:
+    record = store.commit_part(part_key("rewards"), scores(10))
     copy = pickle.loads(pickle.dumps(store))  # noqa: S301
     assert copy.part(part_key("rewards")) == record
 
 
-def test_work_folders_survive_until_they_are_cleared(
-    store: Store, part_key: Key, tmp_path: Path, monkeypatch
-) -> None:
+def test_work_folders_survive_until_they_are_cleared(store: Store, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     key = part_key("policy")
     (store.work_dir(key) / "checkpoint").write_text("1")
@@ -286,25 +251,14 @@ def test_work_folders_survive_until_they_are_cleared(
     assert list(store.work_dir(key).iterdir()) == []
 
 
-def test_threads_that_commit_one_part_agree_on_the_first(
-    store: Store, part_key: Key, rewards_table: Table
-) -> None:
-    rejects = storage.rejects_table([REJECT])
+def test_threads_that_commit_one_part_agree_on_the_first(store: Store) -> None:
     for number in range(5):
         key = part_key("rewards", number)
-        barrier = threading.Barrier(4)
-        records: list[storage.PartRecord] = []
 
-        def commit(seed: int, key=key, barrier=barrier, records=records) -> None:
-            table = rewards_table(10 + seed, seed=seed)
-            barrier.wait()
-            records.append(store.commit_part(key, table, rejects=rejects if seed % 2 else None))
+        def commit(seed: int, key: PartKey = key) -> PartRecord:
+            return store.commit_part(key, scores(10 + seed, seed), rejects=REJECTS if seed % 2 else None)
 
-        threads = [threading.Thread(target=commit, args=(seed,)) for seed in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        records = at_once(4, commit)
         assert len(records) == 4
         assert len({record.files for record in records}) == 1
         assert store.read_part(records[0]).num_rows == records[0].rows
@@ -313,13 +267,11 @@ def test_threads_that_commit_one_part_agree_on_the_first(
 
 
 @pytest.mark.parametrize("place", ["/proc/no-store", "file"])
-def test_a_store_that_cannot_be_written_is_one_readable_error(
-    tmp_path: Path, part_key: Key, rewards_table: Table, place: str
-) -> None:
+def test_a_store_that_cannot_be_written_is_one_readable_error(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("not a folder")
     store = Store(tmp_path / place)
     with pytest.raises(StoreUnavailableError, match="choose another store"):
-        store.commit_part(part_key("rewards"), rewards_table(10))
+        store.commit_part(part_key("rewards"), scores(10))
     with pytest.raises(StoreUnavailableError, match="choose another store"):
         store.write_run("run", {})
 
@@ -335,8 +287,5 @@ try:
 except storage.StoreUnavailableError as error:
     print(error)
 """
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
-    )
-    assert "File too large. Nothing committed is lost" in run.stdout
+    assert "File too large. Nothing committed is lost" in run_code(code, tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

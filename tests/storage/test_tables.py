@@ -1,10 +1,8 @@
-from collections.abc import Callable
-
 import pyarrow as pa
 import pytest
 
 from storage import PartKey, SchemaError, Store
-from tests.support.storage import SCORES
+from tests.support.storage import SCORES, scores
 
 ROW = {
     "prompt_id": "p",
@@ -21,8 +19,8 @@ def store() -> Store:
     return Store("memory://tables-test")
 
 
-def test_a_key_repeated_far_apart_is_found(store: Store, rewards_table: Callable[..., pa.Table]) -> None:
-    tables = [rewards_table(70_000, seed=0), rewards_table(2, seed=0)]
+def test_a_key_repeated_far_apart_is_found(store: Store) -> None:
+    tables = [scores(70_000, seed=0), scores(2, seed=0)]
     with pytest.raises(SchemaError, match="appears 2 times"):
         store.commit_part(PartKey("rewards", "family", "far-apart"), tables, table=SCORES)
 

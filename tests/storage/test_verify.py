@@ -1,34 +1,26 @@
 import json
-from collections.abc import Callable
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
 
-import storage
 from storage import Manifest, PartKey, Store, manifest_of
-from storage.parts import sealed
+from storage.parts import dump_checksummed
 from storage.verify import repair, verify
-from tests.support.storage import SCORES
-
-Key = Callable[..., PartKey]
-Table = Callable[..., pa.Table]
+from tests.support.storage import REJECTS, SCORES, commit_scores, part_key, scores
 
 
 @pytest.fixture
-def manifest(store: Store, part_key: Key, rewards_table: Table) -> Manifest:
+def manifest(store: Store) -> Manifest:
     """A committed artifact of four parts, one with rejects, named by a run."""
-    rejects = storage.rejects_table([{"stage": "rewards", "key": "3", "reason": "NaN"}])
-    records = [
-        store.commit_part(part_key("rewards", n), rewards_table(20, seed=n), rejects=None if n else rejects)
-        for n in range(4)
-    ]
+    records = commit_scores(store, 4, rows=20, rejected=lambda n: n == 0)
     made = store.commit_manifest(manifest_of("rewards", records[0].family, records))
     store.write_run("run", {"stages": {"rewards": made.fingerprint}})
     return made
 
 
-def rewrite(store: Store, key: str, data: bytes) -> None:
-    store.write_bytes(key, data)
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
 def test_a_sound_store_has_no_findings(store: Store, manifest: Manifest) -> None:
@@ -51,20 +43,18 @@ def test_a_sound_store_has_no_findings(store: Store, manifest: Manifest) -> None
     ],
 )
 def test_a_harmed_part_is_named_and_only_it_is_computed_again(
-    store: Store, manifest: Manifest, rewards_table: Table, harm: str, kind: str
+    store: Store, manifest: Manifest, harm: str, kind: str
 ) -> None:
     record = manifest.parts[0]
     assert record.table is not None
     assert record.rejects_file is not None
     key = record.table.key
     data = store.read_bytes(key)
-    flipped = bytearray(data)
-    flipped[len(data) // 2] ^= 1
     match harm:
         case "flip":
-            rewrite(store, key, bytes(flipped))
+            store.write_bytes(key, flipped(data, len(data) // 2))
         case "truncate":
-            rewrite(store, key, data[:-7])
+            store.write_bytes(key, data[:-7])
         case "delete":
             store.delete(key)
         case "delete record":
@@ -72,15 +62,13 @@ def test_a_harmed_part_is_named_and_only_it_is_computed_again(
             store.delete(key)
         case "edit record":
             key = record.key.record
-            rewrite(store, key, store.read_bytes(key).replace(b'"rejects":1', b'"rejects":2'))
+            store.write_bytes(key, store.read_bytes(key).replace(b'"rejects":1', b'"rejects":2'))
         case "swap":  # another part's bytes, padded to the same size
             other = store.read_bytes(manifest.parts[1].key.table)
-            rewrite(store, key, other[: len(data)].ljust(len(data), b"\0"))
+            store.write_bytes(key, other[: len(data)].ljust(len(data), b"\0"))
         case "flip rejects":
             key = record.rejects_file.key
-            old = bytearray(store.read_bytes(key))
-            old[10] ^= 4
-            rewrite(store, key, bytes(old))
+            store.write_bytes(key, flipped(store.read_bytes(key), 10))
 
     findings = list(verify(store))
     assert [(finding.kind, finding.key, finding.part) for finding in findings] == [(kind, key, record.key)]
@@ -89,21 +77,17 @@ def test_a_harmed_part_is_named_and_only_it_is_computed_again(
     repair(store, findings)
     missing = [part for part in manifest.parts if store.part(part.key) is None]
     assert missing == [record]
-    again = store.commit_part(
-        record.key,
-        rewards_table(20, seed=0),
-        rejects=storage.rejects_table([{"stage": "rewards", "key": "3", "reason": "NaN"}]),
-    )
+    again = store.commit_part(record.key, scores(20, seed=0), rejects=REJECTS)
     assert again.files == record.files
     store.commit_manifest(manifest_of("rewards", manifest.family, [again, *manifest.parts[1:]]))
     assert list(verify(store)) == []
 
 
 def test_a_record_and_payload_that_were_both_replaced_do_not_match_the_manifest(
-    store: Store, manifest: Manifest, rewards_table: Table
+    store: Store, manifest: Manifest
 ) -> None:
     record = manifest.parts[1]
-    store.commit_part(record.key, rewards_table(20, seed=99), replace=True)
+    store.commit_part(record.key, scores(20, seed=99), replace=True)
     (finding,) = verify(store)
     assert finding.kind == "manifest"
     assert "disagree in files" in finding.message
@@ -113,7 +97,7 @@ def test_a_record_and_payload_that_were_both_replaced_do_not_match_the_manifest(
 def test_a_manifest_edited_by_hand_is_named_and_dropped(store: Store, manifest: Manifest) -> None:
     value = json.loads(store.read_bytes(manifest.key))
     value["rows"] = 81
-    rewrite(store, manifest.key, json.dumps(value).encode())
+    store.write_bytes(manifest.key, json.dumps(value).encode())
     (finding,) = verify(store)
     assert (finding.kind, finding.key) == ("manifest", manifest.key)
     repair(store, [finding])
@@ -121,11 +105,11 @@ def test_a_manifest_edited_by_hand_is_named_and_dropped(store: Store, manifest: 
     assert len(store.find_parts(part.key for part in manifest.parts)) == 4  # no part is lost
 
 
-def test_a_manifest_edited_and_sealed_again_is_found_by_its_totals(store: Store, manifest: Manifest) -> None:
+def test_a_manifest_with_a_new_checksum_is_found_by_its_totals(store: Store, manifest: Manifest) -> None:
     value = json.loads(store.read_bytes(manifest.key))
     value["rows"] = 81
     value.pop("sha256")
-    rewrite(store, manifest.key, sealed(value))
+    store.write_bytes(manifest.key, dump_checksummed(value))
     (finding,) = verify(store)
     assert "says 81 rows, its parts have 80" in finding.message
 
@@ -142,46 +126,29 @@ def test_a_missing_manifest_of_a_run_and_missing_rejects_are_named(store: Store,
     assert list(verify(store)) == []
 
 
-def test_a_payload_whose_schema_does_not_match_its_stage_is_named(store: Store, part_key: Key) -> None:
+def test_a_payload_whose_schema_does_not_match_its_stage_is_named(store: Store) -> None:
     key = part_key("rewards", 9)
     made = store.commit_part(PartKey("other", "family", "x"), pa.table({"prompt_id": ["a"]}))
     assert made.table is not None
     store.write_bytes(key.table, store.read_bytes(made.table.key))
-    entry = ["table.parquet", key.table, made.table.bytes, made.table.sha256]
-    value = {
-        **made.to_json(),
-        "stage": key.stage,
-        "family": key.family,
-        "fingerprint": key.fingerprint,
-        "files": [entry],
-    }
-    store.write_bytes(key.record, sealed(value))
+    moved = replace(made, **vars(key), files=(replace(made.table, key=key.table),))
+    store.write_bytes(key.record, moved.to_file())
     (finding,) = verify(store, tables={"rewards": SCORES})
     assert finding.kind == "schema"
     assert "column sample_index is missing" in finding.message
 
 
-def test_row_counts_are_compared_with_the_record(store: Store, part_key: Key, rewards_table: Table) -> None:
-    record = store.commit_part(part_key("rewards"), rewards_table(10))
-    store.write_bytes(record.key.record, sealed({**record.to_json(), "rows": 11}))
+def test_row_counts_are_compared_with_the_record(store: Store) -> None:
+    record = store.commit_part(part_key("rewards"), scores(10))
+    store.write_bytes(record.key.record, dump_checksummed({**record.to_json(), "rows": 11}))
     (finding,) = verify(store)
     assert (finding.kind, finding.part) == ("rows", record.key)
     assert "has 10 rows, its record says 11" in finding.message
 
 
-def test_rows_that_their_parent_does_not_have_are_found(
-    store: Store, manifest: Manifest, part_key: Key, rewards_table: Table
-) -> None:
-    stranger = store.commit_part(part_key("rewards", 7), rewards_table(20, seed=7))
-    completions = rewards_table(20, seed=0).select(["prompt_id", "sample_index", "origin"])
-    for name, values in {
-        "text": pa.array([""] * 20),
-        "token_ids": pa.array([[1]] * 20, pa.list_(pa.int32())),
-        "finish_reason": pa.nulls(20),
-        "sampled_logprob": pa.nulls(20),
-    }.items():
-        completions = completions.append_column(name, values)
-    parent_part = store.commit_part(part_key("completions"), completions)
+def test_rows_that_their_parent_does_not_have_are_found(store: Store, manifest: Manifest) -> None:
+    stranger = store.commit_part(part_key("rewards", 7), scores(20, seed=7))
+    parent_part = store.commit_part(part_key("completions"), scores(20, seed=0), table=SCORES)
     parent = store.commit_manifest(manifest_of("completions", "family", [parent_part]))
     parents = {"completions": parent.fingerprint}
     sound = store.commit_manifest(manifest_of("rewards", "family-a", [manifest.parts[0]], parents=parents))
@@ -195,16 +162,14 @@ def test_rows_that_their_parent_does_not_have_are_found(
     assert "'prompt_id': 'prompt-7-" in finding.message
 
 
-def test_parts_of_an_unfinished_run_are_verified_too(
-    store: Store, part_key: Key, rewards_table: Table
-) -> None:
-    record = store.commit_part(part_key("rewards"), rewards_table(10))
+def test_parts_of_an_unfinished_run_are_verified_too(store: Store) -> None:
+    record = store.commit_part(part_key("rewards"), scores(10))
     assert list(verify(store)) == []
     store.delete(record.key.table)
     assert [finding.part for finding in verify(store)] == [record.key]
 
 
-def test_a_folder_part_is_verified_file_by_file(store: Store, part_key: Key, tmp_path) -> None:
+def test_a_folder_part_is_verified_file_by_file(store: Store, tmp_path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_bytes(bytes(100))
     (tmp_path / "model" / "config.json").write_text("{}")
@@ -215,17 +180,15 @@ def test_a_folder_part_is_verified_file_by_file(store: Store, part_key: Key, tmp
     assert (finding.kind, finding.key) == ("altered", record.files[1].key)
 
 
-def test_a_part_made_from_bytes_that_are_no_more_is_stale(
-    store: Store, part_key: Key, rewards_table: Table
-) -> None:
-    parent = store.commit_part(part_key("rewards", 0), rewards_table(10, seed=0))
+def test_a_part_made_from_bytes_that_are_no_more_is_stale(store: Store) -> None:
+    parent = store.commit_part(part_key("rewards", 0), scores(10, seed=0))
     parents = {parent.fingerprint: parent.digest}
     child = store.commit_part(part_key("metrics", 0), pa.table({"x": [1]}), parents=parents)
     other = store.commit_part(part_key("metrics", 1), pa.table({"x": [1]}))
-    again = store.commit_part(parent.key, rewards_table(10, seed=0), replace=True)
+    again = store.commit_part(parent.key, scores(10, seed=0), replace=True)
     assert list(verify(store)) == []  # the same bytes: nothing to do
     assert not child.is_stale({again.fingerprint: again.digest})
-    changed = store.commit_part(parent.key, rewards_table(10, seed=1), replace=True)
+    changed = store.commit_part(parent.key, scores(10, seed=1), replace=True)
     (finding,) = verify(store)
     assert (finding.kind, finding.part) == ("stale", child.key)
     assert child.is_stale({changed.fingerprint: changed.digest})

@@ -1,16 +1,16 @@
 """Kills every stage of a small pipeline at every crash point, resumes it, and compares with an uninterrupted run.
 
-    python crash_stages.py FOLDER [N]      prints one JSON object: points by stage, killed, resumed, faults
+    python -m tests.tasks.crash_stages FOLDER [N]      prints one JSON object: points by stage, killed, resumed, faults
 
-With N, stages that train or load a model for each attempt are killed at every N-th point only; without, at every one.
+With N, stages that train or load a model are killed at every N-th point only.
 
-An uninterrupted run goes first, and the store is copied before and after each stage. Then, for every stage and every
-point at which it changes the store: a fork of this process runs the stage from the copy before it and kills itself
-there; another fork runs it to the end. Every file must then be what the uninterrupted run left (records apart from their
-times), and no part that was committed before the kill may have been touched.
+An uninterrupted run goes first, and the store is copied before and after each stage. Then, for every
+stage and every point at which it changes the store: a fork of this process runs the stage from the copy
+before it and kills itself there; another fork runs it to the end. Every file must then be what the
+uninterrupted run left, apart from times, and no part that was committed before the kill may change.
 
-All stages run in the forks themselves, not in child processes, so that a kill meets their commits. Prefect's task wrapper is
-left off: it takes no part in what is written.
+All stages run in the forks themselves, not in child processes, so that a kill hits their commits.
+Prefect's task wrapper is removed: it does not affect what is written.
 """
 
 import hashlib
@@ -19,8 +19,6 @@ import os
 import shutil
 import signal
 import sys
-import traceback
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,12 +30,12 @@ import torch
 
 from qrpo.engines.transformers import TransformersEngine
 from qrpo.tiny import build_tiny_model
-from storage.crashpoints import on_crash_point
 from tasks import groups, run_stage
 from tasks.config import PipelineConfig, parse_config
 from tasks.stages import STAGES, completions, evaluation
+from tests.support.crashes import in_fork, timeless
 
-DEAR = ("reference", "policy", "evaluation")
+SLOW = ("reference", "policy", "evaluation")
 REWARD = "def reward(prompts, completions, **columns):\n    return [len(text) + text.count('a') / 7 for text in completions]\n"
 
 
@@ -100,42 +98,10 @@ def run_here() -> None:
         module.engine_for = lambda config, model, log: EngineHere(config, model)
 
 
-def in_fork(work: Callable[[], None]) -> int:
-    """The status of `work` in a fork of this process: 0, or minus the signal that ended it."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
-
-
-def run_one(
-    stage: str, config: PipelineConfig, store: Path, kill_at: int | None = None, count: Path | None = None
-) -> int:
-    """Run a stage in a fork, killed at its `kill_at`-th crash point; `count` gets how many there were."""
-
-    def work() -> None:
-        points = 0
-
-        def listener(name: str, key: str) -> None:
-            nonlocal points
-            if key.startswith("leases/"):
-                return  # a heartbeat thread writes them at times of its own
-            points += 1
-            if points == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        on_crash_point(listener)
-        run_stage.run_stage(stage, config, str(store))
-        if count is not None:
-            count.write_text(str(points))
-
-    return in_fork(work)
+def run_one(stage: str, config: PipelineConfig, store: Path, kill_at: int | None = None) -> tuple[int, int]:
+    """The exit code of a stage in a fork, killed at that crash point, and how many points it reached."""
+    status, reports = in_fork(lambda _: run_stage.run_stage(stage, config, str(store)), kill_at)
+    return status, int(reports[-1]) if status == 0 else 0
 
 
 def content(store: Path) -> dict[str, str]:
@@ -146,14 +112,13 @@ def content(store: Path) -> dict[str, str]:
         if not path.is_file() or key.startswith(("leases/", "work/", "logs/")) or path.name.startswith("."):
             continue
         names = key.split("/")
-        if (
-            names[0] == "parts" and len(names) == 6
-        ):  # a file of a model folder, below the hash of all its files
+        if names[0] == "parts" and len(names) == 6:  # a file of a model folder, below the hash of its files
             if path.name != "metrics.parquet":
                 seen["/".join([*names[:4], names[5]])] = digest(path)
         elif path.suffix == ".json":
-            timed = {"files", "bytes"} if "policy" in names else set()
-            seen[key] = json.dumps(without_times(json.loads(path.read_text()), timed), sort_keys=True)
+            more = ("files", "bytes") if "policy" in names else ()
+            value = timeless(json.loads(path.read_text()), "parts_computed", "parts_cached", *more)
+            seen[key] = json.dumps(value, sort_keys=True)
         else:
             seen[key] = digest(path)
     return seen
@@ -161,16 +126,6 @@ def content(store: Path) -> dict[str, str]:
 
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def without_times(value: Any, more: set[str]) -> Any:
-    """The same without times (and `more` keys), and without how many parts this very run computed."""
-    left_out = {"created", "seconds", "updated", "sha256", "parts_computed", "parts_cached"} | more
-    if isinstance(value, dict):
-        return {key: without_times(item, more) for key, item in value.items() if key not in left_out}
-    if isinstance(value, list):
-        return [without_times(item, more) for item in value]
-    return value
 
 
 def committed(store: Path) -> dict[str, int]:
@@ -183,7 +138,7 @@ def committed(store: Path) -> dict[str, int]:
 
 
 def main(folder: Path, every: int) -> dict[str, Any]:
-    """Kill and resume every stage at every point, the dear ones at every `every`-th."""
+    """Kill and resume every stage at every point, the slow ones at every `every`-th."""
     torch.set_num_threads(1)
     run_here()
     config = write_task(folder)
@@ -192,22 +147,22 @@ def main(folder: Path, every: int) -> dict[str, Any]:
     points: dict[str, int] = {}
     for stage in STAGES:
         shutil.copytree(store, folder / f"before-{stage}")
-        assert run_one(stage, config, store, count=folder / "points") == 0, stage
-        points[stage] = int((folder / "points").read_text())
+        status, points[stage] = run_one(stage, config, store)
+        assert status == 0, stage
         shutil.copytree(store, folder / f"after-{stage}")
     faults = []
     killed = resumed = 0
     for stage, total in points.items():
         expected = content(folder / f"after-{stage}")
-        for point in range(1, total + 1, every if stage in DEAR else 1):
+        for point in range(0, total, every if stage in SLOW else 1):
             killed += 1
             broken = folder / "broken"
             shutil.rmtree(broken, ignore_errors=True)
             shutil.copytree(folder / f"before-{stage}", broken)
-            if run_one(stage, config, broken, kill_at=point) != -signal.SIGKILL:
+            if run_one(stage, config, broken, kill_at=point)[0] != -signal.SIGKILL:
                 faults.append(f"{stage} {point}: not killed")
             before = committed(broken)
-            if run_one(stage, config, broken) != 0:
+            if run_one(stage, config, broken)[0] != 0:
                 faults.append(f"{stage} {point}: not resumed")
                 continue
             resumed += 1

@@ -8,11 +8,9 @@ import pytest
 
 @pytest.mark.slow
 def test_every_stage_killed_at_any_point_resumes_to_the_uninterrupted_result(tmp_path: Path):
-    script = Path(__file__).with_name("crash_stages.py")
-
-    done = subprocess.run(
-        [sys.executable, script, tmp_path, "16"], capture_output=True, text=True, timeout=550
-    )
+    command = [sys.executable, "-m", "tests.tasks.crash_stages", tmp_path, "16"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=550)
 
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
