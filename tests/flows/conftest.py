@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from tests.support.flows import QRPO, clean_environment, invoke, run_json
 
@@ -81,17 +83,26 @@ def write_task(base_model: Path) -> Callable[..., Path]:
 def trained(
     write_task: Callable[..., Path], prefect_server: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A folder with `config.yaml` and a `store` that holds its run `tiny`, evaluated. To be copied, not changed: `copy_of`."""
-    folder = tmp_path_factory.mktemp("trained")
-    config = write_task(
-        folder,
-        prompts__eval_fraction=0.4,
-        policy__epochs=1,
-        policy__checkpoint_steps=1,
-        evaluation__num_samples=2,
-        run__cpu_threads=1,
-    )
-    run_json("run", config, "--store", folder / "store")
+    """A folder with `config.yaml` and a `store` that holds its run `tiny`, evaluated. To be copied, not changed: `copy_of`.
+
+    Made once for all workers of pytest-xdist: the first one that needs it makes it, another one waits.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "config.yaml").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            config = write_task(
+                folder,
+                prompts__eval_fraction=0.4,
+                policy__epochs=1,
+                policy__checkpoint_steps=1,
+                evaluation__num_samples=2,
+                run__cpu_threads=1,
+            )
+            unfinished = config.rename(folder / "unfinished.yaml")
+            run_json("run", unfinished, "--store", folder / "store")
+            unfinished.rename(config)
     return folder
 
 
