@@ -48,13 +48,14 @@ demo: $(STAMP) ## train a better policy from prompts in minutes, without downloa
 test: $(STAMP) system ## the whole test suite
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
-check: $(STAMP) lint types ## run lint, types, import contracts and fast tests
+check: $(STAMP) lint types ## run lint, types and the fast tests
 	$(VENV)/bin/python -m pytest -q -n 2 -m "not slow"
 
-lint: $(STAMP) ## run ruff and the import contracts
+lint: $(STAMP) ## run ruff, the import contracts and the size budgets
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/python .ci/size_budgets.py
 
 types: $(STAMP) ## run mypy, strict, over the four packages
 	$(VENV)/bin/mypy
