@@ -11,13 +11,15 @@ UV := $(VENV)/bin/uv
 WHEELS = $(if $(PIP_FIND_LINKS),$(addprefix --find-links ,$(PIP_FIND_LINKS)),--torch-backend $(if $(filter cuda,$(EXTRA)),auto,cpu))
 OVERRIDES = $(if $(filter cpu,$(EXTRA)),--override requirements/cpu-overrides.txt)
 STAMP := $(VENV)/.installed-$(EXTRA)
-# What tests use beside Python: the sandbox's isolator, a database for the Prefect server, a browser.
+# What tests use in addition to Python: the sandbox's isolator, a database for the Prefect server, a browser.
 SYSTEM_PACKAGES := bubblewrap chromium fonts-dejavu-core postgresql
 export HF_HUB_DISABLE_TELEMETRY = 1
+# Empty: tests start many Python processes, and each starts faster with compiled modules.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: help install system demo test check lint types format lock clean
 
-help: ## this list
+help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(UV):
@@ -31,37 +33,38 @@ $(STAMP): $(UV) pyproject.toml requirements/$(EXTRA).txt
 	$(UV) pip install --quiet --python $(VENV)/bin/python --no-deps --editable .
 	@touch $@
 
-install: $(STAMP) ## the virtual environment with everything in it
+install: $(STAMP) ## create the virtual environment with all dependencies
 
-system: ## the Debian packages that tests use, where they are missing
+system: ## install the Debian packages that tests use
 	@missing=$$(for name in $(SYSTEM_PACKAGES); do dpkg -s $$name >/dev/null 2>&1 || echo $$name; done); \
 	if test -z "$$missing"; then :; \
 	elif test "$$(id -u)" = 0 && command -v apt-get >/dev/null; then \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
 	else echo "Not installed: $$missing. The tests that use them are skipped; a Debian root installs them by \`make system\`." >&2; fi
 
-demo: $(STAMP) ## prompts become a better policy, in minutes, nothing to download
+demo: $(STAMP) ## train a better policy from prompts in minutes, without downloads
 	$(VENV)/bin/qrpo demo
 
 test: $(STAMP) system ## the whole test suite
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-check: $(STAMP) lint types ## lint, types, import contracts, fast tests
+check: $(STAMP) lint types ## run lint, types and the fast tests
 	$(VENV)/bin/python -m pytest -q -n 2 -m "not slow"
 
-lint: $(STAMP) ## ruff and the import contracts
+lint: $(STAMP) ## run ruff, the import contracts and the size budgets
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/python .ci/size_budgets.py
 
-types: $(STAMP) ## mypy, strict, over the four packages
+types: $(STAMP) ## run mypy, strict, over the four packages
 	$(VENV)/bin/mypy
 
-format: $(STAMP) ## ruff's formatter and safe fixes
+format: $(STAMP) ## apply ruff's formatter and safe fixes
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-lock: $(UV) ## resolve pyproject.toml again into requirements/
+lock: $(UV) ## resolve pyproject.toml into requirements/
 	$(UV) pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --upgrade \
 	  $(WHEELS) --override requirements/cpu-overrides.txt --extra cpu --extra dev pyproject.toml -o requirements/cpu.txt
 	$(UV) pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --upgrade \

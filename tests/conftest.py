@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share, each made once a session: tiny models, a Prefect server, an S3 server."""
+"""Fixtures for all tests, created once a session: tiny models, a Prefect server, an S3 server."""
 
 import os
 import signal
@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# how long an example takes says how busy the machine is, and nothing else
+# deadlines would fail on a busy machine
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
-# a suite that was started in the background ignores Ctrl-C, and so would every process that a test interrupts
+# a suite started in the background ignores Ctrl-C, and every process that a test interrupts would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
-# as `qrpo` sets it; read when Prefect is imported, so before any test does
+# as `qrpo` sets it; Prefect reads it when it is imported
 os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 
 TEXTS = [
@@ -68,7 +68,7 @@ def prefect_server() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """The address of a real S3 server of this process."""
+    """The address of a real S3 server in this process."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

@@ -15,7 +15,8 @@ import polars as pl
 import pyarrow as pa
 from typer.testing import CliRunner
 
-from storage import SCHEMAS, Manifest, PartKey, PartRecord, Store, manifest_of, rejects_table
+from storage import Manifest, PartKey, PartRecord, Store, manifest_of, rejects_table
+from tasks.stages import TABLES
 
 CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = (
@@ -67,13 +68,15 @@ def row(stage: str, prompt_id: str = "p", **values: Any) -> dict[str, Any]:
 
 def table(stage: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Rows with the stage's schema; further columns hold lists of floats."""
-    extra = [pa.field(key, pa.list_(pa.float32())) for key in rows[0] if key not in SCHEMAS[stage].names]
-    return pa.Table.from_pylist(list(rows), schema=pa.schema([*SCHEMAS[stage], *extra]))
+    extra = [
+        pa.field(key, pa.list_(pa.float32())) for key in rows[0] if key not in TABLES[stage].schema.names
+    ]
+    return pa.Table.from_pylist(list(rows), schema=pa.schema([*TABLES[stage].schema, *extra]))
 
 
 def rewards_table(rewards: Any, first: int = 0) -> pa.Table:
     """One reward per prompt `p<number>`."""
-    nulls = {"components": SCHEMAS["rewards"].field("components").type, "error": pa.string()}
+    nulls = {"components": TABLES["rewards"].schema.field("components").type, "error": pa.string()}
     count = len(rewards)
     return pa.table(
         {
