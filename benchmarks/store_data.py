@@ -10,7 +10,6 @@ import pyarrow as pa
 from storage import PartKey, Store
 from tasks.config import PipelineConfig, parse_config
 from tasks.plan import PartPlan
-from tasks.work import Work
 
 
 def part_keys(stages: Iterable[str], name: str) -> dict[str, PartKey]:
@@ -86,4 +85,4 @@ def compute(module: Any, store: Store, parts: Sequence[PartPlan], config: Pipeli
     """What the stage in `module` commits for these parts, computed again where the store has them: read, compute, validate, commit."""
     for part in parts:
         store.discard_part(part.key)
-    return list(module.compute(Work(parts[0].key.stage, config, store.url, tuple(parts))))
+    return list(module.compute(module.STAGE.work(config, store, parts)))

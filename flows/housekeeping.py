@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.console import Console
 
-from flows.cli.pipeline_run import run_pipeline
+from flows.pipeline_run import run_pipeline
 from flows.views.runs import size_text
 from storage import Store
 from storage.gc import GcPlan, collect, plan_gc

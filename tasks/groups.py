@@ -83,7 +83,7 @@ def _computing(
 ) -> tuple[int, Callable[[Iterable[Group]], Iterator[Group]]]:
     """How many parts a group should have, and what computes groups, giving each back when it is done: here, or on workers."""
 
-    whole = Work(stage, STAGES[stage].settings_of(config), config.run, config.name, store, ())
+    whole = STAGES[stage].work(config, store)
 
     def work(group: Group) -> Work[Any]:
         return whole.only(group[1])

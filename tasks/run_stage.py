@@ -20,7 +20,6 @@ from tasks.progress import reporting
 from tasks.reuse import note_family
 from tasks.stage import Stage
 from tasks.stages import STAGE_NAMES, STAGES
-from tasks.work import Work
 
 __all__ = ["StageResult", "run_stage"]
 
@@ -102,7 +101,7 @@ def _line(result: StageResult) -> str:
 def _read(stage: Stage[Any], plan: StagePlan, planner: Planner) -> tuple[StagePlan, tuple[PartRecord, ...]]:
     """Run a stage that finds its parts by reading: its plan, and the parts that are new."""
     config, store = planner.config, planner.store
-    work = Work(stage.name, stage.settings_of(config), config.run, config.name, store, ())
+    work = stage.work(config, store)
     records, new = [], []
     with reporting(stage.name, 0) as reporter:
         for record, is_new in stage.compute(work):

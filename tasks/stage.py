@@ -127,6 +127,10 @@ class Stage(Generic[S]):
         """What this stage reads of the configuration."""
         return read_settings(self.settings, config)
 
+    def work(self, config: Any, store: Store, parts: Sequence[PartPlan] = ()) -> Work[S]:
+        """Parts to compute, with what this stage reads of a `PipelineConfig`."""
+        return Work(self.name, self.settings_of(config), config.run, config.name, store, tuple(parts))
+
     def read_values(self, config: BaseModel) -> dict[str, Any]:
         """The same as nested JSON values by path, without what cannot change a row: `qrpo plan` compares them."""
         dumped = effective(config)

@@ -165,8 +165,8 @@ def report(
 
 def _evaluate_runs(configs: dict[str, Any], store: Any, as_json: bool) -> None:
     """Print the evaluation of each run, computed if the store does not have it, and of several runs together."""
-    from flows.cli.pipeline_run import run_pipeline
     from flows.evaluate import across_runs, print_comparison
+    from flows.pipeline_run import run_pipeline
     from qrpo.errors import DataError
 
     answer: dict[str, Any] = {"runs": {}}

@@ -136,7 +136,7 @@ def plan(
 
 
 def _run(config: Any, store: str, as_json: bool, **span: Any) -> None:
-    from flows.cli.pipeline_run import print_summary, run_pipeline
+    from flows.pipeline_run import print_summary, run_pipeline
 
     summary = run_pipeline(config, store, console=err, **span)
     print_json(summary) if as_json else print_summary(summary, out)

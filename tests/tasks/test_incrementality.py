@@ -27,7 +27,6 @@ from tasks.planner import plan_pipeline
 from tasks.run_stage import run_stage
 from tasks.stages import STAGES
 from tasks.stages.policy import compute as compute_policy
-from tasks.work import Work
 
 pytestmark = pytest.mark.slow
 
@@ -478,9 +477,7 @@ def trained(task: Task, config: PipelineConfig) -> PartRecord:
     """The policy's record; its computation runs in this process."""
     plan = plan_pipeline(config, task.store, until="policy")
     assert all(plan[stage].complete for stage in ("completions", "rewards", "quantiles", "shards"))
-    settings = STAGES["policy"].settings_of(config)
-    work = Work("policy", settings, config.run, config.name, task.store, plan["policy"].parts)
-    results = [*compute_policy(work)]
+    results = [*compute_policy(STAGES["policy"].work(config, task.store, plan["policy"].parts))]
     assert isinstance(results[-1], PartRecord)
     return results[-1]
 

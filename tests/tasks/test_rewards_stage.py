@@ -19,8 +19,7 @@ from tasks.config import PipelineConfig, load_config, parse_config
 from tasks.plan import PartPlan
 from tasks.planner import plan_pipeline
 from tasks.stages.completions import TABLE
-from tasks.stages.rewards import compute, reward_settings
-from tasks.work import Work
+from tasks.stages.rewards import STAGE, reward_settings
 
 FUNCTIONS = """\
 calls = 0
@@ -146,7 +145,7 @@ def scored(store: Store, rewards: Sequence[Mapping[str, Any]], attempt: str = "1
         key = PartKey("rewards", f"test{attempt}", f"{number:08d}")
         slice_ = {"prompts": keys["prompts"].fingerprint}
         parts.append(PartPlan(key, (keys["completions"], keys["prompts"]), slice_))
-    records = list(compute(Work("rewards", config_of(rewards), store.url, tuple(parts))))
+    records = list(STAGE.compute(STAGE.work(config_of(rewards), store, parts)))
     assert [record.key for record in records] == [part.key for part in parts]
     return [row for record in records for row in store.read_part(record).to_pylist()]
 
@@ -225,8 +224,8 @@ def test_a_damaged_file_of_answers_costs_its_answers_and_nothing_else(store: Sto
 def test_what_could_change_a_grade_changes_fingerprints_and_nothing_else_does(
     change: dict[str, Any], counts: bool
 ) -> None:
-    before = reward_settings(config_of([judge("http://here/v1")]))
-    after = reward_settings(config_of([judge("http://here/v1", **change)]))
+    before = reward_settings(config_of([judge("http://here/v1")]).rewards)
+    after = reward_settings(config_of([judge("http://here/v1", **change)]).rewards)
     assert (before != after) is counts
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from qrpo.errors import ConfigError
+from storage import Store
 from tasks.config import PipelineConfig, parse_config
 from tasks.runners import RemoteWork, WorkerPool, WorkerSetup, uses_workers
-from tasks.work import Work
+from tasks.stages import STAGES
 
 
 def settings(model: Path, **run: Any) -> PipelineConfig:
@@ -89,7 +90,7 @@ def test_runner_is_not_in_any_fingerprint(tiny_model: Path):
 
 def test_two_workers_of_a_pool_see_different_gpus(tiny_model: Path):
     setup = WorkerSetup("process", "session", os.getpid(), ("4", "5", "6", "7"), 2)
-    work = RemoteWork(Work("completions", settings(tiny_model), "store", ()), setup)
+    work = RemoteWork(STAGES["completions"].work(settings(tiny_model), Store("store")), setup)
     context = multiprocessing.get_context("spawn")
 
     with context.Manager() as manager, ProcessPoolExecutor(2, mp_context=context) as pool:

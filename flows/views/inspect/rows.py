@@ -100,7 +100,7 @@ class ArtifactRows:
         frames = [pl.DataFrame(schema={name: self.schema[name] for name in columns})]
         for (number, _), wanted in pieces.items():
             first, count = wanted[0], wanted[-1] - wanted[0] + 1
-            table = read.read_rows(self.store.files, self.parts[number], first, count, columns)
+            table = self.store.read_rows(self.parts[number], first, count, columns)
             frames.append(_frame(table, columns).select(pl.all().gather([row - first for row in wanted])))
         row_of = {position: row for row, position in enumerate(ordered)}
         return pl.concat(frames).select(pl.all().gather([row_of[position] for position in positions]))
