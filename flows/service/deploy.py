@@ -113,20 +113,15 @@ def declarations() -> Iterator[dict[str, Any]]:
     """Yield every deployment in the format of `prefect.yaml`: the pipeline as declared there, then one per stage."""
     [pipeline] = yaml.safe_load((_FOLDER / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
     yield pipeline
-    for stage in STAGES:
-        gpu = _uses_gpu(stage)
+    for name, stage in STAGES.items():
         yield pipeline | {
-            "name": stage,
-            "entrypoint": f"flows.stages.{stage}",
+            "name": name,
+            "entrypoint": f"flows.stages.{name}",
             "description": None,  # the flow's own
-            "tags": ["qrpo", "gpu"] if gpu else ["qrpo"],
-            "work_pool": pipeline["work_pool"] | {"work_queue_name": "gpu" if gpu else "cpu"},
+            "tags": ["qrpo", "gpu"] if stage.uses_gpu else ["qrpo"],
+            "work_pool": pipeline["work_pool"] | {"work_queue_name": "gpu" if stage.uses_gpu else "cpu"},
             "schedules": [],
         }
-
-
-def _uses_gpu(stage: str) -> bool:
-    return stage not in ("prompts", "quantiles")
 
 
 def job_template(default: dict[str, Any], pool_type: PoolType) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def test_more_lost_than_allowed_stops_the_run_and_keeps_what_was_scored(scored: 
             {"prompts__source": "nowhere/prompts.jsonl"},
             "",
             FAILED,
-            r"no file nowhere/prompts.jsonl.*: \w+ the path",
+            r"no file nowhere/prompts.jsonl.*: fix the path",
         ),
         (
             {"policy__betta": 0.1},
@@ -199,7 +199,7 @@ def test_more_lost_than_allowed_stops_the_run_and_keeps_what_was_scored(scored: 
             {"reference__model": {"path": "{tmp}/no-model"}},
             "",
             FAILED,
-            "no model folder {tmp}/no-model: \\w+ the path",
+            "no model folder {tmp}/no-model: fix the path",
         ),
         ({"reference__model": {"path": "{tmp}"}}, "", FAILED, "{tmp} has no config.json"),
         ({}, "--set policy.beta", USAGE, "expected key.path=value"),
