@@ -12,9 +12,10 @@ from flows.views.plan import preview
 from qrpo.config import Section
 from storage import Store, row_digest
 from tasks.config import PipelineConfig, apply_overrides, parse_config
-from tasks.planner import Planner, plan_pipeline, planning
+from tasks.planner import Planner, plan_pipeline
 from tasks.run_stage import StageResult, run_stage
 from tasks.stages import STAGE_NAMES, STAGES
+from tests.support.flows import copy_store
 
 REWARD = """\
 from pathlib import Path
@@ -36,10 +37,14 @@ def letters(prompts, completions, **columns):
 
 
 class TinyPipeline:
-    """A folder with prompts, rewards and a store, and one configuration of all stages, fine-tuning included."""
+    """A folder with prompts and rewards, a store, and one configuration of all stages, fine-tuning included.
+
+    The store is in this process's memory, so every stage computes in this process and starts no child.
+    """
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder, self.model = folder, model
+        self.store = Store(f"memory://{folder.parent.name}-{folder.name}")
 
     @classmethod
     def create(cls, folder: Path, model: Path, prompts: int = 24) -> "TinyPipeline":
@@ -54,11 +59,9 @@ class TinyPipeline:
         """The same with a copy of the store, where nothing has been called yet."""
         shutil.copytree(self.folder, folder)
         (folder / "calls.txt").unlink(missing_ok=True)
-        return TinyPipeline(folder, self.model)
-
-    @property
-    def store(self) -> Store:
-        return Store(self.folder / "store")
+        copied = TinyPipeline(folder, self.model)
+        copy_store(self.store, copied.store)
+        return copied
 
     def config(self, changes: dict[str, Any] | None = None) -> PipelineConfig:
         """The configuration with some keys set by their dotted path."""
@@ -84,18 +87,17 @@ class TinyPipeline:
         return parse_config(apply_overrides(raw, settings))
 
     def run(self, config: PipelineConfig, until: str = STAGE_NAMES[-1]) -> dict[str, StageResult]:
-        """Run the stages up to `until` in one Prefect flow."""
+        """Run the stages up to `until`, in one Prefect flow where anything is to be computed."""
         from prefect import flow
 
         names = STAGE_NAMES[: STAGE_NAMES.index(until) + 1]
         planner = Planner(config, self.store)
 
-        @flow(name="tiny")
         def tiny() -> list[StageResult]:
-            with planning(planner):
-                return [run_stage(name, config, self.store.url) for name in names]
+            return [run_stage(name, config, self.store.url, planner=planner) for name in names]
 
-        return {result.stage: result for result in tiny()}
+        cached = all(planner.plan(name).complete for name in names)
+        return {result.stage: result for result in (tiny() if cached else flow(name="tiny")(tiny)())}
 
     def plan(self, config: PipelineConfig) -> dict[str, dict[str, Any]]:
         """What `qrpo plan --json` says of each stage."""

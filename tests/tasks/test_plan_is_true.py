@@ -70,9 +70,9 @@ ELSEWHERE = {
     "compare.seeds",
     "compare.select_by",
 }
-# Settings whose change is planned, and not run: each only trains another policy. `policy.beta` stands for them.
-ONLY_PLANNED = ("policy.",)
-RUN = {"policy.beta", "policy.bf16"}
+# Settings whose change is planned, and not run: each only trains another model. Those in RUN stand for them.
+ONLY_PLANNED = ("policy.", "reference.sft.")
+RUN = {"policy.beta", "policy.bf16", "reference.sft.learning_rate"}
 
 
 def changed(path: str, section: type[Section], name: str, value: Any) -> dict[str, Any]:
