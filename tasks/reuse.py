@@ -72,9 +72,11 @@ def with_candidates(
             by_prompt.setdefault(prompt_id, []).append(record)
     if not by_prompt:
         return tuple(missing)
-    prompts = _Prompts(store)
+    prompts = _Prompts(store, plan)
     return tuple(
-        replace(part, reuse=_candidates(stage.reuse, plan, part, prompts.of(part), by_prompt))
+        replace(
+            part, reuse=_candidates(stage.reuse, plan, part, prompts.of(part.slice["prompts"]), by_prompt)
+        )
         for part in missing
     )
 
@@ -98,47 +100,69 @@ def count_rows(store: Store, stage: Stage[Any], settings: Any, plan: StagePlan) 
         return None
     ours = _family_of(stage, plan)
     own = {part.key.family for part in plan.parts}
-    prompts = _Prompts(store)
+    prompts = _Prompts(store, plan)
 
     @cache
-    def price(family: str | None) -> int:
+    def price(family: str | None, same: bool = True) -> int:
         if family is None or family in own:
-            return reuse.costs(ours, ours if family else None)
-        return reuse.costs(ours, noted_family(store, stage.name, family))
+            return reuse.costs(ours, ours if family else None, same)
+        return reuse.costs(ours, noted_family(store, stage.name, family), same)
 
     @cache
     def names(key: PartKey) -> frozenset[Name]:
         record = store.part(key)
         return frozenset() if record is None else frozenset(_names(store, record, reuse))
 
+    @cache
+    def prompts_of(key: PartKey) -> Mapping[str, _Prompt]:
+        record = store.part(key)
+        return prompts.of(record.metadata.get("prompts")) if record is not None else {}
+
     to_compute = saved = 0
     for part in with_candidates(store, stage, plan, plan.missing):
         cheapest_first = sorted(part.reuse, key=lambda key: price(key.family))
-        for name in reuse.wanted(settings, part, prompts.of(part)):
+        present = prompts.of(part.slice["prompts"])
+        offline = {prompt_id: prompt.offline for prompt_id, prompt in present.items()}
+        for name in reuse.wanted(settings, part, offline):
             donor = next((key for key in cheapest_first if name in names(key)), None)
-            cost = price(donor.family if donor is not None else None)
+            cost = price(None)
+            if donor is not None:
+                earlier = prompts_of(donor).get(name[0])
+                cost = price(donor.family, earlier in (None, present[name[0]]))
             to_compute += cost
             saved += price(None) - cost
     return RowCount(reuse.unit, to_compute, saved)
 
 
+@dataclass(frozen=True)
+class _Prompt:
+    offline: int
+    """Number of the dataset's own completions."""
+    columns: str
+    """The other columns of its row, as JSON."""
+
+
 class _Prompts:
-    """The prompts of prompts parts, read once: prompt_id -> number of the dataset's own completions."""
+    """The prompts of prompts parts, by the part's fingerprint; each part is read once."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, plan: StagePlan) -> None:
         self._store = store
-        self._read: dict[PartKey, dict[str, int]] = {}
+        keys = [key for part in plan.parts for key in part.inputs if key.stage == "prompts"]
+        self._family = keys[0].family if keys else None
+        self._read: dict[str, dict[str, _Prompt]] = {}
 
-    def of(self, part: PartPlan) -> dict[str, int]:
-        key = next(key for key in part.inputs if key.stage == "prompts")
-        if key not in self._read:
-            record = self._store.part(key)
-            if record is None:  # the source was read for a plan, and nothing is committed yet
-                return {}
-            table = self._store.read_part(record, columns=["prompt_id", "offline_completions"])
-            counts = [len(texts) for texts in table["offline_completions"].to_pylist()]
-            self._read[key] = dict(zip(table["prompt_id"].to_pylist(), counts, strict=True))
-        return self._read[key]
+    def of(self, fingerprint: str | None) -> dict[str, _Prompt]:
+        """Empty for a part that is not there: the source was read for a plan, or the part was removed."""
+        if fingerprint is None or self._family is None:
+            return {}
+        if fingerprint not in self._read:
+            record = self._store.part(PartKey("prompts", self._family, fingerprint))
+            columns = ["prompt_id", "offline_completions", "metadata"]
+            rows = self._store.read_part(record, columns=columns).to_pylist() if record is not None else []
+            self._read[fingerprint] = {
+                row["prompt_id"]: _Prompt(len(row["offline_completions"]), row["metadata"]) for row in rows
+            }
+        return self._read[fingerprint]
 
 
 def _servants(
@@ -173,7 +197,7 @@ def _candidates(
     reuse: RowReuse[Any],
     plan: StagePlan,
     part: PartPlan,
-    prompts: Mapping[str, int],
+    prompts: Iterable[str],
     by_prompt: Mapping[str, Sequence[PartRecord]],
 ) -> tuple[PartKey, ...]:
     found: dict[str, PartKey] = {}

@@ -73,10 +73,10 @@ class RowReuse(Generic[S]):
     """Whether rows of a family may serve: both families as `{"version", "settings", "outside"}`."""
     matches: Callable[[PartPlan, Mapping[str, Any]], bool] = lambda part, metadata: True
     """Whether a part's rows may serve, given the committed part's metadata."""
-    costs: Callable[[Mapping[str, Any], Mapping[str, Any] | None], int] = lambda ours, theirs: int(
-        theirs is None
+    costs: Callable[[Mapping[str, Any], Mapping[str, Any] | None, bool], int] = lambda ours, theirs, same: (
+        int(theirs is None)
     )
-    """Units that one row costs, without (None) or with a row of the other family."""
+    """Units that one row costs, without (None) or with a row of the other family, and whether that has the same prompt and columns."""
 
 
 @dataclass(frozen=True)

@@ -400,9 +400,10 @@ def _sampled(family: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{name: value for name, value in of.items() if name not in ignored} for of in both]
 
 
-def _costs(ours: Mapping[str, Any], theirs: Mapping[str, Any] | None) -> int:
+def _costs(ours: Mapping[str, Any], theirs: Mapping[str, Any] | None, same: bool) -> int:
     """One sample, and one score of each reward."""
-    return int(theirs is None) + missing_rewards(_rewards_of(ours), theirs and _rewards_of(theirs))
+    scored = _rewards_of(theirs) if theirs is not None and same else None
+    return int(theirs is None) + missing_rewards(_rewards_of(ours), scored)
 
 
 def _rewards_of(family: Mapping[str, Any]) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
         PartPlan(
             part_key("rewards", family, part.key.fingerprint, part.slice["prompts"]),
             (part.key, prompts[part.slice["prompts"]]),
-            part.slice,
+            {**part.slice, "samples": part.key.family},
         )
         for part in completions.parts
     )
@@ -369,7 +369,8 @@ STAGE = Stage(
         ("prompt_id", "origin", "sample_index"),
         unless="error",
         serves=lambda theirs, ours: missing_rewards(ours, theirs) < missing_rewards(ours, None),
-        costs=missing_rewards,
+        matches=lambda part, metadata: metadata.get("samples") in (None, part.slice["samples"]),
+        costs=lambda ours, theirs, same: missing_rewards(ours, theirs if same else None),
     ),
     lost_rows=_lost_rows,
 )
