@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from typing import Any
 
 from qrpo.errors import ConfigError
 from storage import PartRecord, Store
@@ -24,6 +25,8 @@ class Planner:
     def __init__(self, config: PipelineConfig, store: Store) -> None:
         self.config = config
         self.store = store
+        self.uncommitted: dict[str, list[dict[str, Any]]] = {}
+        """Rows of the source that were read for a plan, by the fingerprint of their part."""
         self._plans: dict[str, StagePlan] = {}
         self._previous = previous_policy(config.rounds.from_run, store)
 
@@ -84,7 +87,11 @@ class Planner:
         settings = stage.settings_of(self.config)
         plan = stage.plan(settings, Upstream(self._plans, self.store, self._previous))
         if stage.read is not None and not plan.known and read_source:
-            plan = replace(plan, parts=tuple(stage.read(settings)), known=True)
+            parts = []
+            for part, rows in stage.read(settings):
+                parts.append(part)
+                self.uncommitted[part.key.fingerprint] = rows
+            plan = replace(plan, parts=tuple(parts), known=True)
         if not all(before.known for before in self._plans.values()):
             plan = replace(plan, known=False)
         return self._with_records(plan, keep_cut)

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -57,7 +58,11 @@ def noted_family(store: Store, stage: str, family: str) -> dict[str, Any] | None
 
 
 def with_candidates(
-    store: Store, stage: Stage[Any], plan: StagePlan, missing: Sequence[PartPlan]
+    store: Store,
+    stage: Stage[Any],
+    plan: StagePlan,
+    missing: Sequence[PartPlan],
+    uncommitted: Mapping[str, Sequence[Mapping[str, Any]]] = MappingProxyType({}),
 ) -> tuple[PartPlan, ...]:
     """The missing parts, each with the committed parts whose rows may serve in it.
 
@@ -72,7 +77,7 @@ def with_candidates(
             by_prompt.setdefault(prompt_id, []).append(record)
     if not by_prompt:
         return tuple(missing)
-    prompts = _Prompts(store, plan)
+    prompts = _Prompts(store, plan, uncommitted)
     return tuple(
         replace(
             part, reuse=_candidates(stage.reuse, plan, part, prompts.of(part.slice["prompts"]), by_prompt)
@@ -93,14 +98,23 @@ def reusable_rows(work: Work[Any], part: PartPlan, on: Sequence[str]) -> "pl.Dat
     return rows.unique(subset=["family", *on], keep="first", maintain_order=True).collect()
 
 
-def count_rows(store: Store, stage: Stage[Any], settings: Any, plan: StagePlan) -> RowCount | None:
-    """What the missing parts of a plan cost; None where the stage's rows cost next to nothing."""
+def count_rows(
+    store: Store,
+    stage: Stage[Any],
+    settings: Any,
+    plan: StagePlan,
+    uncommitted: Mapping[str, Sequence[Mapping[str, Any]]] = MappingProxyType({}),
+) -> RowCount | None:
+    """What the missing parts of a plan cost; None where the stage's rows cost next to nothing.
+
+    `uncommitted` has the rows of prompts parts that were read for the plan alone.
+    """
     reuse = stage.reuse
     if reuse is None:
         return None
     ours = _family_of(stage, plan)
     own = {part.key.family for part in plan.parts}
-    prompts = _Prompts(store, plan)
+    prompts = _Prompts(store, plan, uncommitted)
 
     @cache
     def price(family: str | None, same: bool = True) -> int:
@@ -119,7 +133,7 @@ def count_rows(store: Store, stage: Stage[Any], settings: Any, plan: StagePlan) 
         return prompts.of(record.metadata.get("prompts")) if record is not None else {}
 
     to_compute = saved = 0
-    for part in with_candidates(store, stage, plan, plan.missing):
+    for part in with_candidates(store, stage, plan, plan.missing, uncommitted):
         cheapest_first = sorted(part.reuse, key=lambda key: price(key.family))
         present = prompts.of(part.slice["prompts"])
         offline = {prompt_id: prompt.offline for prompt_id, prompt in present.items()}
@@ -145,20 +159,25 @@ class _Prompt:
 class _Prompts:
     """The prompts of prompts parts, by the part's fingerprint; each part is read once."""
 
-    def __init__(self, store: Store, plan: StagePlan) -> None:
+    def __init__(
+        self, store: Store, plan: StagePlan, uncommitted: Mapping[str, Sequence[Mapping[str, Any]]]
+    ) -> None:
         self._store = store
+        self._uncommitted = uncommitted
         keys = [key for part in plan.parts for key in part.inputs if key.stage == "prompts"]
         self._family = keys[0].family if keys else None
         self._read: dict[str, dict[str, _Prompt]] = {}
 
     def of(self, fingerprint: str | None) -> dict[str, _Prompt]:
-        """Empty for a part that is not there: the source was read for a plan, or the part was removed."""
+        """Empty for a part that is not there."""
         if fingerprint is None or self._family is None:
             return {}
         if fingerprint not in self._read:
             record = self._store.part(PartKey("prompts", self._family, fingerprint))
             columns = ["prompt_id", "offline_completions", "metadata"]
-            rows = self._store.read_part(record, columns=columns).to_pylist() if record is not None else []
+            rows = self._uncommitted.get(fingerprint, ())
+            if record is not None:
+                rows = self._store.read_part(record, columns=columns).to_pylist()
             self._read[fingerprint] = {
                 row["prompt_id"]: _Prompt(len(row["offline_completions"]), row["metadata"]) for row in rows
             }

@@ -107,8 +107,8 @@ class Stage(Generic[S]):
     """Whether it saves a checkpoint when it is told to end, and so gets time to."""
     uses_gpu: bool = True
     reuse: RowReuse[S] | None = None
-    read: Callable[[S], Iterator[PartPlan]] | None = None
-    """For the stage that reads outside data: its parts, without committing anything. Its `compute` yields (record, whether it
+    read: Callable[[S], Iterator[tuple[PartPlan, list[dict[str, Any]]]]] | None = None
+    """For the stage that reads outside data: its parts and their rows, without committing anything. Its `compute` yields (record, whether it
     is new) for every part."""
     lost_rows: Callable[[Manifest, Store], tuple[int, int]] = _rejects
     """(rows lost, rows there would be)."""

@@ -47,7 +47,7 @@ def training_files(
         for split, chosen in (("train", kept), ("held-out", out))
         for number, rows in enumerate(_cut(chosen))
     ]
-    missing = [(key, rows) for key, rows in wanted if files.part(key) is None]
+    missing = [(key, rows) for key, rows in wanted if not files.exists(key.table) or files.part(key) is None]
     passes = max(1, math.ceil(sum(record.bytes for record in shards) / _BYTES_PER_PASS))
     size = math.ceil(len(missing) / passes)
     for start in range(0, len(missing), size or 1):

@@ -28,7 +28,8 @@ def preview(config: PipelineConfig, store: Store) -> dict[str, Any]:
     stages = {}
     for name, stage in STAGES.items():
         plan = planner.plan(name, read_source=not config.prompts.source.startswith("hf://"))
-        count = count_rows(store, stage, stage.settings_of(config), plan) if plan.known else None
+        settings = stage.settings_of(config)
+        count = count_rows(store, stage, settings, plan, planner.uncommitted) if plan.known else None
         stages[name] = {
             "parts_total": len(plan.parts) if plan.known else None,
             "parts_cached": len(plan.records) if plan.known else None,

@@ -169,9 +169,9 @@ def compute(work: Work[Settings]) -> Iterator[tuple[PartRecord, bool]]:
         yield record, new
 
 
-def _read(settings: Settings) -> Iterator[PartPlan]:
+def _read(settings: Settings) -> Iterator[tuple[PartPlan, list[dict[str, Any]]]]:
     for part in cut(settings.section, settings.part_size):
-        yield part.plan()
+        yield part.plan(), part.rows
 
 
 def _read_source(

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import polars as pl
 
@@ -44,7 +45,7 @@ class TinyPipeline:
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder, self.model = folder, model
-        self.store = Store(f"memory://{folder.parent.name}-{folder.name}")
+        self.store = Store(f"memory://{uuid4().hex}")
 
     @classmethod
     def create(cls, folder: Path, model: Path, prompts: int = 24) -> "TinyPipeline":

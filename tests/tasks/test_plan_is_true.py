@@ -28,7 +28,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "completions.sampling.stop": {"completions.sampling.stop": ["two"]},
     "completions.sampling.top_k": {"completions.sampling.top_k": 5},
     "completions.num_ref": {"completions.num_ref": 6},
-    "prompts.columns": {"prompts.columns": {"rejected": None}},
+    "prompts.columns": {"prompts.columns": {"prompt": "prompt"}},
     "prompts.eval_fraction": {"prompts.eval_fraction": 0.5},
     "prompts.limit": {"prompts.limit": 20},
     "prompts.source_name": {"prompts.source_name": "other"},
