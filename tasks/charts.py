@@ -5,6 +5,7 @@ A drawer reads only the columns that it needs. `plot_histogram` and `plot_curves
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import polars as pl
 
 from storage import Manifest, Store
 from tasks.artifact_summary import training_metrics
+from tasks.stages import STAGES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,20 +22,25 @@ __all__ = ["Chart", "draw", "plot_curves", "plot_histogram"]
 
 Chart = tuple[str, bytes]
 """A title and a PNG file."""
+Drawer = Callable[["Axes", Manifest, Store], str]
+"""Draws into the axes and returns the title; `Stage.chart` names one."""
 _MAX_VALUES = 2_000_000  # a histogram of more looks the same
 
 
 def draw(manifest: Manifest, store: Store) -> Chart | None:
     """The stage's chart. None for a stage without one or without rows."""
-    if manifest.stage not in _DRAWERS or not manifest.rows:
+    chart = STAGES[manifest.stage].chart
+    if chart is None or not manifest.rows:
         return None
+    module, _, function = chart.partition(":")
+    drawer: Drawer = getattr(import_module(module), function)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    title = _DRAWERS[manifest.stage](axes, manifest, store)
+    title = drawer(axes, manifest, store)
     axes.grid(alpha=0.3)
     file = io.BytesIO()
     figure.savefig(file, format="png")
@@ -118,13 +125,3 @@ def _by_origin(columns: pl.LazyFrame) -> dict[str, Any]:
     frame = columns.drop_nulls().head(_MAX_VALUES).collect()
     groups = frame.group_by("origin").agg("value").sort("origin")
     return {row["origin"]: np.asarray(row["value"]) for row in groups.to_dicts()}
-
-
-_DRAWERS: Mapping[str, Callable[["Axes", Manifest, Store], str]] = {
-    "reference": training_loss,
-    "completions": completion_lengths,
-    "rewards": completion_rewards,
-    "quantiles": training_quantiles,
-    "policy": training_loss,
-    "evaluation": evaluation_rewards,
-}

@@ -7,7 +7,7 @@ choices of the command line, the deployments and the artifacts in Prefect's UI f
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel
 
@@ -15,9 +15,6 @@ from qrpo.config import Section, effective
 from storage import Manifest, Store, Table
 from tasks.plan import PartPlan, StagePlan, Upstream
 from tasks.work import Work
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 __all__ = ["RowReuse", "Stage", "read_settings", "setting", "setting_paths"]
 
@@ -115,8 +112,8 @@ class Stage(Generic[S]):
     describe: Callable[[S, Store, StagePlan], dict[str, Any]] | None = None
     """What the manifest says of the artifact beyond its parts."""
     why_empty: str = "no prompt reaches this stage"
-    chart: "Callable[[Axes, Manifest, Store], str] | None" = None
-    """Draws the artifact's picture and returns its title."""
+    chart: str | None = None
+    """`module:function` that draws the artifact's chart (see `tasks.charts`), loaded only to draw."""
 
     @property
     def target(self) -> str:

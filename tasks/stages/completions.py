@@ -37,6 +37,7 @@ __all__ = [
     "CompletionsConfig",
     "Settings",
     "compute",
+    "engine_settings",
     "plan",
     "sample_requests",
     "sample_row",
@@ -101,7 +102,11 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     In a later round, also blocks of the policy's own samples for the prompts that are trained on.
     """
     section = settings.section
-    hashed = {"engine": keyed(section.engine), "sampling": keyed(section.sampling), "seed": settings.seed}
+    hashed = {
+        "engine": engine_settings(section.engine, settings.model),
+        "sampling": keyed(section.sampling),
+        "seed": settings.seed,
+    }
     outside = {"model": upstream.reference_identity}
     family = make_family("completions", VERSION, hashed, outside)
     offline_family = make_family("completions", VERSION, {"origin": "offline"}, outside)
@@ -141,6 +146,11 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     }
     parents = upstream.parents("prompts", "reference")
     return StagePlan("completions", family, hashed, outside, tuple(parts), parents, rows)
+
+
+def engine_settings(engine: EngineConfig, model: ModelConfig) -> dict[str, Any]:
+    """The engine's settings for fingerprints, with the dtype that it really samples in."""
+    return {**keyed(engine), "dtype": engine.dtype if engine.dtype != "auto" else model.dtype}
 
 
 def samples_of(part: PartPlan, prompts: Mapping[str, int]) -> list[tuple[str, str, int]]:
@@ -329,4 +339,5 @@ STAGE = Stage(
     compute=compute,
     reuse=RowReuse("completions to sample", _to_sample, ("prompt_id", "origin", "sample_index")),
     lost_rows=_lost_rows,
+    chart="tasks.charts:completion_lengths",
 )

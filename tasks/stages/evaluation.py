@@ -35,7 +35,7 @@ from tasks.engines import close_engine, engine_for
 from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key
 from tasks.reuse import reusable_rows
 from tasks.stage import RowReuse, Stage, setting
-from tasks.stages.completions import sample_requests, sample_row
+from tasks.stages.completions import engine_settings, sample_requests, sample_row
 from tasks.stages.prompts import prompt_rows
 from tasks.stages.reference import model_for
 from tasks.stages.rewards import (
@@ -137,7 +137,7 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     hashed = {
         **keyed(settings.section),
         "seed": settings.seed,
-        "engine": keyed(settings.engine),
+        "engine": engine_settings(settings.engine, settings.model),
         "sampling": keyed(settings.sampling),
         "rewards": rewards,
         "dtype": settings.policy.dtype,
@@ -145,7 +145,7 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     outside = {"model": upstream.reference_identity, "rewards": reward_identity}
     family = make_family("evaluation", VERSION, hashed, outside)
     policy = upstream["policy"]
-    others = {name: model_identity(model) for name, model in settings.section.models.items()}
+    others = {name: _identity(model) for name, model in settings.section.models.items()}
     on_the_way = {f"step-{step}": [policy.fingerprint, step] for step in settings.section.checkpoints}
     models = {"policy": policy.fingerprint, "reference": None, **on_the_way, **others}
     quantiles_of = upstream["quantiles"].by_prompts()
@@ -161,6 +161,11 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     rows = {"eval": fingerprint([family, models, upstream["quantiles"].rows["eval"]])}
     parents = upstream.parents("policy", "quantiles", "reference")
     return StagePlan("evaluation", family, hashed, outside, tuple(parts), parents, rows)
+
+
+def _identity(model: ModelConfig) -> dict[str, Any]:
+    identity = model_identity(model)
+    return identity if model.dtype == "auto" else {**identity, "dtype": model.dtype}
 
 
 @dataclass(frozen=True)
@@ -433,4 +438,5 @@ STAGE = Stage(
     ),
     describe=summary,
     why_empty="no prompt is held out: set prompts.eval_fraction or prompts.eval_source",
+    chart="tasks.charts:evaluation_rewards",
 )

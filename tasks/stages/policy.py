@@ -180,4 +180,5 @@ STAGE = Stage(
     compute=compute,
     in_child=True,
     trains=True,
+    chart="tasks.charts:training_loss",
 )

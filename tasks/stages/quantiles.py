@@ -303,4 +303,5 @@ STAGE = Stage(
     plan=plan,
     compute=compute,
     uses_gpu=False,
+    chart="tasks.charts:training_quantiles",
 )

@@ -141,4 +141,5 @@ STAGE = Stage(
     in_child=True,
     trains=True,
     why_empty="reference.sft is null: the model is taken as it is",
+    chart="tasks.charts:training_loss",
 )

@@ -373,4 +373,5 @@ STAGE = Stage(
         costs=lambda ours, theirs, same: missing_rewards(ours, theirs if same else None),
     ),
     lost_rows=_lost_rows,
+    chart="tasks.charts:completion_rewards",
 )
