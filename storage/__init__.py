@@ -13,7 +13,7 @@
     checks         reusable checks on the values of a table
     reader         ShardReader: shuffled training rows from any position
     columns        ColumnBatch: rows kept as columns, for the reader
-    fingerprints   fingerprints of JSON values, digests of files and folders, seeded hashes
+    fingerprints   fingerprints of JSON values, digests of files and folders
     digests        row_digest: an order-free digest of rows
     leases         which process works on which part
     gc             what no run needs, and its removal
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
         StoreURLError,
         UnsafeNameError,
     )
-    from storage.fingerprints import file_digest, fingerprint, folder_digest, seeded_hash
+    from storage.fingerprints import file_digest, fingerprint, folder_digest
     from storage.manifest import Manifest, artifact_fingerprint, manifest_of
     from storage.parts import FileEntry, PartKey, PartRecord
     from storage.reader import Row, ShardReader
@@ -77,14 +77,13 @@ __all__ = [
     "open",
     "rejects_table",
     "row_digest",
-    "seeded_hash",
 ]
 
 _NAMES = {
     "artifact": "Artifact artifact_summary open",
     "digests": "row_digest",
     "errors": "DamagedError LeaseLostError SchemaError StoreError StoreUnavailableError StoreURLError UnsafeNameError",
-    "fingerprints": "file_digest fingerprint folder_digest seeded_hash",
+    "fingerprints": "file_digest fingerprint folder_digest",
     "manifest": "Manifest artifact_fingerprint manifest_of",
     "parts": "FileEntry PartKey PartRecord",
     "reader": "Row ShardReader",

@@ -22,7 +22,6 @@ __all__ = [
     "fingerprint",
     "folder_digest",
     "plain_json",
-    "seeded_hash",
     "stream_digest",
 ]
 
@@ -70,14 +69,6 @@ def _check(value: Any, path: str) -> None:
             f"{path} is a {type(value).__name__}: expected None, bool, int, float, str, list, tuple or dict. "
             "Turn it into one of these so that its fingerprint is the same everywhere."
         )
-
-
-def seeded_hash(purpose: str, *values: str | int) -> bytes:
-    """32 pseudo-random bytes from these values, for orders and draws equal on every machine.
-
-    `purpose` keeps draws with equal values independent: `seeded_hash("shards", seed, prompt_id)`.
-    """
-    return hashlib.sha256("\0".join([purpose, *map(str, values)]).encode()).digest()
 
 
 def stream_digest(file: IO[bytes]) -> str:

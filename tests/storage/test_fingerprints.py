@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage import StoreError, file_digest, fingerprint, folder_digest, seeded_hash
+from storage import StoreError, file_digest, fingerprint, folder_digest
 from tests.support.storage import run_code
 
 JSON = st.recursive(
@@ -99,8 +99,3 @@ def test_fingerprint_is_the_same_in_another_process() -> None:
     value = {"stage": "rewards", "config": {"beta": 0.1, "names": ["é", "b"]}}
     code = f"import storage; print(storage.fingerprint({value!r}))"
     assert run_code(code).strip() == fingerprint(value)
-
-
-def test_a_seeded_hash_depends_on_its_purpose_and_values_only() -> None:
-    assert seeded_hash("shards", 0, "p") == hashlib.sha256(b"shards\x000\x00p").digest()
-    assert len({seeded_hash("shards", 0), seeded_hash("shards", 1), seeded_hash("split", 0)}) == 3
