@@ -55,11 +55,12 @@ def _changed_settings(
     previous: Manifest, plan: StagePlan, planner: Planner, noted: Mapping[str, Any]
 ) -> Iterator[str]:
     """`key changed from old to new` for every setting that the stage reads."""
-    after = STAGES[plan.stage].read_values(planner.config)
-    before = previous.metadata.get("reads")
-    if before is None:  # written by an earlier version: the run's note has the configuration
-        before = {path: _value_at(noted.get("config", {}), path) for path in after}
-    old, new = flat(before), flat(after)
+    new = flat(STAGES[plan.stage].read_values(planner.config))
+    if "reads" in previous.metadata:
+        old = flat(previous.metadata["reads"])
+    else:  # written by an earlier version: the run's note has the configuration, with keys that may be others
+        known = flat(noted.get("config", {}))
+        old = {key: known.get(key, value) for key, value in new.items()}
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             yield f"{key} changed from {_short(old.get(key))} to {_short(new.get(key))}"
@@ -70,12 +71,6 @@ def _changed_inputs(previous: Manifest, plan: StagePlan) -> Iterator[str]:
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             yield f"{plan.stage}.{key} changed from {_short(old.get(key))} to {_short(new.get(key))}"
-
-
-def _value_at(config: Any, path: str) -> Any:
-    for step in path.split("."):
-        config = config.get(step) if isinstance(config, Mapping) else None
-    return config
 
 
 def _short(value: Any) -> str:

@@ -11,7 +11,7 @@ that match and computes the rest; `count_rows` tells the plan how many those are
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -47,14 +47,31 @@ def note_family(store: Store, stage: Stage[Any], plan: StagePlan) -> None:
         store.write_bytes(key, canonical_json(_family_of(stage, plan)))
 
 
+@lru_cache(256)
 def noted_family(store: Store, stage: str, family: str) -> dict[str, Any] | None:
-    """What was noted of a family: `version`, `settings`, `outside`. None for one that an earlier version wrote."""
+    """What a family's name is the hash of: `version`, `settings`, `outside`.
+
+    None for a family without a note: an earlier version wrote it, and no artifact of it was finished.
+    """
     try:
-        noted = json.loads(store.read_bytes(_family_key(stage, family)))
+        noted: dict[str, Any] = json.loads(store.read_bytes(_family_key(stage, family)))
     except FileNotFoundError:
-        return None
-    assert isinstance(noted, dict)
+        return _families_of_manifests(store, stage).get(family)
     return noted
+
+
+@lru_cache(16)
+def _families_of_manifests(store: Store, stage: str) -> dict[str, dict[str, Any]]:
+    """The families of finished artifacts, as their manifests describe them."""
+    families: dict[str, dict[str, Any]] = {}
+    prefix = f"artifacts/{stage}/"
+    for name in {key.removeprefix(prefix).partition("/")[0] for key in store.list(prefix.rstrip("/"))}:
+        manifest = store.manifest(stage, name)
+        if manifest is not None:
+            version = manifest.metadata.get("version")
+            described = {"settings": dict(manifest.config), "outside": dict(manifest.inputs)}
+            families[manifest.family] = {"version": version, **described}
+    return families
 
 
 def with_candidates(
@@ -95,6 +112,8 @@ def reusable_rows(work: Work[Any], part: PartPlan, on: Sequence[str]) -> "pl.Dat
         return pl.DataFrame()
     frames = [work.store.scan([record]).with_columns(family=pl.lit(record.family)) for record in records]
     rows = pl.concat(frames, how="diagonal")
+    if not set(on) <= set(rows.collect_schema().names()):  # parts of an earlier version lack a column
+        return pl.DataFrame()
     return rows.unique(subset=["family", *on], keep="first", maintain_order=True).collect()
 
 
@@ -203,11 +222,12 @@ def _serving_families(store: Store, stage: Stage[Any], plan: StagePlan) -> set[s
     assert stage.reuse is not None
     ours = _family_of(stage, plan)
     prefix = f"families/{stage.name}"
+    names = {key.removeprefix(f"{prefix}/").removesuffix(".json") for key in store.list(prefix)}
     found = set()
-    for key in store.list(prefix):
-        family = key.removeprefix(f"{prefix}/").removesuffix(".json")
+    for family in names | _families_of_manifests(store, stage.name).keys():
         theirs = noted_family(store, stage.name, family)
-        if theirs is not None and theirs["version"] == stage.version and stage.reuse.serves(theirs, ours):
+        same_code = theirs is not None and theirs["version"] in (None, stage.version)
+        if theirs is not None and same_code and stage.reuse.serves(theirs, ours):
             found.add(family)
     return found
 

@@ -405,6 +405,13 @@ def _sampled(family: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{name: value for name, value in of.items() if name not in ignored} for of in both]
 
 
+def _same_model(part: PartPlan, metadata: Mapping[str, Any]) -> bool:
+    """Parts of an earlier version do not say which model drew them; the reference is that of their family."""
+    if "identity" not in metadata:
+        return bool(part.slice["model"] == metadata.get("model") == "reference")
+    return bool(metadata["identity"] == part.slice["identity"])
+
+
 def _costs(ours: Mapping[str, Any], theirs: Mapping[str, Any] | None, same: bool) -> int:
     """One sample, and one score of each reward."""
     scored = _rewards_of(theirs) if theirs is not None and same else None
@@ -433,7 +440,7 @@ STAGE = Stage(
         _to_sample,
         ("prompt_id", "model", "sample_index"),
         serves=_serves,
-        matches=lambda part, metadata: metadata.get("identity") == part.slice["identity"],
+        matches=_same_model,
         costs=_costs,
     ),
     describe=summary,
