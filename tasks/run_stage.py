@@ -111,7 +111,7 @@ def _read(stage: Stage[Any], plan: StagePlan, planner: Planner) -> tuple[StagePl
             reporter.update(len(records), f"{rows} {stage.unit}", total=len(records))
     if not any(record.rows for record in records):
         reasons = _top_reasons(store, records)
-        raise DataError(f"{stage.name}: no usable row in {config.prompts.source}{reasons}")
+        raise DataError(f"{stage.name}: no usable prompt in {config.prompts.source}{reasons}")
     return planner.read(plan, tuple(records)), tuple(new)
 
 

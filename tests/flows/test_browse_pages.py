@@ -1,7 +1,6 @@
 """The pages of `qrpo browse` in a real browser: every link, hostile text, forms, phone width, dark mode."""
 
 import re
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def address(
     folder: Path,
     tmp_path_factory: pytest.TempPathFactory,
-    start_qrpo: Callable[..., "subprocess.Popen[bytes]"],
 ) -> Iterator[str]:
     """Where `qrpo browse` serves the store."""
     log = tmp_path_factory.mktemp("log") / "browse.log"
-    with browsing(start_qrpo, log, folder, r"http://\S+/") as found:
+    with browsing(log, folder, r"http://\S+/") as found:
         yield found.group().rstrip("/")
 
 

@@ -1,7 +1,6 @@
 """What `qrpo browse` answers to whom, apart from what its pages show."""
 
 import socket
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -171,11 +170,9 @@ def test_huge_completion_leaves_the_page_small(serve: Callable[..., int], tmp_pa
 
 
 @pytest.mark.slow
-def test_command_says_where_it_serves_and_makes_up_a_token(
-    tmp_path: Path, start_qrpo: Callable[..., "subprocess.Popen[bytes]"]
-) -> None:
+def test_command_says_where_it_serves_and_makes_up_a_token(tmp_path: Path) -> None:
     said = r"http://0\.0\.0\.0:(\d+)/\?token=(\S+)"
-    with browsing(start_qrpo, tmp_path / "log", tmp_path / "store", said, "--host", "0.0.0.0") as found:
+    with browsing(tmp_path / "log", tmp_path / "store", said, "--host", "0.0.0.0") as found:
         port, token = int(found.group(1)), found.group(2)
         assert ask(port, "/")[0] == 401
         assert ask(port, "/", Cookie=f"qrpo_browse={token}")[0] == 200

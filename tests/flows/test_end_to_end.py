@@ -263,14 +263,19 @@ def test_policy_starts_at_the_reference_and_ends_elsewhere(finished: Finished, r
     assert any(not torch.equal(value, weights[name]) for name, value in reference[0].state_dict().items())
 
 
-def test_first_loss_is_that_of_a_zero_log_ratio(finished: Finished) -> None:
+def test_first_loss_is_that_of_a_zero_log_ratio(finished: Finished, tmp_path: Path) -> None:
     """At step 0 policy and reference agree, so the loss is (q - beta log Z)^2; the learning rate warms up from 0."""
     from storage import ShardReader, Store
+    from tasks.stages import TABLES
+    from tasks.training_files import training_files
 
     store = Store(finished.store)
     manifest = store.manifest("shards", finished.shown["shards"]["fingerprint"])
     assert manifest is not None
-    reader = ShardReader(store, manifest.parts, seed=0)
+    files, training, _ = training_files(
+        store, manifest.parts, TABLES["shards"], tmp_path, 0, lambda name: False
+    )
+    reader = ShardReader(files, training, seed=0)
     first = [row["quantile_reward"] for row, _ in zip(reader.iterate(0), range(8), strict=False)]
     beta = 0.1
     beta_log_z = beta * np.log(beta * (np.exp(1 / beta) - 1))

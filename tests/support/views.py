@@ -6,7 +6,7 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 
 from storage import Manifest, PartKey, PartRecord, Store, manifest_of, rejects_table
 from tasks.stages import TABLES
+from tests.support.flows import QRPO, clean_environment
+from tests.support.processes import running
 
 CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = (
@@ -233,12 +235,10 @@ def ask(port: int, path: str, method: str = "GET", **headers: str) -> tuple[int,
 
 
 @contextmanager
-def browsing(
-    start_qrpo: Callable[..., Any], log: Path, store: Path, pattern: str, *options: Any
-) -> Iterator[re.Match[str]]:
+def browsing(log: Path, store: Path, pattern: str, *options: Any) -> Iterator[re.Match[str]]:
     """`qrpo browse` as a process on a free port, ended afterwards; where its output matches the pattern."""
-    process = start_qrpo(log, "browse", "--store", store, "--port", "0", *options)
-    try:
+    command = [QRPO, "browse", "--store", store, "--port", "0", *options]
+    with running(command, log, env=clean_environment()) as process:
         for _ in range(600):
             if found := re.search(pattern, log.read_text()):
                 break
@@ -247,9 +247,6 @@ def browsing(
         else:
             raise AssertionError(f"no address: {log.read_text()}")
         yield found
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 @contextmanager
