@@ -47,7 +47,10 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 def bare_fork(count: int) -> None:
-    """No isolation, no limits, and the solution sees the tests."""
+    """No isolation, no limits, and the solution sees the tests.
+
+    Compiles the tests for every solution. The sandbox compiles them once per problem, so this is not the same work.
+    """
     for _ in range(count):
         child = os.fork()
         if not child:

@@ -89,7 +89,7 @@ def seeds_and_prompts(values_SP: Floats, *, confidence: float = 0.95, seed: int 
 
     `values_SP` has one value per seed and prompt (mean reward, win rate), all seeds on the same
     prompts. `standard_error` is over seeds; `low` and `high` come from resampling seeds and prompts
-    independently with replacement, which is conservative (Owen 2007).
+    independently with replacement. With 3 seeds such intervals of 95% cover only 77 to 89%.
     """
     seeds, prompts = values_SP.shape
     rng = np.random.default_rng(seed)

@@ -6,7 +6,7 @@ completions.
 References are ragged: one flat array and offsets, as Arrow stores a list column, so a Parquet
 column is used without a copy. The work is one pass of comparisons in cache-sized blocks, N*K per
 prompt; that is faster than sorting for the few completions K that a prompt trains on
-(benchmarks/quantiles_throughput.py). It needs no torch, and SciPy only for bounds.
+(`benchmarks/quantiles.py`). It needs no torch, and SciPy only for bounds.
 
 Ties. With `weak`, the paper's rule, q = #{s <= r}/n; `strict` is #{s < r}/n; `mid` the mean of
 both. `randomized` breaks ties by a seeded uniform draw: q = (#{s < r} + U (1 + #{s = r}))/(n + 1)
