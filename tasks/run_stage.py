@@ -14,7 +14,7 @@ from qrpo.errors import DataError
 from storage import Manifest, PartRecord, Store, manifest_of
 from storage.artifact import named_artifacts
 from storage.leases import Leases
-from storage.manifest import now
+from storage.manifest import manifest_key, now
 from tasks.config import PipelineConfig
 from tasks.plan import StagePlan
 from tasks.planner import Planner, planner_of
@@ -79,7 +79,7 @@ def _compute(
     config, store = planner.config, planner.store
     families = sorted({plan.family, *(part.key.family for part in plan.parts)})
     leases.protect(*families)
-    if not force and plan.complete and store.manifest(plan.stage, plan.fingerprint) is None:
+    if not force and plan.complete and not _has_manifest(store, plan):
         plan = planner.computed(plan)  # gc may have removed parts before it saw that they are protected
     if not force and plan.complete:
         return plan, ()
@@ -171,13 +171,16 @@ def _commit_manifest(
 def _is_named(config: PipelineConfig, store: Store, plan: StagePlan) -> bool:
     """Whether the run's note names this finished artifact, so that gc keeps it."""
     named = named_artifacts(store.run(config.name) or {})
-    finished = store.manifest(plan.stage, plan.fingerprint) is not None
-    return finished and named.get(plan.stage) == plan.fingerprint
+    return named.get(plan.stage) == plan.fingerprint and _has_manifest(store, plan)
+
+
+def _has_manifest(store: Store, plan: StagePlan) -> bool:
+    return store.exists(manifest_key(plan.stage, plan.fingerprint))
 
 
 def _note_families(config: PipelineConfig, store: Store, stage: str, families: Sequence[str]) -> None:
     """Note in `runs/<name>.json` which families an unfinished stage computes: gc keeps their parts."""
-    new = {"name": config.name, "config": config.model_dump(mode="json"), "stages": {}}
+    new: dict[str, Any] = {"name": config.name, "config": config.model_dump(mode="json"), "stages": {}}
     noted = store.run(config.name) or new
     before = noted.get("families", {})
     if before.get(stage) != list(families):
@@ -210,7 +213,7 @@ def _note_run(config: PipelineConfig, store: Store, result: StageResult) -> None
     unfinished = {
         name: families for name, families in noted.get("families", {}).items() if name != result.stage
     }
-    run = {"name": config.name, "config": settings, "stages": stages}
+    run: dict[str, Any] = {"name": config.name, "config": settings, "stages": stages}
     if unfinished:
         run["families"] = unfinished
     if run != {key: value for key, value in noted.items() if key != "updated"}:

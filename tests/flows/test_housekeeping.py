@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 
+import storage
 from storage import Store
+from storage.crashpoints import on_crash_point
+from storage.gc import collect, plan_gc
 from tests.support.flows import QRPO, clean_environment
+from tests.support.pipeline import TinyPipeline
 from tests.support.processes import descendants, eventually, running, survivors
 
 pytestmark = pytest.mark.slow
@@ -155,3 +159,33 @@ def test_gc_lists_what_no_run_finishes_and_removes_it_only_when_told_to(
     assert (removed["unfinished"], removed["keys"]) == ([key.record], [key.record])
     assert removed["bytes"] == removed["unfinished_bytes"] > 0
     assert store.part(key) is None
+
+
+@pytest.mark.parametrize("rule", [{}, {"newest": 0}], ids=["every run kept", "no run kept"])
+def test_gc_between_the_last_part_and_the_note_of_the_run_removes_no_part(
+    tmp_path: Path, base_model: Path, prefect_server: str, rule: dict[str, int]
+):
+    pipeline = TinyPipeline.create(tmp_path / "task", base_model)
+    store, config = pipeline.store, pipeline.config()
+    collected = []
+
+    def gc_before(name: str, key: str) -> None:
+        manifest = key.startswith("artifacts/completions/") and key.endswith("/manifest.json")
+        note = key == "runs/tiny.json" and bool(collected)
+        if name == "put-before" and (manifest or note):
+            on_crash_point(None)
+            collect(store, plan_gc(store, grace=0, unfinished=True, **rule))
+            collected.append(key)
+            on_crash_point(gc_before)
+
+    on_crash_point(gc_before)
+    try:
+        done = pipeline.run(config, until="completions")["completions"]
+    finally:
+        on_crash_point(None)
+
+    assert len(collected) == 2
+    manifest = storage.open(store, "tiny", "completions").manifest
+    keys = [part.key for part in manifest.parts]
+    assert len(store.find_parts(keys)) == len(keys) == done.parts_computed > 0
+    assert store.list("leases") == []
