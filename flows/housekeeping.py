@@ -75,7 +75,9 @@ def clean_store(store: Store, *, remove: bool, **rules: Any) -> GcPlan:
 def describe_gc(plan: GcPlan) -> dict[str, Any]:
     """The plan as JSON values."""
     lists = {key: list(getattr(plan, key)) for key in ("keep_runs", "drop_runs", "keys")}
-    return {**lists, "bytes": plan.bytes, "kept_bytes": plan.kept_bytes}
+    unfinished = [part.record for part in plan.unfinished]
+    sizes = {name: getattr(plan, name) for name in ("bytes", "unfinished_bytes", "kept_bytes")}
+    return {**lists, "unfinished": unfinished, **sizes}
 
 
 def print_gc(plan: GcPlan, console: Console, *, done: bool) -> None:
@@ -83,5 +85,13 @@ def print_gc(plan: GcPlan, console: Console, *, done: bool) -> None:
     counts = f"{len(plan.parts)} parts and {len(plan.manifests)} manifests, {size_text(plan.bytes)}"
     verb = "removed" if done else "would be removed (add --yes to remove)"
     console.print(f"{counts}, {verb}; {size_text(plan.kept_bytes)} stay")
-    for line in (*(f"run {name}" for name in plan.drop_runs), *plan.parts):
+    unfinished = set(plan.unfinished)
+    finished = [part for part in plan.parts if part not in unfinished]
+    for line in (*(f"run {name}" for name in plan.drop_runs), *finished):
         console.print(f"  {line}")
+    if plan.unfinished:
+        verb = verb if unfinished <= set(plan.parts) else "kept (add --unfinished to remove)"
+        size = size_text(plan.unfinished_bytes)
+        console.print(f"{len(plan.unfinished)} parts of unfinished stages, {size}, {verb}")
+        for part in plan.unfinished:
+            console.print(f"  {part}")

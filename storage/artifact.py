@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import polars as pl
     import pyarrow.dataset as ds
 
-__all__ = ["Artifact", "artifact_summary", "named_artifacts", "open_artifact"]
+__all__ = ["Artifact", "artifact_summary", "named_artifacts", "open_artifact", "unfinished_families"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,11 @@ def named_artifacts(run: Mapping[str, Any]) -> dict[str, str]:
         stage: value.get("fingerprint") if isinstance(value, Mapping) else value for stage, value in pairs
     }
     return {stage: artifact for stage, artifact in named.items() if isinstance(artifact, str)}
+
+
+def unfinished_families(run: Mapping[str, Any]) -> set[str]:
+    """The families that a run notes for the stages it began and did not finish."""
+    return {family for families in run.get("families", {}).values() for family in families}
 
 
 def artifact_summary(store: Store, manifest: Manifest) -> dict[str, Any]:

@@ -206,13 +206,16 @@ class LocalFiles:
         for folder, folders, names in os.walk(self.root):
             for name in [name for name in [*names, *folders] if name.startswith(TEMPORARY)]:
                 path = Path(folder, name)
-                status = path.stat()
-                if status.st_mtime < limit:
-                    if path.is_dir():
-                        shutil.rmtree(path)
-                    else:
-                        path.unlink()
-                    yield FileInfo(path.relative_to(self.root).as_posix(), status.st_size, status.st_mtime)
+                with suppress(FileNotFoundError):  # its writer has finished, or another gc removed it
+                    status = path.stat()
+                    if status.st_mtime < limit:
+                        if path.is_dir():
+                            shutil.rmtree(path)
+                        else:
+                            path.unlink()
+                        yield FileInfo(
+                            path.relative_to(self.root).as_posix(), status.st_size, status.st_mtime
+                        )
 
 
 def _write(path: Path, data: bytes, key: str) -> None:

@@ -4,17 +4,21 @@ A plan keeps
 
 - manifests that a kept run names, and the manifests they were computed from;
 - the parts of every kept manifest;
+- the families that a kept run notes for its unfinished stages;
 - the families that a live run protects by its heartbeat;
+- committed parts that no manifest lists, unless `unfinished` is set: a stage that was killed left them;
 - files younger than a grace period, because a run without a heartbeat may be writing them.
 
-Everything else is removed, manifests before parts, so that a kill leaves no manifest without its parts.
+Other parts, manifests, dropped runs and dead leases are removed, manifests before parts, so that a kill
+leaves no manifest without its parts. `families/` and `answers/` are never touched.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from storage.artifact import named_artifacts
+from storage.artifact import named_artifacts, unfinished_families
 from storage.errors import DamagedError, StoreError
 from storage.files import FileInfo, LocalFiles
 from storage.leases import CLAIMS, HOLDERS, Watch, claim_holder
@@ -39,8 +43,17 @@ class GcPlan:
     manifests: tuple[str, ...]
     parts: tuple[PartKey, ...]
     others: tuple[str, ...]
-    bytes: int
+    unfinished: tuple[PartKey, ...]
+    """Parts that no manifest lists and no kept run notes. `parts` has them only where asked for."""
+    unfinished_bytes: int
+    files: Mapping[str, FileInfo]
+    """Every file to remove, as it was listed."""
     kept_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """The size of everything to remove."""
+        return sum(info.bytes for info in self.files.values())
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -60,13 +73,16 @@ def plan_gc(
     newest: int | None = None,
     max_age: float | None = None,
     grace: float = 3600.0,
+    unfinished: bool = False,
     progress: Progress | None = None,
 ) -> GcPlan:
     """Plan what to remove. Without a rule every run is kept.
 
     With rules, a run is kept if it is in `keep_runs`, among the `newest` N, or younger than `max_age`
-    seconds. Nothing younger than `grace` seconds is removed. `progress` gets the number of manifests
-    read so far and their total. Raises StoreError where a kept run is missing or cannot be read.
+    seconds. Nothing younger than `grace` seconds is removed. `unfinished` also removes the parts of
+    stages that were never finished, except those of kept and live runs. `progress` gets the number of
+    manifests read so far and their total. Raises StoreError where a kept run is missing or cannot be
+    read.
     """
     files = {info.key: info for info in store.listing()}
     runs = {
@@ -75,33 +91,37 @@ def plan_gc(
     live, families = _live_holders(store, files)
     kept = _kept_runs(runs, tuple(keep_runs), newest, max_age)
     manifests = _read_manifests(store, files, progress)
-    needed = _needed_manifests(store, kept, manifests)
+    noted = [store.run(name) or {} for name in kept]
+    families = families.union(*map(unfinished_families, noted))
+    needed = _needed_manifests(noted, manifests)
     stale = {
         key
         for key, manifest in manifests.items()
-        if key not in needed
-        and not (manifest is not None and manifest.family in families)
-        and not _is_young(files[key], grace)
+        if key not in needed and not (_families(manifest) & families) and not _is_young(files[key], grace)
     }
-    needed_parts = {
-        record.key
-        for key, manifest in manifests.items()
-        if manifest is not None and key not in stale
-        for record in manifest.parts
-    }
+    needed_parts = _parts_of(manifest for key, manifest in manifests.items() if key not in stale)
+    finished_parts = _parts_of(manifests.values())
     dead_leases, claimed = _leases(store, files, live)
 
     parts: dict[PartKey, list[FileInfo]] = {}
     for key, info in files.items():
         if (part := _part_of(key)) is not None:
             parts.setdefault(part, []).append(info)
-    removed_parts = {
+    unneeded = {
         part: infos
         for part, infos in parts.items()
         if part not in needed_parts
         and part.family not in families
         and part.fingerprint not in claimed
         and not any(_is_young(info, grace) for info in infos)
+    }
+    without_manifest = {
+        part: infos
+        for part, infos in unneeded.items()
+        if part not in finished_parts and part.record in (info.key for info in infos)
+    }
+    removed_parts = {
+        part: infos for part, infos in unneeded.items() if unfinished or part not in without_manifest
     }
     stale_folders = {_folder(key) for key in stale}
     others = {key for key in files if key not in stale and _folder(key) in stale_folders} | dead_leases
@@ -115,29 +135,92 @@ def plan_gc(
         manifests=tuple(sorted(stale)),
         parts=tuple(sorted(removed_parts, key=lambda part: part.record)),
         others=tuple(sorted(others)),
-        bytes=size,
+        unfinished=tuple(sorted(without_manifest, key=lambda part: part.record)),
+        unfinished_bytes=sum(info.bytes for infos in without_manifest.values() for info in infos),
+        files={key: files[key] for key in sorted(removed)},
         kept_bytes=sum(info.bytes for info in files.values()) - size,
     )
 
 
 def collect(store: Store, plan: GcPlan, progress: Progress | None = None) -> int:
-    """Execute a plan; returns the bytes freed. Families protected since the plan stay.
+    """Execute a plan; returns the bytes freed.
 
-    `progress` gets the number of keys processed so far and their total.
+    What a run has come to need since the plan stays: runs and manifests are read again first, and
+    heartbeats before each removal. `progress` gets the number of keys processed so far and their total.
     """
     total = len(plan.keys)
+    guard = _Guard(store, plan)
+    spared: set[str] = set()
     for done, key in enumerate(plan.single_files, start=1):
-        store.delete(key)
+        if guard.needs_file(key):
+            spared.add(key)
+        else:
+            store.delete(key)
         if progress is not None:
             progress(done, total)
-    families = {family for holder in Watch(store).holders() for family in holder.families}
+    spared_parts = set()
     for done, part in enumerate(plan.parts, start=len(plan.single_files) + 1):
-        if part.family not in families:
+        if guard.needs_part(part):
+            spared_parts.add(part)
+        else:
             store.discard_part(part)
         if progress is not None:
             progress(done, total)
+    freed = [
+        info.bytes
+        for key, info in plan.files.items()
+        if key not in spared and _part_of(key) not in spared_parts
+    ]
     swept = store.files.sweep(_TEMPORARY_AGE) if isinstance(store.files, LocalFiles) else ()
-    return plan.bytes + sum(info.bytes for info in swept)
+    return sum(freed) + sum(info.bytes for info in swept)
+
+
+class _Guard:
+    """What runs need while a plan is executed.
+
+    The heartbeats are read before the runs and manifests. A run keeps its heartbeat until it has
+    written its manifest and its note, so one of the two shows each part that it needs. A family that
+    was protected once stays protected.
+    """
+
+    def __init__(self, store: Store, plan: GcPlan) -> None:
+        self._watch = Watch(store)
+        self._dead = set(plan.others)
+        self._families: set[str] = set()
+        self._look()
+        runs = {info.key: info for info in store.listing("runs")}
+        dropped = {_run_key(name) for name in plan.drop_runs}
+        self._changed_runs = {key for key in dropped if key in runs and runs[key] != plan.files[key]}
+        kept = [
+            key[5:-5] for key in runs if key.endswith(".json") and key not in dropped - self._changed_runs
+        ]
+        noted = [store.run(name) or {} for name in kept]
+        self._families = self._families.union(*map(unfinished_families, noted))
+        manifests = _read_manifests(store, [info.key for info in store.listing("artifacts")], None)
+        needed = _needed_manifests(noted, manifests)
+        planned = set(plan.manifests)
+        self._family_of = {key: _families(manifests.get(key)) for key in planned}
+        self._manifests = {_folder(key) for key in needed}
+        self._parts = _parts_of(
+            manifest for key, manifest in manifests.items() if key in needed or key not in planned
+        )
+
+    def needs_file(self, key: str) -> bool:
+        """Whether a run needs the manifest, or the file next to it, or has changed its note."""
+        self._look()
+        if key in self._changed_runs or _folder(key) in self._manifests:
+            return True
+        families = self._family_of.get(f"{_folder(key)}/manifest.json", set())
+        return bool(families & self._families)
+
+    def needs_part(self, part: PartKey) -> bool:
+        """Whether a run needs the part."""
+        self._look()
+        return part in self._parts or part.family in self._families
+
+    def _look(self) -> None:
+        live = [holder for holder in self._watch.holders() if holder.key not in self._dead]
+        self._families |= {family for holder in live for family in holder.families}
 
 
 def _kept_runs(
@@ -171,11 +254,9 @@ def _read_manifests(
     return manifests
 
 
-def _needed_manifests(store: Store, runs: Iterable[str], manifests: dict[str, Manifest | None]) -> set[str]:
+def _needed_manifests(runs: Iterable[Mapping[str, Any]], manifests: dict[str, Manifest | None]) -> set[str]:
     """The manifests that these runs name, and those they were computed from."""
-    waiting = [
-        manifest_key(*named) for name in runs for named in named_artifacts(store.run(name) or {}).items()
-    ]
+    waiting = [manifest_key(*named) for run in runs for named in named_artifacts(run).items()]
     needed: set[str] = set()
     while waiting:
         key = waiting.pop()
@@ -189,6 +270,15 @@ def _needed_manifests(store: Store, runs: Iterable[str], manifests: dict[str, Ma
             )
         waiting += [manifest_key(stage, artifact) for stage, artifact in manifest.parents.items()]
     return needed
+
+
+def _parts_of(manifests: Iterable[Manifest | None]) -> set[PartKey]:
+    return {record.key for manifest in manifests if manifest is not None for record in manifest.parts}
+
+
+def _families(manifest: Manifest | None) -> set[str]:
+    """The families of an artifact's parts; none for a damaged manifest."""
+    return set() if manifest is None else {manifest.family, *(record.family for record in manifest.parts)}
 
 
 def _live_holders(store: Store, files: dict[str, FileInfo]) -> tuple[set[str], set[str]]:

@@ -144,10 +144,13 @@ class Leases:
             self._me = replace(self._me, beat=self._me.beat + 1, families=protected)
             self.store.write_bytes(self._me.key, canonical_json({**vars(self._me)}))
 
-    def protect(self, family: str) -> None:
-        """Keep `gc` from a family's parts while this run is alive: no manifest lists them yet."""
-        if family not in self._me.families:
-            self.renew([family])
+    def protect(self, *families: str) -> None:
+        """Keep `gc` from the parts of these families until the end of the block.
+
+        Hold it until a manifest lists the parts and a run names the manifest.
+        """
+        if not set(families) <= set(self._me.families):
+            self.renew(families)
 
     def acquire(self, key: PartKey) -> bool:
         """Claim a part, also from a dead holder; False where a holder that may be alive has it."""

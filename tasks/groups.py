@@ -37,7 +37,9 @@ Group = tuple[str, Sequence[PartPlan]]  # a label and the parts of one task
 _CHECKPOINT_SECONDS = 300.0  # for a stage that trains to save a checkpoint when it is told to end
 
 
-def compute_missing(plan: StagePlan, config: PipelineConfig, store: Store, force: bool) -> list[PartKey]:
+def compute_missing(
+    plan: StagePlan, config: PipelineConfig, store: Store, force: bool, leases: Leases
+) -> list[PartKey]:
     """Compute what is missing, and wait for what another run on this store is working on. Returns what was computed here."""
     missing = plan.parts if force else plan.missing
     if not missing:
@@ -51,10 +53,7 @@ def compute_missing(plan: StagePlan, config: PipelineConfig, store: Store, force
     computed: list[PartKey] = []
     with ExitStack() as stack:
         reporter = stack.enter_context(reporting(plan.stage, len(parts)))
-        leases = stack.enter_context(Leases(store, config.run.lease_ttl))
         stack.callback(close_engine)
-        for family in {part.key.family for part in parts}:
-            leases.protect(family)
         size, compute = _computing(plan.stage, config, store, len(parts), reporter, stack)
         groups = [parts[start : start + size] for start in range(0, len(parts), size)]
 

@@ -12,7 +12,9 @@ from typing import Any
 
 from qrpo.errors import DataError
 from storage import Manifest, PartRecord, Store, manifest_of
-from storage.manifest import now
+from storage.artifact import named_artifacts
+from storage.leases import Leases
+from storage.manifest import manifest_key, now
 from tasks.config import PipelineConfig
 from tasks.plan import StagePlan
 from tasks.planner import Planner, planner_of
@@ -57,25 +59,57 @@ def run_stage(
     of = STAGES[stage]
     plan = planner.plan(stage)
     planner.require_parents(stage)
-    computed: tuple[PartRecord, ...] = ()
-    if of.read is not None:
-        if force or not plan.complete:
-            plan, computed = _read(of, plan, planner)
-    elif force or plan.missing:
-        from tasks.groups import compute_missing
+    if not force and plan.complete and _is_named(config, store, plan):
+        manifest, result = _finish(of, plan, (), config, store, started)
+    else:
+        with Leases(store, config.run.lease_ttl) as leases:
+            if force and of.read is None:
+                plan = planner.cut_anew(stage)
+            plan, computed = _compute(of, plan, planner, force, leases)
+            manifest, result = _finish(of, plan, computed, config, store, started)
+    log.info("%s", _line(result))
+    _check_rejects(of, manifest, config, store)
+    return result
 
-        if force:
-            plan = planner.cut_anew(stage)
-        note_family(store, of, plan)
-        done = compute_missing(plan, config, store, force)
-        plan = planner.computed(
-            plan
-        )  # even where nothing was computed here: another run may have done it all
-        assert plan.complete, f"{stage}: {len(plan.missing)} parts are missing after they were computed"
-        computed = tuple(plan.records[key.fingerprint] for key in done)
-    manifest = _commit_manifest(of, plan, config, store, time.monotonic() - started)
+
+def _compute(
+    stage: Stage[Any], plan: StagePlan, planner: Planner, force: bool, leases: Leases
+) -> tuple[StagePlan, tuple[PartRecord, ...]]:
+    """Protect the plan's parts from gc and compute what is missing: the complete plan, and the parts that are new."""
+    config, store = planner.config, planner.store
+    families = sorted({plan.family, *(part.key.family for part in plan.parts)})
+    leases.protect(*families)
+    if not force and plan.complete and not _has_manifest(store, plan):
+        plan = planner.computed(plan)  # gc may have removed parts before it saw that they are protected
+    if not force and plan.complete:
+        return plan, ()
+    _note_families(config, store, plan.stage, families)
+    if stage.read is not None:
+        return _read(stage, plan, planner)
+    from tasks.groups import compute_missing
+
+    note_family(store, stage, plan)
+    done = compute_missing(plan, config, store, force, leases)
+    plan = planner.computed(plan)  # another run may have computed all of it
+    if not plan.complete:  # gc removed parts of the plan before it saw that they are protected
+        done += compute_missing(plan, config, store, False, leases)
+        plan = planner.computed(plan)
+    assert plan.complete, f"{plan.stage}: {len(plan.missing)} parts are missing after they were computed"
+    return plan, tuple(plan.records[key.fingerprint] for key in dict.fromkeys(done))
+
+
+def _finish(
+    stage: Stage[Any],
+    plan: StagePlan,
+    computed: tuple[PartRecord, ...],
+    config: PipelineConfig,
+    store: Store,
+    started: float,
+) -> tuple[Manifest, StageResult]:
+    """Commit the manifest and name it in the run's note."""
+    manifest = _commit_manifest(stage, plan, config, store, time.monotonic() - started)
     result = StageResult(
-        stage=stage,
+        stage=plan.stage,
         fingerprint=plan.fingerprint,
         rows=manifest.rows,
         rejects=manifest.rejects,
@@ -86,9 +120,7 @@ def run_stage(
         seconds=round(time.monotonic() - started, 3),
     )
     _note_run(config, store, result)
-    log.info("%s", _line(result))
-    _check_rejects(of, manifest, config, store)
-    return result
+    return manifest, result
 
 
 def _line(result: StageResult) -> str:
@@ -136,9 +168,30 @@ def _commit_manifest(
     return store.commit_manifest(replace(manifest, fingerprint=plan.fingerprint))
 
 
+def _is_named(config: PipelineConfig, store: Store, plan: StagePlan) -> bool:
+    """Whether the run's note names this finished artifact, so that gc keeps it."""
+    named = named_artifacts(store.run(config.name) or {})
+    return named.get(plan.stage) == plan.fingerprint and _has_manifest(store, plan)
+
+
+def _has_manifest(store: Store, plan: StagePlan) -> bool:
+    return store.exists(manifest_key(plan.stage, plan.fingerprint))
+
+
+def _note_families(config: PipelineConfig, store: Store, stage: str, families: Sequence[str]) -> None:
+    """Note in `runs/<name>.json` which families an unfinished stage computes: gc keeps their parts."""
+    new: dict[str, Any] = {"name": config.name, "config": config.model_dump(mode="json"), "stages": {}}
+    noted = store.run(config.name) or new
+    before = noted.get("families", {})
+    if before.get(stage) != list(families):
+        begun = {**before, stage: list(families)}
+        store.write_run(config.name, {**noted, "families": begun, "updated": now()})
+
+
 def _note_run(config: PipelineConfig, store: Store, result: StageResult) -> None:
     """Name the artifact in `runs/<name>.json`.
 
+    Its manifest protects the stage's parts from gc from now on, so the note of its families ends.
     Later stages keep what was noted for them only while it belongs to this configuration and was made from this artifact.
     """
     noted = store.run(config.name) or {}
@@ -157,10 +210,14 @@ def _note_run(config: PipelineConfig, store: Store, result: StageResult) -> None
         "parts_computed": result.parts_computed,
         "parts_cached": result.parts_cached,
     }
-    if before != stages or noted.get("config") != settings:
-        store.write_run(
-            config.name, {"name": config.name, "config": settings, "stages": stages, "updated": now()}
-        )
+    unfinished = {
+        name: families for name, families in noted.get("families", {}).items() if name != result.stage
+    }
+    run: dict[str, Any] = {"name": config.name, "config": settings, "stages": stages}
+    if unfinished:
+        run["families"] = unfinished
+    if run != {key: value for key, value in noted.items() if key != "updated"}:
+        store.write_run(config.name, {**run, "updated": now()})
 
 
 def _check_rejects(stage: Stage[Any], manifest: Manifest, config: PipelineConfig, store: Store) -> None:

@@ -98,7 +98,7 @@ def compare(
 
     All methods share their samples, rewards and held-out prompts. Policies that the store already has are not trained again.
 
-    Example: qrpo compare examples/compare/config.yaml --out comparison.json
+    Example: qrpo compare examples/reproduce/config.yaml --out comparison.json
     """
     from flows.service.server import start_server
     from tasks.config import load_config

@@ -165,6 +165,13 @@ def gc(
         float | None, typer.Option("--days", min=0.0, help="Keep runs younger than N days.")
     ] = None,
     grace: Annotated[float, typer.Option("--grace", min=0.0, help="Keep files younger than N hours.")] = 1.0,
+    unfinished: Annotated[
+        bool,
+        typer.Option(
+            "--unfinished",
+            help="Also remove the parts of unfinished stages, except those that a kept or live run needs.",
+        ),
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Remove the files; without it, only list them.")] = False,
     store: StoreUrl = "artifacts",
     as_json: AsJson = False,
@@ -182,7 +189,7 @@ def gc(
 
     max_age = None if days is None else days * 86_400
     rules = {"keep_runs": keep or (), "newest": newest, "max_age": max_age, "grace": grace * 3600}
-    planned = clean_store(Store(store), remove=yes, **rules)
+    planned = clean_store(Store(store), remove=yes, unfinished=unfinished, **rules)
     if as_json:
         print_json({**describe_gc(planned), "removed": yes})
     else:

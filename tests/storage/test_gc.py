@@ -85,15 +85,131 @@ def test_parts_of_an_unfinished_run_stay_while_it_lives_or_they_are_young(store:
     assert plan_gc(store).parts == ()  # younger than an hour
     with Leases(store) as leases:
         leases.protect(key.family)
-        assert plan_gc(store, grace=0).parts == ()
-    assert plan_gc(store, grace=0).parts == (key,)
+        plan = plan_gc(store, grace=0, unfinished=True)
+        assert (plan.parts, plan.unfinished) == ((), ())
+    plan = plan_gc(store, grace=0)
+    assert (plan.parts, plan.unfinished) == ((), (key,))
+    assert plan.unfinished_bytes > 0
+    plan = plan_gc(store, grace=0, unfinished=True)
+    assert (plan.parts, plan.unfinished) == ((key,), (key,))
+
+
+def test_parts_of_a_stage_that_a_kept_run_has_not_finished_stay(store: Store, make_run) -> None:
+    make_run("a", [1])
+    begun = [part_key("completions", n) for n in range(3)]
+    for key in begun:
+        store.commit_part(key, scores(10))
+    families = {"families": {"completions": [begun[0].family]}}
+    store.write_run("a", {**(store.run("a") or {}), **families})
+    store.write_bytes("families/completions/other.json", b"{}")
+    store.write_bytes("answers/judge/one.json", b"{}")
+    before = store.list()
+    time.sleep(0.01)
+
+    for unfinished in (False, True):
+        plan = plan_gc(store, grace=0, unfinished=unfinished)
+        assert (plan.keys, plan.unfinished) == ((), ())
+        collect(store, plan)
+        assert store.list() == before
+
+    plan = plan_gc(store, newest=0, grace=0, unfinished=True)
+    assert set(plan.unfinished) == set(begun)
+    collect(store, plan)
+    assert store.list() == ["answers/judge/one.json", "families/completions/other.json"]
+
+
+def test_dropping_a_run_removes_its_finished_parts_and_lists_the_unfinished_ones(
+    store: Store, make_run
+) -> None:
+    make_run("a", [1])
+    begun = part_key("completions")
+    store.commit_part(begun, scores(10))
+    time.sleep(0.01)
+    collect(store, plan_gc(store, newest=0, grace=0))
+    assert store.list("artifacts") == store.list("runs") == []
+    assert {key.split(".")[0] for key in store.list("parts")} == {begun.folder}
+    assert plan_gc(store, grace=0).unfinished == (begun,)
+
+
+def test_what_a_run_finished_after_the_plan_stays(store: Store, make_run) -> None:
+    key = part_key("completions")
+    record = store.commit_part(key, scores(10))
+    old = make_run("old", [1, 2])
+    time.sleep(0.01)
+    plan = plan_gc(store, newest=0, grace=0, unfinished=True)
+    assert key in plan.parts
+    assert old["rewards"].key in plan.manifests
+
+    with Leases(store) as leases:
+        leases.protect(key.family)
+        made = store.commit_manifest(manifest_of("completions", key.family, [record]))
+        named = {"completions": made, "rewards": old["rewards"]}
+        stages = {stage: {"fingerprint": manifest.fingerprint} for stage, manifest in named.items()}
+        store.write_run("new", {"stages": stages})
+    freed = collect(store, plan)
+
+    assert store.runs() == ["new"]
+    assert freed == plan.files["runs/old.json"].bytes
+    assert list(verify(store)) == []
+    assert storage.open(store, "new", "completions").manifest == made
+    assert storage.open(store, "new", "rewards").manifest == old["rewards"]
+
+
+def test_a_run_that_was_noted_again_after_the_plan_stays(store: Store, make_run) -> None:
+    made = make_run("a", [1])
+    time.sleep(0.01)
+    plan = plan_gc(store, newest=0, grace=0)
+    assert plan.drop_runs == ("a",)
+    time.sleep(0.01)
+    store.write_run("a", {**(store.run("a") or {}), "updated": "now"})
+    assert collect(store, plan) == 0
+    assert storage.open(store, "a", "rewards").manifest == made["rewards"]
+
+
+WRITER = """
+import sys, time
+import pyarrow as pa
+from storage import PartKey, Store, manifest_of
+from storage.leases import Leases
+
+store = Store(sys.argv[1])
+for number in range(int(sys.argv[2])):
+    family = f"family-{number}"
+    with Leases(store) as leases:
+        leases.protect(family)
+        parts = []
+        for part in range(4):
+            parts.append(store.commit_part(PartKey("rewards", family, f"part-{part}"), pa.table({"x": [part]})))
+            time.sleep(0.01)
+        assert len(store.find_parts([part.key for part in parts])) == 4, "gc removed parts of a live run"
+        time.sleep(0.02)
+        made = store.commit_manifest(manifest_of("rewards", family, parts))
+        store.write_run(f"run-{number}", {"stages": {"rewards": made.fingerprint}})
+"""
+
+
+def test_gc_in_a_loop_with_a_run_loses_nothing(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    store, rounds, calls = Store(tmp_path), 12, 0
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(rounds)]) as writer:
+        while writer.poll() is None:
+            collect(store, plan_gc(store, grace=0, unfinished=True))
+            list(store.files.sweep(3600.0))
+            calls += 1
+    assert writer.returncode == 0
+    assert calls > 3
+    assert len(store.runs()) == rounds
+    assert list(verify(store)) == []
+    assert len([key for key in store.list("parts") if key.endswith(".json")]) == 4 * rounds
 
 
 def test_a_plan_made_before_a_run_began_does_not_take_its_parts(store: Store) -> None:
     key = part_key("rewards")
     store.commit_part(key, scores(10))
     time.sleep(0.01)
-    plan = plan_gc(store, grace=0)
+    plan = plan_gc(store, grace=0, unfinished=True)
     assert plan.parts == (key,)
     with Leases(store) as leases:
         leases.protect(key.family)
@@ -156,6 +272,6 @@ def test_files_of_others_in_the_folder_are_left_alone(tmp_path: Path) -> None:
     assert list(verify(store)) == []
     assert {info.key.split(".")[0] for info in store.listing()} == {record.key.folder}
     time.sleep(0.01)
-    collect(store, plan_gc(store, grace=0))
+    collect(store, plan_gc(store, grace=0, unfinished=True))
     assert store.part(record.key) is None
     assert all(path.read_text() == "mine" for path in foreign)
