@@ -5,7 +5,7 @@ Libraries read them at import, so `flows` sets them when it is imported.
 
 import os
 
-__all__ = ["DEFAULTS", "set_defaults"]
+__all__ = ["set_defaults"]
 
 DEFAULTS = {
     # no telemetry

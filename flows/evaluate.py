@@ -16,14 +16,7 @@ from storage import Store
 from tasks.artifact_summary import MAIN_MEASURES, compare_models, interval
 from tasks.config import PipelineConfig, load_config, parse_config
 
-__all__ = [
-    "across_runs",
-    "evaluation_table",
-    "kept_steps",
-    "named_models",
-    "print_comparison",
-    "run_config",
-]
+__all__ = ["across_runs", "evaluation_table", "named_models", "print_comparison", "run_config"]
 
 
 def run_config(

@@ -13,7 +13,7 @@ from tasks.config import parse_config
 from tasks.progress import reporting
 from tasks.stages import STAGES, TABLES
 
-__all__ = ["check_store", "clean_store", "describe_gc", "print_gc", "rerun", "verify_store"]
+__all__ = ["check_store", "clean_store", "describe_gc", "print_gc"]
 
 
 def verify_store(store: Store) -> list[Finding]:

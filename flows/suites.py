@@ -29,7 +29,7 @@ from tasks.artifact_summary import interval
 from tasks.config import PipelineConfig, apply_overrides
 from tasks.stages.evaluation import checkpoint_model
 
-__all__ = ["SUITES", "SuiteRequest", "alpaca_eval", "judge_of", "leetcode", "print_suite"]
+__all__ = ["SUITES", "SuiteRequest", "judge_of", "print_suite"]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from tasks.stages import STAGES
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Chart", "draw", "plot_curves", "plot_histogram"]
+__all__ = ["draw", "plot_curves", "plot_histogram"]
 
 Chart = tuple[str, bytes]
 """A title and a PNG file."""

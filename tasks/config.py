@@ -26,7 +26,7 @@ from tasks.stages.quantiles import QuantilesConfig
 from tasks.stages.reference import ReferenceConfig
 from tasks.stages.shards import ShardsConfig
 
-__all__ = ["PipelineConfig", "RunConfig", "apply_overrides", "dump_config", "load_config", "parse_config"]
+__all__ = ["PipelineConfig", "apply_overrides", "dump_config", "load_config", "parse_config"]
 
 
 class PipelineConfig(Section):

@@ -16,7 +16,7 @@ from storage import Manifest, Store, Table
 from tasks.plan import PartPlan, StagePlan, Upstream
 from tasks.work import Work
 
-__all__ = ["RowReuse", "Stage", "read_settings", "setting", "setting_paths"]
+__all__ = ["RowReuse", "Stage", "setting", "setting_paths"]
 
 S = TypeVar("S")
 _ABSENT = object()

@@ -16,7 +16,7 @@ import pyarrow as pa
 from qrpo.seeds import seeded_hash
 from storage import PartKey, PartRecord, Store, Table, fingerprint
 
-__all__ = ["ROWS_PER_FILE", "training_files"]
+__all__ = ["training_files"]
 
 ROWS_PER_FILE = 1024
 """Part of the order: a change is another order. Also the rows of a row group, which the reader reads as a whole."""

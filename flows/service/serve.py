@@ -22,7 +22,7 @@ from qrpo.processes.child import Child
 from storage import Store
 from tasks.config import PipelineConfig
 
-__all__ = ["PoolWorker", "serve", "serving_lines"]
+__all__ = ["serve", "serving_lines"]
 
 _STOP_SECONDS = 15.0  # for cancelled runs to end
 

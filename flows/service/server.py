@@ -16,7 +16,7 @@ from pathlib import Path
 from qrpo.errors import EngineError
 from qrpo.processes.child import Child
 
-__all__ = ["PrefectServer", "open_server", "start_server"]
+__all__ = ["open_server", "start_server"]
 
 _STARTUP_SECONDS = 180.0
 

@@ -35,7 +35,6 @@ __all__ = [
     "STAGE",
     "TABLE",
     "CompletionsConfig",
-    "Settings",
     "compute",
     "engine_settings",
     "plan",

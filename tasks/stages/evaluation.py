@@ -49,18 +49,7 @@ from tasks.stages.rewards import (
 from tasks.stages.shards import LogprobScorer
 from tasks.work import Work
 
-__all__ = [
-    "STAGE",
-    "TABLE",
-    "EvaluationConfig",
-    "Samples",
-    "Settings",
-    "checkpoint_model",
-    "compute",
-    "plan",
-    "sample",
-    "summary",
-]
+__all__ = ["STAGE", "TABLE", "EvaluationConfig", "checkpoint_model", "compute", "plan", "sample", "summary"]
 
 VERSION = 3
 

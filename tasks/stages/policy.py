@@ -22,7 +22,7 @@ from tasks.stages.shards import TABLE as SHARDS
 from tasks.training_files import training_files
 from tasks.work import Progress, Work, progress_of
 
-__all__ = ["STAGE", "Settings", "compute", "plan", "train"]
+__all__ = ["STAGE", "compute", "plan", "train"]
 
 VERSION = 4
 

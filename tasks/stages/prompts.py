@@ -25,17 +25,7 @@ from tasks.plan import PartPlan, StagePlan, Upstream, add_digests, make_family
 from tasks.stage import Stage, setting
 from tasks.work import Work
 
-__all__ = [
-    "STAGE",
-    "TABLE",
-    "PromptsPart",
-    "Settings",
-    "compute",
-    "content",
-    "plan",
-    "prompt_rows",
-    "row_hash",
-]
+__all__ = ["STAGE", "TABLE", "compute", "content", "plan", "prompt_rows", "row_hash"]
 
 VERSION = 1
 

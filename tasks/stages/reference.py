@@ -20,7 +20,7 @@ from tasks.stage import Stage, setting
 from tasks.stages.prompts import content
 from tasks.work import Progress, Work, progress_of
 
-__all__ = ["STAGE", "ReferenceConfig", "Settings", "compute", "model_for", "plan"]
+__all__ = ["STAGE", "ReferenceConfig", "compute", "model_for", "plan"]
 
 VERSION = 2
 

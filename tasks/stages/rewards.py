@@ -37,13 +37,11 @@ __all__ = [
     "STAGE",
     "TABLE",
     "Scorer",
-    "Settings",
     "compute",
     "input_digest",
     "known_scores",
     "missing_rewards",
     "plan",
-    "reward_identities",
     "reward_settings",
     "sees_tokens",
 ]

@@ -31,7 +31,7 @@ from tasks.stages.quantiles import TRAINING_CHECKS, TRAINING_COLUMNS, QuantilesC
 from tasks.stages.reference import model_for
 from tasks.work import Work
 
-__all__ = ["STAGE", "TABLE", "LogprobScorer", "Settings", "ShardsConfig", "compute", "plan"]
+__all__ = ["STAGE", "TABLE", "LogprobScorer", "ShardsConfig", "compute", "plan"]
 
 VERSION = 1
 

@@ -23,7 +23,7 @@ from flows.views.inspect.filters import apply_condition, parse_condition
 from qrpo.errors import DataError
 from storage import PartRecord, Store, read
 
-__all__ = ["ArtifactRows", "Found", "Query", "condition_of", "find_rows"]
+__all__ = ["ArtifactRows", "Query", "condition_of", "find_rows"]
 
 _POSITION = "\0position"
 _CHUNK_ROWS, _CHUNK_BYTES = 131_072, 64 << 20  # filtered at a time
