@@ -19,7 +19,16 @@ from tasks.stages import STAGE_NAMES
 
 __all__ = ["print_summary", "run_pipeline"]
 
-_STAGE_FIELDS = ("fingerprint", "rows", "rejects", "seconds", "parts_computed", "parts_cached")
+_STAGE_FIELDS = (
+    "fingerprint",
+    "rows",
+    "rejects",
+    "seconds",
+    "parts_computed",
+    "parts_cached",
+    "rows_computed",
+    "rows_reused",
+)
 
 
 def run_pipeline(

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from qrpo.config import Section
+from qrpo.config import Section, is_execution_option
 from qrpo.data.prompts import PromptsConfig
 from qrpo.errors import ConfigError
 from qrpo.rewards import RewardConfig
@@ -187,7 +187,7 @@ def _explain(item: dict[str, Any]) -> str:
     message = str(item["msg"]).removeprefix("Value error, ")
     if not path:
         return message
-    if location[-1] == "api_key_env":  # somebody may have put the key itself there
+    if location[-1] in ("api_key_env", "hub_token"):  # the value may be a secret
         return f"{path}: {message}"
     return f"{path}: {message}, got {item['input']!r}"
 
@@ -252,7 +252,8 @@ def _dump_section(section: BaseModel, indent: int) -> list[str]:
     pad = "  " * indent
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        comment = f"  # {' '.join(field.description.split())}" if field.description else ""
+        kind = "(execution option) " if is_execution_option(type(section), name) else ""
+        comment = f"  # {kind}{' '.join(field.description.split())}" if field.description else ""
         if isinstance(value, BaseModel):
             lines += [f"{pad}{name}:{comment}", *_dump_section(value, indent + 1)]
         elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):

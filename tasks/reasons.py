@@ -21,7 +21,7 @@ def reasons(plan: StagePlan, planner: Planner, noted: Mapping[str, Any], count: 
         return ["the prompts are not known yet"]
     if plan.complete:
         return [] if plan.parts else [stage.why_empty]
-    entry = noted.get("stages", {}).get(plan.stage)
+    entry = noted.get("stages", {}).get(plan.stage) or noted.get("earlier", {}).get(plan.stage)
     previous = store.manifest(plan.stage, entry["fingerprint"]) if entry else None
     words: list[str] = []
     if previous is not None:
@@ -44,6 +44,8 @@ def reasons(plan: StagePlan, planner: Planner, noted: Mapping[str, Any], count: 
             words.append(f"{parent} changed")
     if store.find_parts([part.key for part in plan.missing]):
         words.append("its parents hold other bytes now than when it was computed")
+    if not words and previous is not None and previous.fingerprint != plan.fingerprint:
+        words.append("the prompts or their columns changed")
     if not words:
         words.append("never computed" if previous is None else "parts are missing from the store")
     if count is not None and count.reuse:

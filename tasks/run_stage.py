@@ -214,6 +214,9 @@ def _note_run(config: PipelineConfig, store: Store, result: StageResult) -> None
         name: families for name, families in noted.get("families", {}).items() if name != result.stage
     }
     run: dict[str, Any] = {"name": config.name, "config": settings, "stages": stages}
+    replaced = {name: entry for name, entry in before.items() if name not in stages}
+    if earlier := {**noted.get("earlier", {}), **replaced}:
+        run["earlier"] = earlier  # `qrpo plan` compares with these artifacts
     if unfinished:
         run["families"] = unfinished
     if run != {key: value for key, value in noted.items() if key != "updated"}:

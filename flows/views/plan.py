@@ -3,13 +3,16 @@
 from dataclasses import asdict
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 
+from qrpo.errors import ConfigError
 from storage import Store
 from tasks.config import PipelineConfig
 from tasks.planner import Planner
 from tasks.reasons import reasons
 from tasks.reuse import count_rows
+from tasks.rounds import is_later_round, round_configs
 from tasks.stages import STAGES
 
 __all__ = ["preview", "preview_table"]
@@ -22,8 +25,21 @@ def preview(config: PipelineConfig, store: Store) -> dict[str, Any]:
     stages whose rows cost next to nothing.
 
     Reads the source where it is a file, so that appended or removed prompts are seen; a hub dataset is not downloaded.
+    With several rounds the values are the first round's, and `rounds` holds those of all.
     """
-    planner = Planner(config, store)
+    rounds = [_preview(of_round, store) for of_round in round_configs(config)]
+    return rounds[0] if len(rounds) == 1 else {**rounds[0], "rounds": rounds}
+
+
+def _preview(config: PipelineConfig, store: Store) -> dict[str, Any]:
+    try:
+        planner = Planner(config, store)
+    except ConfigError:
+        if not is_later_round(config):
+            raise
+        why = f"the policy of {config.rounds.from_run} is not there yet"
+        unknown = {"parts_total": None, "parts_cached": None, "rows": None, "reasons": [why]}
+        return {"run": config.name, "store": store.url, "stages": dict.fromkeys(STAGES, unknown)}
     noted = store.run(config.name) or {}
     stages = {}
     for name, stage in STAGES.items():
@@ -39,8 +55,12 @@ def preview(config: PipelineConfig, store: Store) -> dict[str, Any]:
     return {"run": config.name, "store": store.url, "stages": stages}
 
 
-def preview_table(preview: dict[str, Any]) -> Table:
-    """The preview as a person reads it."""
+def preview_table(preview: dict[str, Any]) -> Group:
+    """The preview for a terminal: one table for each round."""
+    return Group(*map(_round_table, preview.get("rounds", [preview])))
+
+
+def _round_table(preview: dict[str, Any]) -> Table:
     table = Table(
         "stage",
         "to compute",

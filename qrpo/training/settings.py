@@ -7,6 +7,7 @@ example `optim`, `adam_beta2` or `lr_scheduler_kwargs`; transformers is imported
 those. This module needs no torch, so that a configuration is read, checked and shown quickly.
 """
 
+from dataclasses import fields
 from enum import Enum
 from typing import Any, Literal, Self, get_args, get_type_hints
 
@@ -247,10 +248,12 @@ def _further_arguments(section: str, given: dict[str, Any]) -> dict[str, Any]:
     refused or of the wrong type."""
     refused = {name: instead for instead, names in REFUSED.items() for name in names.split()}
     known: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
     if any(name not in RENAMED and name not in refused for name in given):
         from transformers import TrainingArguments
 
         known = get_type_hints(TrainingArguments)
+        defaults = {field.name: field.default for field in fields(TrainingArguments)}
     checked, errors = {}, []
     for name, value in given.items():
         kind: Any = "extra_forbidden"
@@ -260,7 +263,9 @@ def _further_arguments(section: str, given: dict[str, Any]) -> dict[str, Any]:
             kind = _error(f"not available here; {refused[name]}")
         elif name in known:
             try:
-                checked[name] = _validated(known[name], value)
+                valid = _validated(known[name], value)
+                if valid != defaults[name]:  # written out, a default changes no fingerprint
+                    checked[name] = valid
                 continue
             except ValidationError as error:
                 kind = _error(error.errors()[0]["msg"])

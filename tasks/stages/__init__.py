@@ -34,7 +34,20 @@ TABLES: dict[str, "Table"]
 def __getattr__(name: str) -> Any:
     if name not in ("STAGES", "TABLES"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    stages = {stage: import_module(f"{__name__}.{stage}").STAGE for stage in STAGE_NAMES}
+    stages = {stage: _load(stage) for stage in STAGE_NAMES}
     tables = {stage.name: stage.table for stage in stages.values() if stage.table is not None}
     globals().update(STAGES=stages, TABLES=tables)
     return globals()[name]
+
+
+def _load(name: str) -> "Stage[Any]":
+    """The stage of a module; ImportError says what is wrong with it."""
+    stage: Stage[Any] | None = getattr(import_module(f"{__name__}.{name}"), "STAGE", None)
+    where = f"tasks/stages/{name}.py"
+    if stage is None or stage.name != name:
+        found = "no STAGE" if stage is None else f"the STAGE {stage.name!r}"
+        raise ImportError(f"{where}: found {found}, expected a STAGE named {name!r}")
+    for parent in stage.parents:
+        if parent not in STAGE_NAMES[: STAGE_NAMES.index(name)]:
+            raise ImportError(f"{where}: its parent {parent!r} is not an earlier stage of STAGE_NAMES")
+    return stage

@@ -136,12 +136,12 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
         "train": fingerprint(
             [
                 *sampled,
-                content(upstream, "train"),
-                offline_family if trains_offline else None,
+                content(upstream, "train", "id_sum"),
+                [offline_family, content(upstream, "train", "offline_sum")] if trains_offline else None,
                 [policy_family, settings.policy_samples] if before else None,
             ]
         ),
-        "eval": fingerprint([*sampled, content(upstream, "eval")]),
+        "eval": fingerprint([*sampled, content(upstream, "eval", "id_sum")]),
     }
     parents = upstream.parents("prompts", "reference")
     return StagePlan("completions", family, hashed, outside, tuple(parts), parents, rows)

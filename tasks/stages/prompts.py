@@ -8,7 +8,7 @@ border, not all that follow.
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,8 +89,8 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     return replace(empty, parts=parts, known=True)
 
 
-def content(upstream: Upstream, split: str, columns: str = "row_sum") -> str:
-    """The digest of all prompts of a split, in any order and any cut: of whole rows, or of what fine-tuning reads (`offline_sum`)."""
+def content(upstream: Upstream, split: str, columns: str) -> str:
+    """The digest of some columns of all prompts of a split, in any order and any cut; see `_content`."""
     sums = []
     for part in upstream.prompt_parts(split):
         if columns in part.slice:
@@ -205,10 +205,16 @@ def row_hash(value: Any) -> str:
 
 
 def _content(rows: list[dict[str, Any]]) -> dict[str, str]:
-    return {
-        "row_sum": add_digests(_sha256(row) for row in rows),
-        "offline_sum": add_digests(_sha256([row["prompt_id"], row["offline_completions"]]) for row in rows),
+    """Digests of what different stages read of the prompts."""
+    read: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "id_sum": lambda row: row["prompt_id"],
+        "seen_sum": lambda row: [
+            row[name] for name in ("prompt_id", "messages", "conversational", "metadata")
+        ],
+        "chosen_sum": lambda row: [row["prompt_id"], row["offline_completions"][:1]],
+        "offline_sum": lambda row: [row["prompt_id"], row["offline_completions"]],
     }
+    return {name: add_digests(_sha256(of(row)) for row in rows) for name, of in read.items()}
 
 
 def _sha256(value: Any) -> str:

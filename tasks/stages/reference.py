@@ -55,7 +55,7 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     prompts = upstream.prompt_parts("train")
     before = make_family("reference", 1, hashed, outside)
     earlier = part_key("reference", before, [part.slice["offline"] for part in prompts])
-    examples = content(upstream, "train", "offline_sum")
+    examples = content(upstream, "train", "chosen_sum")
     key, artifact = single_part("reference", family, upstream.store, examples, earlier=earlier)
     parts = (PartPlan(key, tuple(part.key for part in prompts)),)
     return StagePlan("reference", family, hashed, outside, parts, parents, artifact=artifact)

@@ -27,7 +27,7 @@ from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key
 from tasks.reuse import noted_family, reusable_rows
 from tasks.stage import RowReuse, Stage
 from tasks.stages.completions import ORIGINS, samples_of
-from tasks.stages.prompts import prompt_rows, row_hash
+from tasks.stages.prompts import content, prompt_rows, row_hash
 from tasks.work import Work
 
 if TYPE_CHECKING:
@@ -100,7 +100,10 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
         )
         for part in completions.parts
     )
-    rows = {split: fingerprint([family, asked]) for split, asked in completions.rows.items()}
+    rows = {
+        split: fingerprint([family, asked, content(upstream, split, "seen_sum")])
+        for split, asked in completions.rows.items()
+    }
     return StagePlan("rewards", family, hashed, outside, parts, upstream.parents("completions"), rows)
 
 

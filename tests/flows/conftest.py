@@ -95,7 +95,7 @@ def trained(
             config = write_task(
                 folder,
                 prompts__eval_fraction=0.4,
-                policy__epochs=1,
+                policy__num_train_epochs=1,
                 policy__checkpoint_steps=1,
                 evaluation__num_samples=2,
                 run__cpu_threads=1,

@@ -22,7 +22,7 @@ def ran(
     from tasks.config import load_config
 
     folder = tmp_path_factory.mktemp("shown")
-    config = load_config(write_task(folder / "task", prompts=16, policy__epochs=1, name="Shown"))
+    config = load_config(write_task(folder / "task", prompts=16, policy__num_train_epochs=1, name="Shown"))
     state = pipeline(config, str(folder / "store"), "prompts", "policy", return_state=True)
     assert state.is_completed(), state.message
     run_id = state.state_details.flow_run_id

@@ -4,6 +4,7 @@ The fields are read from the configuration's model, so a new setting cannot be f
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -275,3 +276,24 @@ def test_order_of_training_does_not_depend_on_the_cut(
     }
     assert other.weights(cut, "reference") == base.weights(base.config(), "reference")
     assert other.losses(cut) == pytest.approx(base.losses(base.config()), rel=1e-4)
+
+
+def test_a_run_plans_each_stage_once(
+    tmp_path: Path, tiny_model: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import pipeline
+
+    planned = []
+
+    def counted(stage: Any) -> Any:
+        def plan(settings: Any, upstream: Any) -> Any:
+            planned.append(stage.name)
+            return stage.plan(settings, upstream)
+
+        return replace(stage, plan=plan)
+
+    for name, stage in list(STAGES.items()):
+        monkeypatch.setitem(STAGES, name, counted(stage))
+    other = TinyPipeline.create(tmp_path / "other", tiny_model, prompts=8)
+    pipeline(other.config(), other.store.url)
+    assert tuple(planned) == STAGE_NAMES
