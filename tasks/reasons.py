@@ -44,8 +44,10 @@ def reasons(plan: StagePlan, planner: Planner, noted: Mapping[str, Any], count: 
             words.append(f"{parent} changed")
     if store.find_parts([part.key for part in plan.missing]):
         words.append("its parents hold other bytes now than when it was computed")
-    if not words and previous is not None and previous.fingerprint != plan.fingerprint:
-        words.append("the prompts or their columns changed")
+    if not words and previous is not None:
+        had = {record.fingerprint for record in previous.parts}
+        if not {part.key.fingerprint for part in plan.missing} <= had:
+            words.append("the prompts or their columns changed")
     if not words:
         words.append("never computed" if previous is None else "parts are missing from the store")
     if count is not None and count.reuse:

@@ -43,7 +43,8 @@ class Server:
     def __init__(self, data, folder):
         self.data, self.folder = data, folder
         self.process = subprocess.Popen(
-            [sys.executable, training.__file__],
+            [sys.executable, "-m", "tests.support.training"],
+            cwd=Path(__file__).parents[2],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -19,7 +19,6 @@ import os
 import shutil
 import signal
 import sys
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,9 +82,8 @@ class EngineHere:
 def run_here() -> None:
     """Let every stage work in this process."""
 
-    def in_this_process(target: str, work: Any, *more: Any) -> Any:
-        module, _, function = target.partition(":")
-        return getattr(import_module(module), function)(work, *more)
+    def in_this_process(stage: Any, work: Any, *prepared: Any) -> Any:
+        return stage.compute(work, *prepared)
 
     groups._in_child = in_this_process
     compute = groups.compute_parts.fn

@@ -149,6 +149,6 @@ def test_a_stage_of_one_file_and_one_line_runs_like_the_others(
     only = qrpo("run", path, "--only", "lengths", "--set", "lengths.unit=characters")["stages"]
     assert list(only) == ["lengths"]
     assert qrpo("show", "nine", "lengths")["rows"] == len(prompts)
-    rows = qrpo("inspect", "nine", "lengths", "--sort=-mean_length", "--limit", "3")["rows"]
+    rows = qrpo("inspect", "nine", "lengths", "--sort=-mean_length", "--limit", "3")["samples"]
     assert len(rows) == 3
     assert rows[0]["mean_length"] >= rows[1]["mean_length"] >= rows[2]["mean_length"] > 0
