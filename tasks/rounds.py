@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from tasks.config import PipelineConfig
 
-__all__ = ["is_later_round", "round_configs", "rounds_until"]
+__all__ = ["round_configs", "rounds_until"]
 
 
 def round_configs(config: PipelineConfig) -> Iterator[PipelineConfig]:
@@ -36,10 +36,3 @@ def rounds_until(last: str, config: PipelineConfig) -> list[PipelineConfig]:
     """The configurations of a run up to the stage `last`: of all rounds where it comes as far as a policy, else of the first."""
     rounds = list(round_configs(config))
     return rounds if last in ("policy", "evaluation") else rounds[:1]
-
-
-def is_later_round(config: PipelineConfig) -> bool:
-    """Whether `round_configs` made this configuration of a round after the first."""
-    return config.rounds.from_run is not None and config.name.startswith(
-        f"{config.rounds.from_run.partition('.round-')[0]}.round-"
-    )

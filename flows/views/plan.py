@@ -12,7 +12,7 @@ from tasks.config import PipelineConfig
 from tasks.planner import Planner
 from tasks.reasons import reasons
 from tasks.reuse import count_rows
-from tasks.rounds import is_later_round, round_configs
+from tasks.rounds import round_configs
 from tasks.stages import STAGES
 
 __all__ = ["preview", "preview_table"]
@@ -27,19 +27,23 @@ def preview(config: PipelineConfig, store: Store) -> dict[str, Any]:
     Reads the source where it is a file, so that appended or removed prompts are seen; a hub dataset is not downloaded.
     With several rounds the values are the first round's, and `rounds` holds those of all.
     """
-    rounds = [_preview(of_round, store) for of_round in round_configs(config)]
+    first, *later = round_configs(config)
+    rounds = [_preview(first, store), *(_preview_later(of_round, store) for of_round in later)]
     return rounds[0] if len(rounds) == 1 else {**rounds[0], "rounds": rounds}
 
 
-def _preview(config: PipelineConfig, store: Store) -> dict[str, Any]:
+def _preview_later(config: PipelineConfig, store: Store) -> dict[str, Any]:
+    """A round after the first; nothing is known of it before the policy that it starts from is there."""
     try:
-        planner = Planner(config, store)
+        return _preview(config, store)
     except ConfigError:
-        if not is_later_round(config):
-            raise
         why = f"the policy of {config.rounds.from_run} is not there yet"
         unknown = {"parts_total": None, "parts_cached": None, "rows": None, "reasons": [why]}
         return {"run": config.name, "store": store.url, "stages": dict.fromkeys(STAGES, unknown)}
+
+
+def _preview(config: PipelineConfig, store: Store) -> dict[str, Any]:
+    planner = Planner(config, store)
     noted = store.run(config.name) or {}
     stages = {}
     for name, stage in STAGES.items():

@@ -190,7 +190,7 @@ def _ask(reward: Reward, rows: Sequence[Mapping[str, Any]]) -> list[Score]:
     return reward.score(prompts, texts, columns, conversational=[row["conversational"] for row in rows])
 
 
-_TOGETHER = 4096  # completions to score in one call, so many at least while there are parts left
+_TOGETHER = 4096  # minimum completions per call, except in the last one
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,7 @@ _PER_COMPLETION = ("origin", "sample_index", "reward", "quantile_reward", "quant
 def _rows(
     work: Work[Settings], part: PartPlan, tokenizer: Any
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The part's rows but for their log-probabilities, and what was left out with the reason."""
+    """The part's rows without their log-probabilities, and the rejects."""
     prompts = prompt_rows(work, part, "messages")
     tokens = _completion_tokens(work, part)
     rows, rejects = [], []

@@ -27,6 +27,7 @@ from tasks.planner import plan_pipeline
 from tasks.run_stage import run_stage
 from tasks.stages import STAGES
 from tasks.stages.policy import compute as compute_policy
+from tests.support.pipeline import CountingEngine
 
 pytestmark = pytest.mark.slow
 
@@ -47,18 +48,6 @@ class Counts:
     def __init__(self) -> None:
         self.drawn: list[tuple[str, int]] = []
         self.scored: list[Key] = []
-
-
-class CountingEngine:
-    """A real engine that notes what is asked of it."""
-
-    def __init__(self, engine: Any, counts: Counts) -> None:
-        self._engine, self._counts = engine, counts
-        self.max_model_len = engine.max_model_len
-
-    def sample(self, requests: Sequence[Any], sampling: Any) -> Iterator[Any]:
-        self._counts.drawn += [(request.key, index) for request in requests for index, _ in request.samples]
-        return self._engine.sample(requests, sampling)  # type: ignore[no-any-return]
 
 
 class Task:
@@ -168,7 +157,7 @@ def counts(monkeypatch: pytest.MonkeyPatch, engines: dict[Any, Any]) -> Counts:
         key = config.model_dump_json(), model.model_dump_json()
         if key not in engines:
             engines[key] = open_engine(config, model)
-        return CountingEngine(engines[key], counts)
+        return CountingEngine(engines[key], counts.drawn)
 
     score = tasks.stages.rewards.Scorer.score
 
