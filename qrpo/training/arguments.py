@@ -44,9 +44,14 @@ class CompletionSettings:
         option=True,
         ge=1,
     )
+    packing: bool = setting(
+        True,
+        "Compute conversations end to end in one row, without padding, where the model supports it.",
+        option=True,
+    )
     share_prompts: bool = setting(
         True,
-        "Compute a prompt once for all its completions, where the model supports it and it saves a tenth of the tokens.",
+        "Compute a prompt once for all its completions, where rows are packed and it saves a tenth of the tokens.",
         option=True,
     )
     bad_step: Literal["stop", "skip"] = setting(

@@ -34,13 +34,14 @@ from qrpo.errors import ConfigError, DataError
 from qrpo.method.transforms import get_transform
 from qrpo.training.adapters import adapters_off
 from qrpo.training.arguments import CompletionSettings, QRPOSettings
-from qrpo.training.batches import length_sorted_batches, saved_tokens, shared_batches, worth_sharing
+from qrpo.training.batches import Layout, cut_batches, saved_tokens
 from qrpo.training.callbacks import EarlyStopping, StepGuard
 from qrpo.training.checkpoints import UNFINISHED, commit_checkpoint, write_error
 from qrpo.training.initial_check import ROUNDING, check_reference
 from qrpo.training.loader import ShuffledRows, is_idle, step_loader
-from qrpo.training.logprobs import can_share, completion_logprobs, inside_forward, score_logprobs
+from qrpo.training.logprobs import best_layout, completion_logprobs, inside_forward, score_logprobs
 from qrpo.training.objectives import Objective, make_objective, select_completions
+from qrpo.training.packing import attention_window
 from qrpo.training.rows import collate_rows, flatten_rows, take, training_rows
 from qrpo.training.throughput import Meter
 
@@ -107,7 +108,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         self.add_callback(self.guard)
         self._saving = False
         self._metrics: dict[str, tuple[float, int]] = {}  # sum over completions, number of completions
-        self._can_share = args.share_prompts and can_share(self.model)
+        self._layout: Layout = best_layout(self.model, args.share_prompts) if args.packing else "padded"
         self._meter = Meter(self.model, self.compute_dtype())
 
     def training_step(
@@ -128,7 +129,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         # gradients.
         empty = not rows
         columns = flatten_rows(inputs["placeholder"] if empty else rows)
-        micro_batches, share = self._micro_batches(columns, 1 if empty else objective.group)
+        micro_batches, layout = self._micro_batches(columns, 1 if empty else objective.group)
         number = self._largest_over_ranks(len(micro_batches))
         total = torch.zeros((), device=self.args.device)
         seen_B = torch.zeros(len(columns["length"]), device=self.args.device)
@@ -138,7 +139,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
             indices = micro_batches[-1 if repeated else position]
             batch = take(columns, indices)
             with self.accelerator.no_sync(model) if position < number - 1 else nullcontext():
-                logprob_B = self.logprobs(model, batch, share)
+                logprob_B = self.logprobs(model, batch, layout)
                 losses_U = 0 * logprob_B if empty or repeated else objective.loss(logprob_B, batch)
                 loss = losses_U.sum() * scale
                 self.accelerator.backward(loss)
@@ -148,15 +149,15 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         self.guard.note_loss(total)
         if not empty:
             with torch.no_grad():
-                self._add_metrics(objective.metrics(seen_B, columns), columns, share)
+                self._add_metrics(objective.metrics(seen_B, columns), columns, layout)
         return total
 
     def logprobs(
-        self, model: torch.nn.Module, batch: dict[str, Any], share_prompts: bool = False
+        self, model: torch.nn.Module, batch: dict[str, Any], layout: Layout = "padded"
     ) -> torch.Tensor:
         """log pi(y|x) (B,) of flattened rows, in the training precision."""
         inner = self.accelerator.unwrap_model(model)
-        compute = partial(completion_logprobs, inner, share_prompts=share_prompts)
+        compute = partial(completion_logprobs, inner, layout=layout)
         with self.accelerator.autocast():
             return inside_forward(
                 model, inner, compute, batch["prompt_token_ids"], batch["completion_token_ids"]
@@ -174,10 +175,10 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         total, seen_B = 0.0, torch.zeros(len(columns["length"]), device=self.args.device)
         self.model.eval()
         with torch.no_grad():
-            micro_batches, share = self._micro_batches(columns, self.objective.group)
+            micro_batches, layout = self._micro_batches(columns, self.objective.group)
             for indices in micro_batches:
                 batch = take(columns, indices)
-                logprob_B = self.logprobs(self.model_wrapped, batch, share)
+                logprob_B = self.logprobs(self.model_wrapped, batch, layout)
                 total += self.objective.loss(logprob_B, batch).sum().item()
                 seen_B[indices] = logprob_B.to(seen_B.dtype)
             found = self.objective.metrics(seen_B, columns)
@@ -233,15 +234,12 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         dtype: torch.dtype = self.model.dtype
         return dtype if dtype in ROUNDING else torch.float32
 
-    def _micro_batches(self, columns: dict[str, Any], group: int) -> tuple[list[list[int]], bool]:
+    def _micro_batches(self, columns: dict[str, Any], group: int) -> tuple[list[list[int]], Layout]:
         """Indices into the columns, one list per forward pass within the token budget, `group`
-        neighbours together; and whether the completions of a prompt share its forward."""
+        neighbours together; and the layout of the passes."""
         prompts, completions = columns["prompt_token_ids"], columns["completion_token_ids"]
-        if self._can_share and worth_sharing(prompts, completions):
-            return shared_batches(prompts, completions, self.args.token_budget, group), True
-        longest = [max(columns["length"][start : start + group]) for start in range(0, len(prompts), group)]
-        batches = length_sorted_batches(longest, max(1, self.args.token_budget // group))
-        return [[unit * group + i for unit in batch for i in range(group)] for batch in batches], False
+        window = attention_window(self.model)
+        return cut_batches(prompts, completions, self.args.token_budget, self._layout, group, window)
 
     def _usable(self, rows: Sequence[Any]) -> Sequence[Any]:
         """The rows; DataError if a column that the loss needs is missing."""
@@ -320,13 +318,13 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
             return number
         return int(self.accelerator.gather(torch.tensor([number], device=self.args.device)).max())
 
-    def _add_metrics(self, metrics: dict[str, torch.Tensor], columns: dict[str, Any], share: bool) -> None:
+    def _add_metrics(self, metrics: dict[str, torch.Tensor], columns: dict[str, Any], layout: Layout) -> None:
         count = len(columns["length"])
         for name, value in metrics.items():
             total, weight = self._metrics.get(name, (0.0, 0))
             if not math.isnan(scalar := value.item()):
                 self._metrics[name] = total + scalar * count, weight + count
-        saved = saved_tokens(columns["prompt_token_ids"]) if share else 0
+        saved = saved_tokens(columns["prompt_token_ids"]) if layout == "shared" else 0
         self._meter.add(sum(columns["length"]), sum(map(len, columns["completion_token_ids"])), saved)
 
 
@@ -374,9 +372,7 @@ class QRPOTrainer(CompletionTrainer):
         args = self.args
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         with adapters_off(self.model):
-            scores = score_logprobs(
-                self.model, rows, args.token_budget, dtype=dtype, share_prompts=self._can_share
-            )
+            scores = score_logprobs(self.model, rows, args.token_budget, dtype=dtype, layout=self._layout)
             for row, ref_logprob_K in zip(rows, scores, strict=True):
                 row["ref_logprob"] = ref_logprob_K
 

@@ -77,6 +77,7 @@ class Settings:
     quantiles: QuantilesConfig = setting("quantiles")
     model: ModelConfig = setting("reference.model")
     dtype: str = setting("policy.dtype", key="policy.bf16")
+    packing: bool = setting("policy.packing")
     share_prompts: bool = setting("policy.share_prompts")
     seed: int = setting("seed")
     num_ref: int = setting("completions.num_ref")
@@ -114,7 +115,11 @@ def compute(work: Work[Settings]) -> Iterator[PartRecord]:
 
     def scorer() -> LogprobScorer:
         return LogprobScorer(
-            model_config, settings.dtype, settings.section.token_budget, share_prompts=settings.share_prompts
+            model_config,
+            settings.dtype,
+            settings.section.token_budget,
+            packing=settings.packing,
+            share_prompts=settings.share_prompts,
         )
 
     for part in work.parts:
@@ -159,15 +164,21 @@ class LogprobScorer:
     """A model loaded as training loads it, to score rows with the forward that training uses."""
 
     def __init__(
-        self, model: ModelConfig, dtype: str, token_budget: int, *, share_prompts: bool = False
+        self,
+        model: ModelConfig,
+        dtype: str,
+        token_budget: int,
+        *,
+        packing: bool = True,
+        share_prompts: bool = True,
     ) -> None:
         import torch
 
-        from qrpo.training.logprobs import can_share
+        from qrpo.training.logprobs import best_layout
         from qrpo.training.runs import load_policy
 
         self._model = load_policy(model)
-        self._share = share_prompts and can_share(self._model)
+        self._layout = best_layout(self._model, share_prompts) if packing else "padded"
         self._dtype = getattr(torch, dtype)
         self._token_budget = token_budget
 
@@ -175,9 +186,7 @@ class LogprobScorer:
         """Set `column` of each row to the log-probabilities (K,) of its `completion_token_ids`."""
         from qrpo.training.logprobs import score_logprobs
 
-        scores = score_logprobs(
-            self._model, rows, self._token_budget, dtype=self._dtype, share_prompts=self._share
-        )
+        scores = score_logprobs(self._model, rows, self._token_budget, dtype=self._dtype, layout=self._layout)
         for row, scores_K in zip(rows, scores, strict=True):
             row[column] = scores_K.tolist()
 
@@ -185,7 +194,9 @@ class LogprobScorer:
         """Set `column` of each row to the log-probabilities (T,) of the tokens of its one completion."""
         from qrpo.training.logprobs import score_token_logprobs
 
-        scores = score_token_logprobs(self._model, rows, self._token_budget, dtype=self._dtype)
+        scores = score_token_logprobs(
+            self._model, rows, self._token_budget, dtype=self._dtype, layout=self._layout
+        )
         for row, (scores_T,) in zip(rows, scores, strict=True):
             row[column] = scores_T.tolist()
 
