@@ -6,7 +6,9 @@
 - `objectives`: each loss: the completions it uses, its terms, its metrics
 - `rows`: training rows, and datasets in TRL's formats as such rows
 - `loader`: which rows each process trains on at each step
-- `batches`: micro-batches of similar length within a token budget
+- `batches`: forward passes within a token budget
+- `packing`: rows of many conversations without padding, and their attention
+- `compiling`: compiled decoder layers
 - `logprobs`: log-probabilities of completions, for training and scoring
 - `head`: the output layer and softmax in chunks
 - `callbacks`: stopping or skipping bad steps, early stopping

@@ -54,6 +54,11 @@ class CompletionSettings:
         "Compute a prompt once for all its completions, where rows are packed and it saves a tenth of the tokens.",
         option=True,
     )
+    compile_layers: bool | None = setting(
+        None,
+        "Compile the decoder layers with `torch.compile`; null compiles on CUDA if the run has at least 100 steps.",
+        option=True,
+    )
     bad_step: Literal["stop", "skip"] = setting(
         "stop",
         "What to do with a step whose loss or gradient is not finite, or whose loss exploded: `stop` and name its prompts, or "

@@ -151,6 +151,7 @@ def packed_attention(
     return output[None], None
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _by_documents(
     query_THD: torch.Tensor,
     key_SGD: torch.Tensor,

@@ -37,6 +37,7 @@ from qrpo.training.arguments import CompletionSettings, QRPOSettings
 from qrpo.training.batches import Layout, cut_batches, saved_tokens
 from qrpo.training.callbacks import EarlyStopping, StepGuard
 from qrpo.training.checkpoints import UNFINISHED, commit_checkpoint, write_error
+from qrpo.training.compiling import MIN_STEPS, compile_layers
 from qrpo.training.initial_check import ROUNDING, check_reference
 from qrpo.training.loader import ShuffledRows, is_idle, step_loader
 from qrpo.training.logprobs import best_layout, completion_logprobs, inside_forward, score_logprobs
@@ -109,6 +110,9 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         self._saving = False
         self._metrics: dict[str, tuple[float, int]] = {}  # sum over completions, number of completions
         self._layout: Layout = best_layout(self.model, args.share_prompts) if args.packing else "padded"
+        if self._compiles():
+            with self.accelerator.autocast():
+                compile_layers(self.model, self._layout, probe=not self.is_fsdp_enabled)
         self._meter = Meter(self.model, self.compute_dtype())
 
     def training_step(
@@ -240,6 +244,16 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         prompts, completions = columns["prompt_token_ids"], columns["completion_token_ids"]
         window = attention_window(self.model)
         return cut_batches(prompts, completions, self.args.token_budget, self._layout, group, window)
+
+    def _compiles(self) -> bool:
+        """Whether to compile the layers: as set, else on CUDA in a run that is long enough."""
+        args, dataset = self.args, self.train_dataset
+        if args.compile_layers is not None or args.device.type != "cuda":
+            return bool(args.compile_layers)
+        steps = args.max_steps
+        if steps <= 0 and hasattr(dataset, "__len__"):
+            steps = args.num_train_epochs * len(dataset) / (args.train_batch_size * args.world_size)
+        return bool(steps >= MIN_STEPS)
 
     def _usable(self, rows: Sequence[Any]) -> Sequence[Any]:
         """The rows; DataError if a column that the loss needs is missing."""

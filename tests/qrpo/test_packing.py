@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from qrpo.training.batches import cut_batches
+from qrpo.training.compiling import compile_layers
 from qrpo.training.logprobs import best_layout, completion_logprobs, score_logprobs
 from qrpo.training.runs import load_policy, training_arguments
 from qrpo.training.settings import PolicyConfig
@@ -162,6 +163,43 @@ def test_prompts_are_shared_where_that_saves_a_tenth_of_the_tokens():
 
     assert cut_batches(prompts, completions, 100, "shared")[1] == "shared"
     assert cut_batches(prompts, [[7] * 90 for _ in prompts], 100, "shared")[1] == "packed"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_layers_have_the_same_numbers_and_are_not_compiled_again():
+    torch.manual_seed(0)
+    model = PACKABLE["llama"]()
+    layout = best_layout(model)
+    prompts, completions = draw([2, 3])
+    expected, gradients = value_and_gradients(
+        lambda: completion_logprobs(model, prompts, completions, layout=layout), model
+    )
+    assert compile_layers(model, layout)
+
+    graphs = []
+    for size in (11, 17, 23, 31):
+        completion_logprobs(model, [[7] * size] * 2, [[8] * size, [9] * 5]).sum().backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    compiled, compiled_gradients = value_and_gradients(
+        lambda: completion_logprobs(model, prompts, completions, layout=layout), model
+    )
+
+    assert graphs[1:] == [graphs[1]] * 3
+    torch.testing.assert_close(compiled, expected, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients.items():
+        assert (compiled_gradients[name] - gradient).norm() <= 1e-4 * gradient.norm()
+
+
+def test_without_a_compiler_the_layers_stay_as_they_are(caplog, monkeypatch):
+    model = PACKABLE["llama"]()
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/compiler",))
+
+    with torch._inductor.utils.fresh_cache():
+        assert not compile_layers(model, "packed")
+
+    assert "compilation failed" in caplog.text
+    assert best_layout(model) == "shared"
 
 
 @pytest.mark.slow
