@@ -9,6 +9,7 @@
 - `batches`: forward passes within a token budget
 - `packing`: rows of many conversations without padding, and their attention
 - `compiling`: compiled decoder layers
+- `memory`: the memory that training needs, and what follows for checkpointing
 - `logprobs`: log-probabilities of completions, for training and scoring
 - `head`: the output layer and softmax in chunks
 - `callbacks`: stopping or skipping bad steps, early stopping

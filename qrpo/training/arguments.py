@@ -38,9 +38,10 @@ def settings(cls: type[T]) -> type[T]:
 class CompletionSettings:
     """Settings of any training on whole completions."""
 
-    token_budget: int = setting(
-        8192,
-        "Maximum tokens of one forward pass, padding included. Bounds the memory.",
+    token_budget: int | None = setting(
+        None,
+        "Maximum tokens of one forward pass, padding included. Bounds the memory. Null: 16384 on a GPU with at least 40 GiB, "
+        "else 8192.",
         option=True,
         ge=1,
     )

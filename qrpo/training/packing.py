@@ -79,7 +79,9 @@ def pack(
 ) -> PackedRow:
     """The layout of conversations: a row is one prompt and its completions, indices into
     `completion_lengths`; a prompt of one completion is one document with it."""
-    positions, documents, keys = [], [], []
+    positions: list[torch.Tensor] = []
+    documents: list[tuple[int, int, int, int]] = []
+    keys: list[torch.Tensor] = []
     start = key_start = 0
 
     def add(length: int, *key_ranges: tuple[int, int]) -> None:

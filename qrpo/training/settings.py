@@ -105,8 +105,9 @@ class OptimizationConfig(Section, CompletionSettings):
     """Gradients with a larger norm are scaled down to it."""
     bf16: bool = False
     """Matrix products in bfloat16; weights, gradients and the optimizer stay in float32."""
-    gradient_checkpointing: bool = execution_option(False)
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    gradient_checkpointing: bool | Literal["auto"] = execution_option("auto")
+    """Recompute activations in the backward pass: less memory, a third more time. `auto` does so
+    where a GPU's memory is too small without."""
     save_steps: int = execution_option(50, ge=1)
     """Steps between checkpoints."""
     save_total_limit: int = execution_option(2, ge=1)

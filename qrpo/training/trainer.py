@@ -41,6 +41,7 @@ from qrpo.training.compiling import MIN_STEPS, compile_layers
 from qrpo.training.initial_check import ROUNDING, check_reference
 from qrpo.training.loader import ShuffledRows, is_idle, step_loader
 from qrpo.training.logprobs import best_layout, completion_logprobs, inside_forward, score_logprobs
+from qrpo.training.memory import default_token_budget, needs_checkpointing
 from qrpo.training.objectives import Objective, make_objective, select_completions
 from qrpo.training.packing import attention_window
 from qrpo.training.rows import collate_rows, flatten_rows, take, training_rows
@@ -110,6 +111,12 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         self._saving = False
         self._metrics: dict[str, tuple[float, int]] = {}  # sum over completions, number of completions
         self._layout: Layout = best_layout(self.model, args.share_prompts) if args.packing else "padded"
+        args.token_budget = args.token_budget or default_token_budget(args.device)
+        if args.gradient_checkpointing == "auto":
+            shards = args.world_size if self.is_fsdp_enabled else 1
+            args.gradient_checkpointing = needs_checkpointing(
+                self.model, args.token_budget, args.device, shards
+            )
         if self._compiles():
             with self.accelerator.autocast():
                 compile_layers(self.model, self._layout, probe=not self.is_fsdp_enabled)
