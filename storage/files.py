@@ -38,6 +38,9 @@ class FileInfo:
 class Files(Protocol):
     """A backend. A missing key raises FileNotFoundError, other failures StoreUnavailableError."""
 
+    pauses: tuple[float, ...]
+    """Seconds to wait before each new attempt to read what seems damaged."""
+
     def read(self, key: str) -> bytes:
         """All bytes of a key."""
 
@@ -71,12 +74,17 @@ class Files(Protocol):
     def open_input(self, key: str, size: int | None = None) -> BinaryIO:
         """A readable, seekable binary file. `size`, the expected size, may save a request."""
 
+    def open_ranges(self, key: str, size: int) -> BinaryIO:
+        """The file of `size` bytes; only the ranges that are read are fetched."""
+
     def path(self, key: str) -> Path | None:
         """The local path of a key; None where the store is not a local folder."""
 
 
 class LocalFiles:
     """Files under a local folder."""
+
+    pauses: tuple[float, ...] = (0.0,)
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -199,6 +207,9 @@ class LocalFiles:
     def open_input(self, key: str, size: int | None = None) -> BinaryIO:
         with plain_errors(self.root, key):
             return open(self.path(key), "rb")
+
+    def open_ranges(self, key: str, size: int) -> BinaryIO:
+        return self.open_input(key)
 
     def sweep(self, older_than: float) -> Iterator[FileInfo]:
         """Remove and yield temporary files of killed writers older than `older_than` seconds."""

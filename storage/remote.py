@@ -24,12 +24,15 @@ from storage.errors import StoreUnavailableError
 from storage.files import FileInfo
 from storage.names import TEMPORARY, check_key, environment_secrets, is_key, redact, secrets_of
 
-__all__ = ["ATTEMPTS", "RemoteFiles"]
+__all__ = ["ATTEMPTS", "PAUSES", "RemoteFiles"]
 
 T = TypeVar("T")
 
 ATTEMPTS = 8
 """How often a request is tried before StoreUnavailableError is raised."""
+
+PAUSES = (0.2, 1.0, 2.5)
+"""Seconds to wait before each new attempt to read what seems damaged: longer than old bodies are served."""
 
 _FIRST_PAUSE = 0.1  # seconds; doubles up to the longest
 _LONGEST_PAUSE = 8.0
@@ -59,6 +62,7 @@ class RemoteFiles:
         self.options = options
         self._secrets = secrets_of(options) | environment_secrets()
         self._connection: tuple[int, Any] | None = None
+        self.pauses: tuple[float, ...] = (0.0,) if protocol == "memory" else PAUSES
         # without this, s3fs asks for the size before it reads
         self._reading = {"max_concurrency": 1} if protocol in ("s3", "s3a") else {}
 
@@ -80,14 +84,14 @@ class RemoteFiles:
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of a key."""
-        data = self._tried(
-            "read", key, lambda fs, name: cast(bytes, fs.cat_file(name, start=start, end=stop))
-        )
-        if len(data) != stop - start:
-            raise StoreUnavailableError(
-                f"{self._shown(key)}: expected {stop - start} bytes from {start}, got {len(data)}."
-            )
-        return data
+
+        def read(fs: Any, name: str) -> bytes:
+            data = cast(bytes, fs.cat_file(name, start=start, end=stop))
+            if len(data) != stop - start:
+                raise OSError(f"expected {stop - start} bytes from {start}, got {len(data)}")
+            return data
+
+        return self._tried("read", key, read)
 
     def read_many(self, keys: Iterable[str]) -> dict[str, bytes]:
 

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.commit import PartWriter
+from storage.contents import again
 from storage.errors import DamagedError, StoreURLError
 from storage.files import FileInfo, LocalFiles
 from storage.manifest import Manifest, manifest_key
@@ -98,7 +99,7 @@ class Store(PartWriter, PartReader):
         if any(part.rejects for part in manifest.parts):
             rejects = pa.concat_tables(self.read_rejects(part) for part in manifest.parts)
             sink = pa.BufferOutputStream()
-            pq.write_table(rejects, sink, compression="zstd")
+            pq.write_table(rejects, sink, compression="zstd", write_page_checksum=True)
             self.files.write(manifest.rejects_key, sink.getvalue().to_pybytes())
         data = manifest.to_file()
         self.files.write(manifest.key, data)
@@ -108,7 +109,7 @@ class Store(PartWriter, PartReader):
         """An artifact's manifest; None where the artifact is not complete."""
         key = manifest_key(stage, fingerprint)
         try:
-            return Manifest.from_file(self.files.read(key), key)
+            return again(self.files, lambda: Manifest.from_file(self.files.read(key), key))
         except FileNotFoundError:
             return None
 
@@ -120,16 +121,22 @@ class Store(PartWriter, PartReader):
     def run(self, name: str) -> dict[str, Any] | None:
         """What `write_run` wrote; None where there is no such run."""
         key = _run_key(name)
+
+        def read() -> dict[str, Any]:
+            try:
+                value = json.loads(self.files.read(key))
+            except ValueError as error:
+                raise DamagedError(f"{key} is not JSON ({error}). {_RUN_REMEDY}") from None
+            if not isinstance(value, dict):
+                raise DamagedError(
+                    f"{key} is a JSON {type(value).__name__}, expected an object. {_RUN_REMEDY}"
+                )
+            return value
+
         try:
-            value = json.loads(self.files.read(key))
+            return again(self.files, read)
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise DamagedError(
-                f"{key} is not JSON ({error}). Undo the edit, or run that configuration again."
-            ) from None
-        assert isinstance(value, dict)
-        return value
 
     def runs(self) -> builtins.list[str]:
         """The names of all runs, by a listing."""
@@ -160,6 +167,11 @@ class Store(PartWriter, PartReader):
     def list(self, prefix: str = "") -> builtins.list[str]:
         """The keys of every file under a folder, sorted."""
         return [info.key for info in self.files.list(prefix)]
+
+
+_RUN_REMEDY = (
+    "Undo the edit, or let `qrpo verify --repair` set the file aside and run that configuration again."
+)
 
 
 def _run_key(name: str) -> str:
