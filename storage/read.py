@@ -5,7 +5,6 @@ Views that read single columns of large files check Parquet's page checksums ins
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -20,6 +19,7 @@ from storage.contents import again, check_files, check_size, damaged, fetch, ope
 from storage.errors import DamagedError, StoreError
 from storage.files import Files, LocalFiles
 from storage.parts import FileEntry, PartRecord
+from storage.processes import cache_folder, temporary_name
 from storage.remote import RemoteFiles
 from storage.table import REJECTS
 
@@ -96,6 +96,26 @@ class PartReader:
         file = open_checked(self.files, entry, record)
         return file.read_bytes() if isinstance(file, Path) else file.read()
 
+    def check_sizes(self, records: Iterable[PartRecord]) -> None:
+        """Raise DamagedError where a file or record of these parts is gone or has another size.
+
+        Cheap: it lists folders and reads no content. What a listing lacks is looked up by its key.
+        """
+        known = list(records)
+        folders = {
+            f"{top}/{record.stage}/{record.family}" for record in known for top in ("parts", "rejects")
+        }
+        sizes = {info.key: info.bytes for folder in folders for info in self.files.list(folder)}
+        for record in known:
+            if record.key.record not in sizes and self.files.size(record.key.record) is None:
+                raise DamagedError(
+                    f"{record.key}: its record {record.key.record} is missing. `qrpo verify --repair` computes only "
+                    "this part again."
+                )
+            for entry in record.files:
+                if sizes.get(entry.key) != entry.bytes:
+                    check_size(record, entry, self.files.size(entry.key))
+
     def scan(self, records: Iterable[PartRecord]) -> "pl.LazyFrame":
         """The rows of many parts as one polars LazyFrame."""
         import polars as pl
@@ -128,19 +148,18 @@ class PartReader:
                 check_files(LocalFiles(target), copies)
                 return target
             shutil.rmtree(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as unfinished:
-            copy = Path(unfinished, "files")
+        unfinished = target.parent / temporary_name()
+        try:
             for entry in record.payload:
-                path = copy / entry.name
+                path = unfinished / entry.name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with open(path, "xb+") as file:
                     fetch(self.files, entry, record, file)
-            try:
-                os.rename(copy, target)
-            except OSError:  # another process fetched it in the meantime
-                if not target.is_dir():
-                    raise
+            with suppress(OSError):  # another process fetched it in the meantime
+                os.rename(unfinished, target)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        check_files(LocalFiles(target), copies)
         return target
 
     def _local_paths(self, tables: list[tuple[FileEntry, PartRecord]]) -> list[str]:
@@ -156,11 +175,6 @@ class PartReader:
 
         by_key = {entry.key: (entry, record) for entry, record in tables}
         return ds.dataset(list(by_key), format="parquet", filesystem=CheckedFiles(self.files, by_key))
-
-
-def cache_folder() -> Path:
-    """The user's cache folder for copies from stores that are not local."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qrpo"
 
 
 def _table(record: PartRecord) -> FileEntry:

@@ -21,8 +21,9 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from storage.crashpoints import crash_point
 from storage.errors import StoreUnavailableError
-from storage.files import FileInfo
+from storage.files import FileInfo, sweep_temporary
 from storage.names import TEMPORARY, check_key, environment_secrets, is_key, redact, secrets_of
+from storage.processes import cache_folder, temporary_name
 
 __all__ = ["ATTEMPTS", "PAUSES", "RemoteFiles"]
 
@@ -133,8 +134,7 @@ class RemoteFiles:
 
     def scratch(self, key: str) -> Path:
         check_key(key)
-        folder = Path(tempfile.gettempdir())
-        return folder / f"{TEMPORARY}{os.getpid()}-{random.SystemRandom().getrandbits(64):016x}"
+        return Path(tempfile.gettempdir(), temporary_name())
 
     def create_from(self, key: str, scratch: Path) -> bool:
         return self.copy_from(key, scratch)
@@ -188,6 +188,12 @@ class RemoteFiles:
     def open_ranges(self, key: str, size: int) -> BinaryIO:
         """The object of `size` bytes, read by ranges on demand."""
         return io.BufferedReader(_Ranges(self, key, size), buffer_size=128 << 10)
+
+    def sweep(self, older_than: float) -> Iterator[FileInfo]:
+        for folder in (Path(tempfile.gettempdir()), cache_folder() / "folders"):
+            for path in folder.glob(f"{TEMPORARY}*"):
+                if info := sweep_temporary(path, older_than):
+                    yield info
 
     def _name(self, key: str) -> str:
         return f"{self.root}/{check_key(key)}"

@@ -29,7 +29,8 @@ from storage.files import FileInfo, LocalFiles
 from storage.manifest import Manifest, manifest_key
 from storage.names import check_key, check_name, public_url
 from storage.parts import PartKey, without_secrets
-from storage.read import PartReader, cache_folder
+from storage.processes import cache_folder
+from storage.read import PartReader
 from storage.remote import RemoteFiles
 
 __all__ = ["Store"]
@@ -138,6 +139,12 @@ class Store(PartWriter, PartReader):
         except FileNotFoundError:
             return None
 
+    def set_aside_run(self, name: str) -> None:
+        """Rename a damaged note to `runs/<name>.damaged`, so that the run can be noted anew."""
+        key = _run_key(name)
+        self.files.write(damaged_run(name), self.files.read(key))
+        self.files.delete(key)
+
     def runs(self) -> builtins.list[str]:
         """The names of all runs, by a listing."""
         keys = (info.key for info in self.files.list("runs"))
@@ -155,10 +162,17 @@ class Store(PartWriter, PartReader):
         """Remove a part's scratch folder."""
         shutil.rmtree(self._work_dir(key), ignore_errors=True)
 
+    def work_folders(self) -> Iterator[tuple[str, str, Path]]:
+        """(stage, part's fingerprint, folder) of every scratch folder on this machine."""
+        for folder in sorted(self._work_root().glob("*/*")):
+            yield folder.parent.name, folder.name, folder
+
     def _work_dir(self, key: PartKey) -> Path:
-        local = self.files.path(f"work/{key.stage}/{key.fingerprint}")
+        return self._work_root() / key.stage / key.fingerprint
+
+    def _work_root(self) -> Path:
         name = hashlib.sha256(self.url.encode()).hexdigest()[:16]
-        return local or cache_folder() / "work" / name / key.stage / key.fingerprint
+        return self.files.path("work") or cache_folder() / "work" / name
 
     def listing(self, prefix: str = "") -> Iterator[FileInfo]:
         """Every file under a folder with its size and time. For housekeeping: a run lists nothing."""
@@ -176,6 +190,11 @@ _RUN_REMEDY = (
 
 def _run_key(name: str) -> str:
     return f"runs/{check_name(name, 'run name')}.json"
+
+
+def damaged_run(name: str) -> str:
+    """The key of a note that was set aside."""
+    return f"runs/{check_name(name, 'run name')}.damaged"
 
 
 def _remote(protocol: str, url: str, options: dict[str, Any]) -> RemoteFiles:
