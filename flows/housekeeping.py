@@ -6,7 +6,8 @@ from rich.console import Console
 
 from flows.pipeline_run import run_pipeline
 from flows.views.runs import size_text
-from storage import Store
+from qrpo.errors import QRPOError
+from storage import Store, StoreError
 from storage.gc import GcPlan, collect, plan_gc
 from storage.verify import Finding, repair, verify
 from tasks.config import parse_config
@@ -35,29 +36,31 @@ def check_store(store: Store, console: Console, *, mend: bool) -> dict[str, Any]
     }
     if mend and findings:
         result["dropped"] = repair(store, findings)
-        result["runs"] = rerun(store, console)
-        result["left"] = [str(finding) for finding in verify_store(store)]
+        result["runs"], failed = rerun(store, console)
+        result["left"] = failed + [str(finding) for finding in verify_store(store)]
     return result
 
 
-def rerun(store: Store, console: Console) -> list[str]:
-    """Run every named run again up to its last stage: only what is missing is computed."""
+def rerun(store: Store, console: Console) -> tuple[list[str], list[str]]:
+    """Run every named run again up to its last stage: only what is missing is computed.
+
+    Returns the runs' names, and why others could not be run.
+    """
     order = list(STAGES)
-    names = []
+    names, failed = [], []
     for name in store.runs():
         noted = store.run(name) or {}
         stages = [stage for stage in noted.get("stages", {}) if stage in STAGES]
-        if stages:
+        if not stages:
+            continue
+        try:
+            config = parse_config(noted.get("config", {}), where=f"runs/{name}.json")
             last = max(stages, key=order.index)
-            run_pipeline(
-                parse_config(noted["config"], where=f"runs/{name}.json"),
-                store.url,
-                first=order[0],
-                last=last,
-                console=console,
-            )
+            run_pipeline(config, store.url, first=order[0], last=last, console=console)
             names.append(name)
-    return names
+        except (QRPOError, StoreError) as error:
+            failed.append(f"run {name}: {error}")
+    return names, failed
 
 
 def clean_store(store: Store, *, remove: bool, **rules: Any) -> GcPlan:

@@ -21,12 +21,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Self
 
 from storage.errors import LeaseLostError, StoreError
 from storage.fingerprints import canonical_json
 from storage.parts import PartKey, PartRecord
+from storage.processes import machine, started
 from storage.store import Store
 
 __all__ = ["CLAIMS", "HOLDERS", "Holder", "Leases", "Watch", "claim_holder"]
@@ -56,9 +56,9 @@ class Holder:
     @property
     def is_gone(self) -> bool:
         """Whether this holder ran on this machine and its process has ended. False if unknown."""
-        if not self.machine or self.machine != _machine():
+        if not self.machine or self.machine != machine():
             return False
-        return _started(self.process) != self.started
+        return started(self.process) != self.started
 
 
 class Watch:
@@ -115,7 +115,7 @@ class Leases:
         self.poll = poll
         process = os.getpid()
         self._me = Holder(
-            secrets.token_hex(8), socket.gethostname(), process, _started(process), _machine(), ttl
+            secrets.token_hex(8), socket.gethostname(), process, started(process), machine(), ttl
         )
         self._watch = Watch(store)
         self._held: set[PartKey] = set()
@@ -250,21 +250,3 @@ def claim_holder(store: Store, key: str) -> str | None:
 
 def _claim(key: PartKey) -> str:
     return f"{CLAIMS}/{key.stage}/{key.fingerprint}.json"
-
-
-def _machine() -> str:
-    """The running kernel and the process namespace; empty if unknown."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def _started(process: int) -> str:
-    """When a process started, in kernel ticks since boot; empty where it has ended."""
-    try:
-        fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]

@@ -72,7 +72,11 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class PartRecord:
-    """A committed part and its provenance. `parents`: fingerprint of a parent part -> digest."""
+    """A committed part and its provenance. `parents`: fingerprint of a parent part -> digest.
+
+    `checked`: its writer checked the bytes of its parents against these digests when it read them, and
+    wrote page checksums. Earlier versions did neither.
+    """
 
     stage: str
     family: str
@@ -85,6 +89,7 @@ class PartRecord:
     code_version: str = ""
     created: str = ""
     seconds: float = 0.0
+    checked: bool = False
 
     @cached_property
     def key(self) -> PartKey:

@@ -28,6 +28,7 @@ class Planner:
         self.uncommitted: dict[str, list[dict[str, Any]]] = {}
         """Rows of the source that were read for a plan, by the fingerprint of their part."""
         self._plans: dict[str, StagePlan] = {}
+        self._checked: set[str] = set()  # by `check_files`
         self._previous = previous_policy(config.rounds.from_run, store)
 
     def plan(self, stage: str, *, read_source: bool = False) -> StagePlan:
@@ -77,6 +78,13 @@ class Planner:
                     f"{stage}: its parent stage {parent} is not complete: {lacking}. "
                     f"Run it first: `qrpo run CONFIG --until {parent}`"
                 )
+
+    def check_files(self, stage: str) -> None:
+        """Raise DamagedError where a file of `stage`, or of a stage before it, is gone or has another size."""
+        for name in STAGE_NAMES[: STAGE_NAMES.index(stage) + 1]:
+            if name not in self._checked:
+                self.store.check_sizes(self.plan(name).records.values())
+                self._checked.add(name)
 
     def _forget(self, stage: str) -> None:
         for name in STAGE_NAMES[STAGE_NAMES.index(stage) :]:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from storage import PartKey, PartRecord, Store
-from storage.fingerprints import canonical_json
+from storage import DamagedError, PartKey, PartRecord, Store
+from storage.parts import dump_checksummed, load_checksummed
 from tasks.plan import PartPlan, StagePlan
 from tasks.stage import RowReuse, Stage
 from tasks.work import Work
@@ -44,20 +44,22 @@ def note_family(store: Store, stage: Stage[Any], plan: StagePlan) -> None:
     """Write what a family's name is the hash of, before its first part: `families/<stage>/<family>.json`."""
     key = _family_key(stage.name, plan.family)
     if not store.exists(key):
-        store.write_bytes(key, canonical_json(_family_of(stage, plan)))
+        store.write_bytes(key, dump_checksummed(_family_of(stage, plan)))
 
 
 @lru_cache(256)
 def noted_family(store: Store, stage: str, family: str) -> dict[str, Any] | None:
     """What a family's name is the hash of: `version`, `settings`, `outside`.
 
-    None for a family without a note: an earlier version wrote it, and no artifact of it was finished.
+    None for a family without a sound note and without a finished artifact.
     """
+    key = _family_key(stage, family)
     try:
-        noted: dict[str, Any] = json.loads(store.read_bytes(_family_key(stage, family)))
-    except FileNotFoundError:
+        data = store.read_bytes(key)
+        noted: dict[str, Any] = json.loads(data)
+        return load_checksummed(data, key) if "sha256" in noted else noted  # earlier versions wrote none
+    except (FileNotFoundError, ValueError, DamagedError):
         return _families_of_manifests(store, stage).get(family)
-    return noted
 
 
 @lru_cache(16)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qrpo.errors import DataError
-from storage import Manifest, PartRecord, Store, manifest_of
+from storage import DamagedError, Manifest, PartRecord, Store, manifest_of
 from storage.artifact import named_artifacts
 from storage.leases import Leases
 from storage.manifest import manifest_key, now
@@ -60,6 +60,7 @@ def run_stage(
     plan = planner.plan(stage)
     planner.require_parents(stage)
     if not force and plan.complete and _is_named(config, store, plan):
+        planner.check_files(stage)
         manifest, result = _finish(of, plan, (), config, store, started)
     else:
         with Leases(store, config.run.lease_ttl) as leases:
@@ -94,7 +95,12 @@ def _compute(
     if not plan.complete:  # gc removed parts of the plan before it saw that they are protected
         done += compute_missing(plan, config, store, False, leases)
         plan = planner.computed(plan)
-    assert plan.complete, f"{plan.stage}: {len(plan.missing)} parts are missing after they were computed"
+    if not plan.complete:
+        raise DamagedError(
+            f"{plan.stage}: {len(plan.missing)} parts are missing after they were computed, the first is "
+            f"{plan.missing[0].key.record}. Another program deletes files of this store, or the store answers with "
+            "an old state: start the same command again, or run `qrpo verify --repair`."
+        )
     return plan, tuple(plan.records[key.fingerprint] for key in dict.fromkeys(done))
 
 

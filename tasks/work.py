@@ -7,14 +7,15 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 
 from qrpo.processes.preemption import noting_sigterm
-from storage import PartKey, PartRecord, Store
+from storage import DamagedError, PartKey, PartRecord, Store
+from storage.contents import again
 from storage.read import cache_folder
 from storage.table import Table, rejects_table
 from tasks.plan import PartPlan
@@ -44,6 +45,8 @@ class Work(Generic[S]):
     run_name: str
     store: Store
     parts: tuple[PartPlan, ...]
+    read: dict[PartKey, PartRecord] = field(default_factory=dict, repr=False, compare=False)
+    """The records that were used: what is computed was made from these bytes, whatever the store has later."""
 
     @property
     def log(self) -> Path:
@@ -64,18 +67,28 @@ class Work(Generic[S]):
 
     def inputs(self, part: PartPlan, stage: str) -> list[PartRecord]:
         """The records of the parent parts that come from `stage`, in the plan's order."""
-        keys = [key for key in part.inputs if key.stage == stage]
-        found = self.store.find_parts(keys)
-        assert len(found) == len(set(keys)), (
-            f"{self.stage} was started before its parents from {stage} were committed"
-        )
-        return [found[key.fingerprint] for key in keys]
+        return self.records([key for key in part.inputs if key.stage == stage])
 
     def record(self, key: PartKey) -> PartRecord:
         """The record of a part that must be there by now."""
-        record = self.store.part(key)
-        assert record is not None, f"{self.stage} was started before its parent part {key} was committed"
-        return record
+        return self.records([key])[0]
+
+    def records(self, keys: Sequence[PartKey]) -> list[PartRecord]:
+        """The records of parts that must be there by now; raises DamagedError."""
+
+        def find() -> None:
+            self.read.update(
+                (record.key, record)
+                for record in self.store.find_parts(key for key in keys if key not in self.read).values()
+            )
+            if missing := [key for key in keys if key not in self.read]:
+                raise DamagedError(
+                    f"{self.stage}: {missing[0].record} is missing, one of {len(missing)} parts that it is made "
+                    "from. `qrpo verify --repair` computes only these again."
+                )
+
+        again(self.store.files, find)
+        return [self.read[key] for key in keys]
 
     def commit(
         self,
@@ -101,7 +114,7 @@ class Work(Generic[S]):
 
     def parent_digests(self, part: PartPlan) -> dict[str, str]:
         """The digest of every parent part, by fingerprint."""
-        return {name: record.digest for name, record in self.store.find_parts(part.inputs).items()}
+        return {record.fingerprint: record.digest for record in self.records(part.inputs)}
 
     def _rejects(self, rejects: Sequence[Mapping[str, Any]]) -> pa.Table:
         texts = [

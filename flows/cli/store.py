@@ -149,6 +149,8 @@ def verify(
     else:
         for finding in checked["findings"]:
             out.print(f"{finding['kind']}: {finding['message']}")
+        for line in checked.get("left", []):
+            out.print(f"left: {line}")
         repaired = f", {len(checked['dropped'])} repaired" if "dropped" in checked else ""
         out.print(f"{len(checked['findings'])} faults in {checked['store']}{repaired}")
     if left:

@@ -104,13 +104,13 @@ def test_only_the_parts_of_the_prompt_are_read(url: str, monkeypatch: pytest.Mon
     from storage import read as module
 
     opened: list[str] = []
-    real = module.open_table
+    real = module.open_checked
 
-    def watched(files: Any, record: Any, **options: Any) -> Any:
+    def watched(files: Any, entry: Any, record: Any) -> Any:
         opened.append(record.fingerprint)
-        return real(files, record, **options)
+        return real(files, entry, record)
 
-    monkeypatch.setattr(module, "open_table", watched)
+    monkeypatch.setattr(module, "open_checked", watched)
     asked(url, "--prompt-id", PROMPT)
 
     assert {name for name in opened if not name.startswith("prompts")} == {

@@ -1,7 +1,7 @@
 """An artifact's rows: read some, and find those that a query asks for.
 
-Rows are numbered from 0 through the parts in the manifest's order; that number is a row's position. Parts are opened
-with `storage.read`, so every kind of store works and a damaged part raises an error. Only the columns that decide are
+Rows are numbered from 0 through the parts in the manifest's order; that number is a row's position. The store
+reads the parts, so every kind of store works and a damaged part raises an error. Only the columns that decide are
 read to find rows, a few row groups at a time. So memory is bounded, a time limit holds, and an early answer costs little.
 """
 
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from flows.views.inspect.filters import apply_condition, parse_condition
 from qrpo.errors import DataError
-from storage import PartRecord, Store, read
+from storage import PartRecord, Store
 
 __all__ = ["ArtifactRows", "Query", "condition_of", "find_rows"]
 
@@ -49,21 +49,12 @@ class ArtifactRows:
     @cached_property
     def arrow_schema(self) -> pa.Schema:
         """The Arrow schema, which says what may be null."""
-        with self.open(self.parts[0]) as opened:
-            return opened.schema_arrow
+        return self.store.footer(self.parts[0]).schema.to_arrow_schema()
 
     @cached_property
     def footers(self) -> list[pq.FileMetaData]:
         """The Parquet metadata of every part."""
-        found = []
-        for part in self.parts:
-            with self.open(part) as opened:
-                found.append(opened.metadata)
-        return found
-
-    def open(self, part: PartRecord) -> pq.ParquetFile:
-        """The part's Parquet file. Raises DamagedError if its size or row count is wrong."""
-        return read.open_table(self.store.files, part, sparse=True)
+        return [self.store.footer(part) for part in self.parts]
 
     def check_columns(self, columns: Sequence[str]) -> list[str]:
         """The columns. Raises DataError if one is unknown."""
@@ -77,14 +68,13 @@ class ArtifactRows:
         held: list[pl.DataFrame] = []
         start = rows = size = 0
         for part in self.parts:
-            with self.open(part) as opened:
-                for group in range(opened.num_row_groups):
-                    held.append(_frame(opened.read_row_group(group, columns=list(columns)), columns))
-                    rows += held[-1].height
-                    size += int(held[-1].estimated_size())
-                    if rows >= _CHUNK_ROWS or size >= _CHUNK_BYTES:
-                        yield start, pl.concat(held)
-                        start, rows, size, held = start + rows, 0, 0, []
+            for table in self.store.read_groups(part, columns):
+                held.append(_frame(table, columns))
+                rows += held[-1].height
+                size += int(held[-1].estimated_size())
+                if rows >= _CHUNK_ROWS or size >= _CHUNK_BYTES:
+                    yield start, pl.concat(held)
+                    start, rows, size, held = start + rows, 0, 0, []
         if rows:
             yield start, pl.concat(held)
 
