@@ -5,12 +5,16 @@ data or a program would only happen again. Every retry continues with the parts 
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 from qrpo.errors import EngineError
 from storage import StoreUnavailableError
 
-__all__ = ["RETRY_DELAYS", "is_transient", "retry_if_transient"]
+__all__ = ["NO_RESULT", "RETRY_DELAYS", "is_transient", "retry_if_transient"]
+
+NO_RESULT: dict[str, Any] = {"persist_result": False, "result_storage": Path("unused")}
+"""Options of flows and tasks. Without a storage Prefect asks the server for its default one at each start."""
 
 RETRY_DELAYS = [5.0, 30.0, 120.0]
 """Seconds before each retry."""
