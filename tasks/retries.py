@@ -8,12 +8,19 @@ import re
 from pathlib import Path
 from typing import Any
 
+from prefect.settings import get_current_settings
+
 from qrpo.errors import EngineError
 from storage import StoreUnavailableError
 
 __all__ = ["NO_RESULT", "RETRY_DELAYS", "is_transient", "retry_if_transient"]
 
-NO_RESULT: dict[str, Any] = {"persist_result": False, "result_storage": Path("unused")}
+NO_RESULT: dict[str, Any] = {
+    "persist_result": False,
+    "result_storage": Path(
+        get_current_settings().results.local_storage_path
+    ),  # gets the errors of failed runs
+}
 """Options of flows and tasks. Without a storage Prefect asks the server for its default one at each start."""
 
 RETRY_DELAYS = [5.0, 30.0, 120.0]
