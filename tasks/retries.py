@@ -28,8 +28,9 @@ RETRY_DELAYS = [5.0, 30.0, 120.0]
 
 # an error raised in a child process arrives as "... failed: module.ErrorName: text"
 _TRANSIENT_IN_CHILD = re.compile(
-    r"out of memory|OutOfMemory|MemoryError|EngineDead|ConnectionError|ConnectTimeout|ReadTimeout|TimeoutError"
-    r"|after \d+ attempts"
+    r" failed: .*(?:out of memory|OutOfMemory|MemoryError|EngineDead|ConnectionError|ConnectTimeout|ReadTimeout|TimeoutError"
+    r"|after \d+ attempts)",
+    re.DOTALL,
 )
 
 
@@ -41,10 +42,7 @@ def retry_if_transient(task: Any, run: Any, state: Any) -> bool:
 def is_transient(error: object) -> bool:
     """Whether the same work may succeed a moment later."""
     if isinstance(error, EngineError):
-        text = str(error)
-        return " failed: " not in text or bool(
-            _TRANSIENT_IN_CHILD.search(text)
-        )  # without "failed:", the child died
+        return error.transient or bool(_TRANSIENT_IN_CHILD.search(str(error)))
     if isinstance(error, StoreUnavailableError):
         return error.transient
     return isinstance(error, (MemoryError, ConnectionError, TimeoutError))

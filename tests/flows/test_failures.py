@@ -41,7 +41,8 @@ def unavailable(passing: bool) -> StoreUnavailableError:
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (EngineError("the vllm engine of x was killed by SIGKILL in the middle of its work"), True),
+        (EngineError("the vllm engine of x was killed by SIGKILL", transient=True), True),
+        (EngineError("reward x exited with code 3 during a call. Its last output: out of memory"), False),
         (EngineError("the engine of x failed: torch.OutOfMemoryError: CUDA out of memory. Its log: y"), True),
         (EngineError("tasks.stages.policy:compute failed: ValueError: a mistake. Its log: y"), False),
         (unavailable(passing=True), True),
