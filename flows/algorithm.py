@@ -1,12 +1,12 @@
 """All stages as one flow."""
 
-from typing import Any
+from prefect import flow
 
-from prefect import flow, tags
-
+from flows.service.flow_runs import call_flow, report_ends
 from flows.stages import DEFAULT_STORE, STAGE_FLOWS, StageName
 from tasks.config import PipelineConfig
 from tasks.planner import planner_of, planning
+from tasks.retries import NO_RESULT
 from tasks.rounds import rounds_until
 from tasks.run_stage import StageResult
 from tasks.stages import STAGE_NAMES, STAGES
@@ -14,7 +14,7 @@ from tasks.stages import STAGE_NAMES, STAGES
 __all__ = ["pipeline"]
 
 
-@flow(name="pipeline", flow_run_name="{config.name}: {first} to {last} ({config.subject})")
+@flow(name="pipeline", flow_run_name="{config.name}: {first} to {last} ({config.subject})", **NO_RESULT)
 def pipeline(
     config: PipelineConfig,
     store: str = DEFAULT_STORE,
@@ -44,11 +44,13 @@ def pipeline(
     results: dict[str, StageResult] = {}
     for number, of_round in enumerate(rounds_until(last, config)):
         results = {}
-        with tags(f"run:{of_round.name}"), planning(planner_of(of_round, store)):
+        with planning(planner_of(of_round, store)):
             for stage in stage_span(first if number == 0 else "prompts", last):
-                stage_flow: Any = STAGE_FLOWS[stage]  # the annotation of its call does not know `wait_for`
                 parents = [results[parent] for parent in STAGES[stage].parents if parent in results]
-                results[stage] = stage_flow(of_round, store, force=stage in force, wait_for=parents)
+                results[stage] = call_flow(
+                    STAGE_FLOWS[stage], of_round, store, stage in force, wait_for=parents
+                )
+    report_ends(patience=0.0)
     return list(results.values())
 
 

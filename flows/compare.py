@@ -1,10 +1,11 @@
 """`qrpo compare`: methods and settings, trained on the same samples and evaluated on the same prompts."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from prefect import flow, get_run_logger, tags
+from prefect import flow
 from rich.table import Table
 
 import storage
@@ -16,11 +17,13 @@ from qrpo.evaluation.summary import COLUMNS, Score, json_numbers, prompt_scores
 from storage import Store
 from tasks.comparison import Candidate, candidates
 from tasks.config import PipelineConfig
+from tasks.retries import NO_RESULT
 from tasks.run_stage import run_stage
 from tasks.stages import STAGES
 
 __all__ = ["compare", "comparison_table"]
 
+log = logging.getLogger("qrpo")
 SCORES: tuple[Score, ...] = ("reward", "win_rate", "quantile_reward", "kl", "length")
 _REFERENCE_SCORES: tuple[Score, ...] = (
     "reward",
@@ -29,7 +32,7 @@ _REFERENCE_SCORES: tuple[Score, ...] = (
 )  # others compare with the reference
 
 
-@flow(name="compare", flow_run_name="{config.name}: compare methods")
+@flow(name="compare", flow_run_name="{config.name}: compare methods", **NO_RESULT)
 def compare(config: PipelineConfig, store: str = DEFAULT_STORE) -> dict[str, Any]:
     """Train every method over its grid and seeds, evaluate each policy, and report the best of each method.
 
@@ -44,13 +47,11 @@ def compare(config: PipelineConfig, store: str = DEFAULT_STORE) -> dict[str, Any
         raise ConfigError(
             "compare.methods is empty: add a method, such as `dpo: {policy.loss: dpo, policy.beta: [0.1, 0.3]}`"
         )
-    log = get_run_logger()
     every = list(candidates(config))
     for number, candidate in enumerate(every, start=1):
         log.info("%d of %d: %s", number, len(every), candidate.config.name)
-        with tags(f"run:{candidate.config.name}"):
-            for stage in STAGES:
-                run_stage(stage, candidate.config, store)
+        for stage in STAGES:
+            run_stage(stage, candidate.config, store)
     return judge(config, Store(store), every)
 
 

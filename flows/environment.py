@@ -18,8 +18,12 @@ DEFAULTS = {
     "PREFECT_LOGGING_EXTRA_LOGGERS": "qrpo",
     # a busy machine needs more than Prefect's 20 seconds
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    # wait for a server that restarts, with pauses of 2, 4, ... 256 seconds
-    "PREFECT_CLIENT_MAX_RETRIES": "8",
+    # wait for a server that restarts or fails, with pauses of 2, 4, ... 32 seconds; see flows.service.flow_runs
+    "PREFECT_CLIENT_MAX_RETRIES": "5",
+    "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500,504",
+    "PREFECT_API_REQUEST_TIMEOUT": "30",
+    "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     # a run whose machine died is found by its missing heartbeat, see flows.service.automations
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
 }

@@ -2,6 +2,8 @@
 
 import os
 import time
+from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 from rich.console import Console
@@ -10,14 +12,15 @@ from rich.table import Table
 from flows.evaluate import evaluation_table
 from flows.service.logs import log_path, logging_to
 from flows.service.server import start_server
+from qrpo.errors import EngineError
 from storage import Store
 from tasks.config import PipelineConfig
 from tasks.planner import Planner, planning
 from tasks.rounds import rounds_until
-from tasks.run_stage import StageResult, run_stage
+from tasks.run_stage import run_stage
 from tasks.stages import STAGE_NAMES
 
-__all__ = ["print_summary", "run_pipeline"]
+__all__ = ["print_summary", "run_flow", "run_pipeline"]
 
 _STAGE_FIELDS = (
     "fingerprint",
@@ -63,7 +66,9 @@ def _run_round(
         results = [run_stage(stage, config, store.url, planner=planner) for stage in span]
     else:
         with planning(planner):
-            results = _run_flow(config, store, first, last, force, console)
+            results = run_flow(
+                "flows.algorithm", "pipeline", config, store, first, last, force, console=console
+            )
     summary: dict[str, Any] = {
         "run": config.name,
         "store": store.url,
@@ -79,9 +84,10 @@ def _run_round(
     return summary
 
 
-def _run_flow(
-    config: PipelineConfig, store: Store, first: str, last: str, force: tuple[str, ...], console: Console
-) -> list[StageResult]:
+def run_flow(
+    module: str, name: str, config: PipelineConfig, store: Store, *arguments: Any, console: Console
+) -> Any:
+    """Run the flow `name` of a module for the command line: with a server, a log file, and an end on Ctrl-C or Cancel in the UI."""
     if "PREFECT_API_URL" not in os.environ:
         console.print(
             "starting a Prefect server for this run (set PREFECT_API_URL to use a running server) ..."
@@ -89,17 +95,14 @@ def _run_flow(
     wait_for_server = start_server()
     from prefect.logging.configuration import setup_logging
 
-    from flows import algorithm
-    from flows.service.interrupts import cancellable_run
+    from flows.service.flow_runs import call_flow, cancellable_run
 
-    pipeline: Any = algorithm.pipeline  # it checks the names of the stages
-    wait_for_server()
+    flow = getattr(import_module(module), name)
+    with suppress(EngineError):  # `call_flow` says that it does not answer
+        wait_for_server()
     setup_logging()
     with logging_to(log_path(store, f"{config.name}/run.log"), console), cancellable_run() as on_running:
-        results: list[StageResult] = pipeline.with_options(on_running=[on_running])(
-            config, store.url, first, last, force
-        )
-        return results
+        return call_flow(flow.with_options(on_running=[on_running]), config, store.url, *arguments)
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:

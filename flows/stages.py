@@ -2,10 +2,11 @@
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from prefect import Flow, flow, tags
+from prefect import Flow, flow
 
 from tasks.config import PipelineConfig
 from tasks.publish import publish_stage
+from tasks.retries import NO_RESULT
 from tasks.run_stage import StageResult, run_stage
 from tasks.stage import Stage
 from tasks.stages import STAGE_NAMES, STAGES
@@ -22,9 +23,8 @@ else:
 
 def _flow_of(stage: Stage[Any]) -> Flow[Any, StageResult]:
     def run(config: PipelineConfig, store: str = DEFAULT_STORE, force: bool = False) -> StageResult:
-        with tags(f"run:{config.name}", f"stage:{stage.name}"):
-            result = run_stage(stage.name, config, store, force=force)
-            publish_stage(result, config, store)
+        result = run_stage(stage.name, config, store, force=force)
+        publish_stage(result, config, store)
         return result
 
     run.__name__ = run.__qualname__ = stage.name
@@ -40,6 +40,7 @@ def _flow_of(stage: Stage[Any]) -> Flow[Any, StageResult]:
         name=stage.name,
         description=stage.summary,
         flow_run_name="{config.name}: " + stage.name + " ({config.subject})",
+        **NO_RESULT,
     )
     return named(run)
 

@@ -44,7 +44,14 @@ class RewardError(QRPOError):
 
 
 class EngineError(QRPOError):
-    """A generation engine, or another child process, died."""
+    """A generation engine, or another child process, died.
+
+    `transient` says that the same work may succeed in a new process: the system killed this one.
+    """
+
+    def __init__(self, message: str, *, transient: bool = False):
+        super().__init__(message)
+        self.transient = transient
 
 
 class TrainingError(QRPOError):

@@ -21,7 +21,7 @@ from tasks.config import PipelineConfig
 from tasks.engines import close_engine, keep
 from tasks.plan import PartPlan, StagePlan
 from tasks.progress import Reporter, reporting
-from tasks.retries import RETRY_DELAYS, retry_if_transient
+from tasks.retries import NO_RESULT, RETRY_DELAYS, retry_if_transient
 from tasks.reuse import with_candidates
 from tasks.runners import RemoteWork, WorkerPool, uses_workers
 from tasks.stage import Stage
@@ -124,7 +124,7 @@ def _share(leases: Leases, group: Sequence[PartPlan]) -> tuple[list[PartPlan], l
     name="compute parts",
     task_run_name="{label}",
     cache_policy=NO_CACHE,
-    persist_result=False,
+    **NO_RESULT,
     retries=len(RETRY_DELAYS),
     retry_delay_seconds=RETRY_DELAYS,
     retry_jitter_factor=0.2,

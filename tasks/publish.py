@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
-from httpx import HTTPError
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from prefect.assets import Asset, AssetProperties, add_asset_metadata, materialize
 from prefect.cache_policies import NO_CACHE
@@ -28,6 +27,7 @@ from prefect.utilities.annotations import quote
 from storage import Manifest, Store
 from tasks import charts
 from tasks.artifact_summary import MAIN_MEASURES, compare_models, numbers_of, reject_reasons, training_metrics
+from tasks.retries import NO_RESULT
 from tasks.run_stage import StageResult
 from tasks.stages import STAGES
 
@@ -73,20 +73,12 @@ def artifact_key(*words: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
 
 
-def _server_did_not_answer(task: Any, run: Any, state: Any) -> bool:
-    return isinstance(state.result(raise_on_failure=False), HTTPError)
-
-
 @materialize(
     "qrpo://artifact",  # `publish_stage` replaces it with the manifest's key
     name="publish",
     description="Show the stage's artifact in Prefect: asset, summary, sample rows, chart.",
     cache_policy=NO_CACHE,
-    persist_result=False,
-    tags={"publish"},
-    retries=2,
-    retry_delay_seconds=[1.0, 5.0],
-    retry_condition_fn=_server_did_not_answer,
+    **NO_RESULT,
     log_prints=False,
 )
 def _publish(shown: tuple[Manifest, StageResult, "PipelineConfig", Store]) -> None:

@@ -5,20 +5,32 @@ data or a program would only happen again. Every retry continues with the parts 
 """
 
 import re
+from pathlib import Path
 from typing import Any
+
+from prefect.settings import get_current_settings
 
 from qrpo.errors import EngineError
 from storage import StoreUnavailableError
 
-__all__ = ["RETRY_DELAYS", "is_transient", "retry_if_transient"]
+__all__ = ["NO_RESULT", "RETRY_DELAYS", "is_transient", "retry_if_transient"]
+
+NO_RESULT: dict[str, Any] = {
+    "persist_result": False,
+    "result_storage": Path(
+        get_current_settings().results.local_storage_path
+    ),  # gets the errors of failed runs
+}
+"""Options of flows and tasks. Without a storage Prefect asks the server for its default one at each start."""
 
 RETRY_DELAYS = [5.0, 30.0, 120.0]
 """Seconds before each retry."""
 
 # an error raised in a child process arrives as "... failed: module.ErrorName: text"
 _TRANSIENT_IN_CHILD = re.compile(
-    r"out of memory|OutOfMemory|MemoryError|EngineDead|ConnectionError|ConnectTimeout|ReadTimeout|TimeoutError"
-    r"|after \d+ attempts"
+    r" failed: .*(?:out of memory|OutOfMemory|MemoryError|EngineDead|ConnectionError|ConnectTimeout|ReadTimeout|TimeoutError"
+    r"|after \d+ attempts)",
+    re.DOTALL,
 )
 
 
@@ -30,10 +42,7 @@ def retry_if_transient(task: Any, run: Any, state: Any) -> bool:
 def is_transient(error: object) -> bool:
     """Whether the same work may succeed a moment later."""
     if isinstance(error, EngineError):
-        text = str(error)
-        return " failed: " not in text or bool(
-            _TRANSIENT_IN_CHILD.search(text)
-        )  # without "failed:", the child died
+        return error.transient or bool(_TRANSIENT_IN_CHILD.search(str(error)))
     if isinstance(error, StoreUnavailableError):
         return error.transient
     return isinstance(error, (MemoryError, ConnectionError, TimeoutError))

@@ -13,11 +13,17 @@ Exit codes: 0 done, 1 failed, 2 bad usage or configuration.
 A command imports what it needs when it is called, so that `--help` and shell completion answer at once.
 """
 
+import os
+import sys
+import threading
+
 from flows.cli import results, run, service, store  # noqa: F401  (each adds its commands)
 from flows.cli.app import app
 from flows.environment import set_defaults
 
 __all__ = ["app", "main"]
+
+_EXIT_SECONDS = 30.0
 
 
 def main() -> None:
@@ -25,4 +31,10 @@ def main() -> None:
     set_defaults(
         PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL="CRITICAL", PREFECT_LOGGING_HANDLERS_DEBUG_LEVEL="CRITICAL"
     )
-    app()
+    try:
+        app()
+    finally:
+        # Prefect waits at exit until its server has every event and log line
+        limit = threading.Timer(_EXIT_SECONDS, os._exit, (getattr(sys.exception(), "code", 1) or 0,))
+        limit.daemon = True
+        limit.start()

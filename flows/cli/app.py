@@ -124,6 +124,7 @@ def _errors_as_lines(debug: bool) -> Iterator[None]:
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
     logger.propagate = False
     logger.handlers = [_LineHandler()]
+    logging.raiseExceptions = debug  # no traceback where a log file or Prefect's server takes no line
     try:
         yield
     except (typer.Exit, typer.BadParameter, typer.Abort):

@@ -100,16 +100,14 @@ def compare(
 
     Example: qrpo compare examples/reproduce/config.yaml --out comparison.json
     """
-    from flows.service.server import start_server
+    from flows.pipeline_run import run_flow
+    from storage import Store
     from tasks.config import load_config
 
     loaded = load_config(config, overrides or ())
-    wait_for_server = start_server()
-    from flows.compare import compare as compare_methods
+    report = run_flow("flows.compare", "compare", loaded, Store(store), console=err)
     from flows.compare import comparison_table
 
-    wait_for_server()
-    report = compare_methods(loaded, store)
     if write is not None:
         write.write_text(json.dumps(report, indent=1) + "\n")
     print_result(report, comparison_table(report), as_json)

@@ -16,7 +16,7 @@ from typing import Any
 
 from qrpo.engines import EngineConfig
 from qrpo.engines.sampling import Sample, SampleRequest, SamplingConfig
-from qrpo.errors import DataError, EngineError, ModelError
+from qrpo.errors import ConfigError, DataError, EngineError, ModelError
 from qrpo.models import ModelConfig, is_local, load_model_config, location
 
 __all__ = ["VLLMEngine", "cpu_kv_cache_bytes", "require_cpu_heads", "saved_dtype"]
@@ -35,7 +35,7 @@ class VLLMEngine:
             import vllm
             from vllm.platforms import current_platform
         except ImportError as error:
-            raise EngineError(
+            raise ConfigError(
                 f"vLLM cannot be imported ({error}): install it (`make install`, or `pip install vllm`), or set "
                 "engine.kind to transformers"
             ) from error
@@ -186,7 +186,8 @@ def _parameters(sampling: SamplingConfig, seed: int) -> Any:
 def _sample(index: int, completion: Any, key: str) -> Sample:
     if completion.finish_reason not in ("stop", "length"):
         raise EngineError(
-            f"vLLM ended request {key!r} with {completion.finish_reason!r}, expected 'stop' or 'length'"
+            f"vLLM ended request {key!r} with {completion.finish_reason!r}, expected 'stop' or 'length'",
+            transient=True,
         )
     return Sample(
         index=index,

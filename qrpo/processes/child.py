@@ -116,7 +116,7 @@ class Child:
                     yielded = True
                     yield payload[0]
             except _Ended as ended:
-                raise EngineError(f"{self.name} {ended}") from None
+                raise EngineError(f"{self.name} {ended}", transient=ended.transient) from None
             finally:
                 self._owner = None
                 if not reusable and self._process is not None:
@@ -146,7 +146,14 @@ class Child:
 
 
 class _Ended(Exception):
-    """The child process ended or closed its connection; the message says how."""
+    """The child process ended or closed its connection; the message says how.
+
+    A process that exits with a code of its own does so again: that is not `transient`.
+    """
+
+    def __init__(self, message: str, transient: bool):
+        super().__init__(message)
+        self.transient = transient
 
 
 class _Process:
@@ -198,7 +205,7 @@ class _Process:
         try:
             self.connection.send_bytes(data)
         except OSError:
-            raise _Ended(self._describe_end()) from None
+            raise self._ended() from None
 
     def receive(self, timeout: float | None) -> tuple[Any, ...]:
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
@@ -209,9 +216,9 @@ class _Process:
                 if self.connection.poll(wait) or (not self.alive() and self.connection.poll(0)):
                     return pickle.loads(self.connection.recv_bytes())  # type: ignore[no-any-return]  # noqa: S301
             except (EOFError, OSError):
-                raise _Ended(self._describe_end()) from None
+                raise self._ended() from None
             if not self.alive():
-                raise _Ended(self._describe_end())
+                raise self._ended()
             if time.monotonic() >= deadline:
                 raise TimeoutError(f"no answer within {timeout:g} s")
 
@@ -237,7 +244,7 @@ class _Process:
             time.sleep(0.01)
         return status
 
-    def _describe_end(self) -> str:
+    def _ended(self) -> _Ended:
         status = self._wait(5.0)
         if status is None:  # it closed its connection but still runs
             how = "stopped answering"
@@ -247,7 +254,8 @@ class _Process:
                 how += " (the system does this where memory runs out)"
         else:
             how = f"exited with code {status}"
-        return f"{how} during a call. The next call starts it again. {self.where()}"
+        message = f"{how} during a call. The next call starts it again. {self.where()}"
+        return _Ended(message, transient=status is None or status < 0)
 
 
 def _kill_group(popen: subprocess.Popen[bytes], connection: Connection, output: IO[bytes]) -> None:

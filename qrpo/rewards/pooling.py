@@ -11,7 +11,7 @@ from typing import Any
 
 from qrpo.data.chat import Messages, load_tokenizer
 from qrpo.engines.vllm import cpu_kv_cache_bytes, require_cpu_heads, saved_dtype
-from qrpo.errors import EngineError, ModelError
+from qrpo.errors import ConfigError, ModelError
 from qrpo.models import context_length, is_local, load_model_config, location
 from qrpo.rewards.model import ModelRewardConfig, as_score, encode_rows, not_one_score
 from qrpo.rewards.protocol import Score
@@ -32,7 +32,7 @@ class PoolingReward:
             import vllm
             from vllm.platforms import current_platform
         except ImportError as error:
-            raise EngineError(
+            raise ConfigError(
                 f"vLLM cannot be imported ({error}): install it (`make install`, or `pip install vllm`), or set the "
                 "reward's engine to transformers"
             ) from error

@@ -23,8 +23,8 @@ from qrpo.rewards.protocol import Columns, RewardSection, Score
 
 __all__ = ["WorkerPool", "WorkerSection"]
 
-# time-outs in a row that end the run: before anything was scored, and after
-_MAX_TIMEOUTS_AT_START, _MAX_TIMEOUTS = 3, 10
+# completions in a row that cost their process, which end the run: before anything was scored, and after
+_MAX_LOST_AT_START, _MAX_LOST = 3, 10
 
 
 class WorkerSection(RewardSection):
@@ -72,7 +72,7 @@ class WorkerPool:
         self._timeout = timeout
         self._lock = threading.Lock()  # protects the fields below
         self._scored_any = False
-        self._timeouts = 0  # in a row
+        self._lost = 0  # processes that hung or ended, in a row
         self._abandoned = False  # the caller waits no longer
 
     def score(
@@ -108,7 +108,7 @@ class WorkerPool:
                 return [self._failed(error)]
             with self._lock:
                 self._scored_any = self._scored_any or any(score.error is None for score in scores)
-                self._timeouts = 0
+                self._lost = 0
             return scores
 
         batches = [
@@ -166,13 +166,14 @@ class WorkerPool:
                 self._abandoned = False
 
     def _failed(self, error: Exception) -> Score:
-        """The score of a row whose call failed; RewardError after too many time-outs."""
+        """The score of a row whose call failed; RewardError if too many in a row cost their process."""
         hung = isinstance(error, TimeoutError)
+        reason = f"no answer within {self._timeout:g} s (timeout)" if hung else str(error)
         with self._lock:
-            self._timeouts = self._timeouts + 1 if hung else 0
-            if self._timeouts >= (_MAX_TIMEOUTS if self._scored_any else _MAX_TIMEOUTS_AT_START):
+            self._lost = self._lost + 1 if hung or isinstance(error, EngineError) else 0
+            if self._lost >= (_MAX_LOST if self._scored_any else _MAX_LOST_AT_START):
                 raise RewardError(
-                    f"{self._name} took more than {self._timeout:g} s on each of {self._timeouts} completions in a "
-                    "row: raise the reward's timeout, or fix the function"
+                    f"{self._name} hung or ended its process on each of {self._lost} completions in a row, at last: "
+                    f"{reason}. Fix the function, or raise the reward's timeout ({self._timeout:g} s)"
                 )
-        return Score(None, f"no answer within {self._timeout:g} s (timeout)" if hung else str(error))
+        return Score(None, reason)

@@ -68,7 +68,9 @@ class Jail:
             os.close(job_write)
             os.close(answer_read)
             self.close()
-            raise EngineError(f"the sandbox's zygote exited between two jobs: {error}") from error
+            raise EngineError(
+                f"the sandbox's zygote exited between two jobs: {error}", transient=True
+            ) from error
         finally:
             os.close(job_read)
             os.close(answer_write)
@@ -239,7 +241,7 @@ class Job:
 
     def _fail(self, how: str) -> None:
         self._jail.close()
-        raise EngineError(f"the sandbox's zygote {how}; the next call starts another")
+        raise EngineError(f"the sandbox's zygote {how}; the next call starts another", transient=True)
 
     def _close_job(self) -> None:
         if self._job is not None:

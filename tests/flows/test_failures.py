@@ -15,18 +15,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import BaseRequestHandler, ThreadingTCPServer
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 
 from qrpo.errors import ConfigError, DataError, EngineError
 from storage import Store, StoreUnavailableError
 from tasks.retries import is_transient
-from tests.support.flows import QRPO, invoke, new_bucket, parts_of, run_json
-from tests.support.processes import descendants, engine_of, eventually, running, survivors
+from tests.support.flows import QRPO, clean_environment, invoke, new_bucket, parts_of, run_json
+from tests.support.processes import descendants, engine_of, eventually, free_port, running, survivors
 
 
 def unavailable(passing: bool) -> StoreUnavailableError:
@@ -38,7 +41,8 @@ def unavailable(passing: bool) -> StoreUnavailableError:
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (EngineError("the vllm engine of x was killed by SIGKILL in the middle of its work"), True),
+        (EngineError("the vllm engine of x was killed by SIGKILL", transient=True), True),
+        (EngineError("reward x exited with code 3 during a call. Its last output: out of memory"), False),
         (EngineError("the engine of x failed: torch.OutOfMemoryError: CUDA out of memory. Its log: y"), True),
         (EngineError("tasks.stages.policy:compute failed: ValueError: a mistake. Its log: y"), False),
         (unavailable(passing=True), True),
@@ -91,7 +95,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, config: Path, prefect_server
                 seen["after"] = wait_for_parts(len(before) + 2, store, process, log)
             family = descendants(process.pid)
             assert family
-            process.send_signal(signal.SIGINT) if how == "Ctrl-C" else cancel_in_the_ui()
+            process.send_signal(signal.SIGINT) if how == "Ctrl-C" else cancel(newest_run("pipeline")["id"])
             code = process.wait(timeout=120)
         run = newest_run("pipeline")
         seen["ended"][how] = (code, log.read_text(), run["state"], survivors(family, seconds=30))
@@ -161,10 +165,11 @@ def newest_run(name: str) -> Any:
         return client.request("POST", "/flow_runs/filter", json=body).json()[0]
 
 
-def cancel_in_the_ui() -> None:
+def cancel(run_id: Any) -> None:
+    """What the button in the UI does."""
     from prefect.client.orchestration import get_client
 
-    place = {"id": newest_run("pipeline")["id"]}
+    place = {"id": str(run_id)}
     with get_client(sync_client=True) as client:
         state = {"state": {"type": "CANCELLING"}}
         client.request("POST", "/flow_runs/{id}/set_state", path_params=place, json=state)
@@ -360,6 +365,123 @@ def test_network_that_stays_away_is_told_and_one_that_comes_back_is_waited_for(
     rewards = json.loads(done.stdout)["stages"]["rewards"]
     assert 0 < kept == rewards["parts_cached"]
     assert rewards["parts_computed"] == len(story["at the end"]) - kept
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Any:
+    """A Prefect server on one port and database, which can be killed and started again."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    log = tmp_path / "server.log"
+    home = clean_environment(PREFECT_HOME=str(tmp_path / "prefect"), PREFECT_API_URL=url)
+    command = [sys.executable, "-m", "prefect", "server", "start", "--port", port]
+
+    @contextmanager
+    def start() -> Iterator["subprocess.Popen[bytes]"]:
+        with running(command, log, env=home) as server:
+            eventually(lambda: answers(f"{url}/health"), "the server's start", every=0.2, log=log)
+            yield server
+
+    return SimpleNamespace(start=start, url=url, port=port, environment=home)
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).is_success
+    except httpx.HTTPError:
+        return False
+
+
+class Failing(BaseHTTPRequestHandler):
+    """A server that answers everything with an internal error."""
+
+    def answer(self) -> None:
+        self.send_error(500)
+
+    do_GET = do_POST = do_PATCH = do_PUT = answer
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.mark.slow
+def test_server_that_is_killed_and_fails_costs_the_view_of_what_began_meanwhile_and_nothing_else(
+    write_task: Callable[..., Path], tmp_path: Path, service: Any
+) -> None:
+    config = write_task(tmp_path / "task", prompts=16, run__part_size=1, run__parts_per_task=1)
+    (config.parent / "reward.py").write_text(SLOW)
+    store, log = tmp_path / "store", tmp_path / "log"
+    environment = {**service.environment, "PREFECT_CLIENT_MAX_RETRIES": "1"}  # as if it were away for longer
+    command = [QRPO, "run", config, "--store", store, "--until", "rewards", "--json"]
+
+    def scored(number: int) -> None:
+        enough = lambda: len(parts_of(store, "rewards")) >= number  # noqa: E731
+        eventually(enough, f"{number} scored parts", log=log, process=run)
+
+    with ExitStack() as stack:
+        server = stack.enter_context(service.start())
+        run = stack.enter_context(running(command, log, env=environment))
+        eventually(lambda: parts_of(store), "the first part", log=log, process=run)
+        os.killpg(server.pid, signal.SIGKILL)  # tasks of `completions` begin and end, and `rewards` begins
+        scored(2)
+        with ThreadingHTTPServer(("127.0.0.1", service.port), Failing) as failing:
+            threading.Thread(target=failing.serve_forever, daemon=True).start()
+            scored(6)
+            failing.shutdown()
+        stack.enter_context(service.start())
+        assert run.wait(timeout=300) == 0, log.read_text()
+        found = httpx.post(f"{service.url}/flow_runs/filter", json={}).json()
+
+    summary = json.loads(log.read_text().splitlines()[-1])
+    assert summary["stages"]["rewards"]["parts_computed"] == summary["stages"]["rewards"]["rows"] / 2 > 6
+    assert "completions goes on without Prefect's UI" in log.read_text()
+    assert "rewards goes on without Prefect's UI" in log.read_text()
+    states = {one["name"].split()[1]: one["state_name"] for one in found}
+    assert states == dict.fromkeys(("prompts", "reference", "completions"), "Completed")
+    assert [one["name"] for one in found if "prompts to rewards" in one["name"]]
+
+
+@pytest.mark.slow
+def test_run_that_is_cancelled_as_it_completes_ends_completed(prefect_server: str) -> None:
+    from prefect import flow
+    from prefect.client.orchestration import get_client
+    from prefect.context import FlowRunContext
+
+    from flows.service.flow_runs import call_flow, report_ends
+
+    seen: list[Any] = []
+
+    @flow(validate_parameters=False)
+    def late(config: Any) -> str:
+        context = FlowRunContext.get()
+        assert context is not None
+        seen.append(context.flow_run.id)
+        cancel(seen[0])
+        return "done"
+
+    assert call_flow(late, SimpleNamespace(name="tiny")) == "done"
+    report_ends(patience=0.0)
+
+    with get_client(sync_client=True) as client:
+        run = client.read_flow_run(seen[0])
+    assert run.state_name == "Completed"
+    assert run.tags == ["run:tiny"]
+
+
+@pytest.mark.slow
+def test_server_that_was_never_there_costs_the_view(
+    write_task: Callable[..., Path], tmp_path: Path, qrpo_process: Callable[..., Any]
+) -> None:
+    config = write_task(tmp_path / "task")
+    url = f"http://127.0.0.1:{free_port()}/api"
+    options = ("--store", tmp_path / "store", "--until", "rewards", "--json")
+    done = qrpo_process("run", config, *options, PREFECT_API_URL=url)
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["stages"]["rewards"]["parts_computed"] > 1
+    assert done.stderr.count("goes on without Prefect's UI") == 1
+    assert f"the server at {url} (PREFECT_API_URL) failed" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 TWICE_ON_A_SMALL_DISK = """\

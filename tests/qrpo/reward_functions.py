@@ -95,3 +95,7 @@ def slow_process_id(completions, **columns):
     if len(completions) > 1:
         time.sleep(1.0)
     return [os.getpid()] * len(completions)
+
+
+def exits(prompts, completions, **columns):
+    os._exit(3)

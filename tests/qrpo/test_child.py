@@ -83,8 +83,9 @@ def test_other_errors_rise_as_engine_errors_with_the_log(tmp_path: Path) -> None
 
 
 def test_a_child_that_exits_is_an_engine_error() -> None:
-    with pytest.raises(EngineError, match="exited with code 3"):
+    with pytest.raises(EngineError, match="exited with code 3") as ended:
         list(stream("fail_after_one", "exit"))
+    assert not ended.value.transient
 
 
 def test_an_unknown_function_is_a_config_error() -> None:
@@ -196,8 +197,9 @@ def test_a_killed_child_is_an_engine_error_and_starts_again(tmp_path: Path) -> N
     next(items)
     assert child.pid is not None
     os.kill(child.pid, signal.SIGKILL)
-    with pytest.raises(EngineError, match=r"the counter was killed by SIGKILL.*its log: .*log"):
+    with pytest.raises(EngineError, match=r"the counter was killed by SIGKILL.*its log: .*log") as ended:
         list(items)
+    assert ended.value.transient
     assert child.call("add", 1) == 1
     child.close()
 

@@ -251,7 +251,7 @@ def test_a_missing_vllm_says_what_to_do(
     monkeypatch.syspath_prepend(tmp_path)
     engine = open_engine(EngineConfig(kind="vllm"), ModelConfig(path=str(tiny_model)))
     with pytest.raises(
-        EngineError, match=r"vLLM cannot be imported \(no vLLM here\): install it .* transformers"
+        ConfigError, match=r"vLLM cannot be imported \(no vLLM here\): install it .* transformers"
     ):
         list(engine.sample(requests[:1], SAMPLING))
     engine.close()

@@ -140,10 +140,19 @@ def test_a_function_that_fails_on_every_row_is_one_error(opened: Any, name: str,
         score(opened(name), ["a", "b", "c"])
 
 
-def test_a_function_that_always_hangs_is_given_up_soon(opened: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "settings", "reason"),
+    [
+        ("hangs", {"timeout": 0.2}, r"no answer within 0\.2 s \(timeout\)"),
+        ("exits", {}, "reward .*:exits exited with code 3"),
+    ],
+)
+def test_a_function_that_always_hangs_or_ends_its_process_is_given_up_soon(
+    opened: Any, name: str, settings: dict[str, Any], reason: str
+) -> None:
     started = time.monotonic()
-    with pytest.raises(RewardError, match=r"took more than 0\.2 s on each of 3 completions in a row: raise"):
-        score(opened("hangs", timeout=0.2), ["a"] * 2000)
+    with pytest.raises(RewardError, match=f"on each of 3 completions in a row, at last: {reason}"):
+        score(opened(name, **settings), ["a"] * 2000)
     assert time.monotonic() - started < 60  # not 2000 times
 
 
