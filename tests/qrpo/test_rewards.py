@@ -18,7 +18,6 @@ from qrpo.data.chat import encode_conversation, load_tokenizer
 from qrpo.errors import ConfigError, ModelError, RewardError
 from qrpo.models import ModelConfig, load_model_config, load_reward_model
 from qrpo.rewards import (
-    AnswerRewardConfig,
     FunctionRewardConfig,
     ModelRewardConfig,
     Reward,
@@ -231,49 +230,6 @@ def test_the_kind_in_the_configuration_chooses_the_reward() -> None:
     )
     with pytest.raises(ValidationError, match="kind"):
         adapter.validate_python({"kind": "oracle"})
-
-
-# ------------------------------------------------------------------------------------------- right answers
-
-
-def answers(settings: dict[str, Any], completions: Sequence[str], right: Sequence[Any]) -> list[Score]:
-    reward = open_reward(AnswerRewardConfig(**settings))
-    try:
-        return score(reward, completions, answer=list(right))
-    finally:
-        reward.close()
-
-
-def test_answers_are_compared_as_mathematics() -> None:
-    pairs = {
-        r"So it is \boxed{\frac{1}{2}}.": ("0.5", 1.0),
-        "First 3, then 4. The answer is 1,200 dollars.": ("1200", 1.0),
-        r"$x^2 + 2x + 1$": ("$(x+1)^2$", 1.0),
-        "The answer is 12.": ("13", 0.0),
-        "I do not know.": ("13", 0.0),
-        "0.3333333": ("1/3", 1.0),
-        "nothing to compare with": ("", None),
-    }
-    scores = answers({}, list(pairs), [right for right, _ in pairs.values()])
-    for (said, (right, expected)), found in zip(pairs.items(), scores, strict=True):
-        if right == "":
-            assert found.error == "the right answer '' is empty"
-        else:
-            assert found == Score(expected), said
-    (found,) = answers({"answer_after": "####"}, ["72"], ["24 and 48\n#### 72"])
-    assert found == Score(1.0)
-
-
-def test_answers_are_compared_as_text_where_asked() -> None:
-    settings = {"match": "exact", "completion_after": "Answer:", "right": 2.0, "wrong": -1.0}
-    said = ["B or C? Answer: C", "Answer:  new  YORK ", "C", "Answer: D"]
-    scores = answers(settings, said, ["c", "New York", "c", None])
-    assert scores == [Score(2.0), Score(2.0), Score(-1.0), Score(None)]
-
-
-def test_a_dataset_without_the_answers_column_is_told_so() -> None:
-    with pytest.raises(RewardError, match="the data has no column 'solution' with the right answer"):
-        answers({"column": "solution"}, ["1", "2"], ["1", "2"])
 
 
 # ------------------------------------------------------------------------------------------- several rewards
