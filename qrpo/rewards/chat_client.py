@@ -142,4 +142,4 @@ def _status_and_answer(response: httpx.Response) -> tuple[int, dict[str, Any]]:
     if not (error := answer.get("error") or first.get("error")):
         return 200, answer
     codes = [error.get(name) for name in ("code", "status", "status_code")] if isinstance(error, dict) else []
-    return next((int(code) for code in codes if re.fullmatch(r"[45]\d\d", str(code))), 502), {}
+    return next((int(str(code)) for code in codes if re.fullmatch(r"[45]\d\d", str(code))), 502), {}
