@@ -145,14 +145,12 @@ def _checked(value: Any) -> Score:
     if value is None:
         return Score(None)
     name = type(value).__name__
-    is_scalar = (
-        getattr(value, "ndim", 0) == 0 and getattr(getattr(value, "dtype", None), "kind", "f") not in "mM"
-    )
-    if hasattr(value, "item") and is_scalar:  # of NumPy, torch, JAX
+    is_time = getattr(getattr(value, "dtype", None), "kind", "") in ("m", "M")
+    if hasattr(value, "item") and not getattr(value, "ndim", 0):  # a scalar of NumPy, torch or JAX
         value = value.item()
     elif hasattr(value, "as_py"):  # of Arrow
         value = value.as_py()
-    if not isinstance(value, (numbers.Real, Decimal)):
+    if is_time or not isinstance(value, (numbers.Real, Decimal)):
         return Score(None, f"the reward is of type {name}, expected a number or None")
     try:
         reward = float(value)
