@@ -113,7 +113,7 @@ def reusable_rows(work: Work[Any], part: PartPlan, on: Sequence[str]) -> "pl.Dat
     if not records:
         return pl.DataFrame()
     frames = [work.store.scan([record]).with_columns(family=pl.lit(record.family)) for record in records]
-    rows = pl.concat(frames, how="diagonal")
+    rows = pl.concat(frames, how="diagonal_relaxed")  # parts of an earlier version may hold float32
     if not set(on) <= set(rows.collect_schema().names()):  # parts of an earlier version lack a column
         return pl.DataFrame()
     return rows.unique(subset=["family", *on], keep="first", maintain_order=True).collect()
@@ -228,7 +228,7 @@ def _serving_families(store: Store, stage: Stage[Any], plan: StagePlan) -> set[s
     found = set()
     for family in names | _families_of_manifests(store, stage.name).keys():
         theirs = noted_family(store, stage.name, family)
-        same_code = theirs is not None and theirs["version"] in (None, stage.version)
+        same_code = theirs is not None and theirs["version"] in (None, stage.version, *stage.reuse.versions)
         if theirs is not None and same_code and stage.reuse.serves(theirs, ours):
             found.add(family)
     return found

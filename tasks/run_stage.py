@@ -69,6 +69,8 @@ def run_stage(
             plan, computed = _compute(of, plan, planner, force, leases)
             manifest, result = _finish(of, plan, computed, config, store, started)
     log.info("%s", _line(result))
+    if note := manifest.metadata.get("note"):
+        log.info("%-12s %s", stage, note)
     _check_rejects(of, manifest, config, store)
     return result
 

@@ -64,6 +64,8 @@ class RowReuse(Generic[S]):
     """The rows of a part, given its prompts as prompt_id -> number of the dataset's own completions."""
     columns: Sequence[str]
     """Columns of the stage's table that name a row: scalars, or lists of one length beside a scalar `prompt_id`."""
+    versions: Sequence[int] = ()
+    """Earlier versions of the stage's code whose rows may serve."""
     unless: str | None = None
     """A column that must be null in a row that serves."""
     serves: Callable[[Mapping[str, Any], Mapping[str, Any]], bool] = lambda theirs, ours: theirs == ours

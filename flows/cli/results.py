@@ -18,20 +18,29 @@ def theory(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Also plot it into this file (png, svg, pdf).")
     ] = None,
+    run: Annotated[
+        str | None,
+        typer.Option("--run", help="Count this run's prompts whose reference rewards are all equal."),
+    ] = None,
+    store: StoreUrl = "artifacts",
     as_json: AsJson = False,
 ) -> None:
     """Compute the optimum for a transform and beta, before any GPU time is spent.
 
     Example: qrpo theory --beta 0.1 --transform identity --num-ref 50 --plot theory.png
     """
-    from flows.views.theory import print_theory
+    from flows.views.theory import equal_rewards, print_theory
     from qrpo.method.theory import plot_theory, summary, theory_table
+    from storage import Store
 
     promised, by_num_ref = summary(transform, beta, num_ref), theory_table(transform, beta)
+    equal = equal_rewards(Store(store), run) if run is not None else {}
     if as_json:
-        print_json({**promised, "by_num_ref": by_num_ref})
+        print_json({**promised, "by_num_ref": by_num_ref, **equal})
     else:
         print_theory(promised, by_num_ref, out)
+        if equal:
+            out.print(equal["note"])
     if plot is not None:
         plot_theory(plot, transform, beta, num_ref)
         err.print(f"drawn: {plot}")

@@ -14,11 +14,13 @@ columns go into `metadata`, which reward functions receive. A row that cannot be
 DataError with the reason; the caller records it as a reject.
 """
 
+import base64
 import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -250,7 +252,8 @@ def _joined_text(parts: Sequence[Any], where: str) -> str:
 
 
 def _jsonable(value: Any) -> Any:
-    """Plain JSON values; other types of Parquet (dates, decimals, bytes) become text."""
+    """Plain JSON values. Of Parquet's other types, decimals become numbers or their digits, bytes the text that
+    they hold (`{"base64": ...}` where they hold none), dates and all others text."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -259,4 +262,11 @@ def _jsonable(value: Any) -> Any:
         return {str(key): _jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):
         return [_jsonable(item) for item in value]
+    if isinstance(value, Decimal) and value.is_finite():
+        return int(value) if value == value.to_integral_value() else format(value.normalize(), "f")
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        try:
+            return bytes(value).decode()
+        except UnicodeDecodeError:
+            return {"base64": base64.b64encode(value).decode()}
     return str(value)

@@ -14,6 +14,7 @@ They come from shards on disk through a reader, or from a dataset in one of TRL'
 """
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -143,9 +144,9 @@ def _reward_columns(given: Mapping[str, Any], completions: int, needs: Sequence[
     rewards = _rewards(given)
     if len(rewards) != completions:
         raise DataError(f"{len(rewards)} rewards for {completions} completions")
-    columns: dict[str, Any] = {"reward": np.asarray(rewards, dtype=np.float32)}
+    columns: dict[str, Any] = {"reward": np.asarray(rewards)}
     if "quantile_reward" in needs:
-        ref_rewards = given.get("ref_rewards")
+        ref_rewards = _numbers("ref_rewards", given.get("ref_rewards") or [])
         if not ref_rewards:
             raise DataError(
                 "no `ref_rewards`: expected the rewards of completions sampled from the reference"
@@ -159,7 +160,18 @@ def _reward_columns(given: Mapping[str, Any], completions: int, needs: Sequence[
 
 def _rewards(given: Mapping[str, Any]) -> list[float]:
     if "reward" in given:
-        return [float(reward) for reward in np.atleast_1d(given["reward"])]
+        return _numbers("reward", given["reward"])
     if "chosen_reward" in given and "rejected_reward" in given:
-        return [float(given["chosen_reward"]), float(given["rejected_reward"])]
+        return _numbers("chosen_reward", given["chosen_reward"]) + _numbers(
+            "rejected_reward", given["rejected_reward"]
+        )
     raise DataError(f"no `reward`: got the columns {', '.join(given) or 'none'} in addition to the text")
+
+
+def _numbers(column: str, value: Any) -> list[float]:
+    """A number, or a list of numbers, of a column."""
+    values = value if isinstance(value, list) else [value]
+    for item in values:
+        if not isinstance(item, (int, float)) or not abs(item) <= sys.float_info.max:
+            raise DataError(f"{column}: got {item!r}, expected finite numbers; fix or remove the row")
+    return [float(item) for item in values]

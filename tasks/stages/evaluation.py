@@ -62,7 +62,7 @@ TABLE = Table(
             column("text", pa.string()),
             column("token_ids", pa.list_(pa.int32())),
             column("finish_reason", pa.string(), null=True),
-            column("reward", pa.float32(), null=True),
+            column("reward", pa.float64(), null=True),
             column("quantile_reward", pa.float32(), null=True),
             column("model_logprob", pa.float32(), null=True),
             column("ref_logprob", pa.float32(), null=True),
@@ -297,7 +297,7 @@ def _score_logprobs(work: Work[Settings], rows: Sequence[dict[str, Any]]) -> Non
 
 
 _COMPONENTS = pa.list_(
-    pa.struct([pa.field("name", pa.string(), nullable=False), pa.field("value", pa.float32())])
+    pa.struct([pa.field("name", pa.string(), nullable=False), pa.field("value", pa.float64())])
 )
 _SCHEMA = pa.schema(
     [*TABLE.schema, pa.field("components", _COMPONENTS), pa.field("input_digest", pa.string())]
@@ -355,10 +355,10 @@ def _score_part(
 def _quantiles(rows: Sequence[Mapping[str, Any]], references: Mapping[str, Sequence[float]]) -> list[float]:
     """The quantile of every row's reward among its prompt's references; rows of one prompt stand together."""
     counts = Counter(row["prompt_id"] for row in rows)
-    refs = [np.asarray(references[prompt_id], dtype=np.float32) for prompt_id in counts]
+    refs = [references[prompt_id] for prompt_id in counts]
     quantiles = quantile_rewards(
-        np.array([row["reward"] for row in rows], dtype=np.float32),
-        np.concatenate([*refs, np.empty(0, dtype=np.float32)]),
+        np.array([row["reward"] for row in rows], dtype=np.float64),
+        np.concatenate([*refs, np.empty(0)]),
         offsets=np.cumsum([0, *counts.values()]),
         ref_offsets=np.cumsum([0, *map(len, refs)]),
         ties="mid",

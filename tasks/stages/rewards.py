@@ -5,18 +5,19 @@ committed on its own all the same.
 """
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from qrpo.config import keyed
+from qrpo.errors import EngineError, RewardError
 from qrpo.rewards import Reward, RewardConfig, Score, combine, identity, open_reward
 from storage import Manifest, PartRecord, Store, fingerprint
 from storage.checks import at_least, finite, one_of, rule
@@ -46,7 +47,7 @@ __all__ = [
     "sees_tokens",
 ]
 
-VERSION = 1
+VERSION = 2  # 1 rounded rewards to float32
 
 TABLE = Table(
     schema=pa.schema(
@@ -54,10 +55,10 @@ TABLE = Table(
             column("prompt_id", pa.string()),
             column("sample_index", pa.int32()),
             column("origin", pa.string()),
-            column("reward", pa.float32(), null=True),
+            column("reward", pa.float64(), null=True),
             column(
                 "components",
-                pa.list_(pa.struct([column("name", pa.string()), column("value", pa.float32(), null=True)])),
+                pa.list_(pa.struct([column("name", pa.string()), column("value", pa.float64(), null=True)])),
                 null=True,
             ),
             column("error", pa.string(), null=True),
@@ -74,6 +75,8 @@ TABLE = Table(
         ),
     ),
 )
+
+log = logging.getLogger("qrpo")
 
 Known = Mapping[str, float | None]
 """Values that one row's rewards had before, by the reward's name; None where the reward did not apply."""
@@ -108,10 +111,15 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
 
 
 def reward_settings(rewards: Sequence[RewardConfig]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of the rewards, and the identity of what they call: a function's source, a model's files."""
-    return {reward.name: keyed(reward) for reward in rewards}, {
-        reward.name: identity(reward) for reward in rewards
+    """The settings of the rewards, and the identity of what they call: a function's source, a model's files.
+
+    A model's scores are float32. All other rewards are float64, and version 1 rounded them, so its values may not serve.
+    """
+    outside = {
+        reward.name: {**identity(reward), **({} if reward.kind == "model" else {"precision": "float64"})}
+        for reward in rewards
     }
+    return {reward.name: keyed(reward) for reward in rewards}, outside
 
 
 def reward_identities(settings: Mapping[str, Any], outside: Mapping[str, Any]) -> dict[str, str]:
@@ -141,6 +149,7 @@ class Scorer:
         self._rewards = [open_reward(reward, log=log, answers=answers) for reward in rewards]
         self._names = [reward.name for reward in rewards]
         self._weights = [reward.weight for reward in rewards]
+        self._watched = {reward.name for reward in rewards if not reward.weight}
 
     def __enter__(self) -> Self:
         return self
@@ -164,9 +173,8 @@ class Scorer:
 
         def ask(reward: Reward, name: str) -> list[Score]:
             fresh = [row for row, values in zip(rows, known, strict=True) if name not in values]
-            scores = iter(_ask(reward, fresh) if fresh else ())
-            column = [Score(values[name]) if name in values else next(scores) for values in known]
-            return [_as_stored(score) for score in column]
+            scores = iter(_ask(reward, fresh, name in self._watched) if fresh else ())
+            return [Score(values[name]) if name in values else next(scores) for values in known]
 
         if len(self._rewards) == 1:
             scores = [ask(self._rewards[0], self._names[0])]
@@ -176,18 +184,21 @@ class Scorer:
         return combine(list(zip(self._names, self._weights, scores, strict=True)))
 
 
-def _as_stored(score: Score) -> Score:
-    """A value as its column holds it, so that a sum is the same from stored values as from fresh ones."""
-    return score if score.reward is None else replace(score, reward=float(np.float32(score.reward)))
-
-
-def _ask(reward: Reward, rows: Sequence[Mapping[str, Any]]) -> list[Score]:
+def _ask(reward: Reward, rows: Sequence[Mapping[str, Any]], watched: bool) -> list[Score]:
+    """One score a row; a reward that is only watched fails on rows instead of ending the stage."""
     columns = _columns([json.loads(row["metadata"]) for row in rows])
     if "token_ids" in rows[0]:
         columns["completion_ids"] = [row["token_ids"] for row in rows]  # TRL's name
     prompts = [row["messages"] for row in rows]
     texts = [row["text"] for row in rows]
-    return reward.score(prompts, texts, columns, conversational=[row["conversational"] for row in rows])
+    forms = [row["conversational"] for row in rows]
+    try:
+        return reward.score(prompts, texts, columns, conversational=forms)
+    except (RewardError, EngineError) as error:
+        if not watched:
+            raise
+        log.warning("a reward of weight 0 failed on %d completions and is left out: %s", len(rows), error)
+        return [Score(None, str(error))] * len(rows)
 
 
 _TOGETHER = 4096  # minimum completions per call, except in the last one
@@ -256,21 +267,24 @@ def _committed_scores(
 ) -> dict[str, dict[str, float | None]]:
     """Values of these rewards by `input_digest` and the reward's present name.
 
-    A row that failed says nothing. In the others, a component that is missing did not apply.
+    A row that failed says nothing. In the others, a component that is missing did not apply, and one that is null
+    failed.
     """
     known: dict[str, dict[str, float | None]] = {}
     if rows.is_empty():
         return known
     ours = reward_identities(*reward_settings(rewards))
-    scored = rows.filter(rows["error"].is_null()) if "error" in rows.columns else rows
-    for (family,), group in scored.group_by("family"):
+    usable = rows.filter(rows["error"].is_null()) if "error" in rows.columns else rows
+    for (family,), group in usable.group_by("family"):
         noted = noted_family(store, stage, str(family)) or {}
         theirs = reward_identities(*_rewards_of(noted)) if noted else ours
         names = {name: [other for other, value in theirs.items() if value == ours[name]] for name in ours}
         for row in group.select("input_digest", "components").iter_rows(named=True):
             values = {item["name"]: item["value"] for item in row["components"] or ()}
             found = known.setdefault(row["input_digest"], {})
-            found |= {name: values.get(others[0]) for name, others in names.items() if others}
+            scored = {name: other[0] for name, other in names.items() if other}
+            failed = {name for name, value in values.items() if value is None}
+            found |= {name: values.get(other) for name, other in scored.items() if other not in failed}
     return known
 
 
@@ -369,6 +383,7 @@ STAGE = Stage(
         lambda settings, part, prompts: samples_of(part, prompts),
         ("prompt_id", "origin", "sample_index"),
         unless="error",
+        versions=(1,),  # `reward_settings` tells which of its values may
         serves=lambda theirs, ours: missing_rewards(ours, theirs) < missing_rewards(ours, None),
         matches=lambda part, metadata: metadata.get("samples") in (None, part.slice["samples"]),
         costs=lambda ours, theirs, same: missing_rewards(ours, theirs if same else None),

@@ -44,8 +44,8 @@ TABLE = Table(
             *TRAINING_COLUMNS,
             column("ref_logprob", pa.list_(pa.float32())),
             column("num_ref", pa.int32()),
-            column("ref_mean", pa.float32(), null=True),
-            column("ref_std", pa.float32(), null=True),
+            column("ref_mean", pa.float64(), null=True),
+            column("ref_std", pa.float64(), null=True),
         ]
     ),
     key=("prompt_id",),
@@ -226,8 +226,10 @@ def _rows(
     prompts = prompt_rows(work, part, "messages")
     tokens = _completion_tokens(work, part)
     rows, rejects = [], []
-    columns = ["prompt_id", "num_ref", "ref_mean", "ref_std", *_PER_COMPLETION]
+    columns = ["prompt_id", "num_ref", "ref_mean", "ref_std", "left_out", *_PER_COMPLETION]
     for group in work.store.read_part(work.input(part, "quantiles"), columns=columns).to_pylist():
+        if group["left_out"] and not group["sample_index"]:
+            continue  # all its completions have the reward of every reference (`quantiles.equal_rewards`)
         prompt_token_ids = encode_prompt(tokenizer, prompts[group["prompt_id"]]["messages"])
         row, refused = _row(work.settings, group, prompt_token_ids, tokens)
         rejects += refused

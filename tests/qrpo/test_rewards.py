@@ -1,15 +1,23 @@
 """Rewards: functions of every temper in real child processes, and real reward models against a plain forward."""
 
+import array
+import collections
 import json
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import polars as pl
+import pyarrow as pa
 import pytest
+import torch
 from pydantic import TypeAdapter, ValidationError
 
 from qrpo.callables import load_callable
@@ -18,7 +26,6 @@ from qrpo.data.chat import encode_conversation, load_tokenizer
 from qrpo.errors import ConfigError, ModelError, RewardError
 from qrpo.models import ModelConfig, load_model_config, load_reward_model
 from qrpo.rewards import (
-    AnswerRewardConfig,
     FunctionRewardConfig,
     ModelRewardConfig,
     Reward,
@@ -28,6 +35,7 @@ from qrpo.rewards import (
     identity,
     open_reward,
 )
+from qrpo.rewards.function import FunctionReward
 from tests.support.rewards import HI
 
 FILE = Path(__file__).with_name("reward_functions.py").resolve()
@@ -107,6 +115,62 @@ def test_none_means_does_not_apply_and_odd_values_are_errors(opened: Any) -> Non
     assert [(s.reward, s.error) for s in scores] == list(expected.values())
 
 
+RETURNED: list[tuple[Any, list[float] | str]] = [
+    ([1, 2.5], [1.0, 2.5]),
+    ((1, 2), [1.0, 2.0]),
+    (range(2), [0.0, 1.0]),
+    (collections.deque([1, 2]), [1.0, 2.0]),
+    (array.array("d", [1, 2]), [1.0, 2.0]),
+    (np.array([1, 2], dtype=np.int64), [1.0, 2.0]),
+    (np.array([0.1, 0.2]), [0.1, 0.2]),
+    (torch.tensor([1.0, 2.0], dtype=torch.bfloat16), [1.0, 2.0]),
+    (pl.Series([0.1, 0.2]), [0.1, 0.2]),
+    (pa.array([0.1, 0.2]), [0.1, 0.2]),
+    ([Decimal("0.1"), Fraction(1, 4)], [0.1, 0.25]),
+    ([np.float64(0.1), torch.tensor(2.0)], [0.1, 2.0]),
+    ({"a": 1, "b": 2}, "returned dict, expected a list or array"),
+    ({1: 1, 2: 2}.keys(), "returned dict_keys, expected"),
+    ({1: 1, 2: 2}.values(), "returned dict_values, expected"),
+    ({1.0, 2.0}, "returned set, expected"),
+    (b"ab", "returned bytes, expected"),
+    (bytearray(b"ab"), "returned bytearray, expected"),
+    (memoryview(b"ab"), "returned memoryview, expected"),
+    ("12", "returned str, expected"),
+    (iter([1, 2]), "returned list_iterator, expected"),
+    (np.ones((2, 1)), "returned ndarray, expected"),
+    (np.float64(1.0), "returned float64, expected"),
+    (None, "returned NoneType, expected"),
+    ([1, "2"], "the reward is of type str, expected a number or None"),
+    ([1, b"2"], "the reward is of type bytes"),
+    ([1, [2]], "the reward is of type list"),
+    ([1, {"reward": 2}], "the reward is of type dict"),
+    ([1, 2j], "the reward is of type complex"),
+    ([1, np.ones(1)], "the reward is of type ndarray"),
+    (np.array([1, 2], dtype="timedelta64[ns]"), "the reward is of type timedelta64"),
+    ([1, 10**400], "the reward is 1000"),
+    ([1, Decimal("NaN")], "the reward is NaN, expected a finite number"),
+]
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected"), RETURNED, ids=lambda value: f"{type(value).__name__} {value}"[:40]
+)
+def test_a_function_returns_numbers_in_an_order_or_is_refused(returned: Any, expected: Any) -> None:
+    def found() -> Any:
+        try:
+            scores = FunctionReward(f"{FILE}:echo").call(
+                [HI] * 2, ["a", "b"], {"returned": [returned] * 2}, False
+            )
+        except RewardError as error:
+            return str(error)
+        return values(scores) if scores[1].error is None else scores[1].error
+
+    if isinstance(expected, list):
+        assert found() == expected
+    else:
+        assert expected in found()
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "completions", "errors"),
     [
@@ -131,7 +195,7 @@ def test_a_call_that_raises_miscounts_hangs_or_dies_costs_only_its_row(
     ("name", "message"),
     [
         ("always_raises", "failed on each of the first 3 completions: .*raised RuntimeError: out of order"),
-        ("one_number", "returned float, expected a list with one number per completion"),
+        ("one_number", "returned float, expected a list or array with one number per completion"),
         ("matches_answer", "it wants answer, which the data does not have"),
     ],
 )
@@ -242,50 +306,15 @@ def test_the_kind_in_the_configuration_chooses_the_reward() -> None:
         adapter.validate_python({"kind": "oracle"})
 
 
-# ------------------------------------------------------------------------------------------- right answers
-
-
-def answers(settings: dict[str, Any], completions: Sequence[str], right: Sequence[Any]) -> list[Score]:
-    reward = open_reward(AnswerRewardConfig(**settings))
-    try:
-        return score(reward, completions, answer=list(right))
-    finally:
-        reward.close()
-
-
-def test_answers_are_compared_as_mathematics() -> None:
-    pairs = {
-        r"So it is \boxed{\frac{1}{2}}.": ("0.5", 1.0),
-        "First 3, then 4. The answer is 1,200 dollars.": ("1200", 1.0),
-        r"$x^2 + 2x + 1$": ("$(x+1)^2$", 1.0),
-        "The answer is 12.": ("13", 0.0),
-        "I do not know.": ("13", 0.0),
-        "0.3333333": ("1/3", 1.0),
-        "nothing to compare with": ("", None),
-    }
-    scores = answers({}, list(pairs), [right for right, _ in pairs.values()])
-    for (said, (right, expected)), found in zip(pairs.items(), scores, strict=True):
-        if right == "":
-            assert found.error == "the right answer '' is empty"
-        else:
-            assert found == Score(expected), said
-    (found,) = answers({"answer_after": "####"}, ["72"], ["24 and 48\n#### 72"])
-    assert found == Score(1.0)
-
-
-def test_answers_are_compared_as_text_where_asked() -> None:
-    settings = {"match": "exact", "completion_after": "Answer:", "right": 2.0, "wrong": -1.0}
-    said = ["B or C? Answer: C", "Answer:  new  YORK ", "C", "Answer: D"]
-    scores = answers(settings, said, ["c", "New York", "c", None])
-    assert scores == [Score(2.0), Score(2.0), Score(-1.0), Score(None)]
-
-
-def test_a_dataset_without_the_answers_column_is_told_so() -> None:
-    with pytest.raises(RewardError, match="the data has no column 'solution' with the right answer"):
-        answers({"column": "solution"}, ["1", "2"], ["1", "2"])
-
-
 # ------------------------------------------------------------------------------------------- several rewards
+
+
+def test_a_reward_of_weight_0_decides_nothing() -> None:
+    good, none, bad = Score(2.0), Score(None), Score(None, "broken")
+    watched = combine([("a", 1.0, [good, good, good, none]), ("w", 0.0, [good, none, bad, good])])
+    assert [score.reward for score in watched] == [2.0, 2.0, 2.0, None]
+    assert [score.components[1:] for score in watched[:3]] == [(("w", 2.0),), (), (("w", None),)]
+    assert watched[3].error == "no reward applies: a returned None"
 
 
 def test_several_rewards_become_a_weighted_sum_of_those_that_apply() -> None:

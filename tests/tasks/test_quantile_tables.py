@@ -14,7 +14,7 @@ rows_of_prompts = st.lists(
         st.sampled_from(["a", "b", "c", "other"]),
         st.sampled_from(["reference", "offline"]),
         st.integers(0, 7),
-        st.none() | st.sampled_from([-2.0, -0.0, 0.0, 0.5, 0.5, 3.25]) | st.floats(-1e6, 1e6, width=32),
+        st.none() | st.sampled_from([-2.0, -0.0, 0.0, 0.5, 0.5, 3.25]) | st.floats(-1e39, 1e39),
     ),
     max_size=40,
     unique_by=lambda row: row[:3],
@@ -37,9 +37,10 @@ def _rewards(rows: Rows) -> pa.Table:
     train_on=st.sampled_from(["reference", "offline", "both"]),
     ties=st.sampled_from(["weak", "strict", "mid"]),
     keep=st.none() | st.integers(1, 4),
+    equal=st.sampled_from(["leave_out", "keep"]),
 )
-def test_table_equals_one_made_row_by_row(rows: Rows, train_on, ties, keep):
-    config = QuantilesConfig(train_on=train_on, ties=ties, num_completions=keep)
+def test_table_equals_one_made_row_by_row(rows: Rows, train_on, ties, keep, equal):
+    config = QuantilesConfig(train_on=train_on, ties=ties, num_completions=keep, equal_rewards=equal)
     prompts = ["c", "a", "b"]
 
     table, rejects = quantile_table(pa.array(prompts), _rewards(rows), config, "train", seed=0)
@@ -47,19 +48,20 @@ def test_table_equals_one_made_row_by_row(rows: Rows, train_on, ties, keep):
     expected, left_out = {}, []
     for prompt in prompts:
         scored = sorted(
-            (origin, index, np.float32(reward))
-            for p, origin, index, reward in rows
-            if p == prompt and reward is not None
+            (origin, index, reward) for p, origin, index, reward in rows if p == prompt and reward is not None
         )
         references = sorted(reward for origin, _, reward in scored if origin == "reference")
         if len(references) < (1 if train_on == "offline" else 2):
             left_out.append(prompt)
             continue
-        lists = []
+        lists, ignored = [], 0
         for origin, index, reward in scored:
             if train_on != "both" and origin != train_on:
                 continue
             if origin == "reference" and keep is not None and index >= keep:
+                continue
+            if equal == "leave_out" and set(references) == {reward}:
+                ignored += 1
                 continue
             others = list(references)
             if origin == "reference":
@@ -67,18 +69,21 @@ def test_table_equals_one_made_row_by_row(rows: Rows, train_on, ties, keep):
             below, at_most = sum(s < reward for s in others), sum(s <= reward for s in others)
             count = {"weak": at_most, "strict": below, "mid": (below + at_most) / 2}[ties]
             lists.append((origin, index, reward, count / len(others)))
-        expected[prompt] = (references, lists)
+        expected[prompt] = (references, lists, ignored)
     assert [reject["key"] for reject in rejects] == left_out
     assert table.schema == TABLES["quantiles"].schema
     assert table["prompt_id"].to_pylist() == list(expected)
     for row in table.to_pylist():
-        references, lists = expected[row["prompt_id"]]
+        references, lists, ignored = expected[row["prompt_id"]]
+        assert row["left_out"] == ignored
         assert row["ref_rewards"] == references
         assert row["num_ref"] == len(references)
-        assert row["ref_mean"] == pytest.approx(np.mean(references), rel=1e-5, abs=1e-6)
+        assert row["ref_mean"] == pytest.approx(
+            np.mean(references), rel=1e-9, abs=1e-9 * max(map(abs, references))
+        )
         if len(references) > 1:
             assert row["ref_std"] == pytest.approx(
-                np.std(references, dtype=np.float64, ddof=1), rel=1e-4, abs=1e-6
+                np.std(references, ddof=1), rel=1e-6, abs=1e-12 * max(map(abs, references))
             )
         else:
             assert row["ref_std"] is None
@@ -91,6 +96,20 @@ def test_table_equals_one_made_row_by_row(rows: Rows, train_on, ties, keep):
             row["quantile_reward"], row["quantile_low"], row["quantile_high"], strict=True
         ):
             assert 0 <= low <= q <= high <= 1
+
+
+def test_large_whole_rewards_keep_their_ranks():
+    rows = [("a", "reference", index, 1e9 + index) for index in range(24)]
+    table, _ = quantile_table(pa.array(["a"]), _rewards(rows), QuantilesConfig(), "train", seed=0)
+    quantiles = np.array(table["quantile_reward"][0].as_py())
+    np.testing.assert_allclose(quantiles, np.arange(24) / 23, atol=1e-7)
+
+
+def test_rewards_of_an_earlier_version_are_read_as_they_were_stored():
+    rows = [("a", "reference", index, reward) for index, reward in enumerate([0.1, 0.2, 0.2, 0.3])]
+    stored = _rewards(rows).set_column(3, "reward", pa.array([row[3] for row in rows], pa.float32()))
+    table, _ = quantile_table(pa.array(["a"]), stored, QuantilesConfig(), "train", seed=0)
+    np.testing.assert_allclose(table["quantile_reward"][0].as_py(), [0, 2 / 3, 2 / 3, 1], atol=1e-7)
 
 
 def test_held_out_prompts_have_reference_rewards_and_no_training_completions():

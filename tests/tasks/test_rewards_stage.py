@@ -19,7 +19,7 @@ from tasks.config import PipelineConfig, load_config, parse_config
 from tasks.plan import PartPlan
 from tasks.planner import plan_pipeline
 from tasks.stages.completions import TABLE
-from tasks.stages.rewards import STAGE, reward_settings
+from tasks.stages.rewards import STAGE, missing_rewards, reward_settings
 
 FUNCTIONS = """\
 calls = 0
@@ -28,6 +28,9 @@ def number_of_tokens(completions, completion_ids, **columns):
     global calls
     calls += 1
     return [len(ids) + 1000 * calls for ids in completion_ids]
+
+def precise(completions, **columns):
+    return [1e9 + len(text) + 1e-6 for text in completions]
 
 def even(completions, level):
     return [None if n is None else float(n % 2 == 0) for n in level]
@@ -161,6 +164,50 @@ def test_small_parts_are_scored_in_one_call_and_every_component_is_kept(tmp_path
     assert [row["reward"] for row in rows[12:]] == first * 2  # `even` does not apply where level is null
     assert [len(row["components"]) for row in rows] == [2] * 12 + [1] * 6
     assert [row["error"] for row in rows] == [None] * 18
+
+
+def function(tmp_path: Path, name: str, **settings: Any) -> dict[str, Any]:
+    (tmp_path / "f.py").write_text(FUNCTIONS)
+    return {"kind": "function", "name": name, "function": f"{tmp_path}/f.py:{name}", **settings}
+
+
+def test_values_are_float64_from_the_function_to_the_table(tmp_path: Path) -> None:
+    rows = scored(Store(tmp_path / "store"), [function(tmp_path, "precise")])
+    assert [row["reward"] for row in rows[:3]] == [1e9 + n + 1e-6 for n in (33, 38, 43)]
+    assert rows[0]["components"] == [{"name": "precise", "value": 1e9 + 33 + 1e-6}]
+
+
+def test_a_watched_reward_that_fails_or_does_not_apply_changes_nothing(
+    tmp_path: Path, server: GradingServer
+) -> None:
+    weighted = function(tmp_path, "precise")
+    plain = scored(Store(tmp_path / "plain"), [weighted])
+    down = judge("http://127.0.0.1:9/v1", name="judge", weight=0.0, attempts=1)
+    watched = [weighted, function(tmp_path, "even", weight=0.0), down]
+    store = Store(tmp_path / "store")
+    rows = scored(store, watched)
+    assert [(row["reward"], row["error"]) for row in rows] == [(row["reward"], None) for row in plain]
+    assert {row["components"][-1]["value"] for row in rows} == {None}  # failed
+    assert [len(row["components"]) for row in rows] == [3] * 12 + [2] * 6  # `even` does not apply to the last
+
+
+def test_only_a_models_values_serve_from_the_version_that_rounded_them(
+    tiny_reward_model: Path, tmp_path: Path
+) -> None:
+    rewards = [
+        {"kind": "model", "name": "model", "model": {"path": str(tiny_reward_model)}},
+        function(tmp_path, "precise"),
+    ]
+    config = config_of(rewards).rewards
+    settings, outside = reward_settings(config)
+    earlier = {
+        name: {key: value for key, value in of.items() if key != "precision"} for name, of in outside.items()
+    }
+    ours, theirs = ({"settings": settings, "outside": of} for of in (outside, earlier))
+    assert missing_rewards(ours, None) == 2
+    assert missing_rewards(ours, theirs) == 1
+    assert STAGE.reuse is not None
+    assert 1 in STAGE.reuse.versions
 
 
 def test_answers_are_paid_for_once_on_any_store(
