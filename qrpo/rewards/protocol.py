@@ -7,7 +7,7 @@ the kinds.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -31,6 +31,8 @@ class Score:
     error: str | None = None
     components: tuple[tuple[str, float | None], ...] = ()
     """(name, value) of each reward that applies; None where a reward of weight 0 failed."""
+    note: str = field(default="", compare=False)
+    """What a person should know about the value, such as why a test failed."""
 
 
 @runtime_checkable

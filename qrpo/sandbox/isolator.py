@@ -29,6 +29,9 @@ PACKAGES = "/packages"
 
 _INSIDE = Path(__file__).with_name("inside")
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from inside.zygote import main; main(int(sys.argv[2]), sys.argv[3])"
+_AS_VICTIM = (
+    'echo 1000 2>/dev/null >/proc/self/oom_score_adj; exec "$@"'  # if memory ends, it ends here first
+)
 _LIBRARIES = ("/lib", "/lib32", "/lib64", "/libx32", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libx32")
 
 
@@ -69,7 +72,7 @@ def _libraries(name: str, package: Path) -> list[Path]:
 def jail_command(control: int, settings: str, packages: Mapping[str, Path]) -> list[str]:
     """The command that starts the zygote in a jail, with its socket at descriptor `control`."""
     return [
-        find_bubblewrap(),
+        *("/bin/sh", "-c", _AS_VICTIM, "sh", find_bubblewrap()),
         *("--unshare-all", "--unshare-user", "--uid", "1000", "--gid", "1000", "--hostname", "sandbox"),
         *("--new-session", "--clearenv", "--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN"),
         *_file_system(),
@@ -116,7 +119,8 @@ def _file_system() -> Sequence[str]:
     hidden = [stdlib / "site-packages", stdlib / "dist-packages", stdlib.parent / "python3" / "dist-packages"]
     for folder in hidden:
         if folder.is_dir():
-            arguments += ["--tmpfs", f"{library}/{folder.relative_to(stdlib.parent)}"]
+            covered = f"{library}/{folder.relative_to(stdlib.parent)}"
+            arguments += ["--tmpfs", covered, "--remount-ro", covered]
     for device in ("/dev/null", "/dev/zero", "/dev/urandom"):
         arguments += ["--dev-bind", device, device]
     return (*arguments, "--ro-bind", str(_INSIDE), "/sandbox/inside", "--tmpfs", "/tmp")

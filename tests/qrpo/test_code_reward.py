@@ -206,7 +206,7 @@ def test_chance_is_the_same_in_every_run() -> None:
     outputs = set()
     for _ in range(2):
         with Jail(Limits()) as jail:  # a new interpreter each time
-            job = jail.start("program", program, "")
+            job = jail.start("program", json.dumps([program]), "")
             assert job.finish().status == 0
             outputs.add(bytes(job.output))
     assert len(outputs) == 1

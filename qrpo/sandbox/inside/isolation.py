@@ -102,7 +102,7 @@ def _limits(limits: Mapping[str, int], *, bare: bool) -> list[tuple[int, tuple[i
         resource.RLIMIT_STACK: _STACK,
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_NPROC: limits["threads"],
-        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_CORE: 1,  # 0 would not keep the kernel from starting a handler of cores
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
     }
