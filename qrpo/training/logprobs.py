@@ -33,15 +33,15 @@ import torch
 
 from qrpo.errors import DataError
 from qrpo.training.batches import length_sorted_batches, shared_batches, worth_sharing
-from qrpo.training.head import token_logprobs
+from qrpo.training.head import probe_tokens, token_logprobs
 
 __all__ = [
     "can_share",
     "completion_logprobs",
     "completion_token_logprobs",
-    "inside_forward",
     "score_logprobs",
     "score_token_logprobs",
+    "unwrapped",
 ]
 
 TokenIds = Sequence[int] | npt.NDArray[Any]
@@ -126,7 +126,7 @@ def completion_token_logprobs(
     predicting_M = torch.tensor(predicting, dtype=torch.long, device=device)
     targets_M = torch.cat([_tensor(ids) for ids in completion_token_ids]).to(device)
 
-    causal_lm = _unwrapped(model)
+    causal_lm = unwrapped(model)
     layout = {}
     if len(rows) < len(prompt_lengths):
         segments_BT = segments_BT.to(device)
@@ -160,7 +160,7 @@ def can_share(model: Any) -> bool:
         or getattr(config, "sliding_window", None)
     ):
         return False
-    ids = [token % config.vocab_size for token in (11, 7, 5, 13, 3, 17, 2, 19)]
+    ids = probe_tokens(model)
     prompt, completions = ids[:5], [ids[5:], ids[4:7], ids[2:6]]
     training = model.training
     model.eval()
@@ -264,31 +264,6 @@ def _windows(rows: Iterable[Mapping[str, Any]], tokens: int) -> Iterator[list[Ma
         yield window
 
 
-def inside_forward(
-    model: torch.nn.Module, inner: torch.nn.Module, compute: Callable[..., torch.Tensor], *arguments: Any
-) -> torch.Tensor:
-    """Call `compute` inside the forward of `model`, so that DDP, which wraps `inner`, and FSDP,
-    which hooks into it, work."""
-
-    def forward(*forwarded: Any) -> torch.Tensor:
-        restore()
-        return compute(*forwarded)
-
-    def restore() -> None:
-        if original is None:
-            inner.__dict__.pop("forward", None)
-        else:
-            inner.forward = original
-
-    original = inner.__dict__.get("forward")
-    inner.forward = forward
-    try:
-        result: torch.Tensor = model(*arguments)
-    finally:
-        restore()
-    return result
-
-
 def _autocast(model: torch.nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     """Mixed precision as the trainer uses it: float32 weights, matrix products in `dtype`; nothing
     for float32."""
@@ -313,7 +288,7 @@ def _tensor(ids: TokenIds) -> torch.Tensor:
     return torch.as_tensor(np.asarray(ids, dtype=np.int64))
 
 
-def _unwrapped(model: torch.nn.Module) -> Any:
+def unwrapped(model: torch.nn.Module) -> Any:
     """The causal language model inside a PEFT model, else the model itself. LoRA's layers are
     inside it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

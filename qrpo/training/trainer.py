@@ -37,9 +37,10 @@ from qrpo.training.arguments import CompletionSettings, QRPOSettings
 from qrpo.training.batches import length_sorted_batches, saved_tokens, shared_batches, worth_sharing
 from qrpo.training.callbacks import EarlyStopping, StepGuard
 from qrpo.training.checkpoints import UNFINISHED, commit_checkpoint, write_error
+from qrpo.training.head import choose_head, inside_forward
 from qrpo.training.initial_check import ROUNDING, check_reference
 from qrpo.training.loader import ShuffledRows, is_idle, step_loader
-from qrpo.training.logprobs import can_share, completion_logprobs, inside_forward, score_logprobs
+from qrpo.training.logprobs import can_share, completion_logprobs, score_logprobs, unwrapped
 from qrpo.training.objectives import Objective, make_objective, select_completions
 from qrpo.training.rows import collate_rows, flatten_rows, take, training_rows
 from qrpo.training.throughput import Meter
@@ -107,6 +108,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         self.add_callback(self.guard)
         self._saving = False
         self._metrics: dict[str, tuple[float, int]] = {}  # sum over completions, number of completions
+        choose_head(unwrapped(self.model))
         self._can_share = args.share_prompts and can_share(self.model)
         self._meter = Meter(self.model, self.compute_dtype())
 
