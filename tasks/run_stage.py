@@ -69,6 +69,8 @@ def run_stage(
             manifest, result = _finish(of, plan, computed, config, store, started)
     log.info("%s", _line(result))
     _check_rejects(of, manifest, config, store)
+    if of.remark and (remark := of.remark(manifest)):
+        log.warning("%s: %s", stage, remark)
     return result
 
 
