@@ -1,31 +1,46 @@
-"""Models: configuration, identity and loading.
+"""Models: configuration, identity, limits and loading.
 
 A model is a folder or a Hugging Face hub id. Its identity is part of fingerprints: the digest of a folder's files, or the
-name and revision of a hub id, which needs no download.
+name and revision of a hub id, which needs no download. A model is loaded in the precision of its weights, and only if
+every weight comes from its files and every weight of the files is used.
 """
 
 import hashlib
 import json
+import math
 import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from qrpo.config import Section, outside_input
-from qrpo.errors import ModelError
+from qrpo.errors import ConfigError, ModelError
 
 __all__ = [
     "Dtype",
+    "Limits",
     "ModelConfig",
+    "check_weights",
     "context_length",
+    "dtype_setting",
+    "generation_config",
     "is_local",
     "load_causal_lm",
     "load_model_config",
     "load_reward_model",
     "location",
     "model_identity",
+    "model_limits",
     "require_model",
+    "require_reward_model",
+    "saved_dtype",
+    "weight_count",
 ]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -71,6 +86,11 @@ def require_model(model: ModelConfig) -> None:
         raise ModelError(
             f"{folder} has no config.json: expected a Hugging Face model folder (config.json, *.safetensors, "
             "tokenizer.json), as `save_pretrained` writes it"
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder} holds an adapter (adapter_config.json), which some libraries would load and others not: merge it "
+            "with `merge_and_unload()` and save the model, or remove the adapter's files"
         )
 
 
@@ -120,25 +140,197 @@ def load_model_config(model: ModelConfig) -> Any:
         raise ModelError(_unloadable(model, "its configuration", error)) from error
 
 
-def context_length(model: ModelConfig) -> int:
-    """Maximum number of tokens, prompt and completion together.
+@dataclass(frozen=True)
+class Limits:
+    """Which rows a model takes."""
 
-    A folder's `config.json` is read directly if it has the number, without importing transformers.
+    max_length: int
+    """Maximum number of tokens, prompt and completion together."""
+    vocab_size: int
+    """Token ids are below it."""
+
+    def problem(self, token_ids: Sequence[int], max_tokens: int | None = None) -> str | None:
+        """Why the model cannot read these tokens; None if it can.
+
+        With `max_tokens`, they are a prompt that a completion of up to so many tokens follows.
+        """
+        length = len(token_ids)
+        if length == 0:
+            return "the prompt has no tokens" if max_tokens is not None else "it has no tokens"
+        if max_tokens is None and length > self.max_length:
+            return f"the conversation has {length} tokens, but the reward model reads {self.max_length}"
+        if max_tokens is not None and length + max_tokens > self.max_length:
+            return (
+                f"the prompt's {length} tokens and {max_tokens} for the completion (max_tokens) exceed the engine's "
+                f"context of {self.max_length} tokens (max_model_len)"
+            )
+        return self.unknown_token(token_ids)
+
+    def unknown_token(self, token_ids: Sequence[int]) -> str | None:
+        """Names the largest token id if the model has no embedding for it."""
+        if token_ids and not 0 <= (largest := max(token_ids)) < self.vocab_size:
+            return f"a token id is outside the model's vocabulary of {self.vocab_size}: {largest}"
+        return None
+
+
+def model_limits(model: ModelConfig, max_length: int | None = None, setting: str = "max_model_len") -> Limits:
+    """The limits of a model, with `max_length` tokens instead of its whole context if given.
+
+    `setting` is the name of that setting. Raises ConfigError if it exceeds the context.
     """
+    config = _text_config(model)
+    context = _context(config)
+    if context is None and max_length is None and setting is not None:
+        raise ModelError(f"the configuration of {model.path} states no context length: set {setting}")
+    if context is not None and max_length is not None and max_length > context:
+        raise ConfigError(
+            f"{setting}: got {max_length}, but {model.path} has a context of {context} tokens: lower it"
+        )
+    return Limits(max_length or context or sys.maxsize, int(config["vocab_size"]))
+
+
+def context_length(model: ModelConfig) -> int:
+    """Maximum number of tokens, prompt and completion together."""
+    return model_limits(model, setting="max_model_len").max_length
+
+
+# Their position embeddings start after that of the padding token.
+_POSITIONS_AFTER_PADDING = frozenset(
+    [
+        "camembert",
+        "data2vec-text",
+        "ibert",
+        "lilt",
+        "longformer",
+        "luke",
+        "markuplm",
+        "mpnet",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    ]
+)
+
+
+def _text_config(model: ModelConfig) -> Mapping[str, Any]:
+    """The configuration of the language model. Of a folder, `config.json` itself if it has what
+    `model_limits` needs: that takes no import of transformers."""
     if is_local(model):
-        require_model(model)
-        try:
-            config = json.loads((Path(location(model)) / "config.json").read_bytes())
-        except ValueError as error:
-            raise ModelError(_unloadable(model, "its configuration", error)) from error
-        for section in (config, config.get("text_config") or {}):
-            if isinstance(length := section.get("max_position_embeddings"), int):
-                return length
-    text = load_model_config(model).get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        if isinstance(length := getattr(text, name, None), int):
-            return length
-    raise ModelError(f"the configuration of {model.path} states no context length: set max_model_len")
+        stated = _config_json(model)
+        for section in (stated, stated.get("text_config") or {}):
+            simple = section.get("model_type", "roberta") not in _POSITIONS_AFTER_PADDING
+            if simple and {"max_position_embeddings", "vocab_size"} <= section.keys():
+                return dict(section)
+    return dict(load_model_config(model).get_text_config().to_dict())
+
+
+def _config_json(model: ModelConfig) -> dict[str, Any]:
+    """`config.json` of a folder."""
+    require_model(model)
+    try:
+        return dict(json.loads((Path(location(model)) / "config.json").read_bytes()))
+    except ValueError as error:
+        raise ModelError(_unloadable(model, "its configuration", error)) from error
+
+
+def _context(config: Mapping[str, Any]) -> int | None:
+    """The context of a text configuration; None if it states none."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    length: int | None = next((config[name] for name in names if isinstance(config.get(name), int)), None)
+    if length is None:
+        return None
+    if config.get("model_type") in _POSITIONS_AFTER_PADDING:
+        return int(length - config["pad_token_id"] - 1)
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor") or 1.0
+    if kind == "yarn":  # some files state the context before its extension, some the one after
+        return max(length, int(factor * (rope.get("original_max_position_embeddings") or 0)))
+    if kind in ("linear", "dynamic") and "gemma3" not in str(config.get("model_type")):
+        return int(factor * length)
+    return length
+
+
+def saved_dtype(model: ModelConfig) -> Literal["float32", "bfloat16", "float16"]:
+    """The precision to load in: `model.dtype`, or for `auto` that of most weights in the files.
+
+    Without safetensors files it is what the configuration states, else float32.
+    """
+    if model.dtype != "auto":
+        return model.dtype
+    sizes = _weight_sizes(model)
+    if floats := [name for name in _FLOATS if sizes[name]]:
+        return _FLOATS[max(floats, key=lambda name: sizes[name])]
+    stated = str(load_model_config(model).dtype).removeprefix("torch.")
+    return stated if stated in ("bfloat16", "float16") else "float32"  # type: ignore[return-value]
+
+
+_FLOATS: dict[str, Literal["float32", "bfloat16", "float16"]] = {
+    "F64": "float32",
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+}
+
+
+def dtype_setting(model: ModelConfig, *, unstated_is_saved: bool) -> str:
+    """`model.dtype` for fingerprints.
+
+    `auto` stands for what `config.json` states, as earlier versions loaded it (and, with
+    `unstated_is_saved`, for the saved precision where it states none). Else it is the precision of
+    the folder's weights.
+    """
+    if model.dtype != "auto" or not is_local(model):
+        return model.dtype
+    config, saved = _config_json(model), saved_dtype(model)
+    stated = (
+        config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
+    )
+    return "auto" if stated == saved or (stated is None and unstated_is_saved) else saved
+
+
+def weight_count(model: ModelConfig) -> int:
+    """Number of weights in the model's safetensors files."""
+    return _weight_sizes(model).total()
+
+
+def _weight_sizes(model: ModelConfig) -> Counter[str]:
+    """Number of weights in safetensors files by precision, from the files' headers."""
+
+    def find(name: str) -> str | None:
+        if is_local(model):
+            path = Path(location(model), name)
+            return str(path) if path.is_file() else None
+        from transformers.utils.hub import cached_file
+
+        arguments = {"revision": model.revision or "main", "_raise_exceptions_for_missing_entries": False}
+        return cached_file(model.path, name, **arguments)  # type: ignore[no-any-return]
+
+    try:
+        index = find("model.safetensors.index.json")
+        names = {"model.safetensors"}
+        if index is not None:
+            names = set(json.loads(Path(index).read_bytes())["weight_map"].values())
+        sizes: Counter[str] = Counter()
+        for path in filter(None, map(find, sorted(names))):
+            with open(path, "rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            for name in header.keys() - {"__metadata__"}:
+                sizes[header[name]["dtype"]] += math.prod(header[name]["shape"])
+    except (OSError, ValueError, OverflowError, MemoryError) as error:
+        raise ModelError(_unloadable(model, "its weights", error)) from error
+    return sizes
+
+
+def generation_config(model: ModelConfig) -> Any:
+    """The model's `transformers.GenerationConfig`, by default what its configuration says."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(location(model), **_arguments(model))
+    except OSError:
+        return GenerationConfig.from_model_config(load_model_config(model))
 
 
 def load_causal_lm(model: ModelConfig, device: str | None = None) -> Any:
@@ -154,6 +346,12 @@ def load_reward_model(model: ModelConfig, device: str | None = None) -> Any:
     single score."""
     from transformers import AutoModelForSequenceClassification
 
+    require_reward_model(model)
+    return _load(model, AutoModelForSequenceClassification, device)
+
+
+def require_reward_model(model: ModelConfig) -> None:
+    """Raise ModelError for a model of another kind, whose score would be that of a random head."""
     config = load_model_config(model)
     own_code = getattr(config, "auto_map", None) or {}
     if "AutoModelForSequenceClassification" in own_code and not model.trust_remote_code:
@@ -169,7 +367,26 @@ def load_reward_model(model: ModelConfig, device: str | None = None) -> Any:
             f"{model.path} is a {', '.join(architectures)}, expected a sequence-classification (reward) model: "
             "its head would be random"
         )
-    return _load(model, AutoModelForSequenceClassification, device)
+
+
+def check_weights(model: ModelConfig, *, reward: bool = False) -> None:
+    """Raise ModelError as loading the model would, without reading its weights; for libraries that
+    load it themselves.
+
+    Quantized models and those that transformers does not know are left to that library.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    kind: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    config = load_model_config(model)
+    known = type(config) in kind._model_mapping or kind.__name__ in (getattr(config, "auto_map", None) or {})
+    if known and not getattr(config, "quantization_config", None):
+        _load(model, kind, "meta")
+
+
+# Weights of the files that a model may leave unused: buffers that are computed, written by earlier
+# versions of transformers, and the language model's head in a reward model's files.
+_UNUSED = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|attn\.bias|lm_head\.weight)$")
 
 
 def _load(model: ModelConfig, kind: Any, device: str | None) -> Any:
@@ -178,12 +395,44 @@ def _load(model: ModelConfig, kind: Any, device: str | None) -> Any:
     from safetensors import SafetensorError
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
+    options = {"device_map": "meta"} if device == "meta" else {}
     try:
-        loaded = kind.from_pretrained(location(model), dtype=dtype, **_arguments(model))
+        loaded, found = kind.from_pretrained(
+            location(model),
+            dtype=getattr(torch, saved_dtype(model)),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+            **_arguments(model),
+        )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(_unloadable(model, "its weights", error)) from error
+    causal = kind.__name__ == "AutoModelForCausalLM"
+    unused = {
+        name
+        for name in found["unexpected_keys"]
+        if not _UNUSED.search(name) or (causal and name == "lm_head.weight")
+    }
+    shapes = {
+        f"{name} {tuple(ours)}, expected {tuple(theirs)}" for name, ours, theirs in found["mismatched_keys"]
+    }
+    missing = found["missing_keys"] - {name for name, *_ in found["mismatched_keys"]}
+    problems = (
+        ("missing in the files, so it would be random", missing),
+        ("of another shape", shapes),
+        ("unused", unused),
+    )
+    if texts := [f"{what}: {_some(names)}" for what, names in problems if names]:
+        raise ModelError(
+            f"the weights of {model.path} are not those of a {type(loaded).__name__}: {'; '.join(texts)}. Rename or remove "
+            "them in the files, or fix `architectures` in config.json, so that all are used"
+        )
     return loaded.to(device).eval()
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(names)[:5]
+    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
 
 
 def _arguments(model: ModelConfig) -> dict[str, Any]:

@@ -72,6 +72,8 @@ def run_stage(
     if note := manifest.metadata.get("note"):
         log.info("%-12s %s", stage, note)
     _check_rejects(of, manifest, config, store)
+    if of.remark and (remark := of.remark(manifest)):
+        log.warning("%s: %s", stage, remark)
     return result
 
 

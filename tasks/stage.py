@@ -113,6 +113,8 @@ class Stage(Generic[S]):
     """(rows lost, rows there would be)."""
     describe: Callable[[S, Store, StagePlan], dict[str, Any]] | None = None
     """What the manifest says of the artifact beyond its parts."""
+    remark: Callable[[Manifest], str | None] | None = None
+    """A warning about the artifact as a whole, or None."""
     why_empty: str = "no prompt reaches this stage"
     chart: str | None = None
     """`module:function` that draws the artifact's chart (see `tasks.charts`), loaded only to draw."""

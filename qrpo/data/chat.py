@@ -18,6 +18,7 @@ __all__ = [
     "encode_conversation",
     "encode_conversations",
     "encode_prompt",
+    "end_of_turn",
     "foreign_tokens",
     "load_tokenizer",
 ]
@@ -110,6 +111,16 @@ def encode_completion(tokenizer: Any, messages: Messages, text: str) -> list[int
             f"expected {rendered[-80:]!r}"
         )
     return ids
+
+
+def end_of_turn(tokenizer: Any) -> int:
+    """The token that ends the assistant's turn, as in `encode_completion`."""
+    try:
+        tail = _after_completion(tokenizer, [{"role": "user", "content": _MARKER}])
+    except (DataError, ValueError):  # no template, or one that requires other messages
+        return int(tokenizer.eos_token_id)
+    special = _special_ids(tokenizer)
+    return next((i for i in _encode(tokenizer, tail) if i in special), int(tokenizer.eos_token_id))
 
 
 def foreign_tokens(tokenizer: Any, prompt_token_ids: Sequence[int]) -> str | None:

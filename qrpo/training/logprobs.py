@@ -30,16 +30,16 @@ import torch
 
 from qrpo.errors import DataError
 from qrpo.training.batches import Layout, cut_batches
-from qrpo.training.head import token_logprobs
+from qrpo.training.head import probe_tokens, token_logprobs
 from qrpo.training.packing import ATTENTION, attention_window, pack
 
 __all__ = [
     "best_layout",
     "completion_logprobs",
     "completion_token_logprobs",
-    "inside_forward",
     "score_logprobs",
     "score_token_logprobs",
+    "unwrapped",
 ]
 
 TokenIds = Sequence[int] | npt.NDArray[Any]
@@ -118,7 +118,7 @@ def completion_token_logprobs(
     predicting_M = torch.tensor(predicting, dtype=torch.long, device=device)
     targets_M = torch.cat([_tensor(ids) for ids in completion_token_ids]).to(device)
 
-    causal_lm = _unwrapped(model)
+    causal_lm = unwrapped(model)
     # The last token predicts nothing, but removing it would save less than the special case costs.
     if layout == "padded":
         conversations = list(torch.cat(tokens).split(lengths))
@@ -147,7 +147,7 @@ def best_layout(model: Any, share_prompts: bool = True) -> Layout:
     whether the model follows it: `padded` for state-space layers, positions that are not given, and
     the like. With FlashAttention the model's own packed rows are used.
     """
-    causal_lm = _unwrapped(model)
+    causal_lm = unwrapped(model)
     config, attention = causal_lm.config.get_text_config(), causal_lm.config._attn_implementation
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     flash = attention.startswith("flash_attention")
@@ -156,7 +156,7 @@ def best_layout(model: Any, share_prompts: bool = True) -> Layout:
     ):
         return "padded"
     training = model.training
-    ids = [token % config.vocab_size for token in (11, 7, 5, 13, 3, 17, 2, 19)]
+    ids = probe_tokens(causal_lm)
     prompts, completions = [ids[:5]] * 3, [ids[5:], ids[4:7], ids[2:6]]
     weight = next(model.parameters())
     half = weight.is_cuda or weight.dtype in (torch.bfloat16, torch.float16)
@@ -271,31 +271,6 @@ def _windows(rows: Iterable[Mapping[str, Any]], tokens: int) -> Iterator[list[Ma
         yield window
 
 
-def inside_forward(
-    model: torch.nn.Module, inner: torch.nn.Module, compute: Callable[..., torch.Tensor], *arguments: Any
-) -> torch.Tensor:
-    """Call `compute` inside the forward of `model`, so that DDP, which wraps `inner`, and FSDP,
-    which hooks into it, work."""
-
-    def forward(*forwarded: Any) -> torch.Tensor:
-        restore()
-        return compute(*forwarded)
-
-    def restore() -> None:
-        if original is None:
-            inner.__dict__.pop("forward", None)
-        else:
-            inner.forward = original
-
-    original = inner.__dict__.get("forward")
-    inner.forward = forward
-    try:
-        result: torch.Tensor = model(*arguments)
-    finally:
-        restore()
-    return result
-
-
 def _autocast(model: torch.nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     """Mixed precision as the trainer uses it: float32 weights, matrix products in `dtype`; nothing
     for float32."""
@@ -326,7 +301,7 @@ def _tensor(ids: TokenIds) -> torch.Tensor:
     return torch.as_tensor(np.asarray(ids, dtype=np.int64))
 
 
-def _unwrapped(model: torch.nn.Module) -> Any:
+def unwrapped(model: torch.nn.Module) -> Any:
     """The causal language model inside a PEFT model, else the model itself. LoRA's layers are
     inside it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -21,12 +21,13 @@ import torch
 from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from qrpo.data.chat import load_tokenizer
+from qrpo.data.chat import end_of_turn, load_tokenizer
 from qrpo.errors import ConfigError, DataError, TrainingError
-from qrpo.models import ModelConfig, load_causal_lm, load_model_config
+from qrpo.models import ModelConfig, load_causal_lm, saved_dtype
 from qrpo.processes.preemption import noting_sigterm, sigterm_came
 from qrpo.training.adapters import merged, with_lora
 from qrpo.training.checkpoints import UNFINISHED, latest_checkpoint, remove_broken_checkpoints, write_error
+from qrpo.training.logprobs import unwrapped
 from qrpo.training.objectives import SftObjective
 from qrpo.training.settings import OptimizationConfig, PolicyConfig, SftConfig
 from qrpo.training.trainer import CompletionTrainer, CompletionTrainingArguments, QRPOConfig, QRPOTrainer
@@ -144,7 +145,8 @@ def run_training(
     """
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    dtype = load_model_config(_model_config(model)).dtype
+    dtype = getattr(torch, saved_dtype(_model_config(model)))
+    settle_generation_config(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class)
     trainer.add_callback(_ReportAndStop(trainer, on_progress))
     if checkpoint_steps is not None:
         trainer.add_callback(_KeepModels(trainer, output_dir, checkpoint_steps, dtype))
@@ -167,6 +169,30 @@ def run_training(
         shutil.rmtree(output_dir / UNFINISHED)
     trainer.accelerator.wait_for_everyone()
     return output_dir / "final"
+
+
+def settle_generation_config(model: Any, tokenizer: Any) -> None:
+    """Make the model's generation config one that can be saved and that ends at the turn's end.
+
+    Sampling settings without `do_sample`, as Llama 2 has them, are taken to ask for sampling.
+    Raises ConfigError for what else transformers would refuse to save, before the training.
+    """
+    config = unwrapped(model).generation_config
+    ends = config.eos_token_id
+    ends = [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]
+    end = end_of_turn(tokenizer) if tokenizer is not None else None
+    if end is not None and end not in ends:
+        config.eos_token_id = [*ends, end] if ends else end
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        raise ConfigError(
+            f"generation_config.json of the model could not be saved after the training: {str(error).strip()}. Fix it first"
+        ) from None
 
 
 def require_rows(dataset: Any) -> None:
@@ -260,10 +286,10 @@ def _save_model(
                 _write_metrics(trainer.state.log_history, output_dir / "metrics.parquet")
             shutil.rmtree(written, ignore_errors=True)
             model = merged(model)
-            if weights is not None and isinstance(dtype, torch.dtype):
+            if weights is not None:
                 weights = {name: weight.to(dtype) for name, weight in weights.items()}
                 model.config.dtype = dtype
-            elif isinstance(dtype, torch.dtype):
+            else:
                 model = model.to(dtype)
             model.save_pretrained(written, state_dict=weights)
             if trainer.processing_class is not None:

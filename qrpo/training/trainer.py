@@ -38,9 +38,10 @@ from qrpo.training.batches import Layout, cut_batches, saved_tokens
 from qrpo.training.callbacks import EarlyStopping, StepGuard
 from qrpo.training.checkpoints import UNFINISHED, commit_checkpoint, write_error
 from qrpo.training.compiling import MIN_STEPS, compile_layers
+from qrpo.training.head import choose_head, inside_forward
 from qrpo.training.initial_check import ROUNDING, check_reference
 from qrpo.training.loader import ShuffledRows, is_idle, step_loader
-from qrpo.training.logprobs import best_layout, completion_logprobs, inside_forward, score_logprobs
+from qrpo.training.logprobs import best_layout, completion_logprobs, score_logprobs, unwrapped
 from qrpo.training.memory import default_token_budget, needs_checkpointing
 from qrpo.training.objectives import Objective, make_objective, select_completions
 from qrpo.training.packing import attention_window
@@ -110,6 +111,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         self.add_callback(self.guard)
         self._saving = False
         self._metrics: dict[str, tuple[float, int]] = {}  # sum over completions, number of completions
+        choose_head(unwrapped(self.model))
         self._layout: Layout = best_layout(self.model, args.share_prompts) if args.packing else "padded"
         args.token_budget = args.token_budget or default_token_budget(args.device)
         if args.gradient_checkpointing == "auto":

@@ -16,9 +16,9 @@ from pydantic import Field
 from qrpo.config import Section, execution_option, keyed
 from qrpo.data.chat import encode_completion, encode_prompt, load_tokenizer
 from qrpo.engines import EngineConfig
-from qrpo.engines.sampling import Engine, Sample, SampleRequest, SamplingConfig, length_problem, sample_seed
+from qrpo.engines.sampling import Engine, Sample, SampleRequest, SamplingConfig, sample_seed
 from qrpo.errors import DataError
-from qrpo.models import ModelConfig
+from qrpo.models import ModelConfig, dtype_setting, model_limits
 from storage import Manifest, PartRecord, Store, fingerprint
 from storage.checks import at_least, finite, one_of
 from storage.table import Table, column
@@ -36,8 +36,10 @@ __all__ = [
     "TABLE",
     "CompletionsConfig",
     "compute",
+    "count_cut",
     "engine_settings",
     "plan",
+    "remark_on_cut",
     "sample_requests",
     "sample_row",
     "samples_of",
@@ -149,7 +151,10 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
 
 def engine_settings(engine: EngineConfig, model: ModelConfig) -> dict[str, Any]:
     """The engine's settings for fingerprints, with the dtype that it really samples in."""
-    return {**keyed(engine), "dtype": engine.dtype if engine.dtype != "auto" else model.dtype}
+    dtype: str = engine.dtype
+    if dtype == "auto":
+        dtype = dtype_setting(model, unstated_is_saved=engine.kind == "transformers")
+    return {**keyed(engine), "dtype": dtype}
 
 
 def samples_of(part: PartPlan, prompts: Mapping[str, int]) -> list[tuple[str, str, int]]:
@@ -176,13 +181,16 @@ def compute(work: Work[Settings]) -> Iterator[PartRecord]:
 
 def _encode_offline(work: Work[Settings], part: PartPlan) -> PartRecord:
     started = time.monotonic()
-    tokenizer = load_tokenizer(model_for(work, part, work.settings.model))
+    model = model_for(work, part, work.settings.model)
+    tokenizer, limits = load_tokenizer(model), model_limits(model)
     rows: list[dict[str, Any]] = []
     rejects = []
     for prompt in prompt_rows(work, part, "messages", "offline_completions").values():
         for index, text in enumerate(prompt["offline_completions"]):
             try:
                 token_ids = encode_completion(tokenizer, prompt["messages"], text)
+                if unknown := limits.unknown_token(token_ids):
+                    raise DataError(unknown)
             except DataError as error:
                 key = f"{prompt['prompt_id']}/offline/{index}"
                 rejects.append({"key": key, "reason": error, "prompt_id": prompt["prompt_id"]})
@@ -249,7 +257,7 @@ def _done_with(
 
 
 def _commit(work: Work[Settings], part: _PartInProgress, started: float) -> PartRecord:
-    counts = {"computed": len(part.rows) - part.reused, "reused": part.reused}
+    counts = {"computed": len(part.rows) - part.reused, "reused": part.reused, "cut": count_cut(part.rows)}
     return work.commit(
         part.part, _table(part.rows), table=TABLE, started=started, rejects=part.rejects, metadata=counts
     )
@@ -274,7 +282,7 @@ def sample_requests(
         except DataError as error:
             refused[prompt_id] = str(error)
             continue
-        problem = length_problem(token_ids, engine.max_model_len, sampling.max_tokens)
+        problem = engine.problem(token_ids, sampling.max_tokens)
         if problem:
             refused[prompt_id] = problem
             continue
@@ -321,6 +329,23 @@ def _lost_rows(manifest: Manifest, store: Store) -> tuple[int, int]:
     return lost, manifest.rows + lost
 
 
+def count_cut(rows: Sequence[Mapping[str, Any]]) -> int:
+    """How many completions ended by their length limit."""
+    return sum(row["finish_reason"] == "length" for row in rows)
+
+
+def remark_on_cut(manifest: Manifest) -> str | None:
+    """What to say if most completions ended by their length limit, as far as the parts counted them."""
+    counted = [part for part in manifest.parts if "cut" in part.metadata]
+    cut, rows = sum(part.metadata["cut"] for part in counted), sum(part.rows for part in counted)
+    if cut <= rows / 2:
+        return None
+    return (
+        f"{cut} of {rows} samples were cut at max_tokens. If they run on past the end of the answer, name the token that "
+        "ends it in completions.sampling.stop_token_ids; if not, raise completions.sampling.max_tokens"
+    )
+
+
 def _to_sample(settings: Settings, part: PartPlan, prompts: Mapping[str, int]) -> list[tuple[str, str, int]]:
     return samples_of(part, prompts) if part.slice["origin"] != "offline" else []  # these are only encoded
 
@@ -338,5 +363,6 @@ STAGE = Stage(
     compute=compute,
     reuse=RowReuse("completions to sample", _to_sample, ("prompt_id", "origin", "sample_index")),
     lost_rows=_lost_rows,
+    remark=remark_on_cut,
     chart="tasks.charts:completion_lengths",
 )

@@ -35,7 +35,13 @@ from tasks.engines import close_engine, engine_for
 from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key
 from tasks.reuse import reusable_rows
 from tasks.stage import RowReuse, Stage, setting
-from tasks.stages.completions import engine_settings, sample_requests, sample_row
+from tasks.stages.completions import (
+    count_cut,
+    engine_settings,
+    remark_on_cut,
+    sample_requests,
+    sample_row,
+)
 from tasks.stages.prompts import prompt_rows
 from tasks.stages.reference import model_for
 from tasks.stages.rewards import (
@@ -348,7 +354,7 @@ def _score_part(
         table=TABLE,
         started=started,
         rejects=rejects,
-        metadata={"computed": total - reused, "reused": reused},
+        metadata={"computed": total - reused, "reused": reused, "cut": count_cut(rows)},
     )
 
 
@@ -434,5 +440,6 @@ STAGE = Stage(
     ),
     describe=summary,
     why_empty="no prompt is held out: set prompts.eval_fraction or prompts.eval_source",
+    remark=remark_on_cut,
     chart="tasks.charts:evaluation_rewards",
 )

@@ -11,7 +11,7 @@ from typing import Any
 from qrpo.config import Section, keyed
 from qrpo.data.chat import encode_completion, encode_prompt, load_tokenizer
 from qrpo.errors import DataError
-from qrpo.models import ModelConfig, model_identity
+from qrpo.models import ModelConfig, model_identity, model_limits
 from qrpo.seeds import seeded_hash
 from qrpo.training.settings import SftConfig
 from storage import PartRecord
@@ -105,7 +105,7 @@ def _examples(work: Work[Settings], part: PartPlan) -> tuple[list[dict[str, Any]
 
     In the order of a hash of seed and prompt, which no cut into parts changes.
     """
-    tokenizer = load_tokenizer(work.settings.model)
+    tokenizer, limits = load_tokenizer(work.settings.model), model_limits(work.settings.model)
     rows, unusable = [], 0
     for record in work.inputs(part, "prompts"):
         table = work.store.read_part(record, columns=["prompt_id", "messages", "offline_completions"])
@@ -117,6 +117,10 @@ def _examples(work: Work[Settings], part: PartPlan) -> tuple[list[dict[str, Any]
                     unusable += 1
                     continue
                 tokens = encode_prompt(tokenizer, prompt["messages"])
+                whole = [*tokens, *completion]
+                if len(whole) > limits.max_length or limits.unknown_token(whole):
+                    unusable += 1
+                    continue
                 rows.append(
                     {
                         "prompt_id": prompt["prompt_id"],

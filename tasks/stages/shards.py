@@ -16,7 +16,7 @@ from pydantic import Field
 
 from qrpo.config import Section, execution_option, keyed
 from qrpo.data.chat import encode_prompt, load_tokenizer
-from qrpo.models import ModelConfig
+from qrpo.models import Limits, ModelConfig, model_limits
 from qrpo.seeds import seeded_hash
 from storage import Manifest, PartRecord, Store, fingerprint, row_digest
 from storage.checks import at_least, finite, lists_agree
@@ -111,7 +111,7 @@ def compute(work: Work[Settings]) -> Iterator[PartRecord]:
     """Compute the group part by part. Runs in a child process, since it loads the reference model, and keeps it."""
     settings = work.settings
     model_config = model_for(work, work.parts[0], settings.model)
-    tokenizer = load_tokenizer(model_config)
+    tokenizer, limits = load_tokenizer(model_config), model_limits(model_config)
 
     def scorer() -> LogprobScorer:
         return LogprobScorer(
@@ -124,7 +124,7 @@ def compute(work: Work[Settings]) -> Iterator[PartRecord]:
 
     for part in work.parts:
         started = time.monotonic()
-        rows, rejects = _rows(work, part, tokenizer)
+        rows, rejects = _rows(work, part, tokenizer, limits)
         known = _known_logprobs(work, part)
         reused = sum(_take(row, known) for row in rows)
         unknown = [row for row in rows if None in row["ref_logprob"]]
@@ -220,7 +220,7 @@ _PER_COMPLETION = ("origin", "sample_index", "reward", "quantile_reward", "quant
 
 
 def _rows(
-    work: Work[Settings], part: PartPlan, tokenizer: Any
+    work: Work[Settings], part: PartPlan, tokenizer: Any, limits: Limits
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The part's rows without their log-probabilities, and the rejects."""
     prompts = prompt_rows(work, part, "messages")
@@ -231,7 +231,7 @@ def _rows(
         if group["left_out"] and not group["sample_index"]:
             continue  # all its completions have the reward of every reference (`quantiles.equal_rewards`)
         prompt_token_ids = encode_prompt(tokenizer, prompts[group["prompt_id"]]["messages"])
-        row, refused = _row(work.settings, group, prompt_token_ids, tokens)
+        row, refused = _row(work.settings, group, prompt_token_ids, tokens, limits)
         rejects += refused
         rows += [row] if row is not None else []
     return rows, rejects
@@ -255,21 +255,25 @@ def _row(
     group: Mapping[str, Any],
     prompt_token_ids: list[int],
     tokens: Mapping[tuple[str, str, int], list[int]],
+    limits: Limits,
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """One prompt's row, without the completions that are empty or too long; None where none is left."""
-    prompt_id, limit = group["prompt_id"], settings.section.max_length
+    prompt_id = group["prompt_id"]
+    limit, name = settings.section.max_length, "shards.max_length is"
+    if limits.max_length < limit:
+        limit, name = limits.max_length, "the model's context is"
     keep, rejects = [], []
     for k, (origin, index) in enumerate(zip(group["origin"], group["sample_index"], strict=True)):
         completion = tokens[prompt_id, origin, index]
         length = len(prompt_token_ids) + len(completion)
-        if completion and length <= limit:
+        reason = limits.unknown_token([*prompt_token_ids, *completion])
+        if length > limit:
+            reason = f"prompt and completion have {length} tokens, {name} {limit}"
+        elif not completion:
+            reason = "no tokens"
+        if reason is None:
             keep.append(k)
             continue
-        reason = (
-            f"prompt and completion have {length} tokens, shards.max_length is {limit}"
-            if completion
-            else "no tokens"
-        )
         rejects.append({"key": f"{prompt_id}/{origin}/{index}", "reason": reason, "prompt_id": prompt_id})
     if not keep:
         rejects.append(

@@ -2,20 +2,29 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from qrpo.config import keyed
-from qrpo.errors import ModelError
+from qrpo.errors import ConfigError, ModelError
 from qrpo.models import (
     ModelConfig,
+    check_weights,
     context_length,
+    dtype_setting,
     load_causal_lm,
     load_model_config,
     load_reward_model,
     model_identity,
+    model_limits,
+    saved_dtype,
 )
+from qrpo.tiny import build_tiny_model
 
 
 def config_of(folder: Path) -> ModelConfig:
@@ -100,8 +109,120 @@ def test_damaged_folders_say_so(tiny_model: Path, tmp_path: Path) -> None:
         load_model_config(config_of(copy))
 
 
-def test_the_context_length_comes_from_the_configuration(tiny_model: Path) -> None:
-    assert context_length(config_of(tiny_model)) == 256
+def copy_of(folder: Path, to: Path, edit: Callable[[dict[str, Any]], Any], **config: Any) -> ModelConfig:
+    """A copy whose weights `edit` changed, and whose `config.json` has other values."""
+    shutil.copytree(folder, to)
+    weights = load_file(to / "model.safetensors")
+    edit(weights)
+    save_file(weights, to / "model.safetensors", metadata={"format": "pt"})
+    changed = json.loads((to / "config.json").read_text()) | config
+    changed = {name: value for name, value in changed.items() if value != "removed"}
+    (to / "config.json").write_text(json.dumps(changed))
+    return config_of(to)
+
+
+HEAD, LAYER = "score.weight", "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("reward", "edit", "message"),
+    [
+        (True, lambda w: w.update({"v_head": w.pop(HEAD)}), "missing .* random: score.weight; unused: v_head"),
+        (True, lambda w: w.update({"v_head.summary.bias": w[HEAD][:, 0].clone()}), "unused: v_head.summary.bias"),
+        (True, lambda w: w.update({HEAD: torch.ones(3, 64)}), r"shape: score.weight \(3, 64\), expected \(1, 64\)"),
+        (False, lambda w: w.pop(LAYER), f"missing .*: {LAYER}"),
+        (False, lambda w: w.update({HEAD: torch.ones(1, 64)}), "unused: score.weight"),
+        (False, lambda w: w.pop("lm_head.weight"), "missing .*: lm_head.weight"),
+        (False, lambda w: w.update({f"x.{n}": torch.ones(1) for n in range(7)}), r"unused: x\.0, .* and 2 more"),
+    ],
+)  # fmt: skip
+def test_weights_that_are_not_the_files_are_refused_by_name(
+    tiny_model: Path, tiny_reward_model: Path, tmp_path: Path, reward: bool, edit: Any, message: str
+) -> None:
+    model = copy_of(tiny_reward_model if reward else tiny_model, tmp_path / "model", edit)
+    load = load_reward_model if reward else load_causal_lm
+    with pytest.raises(ModelError, match=message):
+        load(model, "cpu")
+    with pytest.raises(ModelError, match=message):
+        check_weights(model, reward=reward)
+
+
+def test_tied_heads_buffers_and_a_reward_models_language_head_are_no_such_weights(
+    tiny_reward_model: Path, tmp_path: Path
+) -> None:
+    tied = config_of(build_tiny_model(tmp_path / "tied", ["some text"], hidden_size=16, layers=1, tied=True))
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "lm_head.weight": torch.ones(9, 64),
+    }
+    reward = copy_of(tiny_reward_model, tmp_path / "reward", lambda weights: weights.update(extra))
+    load_causal_lm(tied, "cpu")
+    check_weights(tied)
+    load_reward_model(reward, "cpu")
+    check_weights(reward, reward=True)
+
+
+def test_an_adapter_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    model = copy_of(tiny_model, tmp_path / "model", lambda weights: None)
+    (tmp_path / "model" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"holds an adapter .*merge_and_unload"):
+        model_identity(model)
+
+
+@pytest.mark.parametrize(
+    ("stated", "weights", "loaded", "in_fingerprint"),
+    [
+        ("float32", torch.float32, "float32", "auto"),
+        ("removed", torch.float32, "float32", "float32"),
+        ("removed", torch.bfloat16, "bfloat16", "bfloat16"),
+        ("bfloat16", torch.float32, "float32", "float32"),
+    ],
+)
+def test_the_precision_is_that_of_the_weights(
+    tiny_model: Path, tmp_path: Path, stated: str, weights: torch.dtype, loaded: str, in_fingerprint: str
+) -> None:
+    def narrow(tensors: dict[str, Any]) -> None:
+        tensors.update({name: tensor.to(weights) for name, tensor in tensors.items()})
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].float()  # one of another precision
+
+    model = copy_of(tiny_model, tmp_path / "model", narrow, dtype=stated)
+    assert saved_dtype(model) == loaded
+    assert str(load_causal_lm(model, "cpu").dtype) == f"torch.{loaded}"
+    assert dtype_setting(model, unstated_is_saved=False) == in_fingerprint
+    if stated == "removed":
+        assert dtype_setting(model, unstated_is_saved=True) == "auto"
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "length"),
+    [
+        ({}, 256),
+        ({"rope_parameters": {**YARN, "original_max_position_embeddings": 256}}, 1024),
+        (
+            {"rope_parameters": {**YARN, "original_max_position_embeddings": 64}},
+            256,
+        ),  # stated after the extension
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}}, 1024),
+        ({"rope_parameters": LINEAR}, 512),
+        ({"rope_parameters": LINEAR, "model_type": "gemma3_text"}, 256),
+        ({"rope_parameters": {**LINEAR, "rope_type": "llama3"}}, 256),
+        ({"model_type": "roberta", "pad_token_id": 1}, 254),
+        ({"max_position_embeddings": "removed", "model_type": "gpt2", "n_positions": 128}, 128),
+    ],
+)
+def test_the_context_length_comes_from_the_configuration(
+    tiny_model: Path, tmp_path: Path, changes: dict[str, Any], length: int
+) -> None:
+    model = copy_of(tiny_model, tmp_path / "model", lambda weights: None, **changes)
+    assert context_length(model) == length
+    assert model_limits(model, length, "max_length").max_length == length
+    with pytest.raises(ConfigError, match=f"max_length: got {length + 1}, but .* context of {length} tokens"):
+        model_limits(model, length + 1, "max_length")
 
 
 def test_models_load_in_the_wanted_precision(tiny_model: Path, tiny_reward_model: Path) -> None:

@@ -346,11 +346,11 @@ def ids_of_conversations(folder: Path) -> list[Any]:
 
 
 def plain_forward(folder: Path) -> list[float]:
-    """The textbook way: one conversation at a time, no padding."""
+    """The textbook way: one conversation at a time, no padding, the score at its last token."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto", pad_token_id=None).eval()
     with torch.inference_mode():
         return [model(ids).logits[0, 0].item() for ids in ids_of_conversations(folder)]
 
@@ -371,16 +371,67 @@ def test_a_models_reward_is_a_plain_forwards_whatever_the_batch(
     assert found == pytest.approx(plain_forward(tiny_reward_model), abs=1e-4)
 
 
-def test_a_model_whose_padding_is_its_end_token_is_read_as_alone(
+@pytest.fixture
+def end_padded_model(tiny_reward_model: Path, tmp_path: Path) -> Path:
+    """A reward model whose padding token is the end token, with which its conversations end."""
+    folder = tmp_path / "end-padded"
+    shutil.copytree(tiny_reward_model, folder)
+    edit_json(folder / "config.json", pad_token_id=load_tokenizer(str(folder)).eos_token_id)
+    return folder
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_the_score_is_read_at_the_last_token_also_if_that_is_the_padding(
+    end_padded_model: Path, tiny_reward_model: Path
+) -> None:
+    expected = plain_forward(tiny_reward_model)
+    assert values(model_scores(end_padded_model)) == pytest.approx(expected, abs=1e-4)
+    # earlier versions read it one token before: those scores do not count
+    config = ModelRewardConfig(model=ModelConfig(path=str(end_padded_model)))
+    assert config.identity()["pooled"] == "last token"
+    edit_json(end_padded_model / "config.json", pad_token_id=None)
+    assert values(model_scores(end_padded_model)) == pytest.approx(expected, abs=1e-4)
+
+
+def test_rows_that_use_every_token_are_scored_alone(tiny_reward_model: Path) -> None:
+    from qrpo.rewards.model import ModelReward
+
+    reward = ModelReward(ModelRewardConfig(model=ModelConfig(path=str(tiny_reward_model)), device="cpu"))
+    used = reward.model.config.vocab_size
+    rows = [[*range(token, used), *range(token)][:250] for token in range(0, used, 100)]
+    assert reward.score_ids(rows) == pytest.approx([reward.score_ids([row])[0] for row in rows], abs=1e-4)
+
+
+def test_a_row_longer_than_positions_after_the_padding_fails_alone(
     tiny_reward_model: Path, tmp_path: Path
 ) -> None:
-    model = load_reward_model(ModelConfig(path=str(tiny_reward_model)), "cpu")
-    for name, pad in [("end", load_tokenizer(str(tiny_reward_model)).eos_token_id), ("none", None)]:
-        folder = tmp_path / name
-        shutil.copytree(tiny_reward_model, folder)
-        model.config.pad_token_id = pad
-        model.config.save_pretrained(folder)
-        assert values(model_scores(folder)) == pytest.approx(plain_forward(folder), abs=1e-4)
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    tokenizer = load_tokenizer(str(tiny_reward_model))
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokens = {"vocab_size": len(tokenizer) - 1, "max_position_embeddings": 66, "pad_token_id": 1}
+    RobertaForSequenceClassification(RobertaConfig(**sizes, **tokens, num_labels=1)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    text = next(t for n in range(200) if len(t := "a b " * n) and length_of(tokenizer, t) in (64, 63))
+    unknown = tokenizer.decode([len(tokenizer) - 1])
+    said = [([{"role": "user", "content": "Hi"}], one) for one in ("yes", text, text + " b b", "a" + unknown)]
+    scores = model_scores(tmp_path, said)
+    assert [score.error is None for score in scores] == [True, True, False, False]
+    assert "tokens, but the reward model reads 64" in str(scores[2].error)
+    assert f"outside the model's vocabulary of {len(tokenizer) - 1}" in str(scores[3].error)
+    with pytest.raises(ConfigError, match=r"max_length: got 66, but .* has a context of 64 tokens"):
+        model_scores(tmp_path, said, max_length=66)
+
+
+def length_of(tokenizer: Any, text: str) -> int:
+    return len(
+        encode_conversation(
+            tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]
+        )
+    )
 
 
 def test_conversations_that_are_too_long_fail_alone(tiny_reward_model: Path) -> None:
@@ -576,7 +627,8 @@ def test_when_memory_runs_out_the_budget_is_halved_and_scoring_goes_on(tiny_rewa
 
 
 @pytest.mark.slow
-def test_vllm_gives_the_scores_that_transformers_gives(tiny_reward_model: Path, tmp_path: Path) -> None:
+def test_vllm_gives_the_scores_that_transformers_gives(end_padded_model: Path, tmp_path: Path) -> None:
+    tiny_reward_model = end_padded_model
     tokenizer = load_tokenizer(str(tiny_reward_model))
     said = [[*prompt, {"role": "assistant", "content": completion}] for prompt, completion in CONVERSATIONS]
     longest = max(len(encode_conversation(tokenizer, messages)) for messages in said)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qrpo.data.chat import Messages, encode_prompt, load_tokenizer
 from qrpo.engines import EngineConfig, open_engine
-from qrpo.engines.sampling import Sample, SampleRequest, SamplingConfig, length_problem, sample_seed
+from qrpo.engines.sampling import Sample, SampleRequest, SamplingConfig, sample_seed
 from qrpo.errors import DataError
 from qrpo.models import ModelConfig
 
@@ -43,7 +43,7 @@ def draw_completions(
     requests, refused = [], {}
     for key, messages in prompts.items():
         token_ids = encode_prompt(tokenizer, messages)
-        if reason := length_problem(token_ids, opened.max_model_len, sampling.max_tokens):
+        if reason := opened.problem(token_ids, sampling.max_tokens):
             refused[key] = reason
             continue
         seeds = tuple((index, sample_seed(seed, key, index, namespace)) for index in range(num_samples))
