@@ -54,6 +54,11 @@ class EngineConfig(Section):
     device: str | None = execution_option(None)
     """Device of the transformers engine (`cpu`, `cuda:1`); by default the first GPU, if any."""
 
+    @property
+    def gpus(self) -> int:
+        """GPUs of one engine."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
 
 def open_engine(
     config: EngineConfig, model: ModelConfig, *, log: Path | None = None, env: dict[str, str] | None = None

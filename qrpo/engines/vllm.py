@@ -19,7 +19,7 @@ from qrpo.engines.sampling import Sample, SampleRequest, SamplingConfig
 from qrpo.errors import DataError, EngineError, ModelError
 from qrpo.models import ModelConfig, is_local, load_model_config, location
 
-__all__ = ["VLLMEngine", "cpu_kv_cache_bytes", "require_cpu_heads", "saved_dtype"]
+__all__ = ["VLLMEngine", "cpu_kv_cache_bytes", "require_cpu_heads", "require_gpu_memory", "saved_dtype"]
 
 
 class VLLMEngine:
@@ -57,6 +57,8 @@ class VLLMEngine:
             "logprobs_mode": "raw_logprobs",
             "generation_config": "auto",  # for its end tokens; every request states all sampling settings
         }
+        if current_platform.is_cuda() and config.kv_cache_gib is None:
+            require_gpu_memory(config.gpu_memory_utilization)
         if on_cpu:
             require_cpu_heads(hf_config, model)
             arguments["enable_chunked_prefill"] = False
@@ -120,6 +122,18 @@ class VLLMEngine:
             shutdown := getattr(self._llm.llm_engine.engine_core, "shutdown", None)
         ):
             shutdown()
+
+
+def require_gpu_memory(share: float) -> None:
+    """Raise EngineError if less than this share of the first GPU's memory is free."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    if free < share * total:
+        raise EngineError(
+            f"gpu_memory_utilization is {share:g} of the GPU's {total / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are "
+            "free: another process uses the GPU (`nvidia-smi` names it). End it, or lower gpu_memory_utilization"
+        )
 
 
 def saved_dtype(hf_config: Any) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qrpo.data.chat import Messages, load_tokenizer
-from qrpo.engines.vllm import cpu_kv_cache_bytes, require_cpu_heads, saved_dtype
+from qrpo.engines.vllm import cpu_kv_cache_bytes, require_cpu_heads, require_gpu_memory, saved_dtype
 from qrpo.errors import EngineError, ModelError
 from qrpo.models import context_length, is_local, load_model_config, location
 from qrpo.rewards.model import ModelRewardConfig, as_score, encode_rows, not_one_score
@@ -53,6 +53,8 @@ class PoolingReward:
             "tensor_parallel_size": config.tensor_parallel_size,
             "enable_prefix_caching": True,
         }
+        if current_platform.is_cuda():
+            require_gpu_memory(config.gpu_memory_utilization)
         if current_platform.is_cpu():
             require_cpu_heads(hf_config, model)
             arguments |= {

@@ -13,7 +13,7 @@ __all__ = ["length_sorted_batches", "saved_tokens", "shared_batches", "worth_sha
 
 # A batch with this many tokens does not gain from rows shorter than this fraction of its longest.
 BUSY_TOKENS, SIMILAR_LENGTH = 2048, 0.8
-WORTH_SHARING = 0.1
+WORTH_SHARING = 0.3
 """Minimum fraction of all tokens to save: masked attention takes some of it back."""
 
 

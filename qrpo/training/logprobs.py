@@ -101,6 +101,8 @@ def completion_token_logprobs(
             f"row {prompt_lengths.index(0)} has an empty prompt: at least one token must precede a completion"
         )
     device = next(model.parameters()).device
+    if device.type == "cuda":  # cuDNN's attention builds a plan for each new shape: half of a step's time
+        torch.backends.cuda.enable_cudnn_sdp(False)
     rows = _rows_of(prompt_token_ids, share_prompts)
     width = max(prompt_lengths[row[0]] + sum(completion_lengths[i] for i in row) for row in rows)
     tokens_BT = torch.zeros(len(rows), width, dtype=torch.long)
@@ -147,7 +149,7 @@ def completion_token_logprobs(
 
 def can_share(model: Any) -> bool:
     """Whether this causal language model computes the same log-probabilities with and without
-    shared prompts.
+    shared prompts. Never on CUDA, where the mask costs more than sharing saves.
 
     It needs torch's `scaled_dot_product_attention` in every layer, without a sliding window. A
     comparison on a few tokens decides.
@@ -155,7 +157,8 @@ def can_share(model: Any) -> bool:
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if (
-        config._attn_implementation != "sdpa"
+        next(model.parameters()).device.type == "cuda"
+        or config._attn_implementation != "sdpa"
         or kinds != {"full_attention"}
         or getattr(config, "sliding_window", None)
     ):

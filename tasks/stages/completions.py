@@ -336,6 +336,7 @@ STAGE = Stage(
     table=TABLE,
     plan=plan,
     compute=compute,
+    gpus=lambda settings: settings.section.engine.gpus,
     reuse=RowReuse("completions to sample", _to_sample, ("prompt_id", "origin", "sample_index")),
     lost_rows=_lost_rows,
     chart="tasks.charts:completion_lengths",
