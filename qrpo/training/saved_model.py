@@ -35,7 +35,7 @@ log = logging.getLogger("qrpo")
 
 MAX_LOST = 0.05
 """Fraction of the mean change in log-probability that rounding may undo."""
-MEASURED_ROWS = 32
+MEASURED = 32  # completions
 START = "start.json"  # log-probabilities before training, next to the checkpoints
 
 
@@ -138,24 +138,21 @@ class ModelSaver(TrainerCallback):  # type: ignore[misc]
         precision. All ranks must call it."""
         trainer, dataset = self._trainer, self._trainer.train_dataset
         rows = dataset.iterate(0) if hasattr(dataset, "iterate") else iter(dataset)
-        columns = flatten_rows(
-            [row for row in islice(rows, MEASURED_ROWS) if len(row["completion_token_ids"])]
-        )
-        indices = length_sorted_batches(columns["length"], trainer.args.token_budget)[-1][:MEASURED_ROWS]
-        batch = take(columns, indices)
+        columns = flatten_rows([row for row in islice(rows, MEASURED) if len(row["completion_token_ids"])])
+        columns = take(columns, range(min(MEASURED, len(columns["length"]))))
+        logprob_B = torch.zeros(len(columns["length"]))
         training = model.training
         model.eval()
         with torch.no_grad(), trainer.accelerator.autocast():
-            logprob_B = inside_forward(
-                model,
-                model,
-                partial(completion_logprobs, model),
-                batch["prompt_token_ids"],
-                batch["completion_token_ids"],
-            )
+            for indices in length_sorted_batches(columns["length"], trainer.args.token_budget):
+                batch = take(columns, indices)
+                prompts, completions = batch["prompt_token_ids"], batch["completion_token_ids"]
+                compute = partial(completion_logprobs, model)
+                found = inside_forward(model, model, compute, prompts, completions)
+                logprob_B[indices] = found.float().cpu()
         model.train(training)
         reshard(model)
-        return logprob_B.float().cpu()
+        return logprob_B
 
 
 def _write_metrics(history: list[dict[str, float]], path: Path) -> None:

@@ -104,7 +104,6 @@ def test_the_reference_of_a_trained_adapter_is_the_base_model(folder, tmp_path):
 
 def test_a_layer_that_is_not_there_cannot_be_adapted(folder):
     with pytest.raises(ConfigError, match=r"policy\.lora\.target_modules: .*no_such_layer"):
-        tied = AutoModelForCausalLM.from_config(config)
         with_lora(load_policy(folder), LoraConfig(target_modules=("no_such_layer",)), seed=0)
 
 
@@ -214,6 +213,7 @@ def scores_of(rows):
 def test_adapters_on_a_weight_with_two_uses_are_refused(folder):
     config = AutoConfig.from_pretrained(folder, tie_word_embeddings=True)
     for name in ("lm_head", "embed_tokens"):
+        tied = AutoModelForCausalLM.from_config(config)
         with_lora(load_policy(folder), LoraConfig(target_modules=(name,)), seed=0)
         with pytest.raises(ConfigError, match="head or the embedding, which have one weight"):
             with_lora(tied, LoraConfig(target_modules=(name, "q_proj")), seed=0)
