@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -333,11 +334,23 @@ def generation_config(model: ModelConfig) -> Any:
         return GenerationConfig.from_model_config(load_model_config(model))
 
 
-def load_causal_lm(model: ModelConfig, device: str | None = None) -> Any:
+def load_causal_lm(model: ModelConfig, device: str | None = None, *, empty: bool = False) -> Any:
     """The language model in evaluation mode on `device` (the first GPU if there is one, else the
-    CPU)."""
+    CPU); if `empty`, on the CPU with weights that take no memory until they are set."""
     from transformers import AutoModelForCausalLM
 
+    if empty:
+        import torch
+        from transformers.initialization import no_init_weights
+
+        config, arguments = load_model_config(model), _arguments(model)
+        dtype = getattr(torch, saved_dtype(model))
+        with no_init_weights():
+            loaded = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=arguments["trust_remote_code"]
+            )
+        loaded.tie_weights()
+        return loaded.eval()
     return _load(model, AutoModelForCausalLM, device)
 
 
@@ -407,6 +420,14 @@ def _load(model: ModelConfig, kind: Any, device: str | None) -> Any:
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(_unloadable(model, "its weights", error)) from error
+    except Exception as error:
+        if not model.trust_remote_code:
+            raise
+        raise ModelError(
+            f"the Python code of {model.path} does not run with transformers {version('transformers')} "
+            f"({type(error).__name__}: {error}). Remedy: choose a model that transformers has itself, or install the "
+            "version that its config.json names as `transformers_version` in a separate environment"
+        ) from error
     causal = kind.__name__ == "AutoModelForCausalLM"
     unused = {
         name

@@ -98,7 +98,8 @@ def _computing(
 
     if not uses_workers(config, parts):
         return config.run.parts_per_task, here
-    workers = stack.enter_context(WorkerPool(config, store.url, uses_gpu=STAGES[stage].uses_gpu))
+    uses_gpu, need = STAGES[stage].uses_gpu, STAGES[stage].gpus(whole.settings)
+    workers = stack.enter_context(WorkerPool(config, store.url, uses_gpu=uses_gpu, need=need))
 
     def arguments(group: Group) -> dict[str, Any]:
         return {"label": group[0], "work": RemoteWork(work(group), workers.setup)}

@@ -105,6 +105,8 @@ class Stage(Generic[S]):
     trains: bool = False
     """Whether it saves a checkpoint when it is told to end, and so gets time to."""
     uses_gpu: bool = True
+    gpus: Callable[[S], int] = lambda settings: 1
+    """GPUs that a worker needs, where it uses one."""
     reuse: RowReuse[S] | None = None
     read: Callable[[S], Iterator[tuple[PartPlan, list[dict[str, Any]]]]] | None = None
     """For the stage that reads outside data: its parts and their rows, without committing anything. Its `compute` yields (record, whether it

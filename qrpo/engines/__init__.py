@@ -59,6 +59,11 @@ class EngineConfig(Section):
     timeout: float = execution_option(3600.0, gt=0.0)
     """Seconds without a finished prompt after which the engine is killed and started again."""
 
+    @property
+    def gpus(self) -> int:
+        """GPUs of one engine."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
 
 def open_engine(
     config: EngineConfig, model: ModelConfig, *, log: Path | None = None, env: dict[str, str] | None = None

@@ -31,7 +31,13 @@ from qrpo.models import (
     saved_dtype,
 )
 
-__all__ = ["VLLMEngine", "cpu_kv_cache_bytes", "report_death", "require_cpu_heads"]
+__all__ = [
+    "VLLMEngine",
+    "cpu_kv_cache_bytes",
+    "report_death",
+    "require_cpu_heads",
+    "require_gpu_memory",
+]
 
 
 class VLLMEngine:
@@ -72,6 +78,8 @@ class VLLMEngine:
             "logprobs_mode": "raw_logprobs",
             "generation_config": "vllm",  # every request states all sampling settings and end tokens
         }
+        if current_platform.is_cuda() and config.kv_cache_gib is None:
+            require_gpu_memory(config.gpu_memory_utilization)
         if on_cpu:
             require_cpu_heads(hf_config, model)
             arguments["enable_chunked_prefill"] = False
@@ -151,6 +159,18 @@ def report_death(llm: Any) -> None:
         core.outputs_queue.put_nowait(EngineDeadError())
 
     threading.Thread(target=watch, name="watch-engine-core", daemon=True).start()
+
+
+def require_gpu_memory(share: float) -> None:
+    """Raise EngineError if less than this share of the first GPU's memory is free."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    if free < share * total:
+        raise EngineError(
+            f"gpu_memory_utilization is {share:g} of the GPU's {total / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are "
+            "free: another process uses the GPU (`nvidia-smi` names it). End it, or lower gpu_memory_utilization"
+        )
 
 
 def cpu_kv_cache_bytes(hf_config: Any, max_model_len: int, max_num_seqs: int) -> int:

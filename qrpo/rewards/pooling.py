@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qrpo.data.chat import Messages, load_tokenizer
-from qrpo.engines.vllm import cpu_kv_cache_bytes, report_death, require_cpu_heads
+from qrpo.engines.vllm import cpu_kv_cache_bytes, report_death, require_cpu_heads, require_gpu_memory
 from qrpo.errors import ConfigError, ModelError
 from qrpo.models import (
     check_weights,
@@ -69,6 +69,8 @@ class PoolingReward:
             "tensor_parallel_size": config.tensor_parallel_size,
             "enable_prefix_caching": True,
         }
+        if current_platform.is_cuda():
+            require_gpu_memory(config.gpu_memory_utilization)
         if current_platform.is_cpu():
             require_cpu_heads(hf_config, model)
             arguments |= {

@@ -15,6 +15,9 @@
 - `callbacks`: stopping or skipping bad steps, early stopping
 - `initial_check`: the policy equals its reference before the first step
 - `adapters`: LoRA
+- `model_check`: models that cannot be trained on completions
+- `sharding`: FSDP2, and checkpoints that fit any number of processes
+- `saved_model`: saved models in a precision that keeps what training changed
 - `checkpoints`: complete checkpoints, written atomically
 - `throughput`: tokens per second, MFU, remaining time
 - `runs`: training runs of the pipeline, with resume and progress

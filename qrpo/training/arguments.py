@@ -52,7 +52,7 @@ class CompletionSettings:
     )
     share_prompts: bool = setting(
         True,
-        "Compute a prompt once for all its completions, where rows are packed and it saves a tenth of the tokens.",
+        "Compute a prompt once for all its completions, where rows are packed and it saves 30% of the tokens; never on CUDA.",
         option=True,
     )
     compile_layers: bool | None = setting(

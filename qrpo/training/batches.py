@@ -13,7 +13,7 @@ Layout = Literal["padded", "packed", "shared"]
 
 # A batch with this many tokens does not gain from rows shorter than this fraction of its longest.
 BUSY_TOKENS, SIMILAR_LENGTH = 2048, 0.8
-WORTH_SHARING = 0.1
+WORTH_SHARING = 0.3
 """Minimum fraction of all tokens to save."""
 
 

@@ -62,13 +62,15 @@ def token_logprobs(
     return torch.cat(list(map(compute, hidden_MD.split(chunk), targets_M.split(chunk))))
 
 
-def choose_head(model: Any) -> _Formula | type:
+def choose_head(model: Any, known: _Formula | type | None = None) -> _Formula | type:
     """How the logits of this causal language model follow from its hidden states: by the formula of
     its linear head, or, given the type of its backbone's output, by its own forward.
 
-    Decided once a model, by a comparison with its own logits on a few tokens. Raises ModelError if
-    neither gives them.
+    Decided once a model, by a comparison with its own logits on a few tokens, or given as `known`.
+    Raises ModelError if neither gives them.
     """
+    if known is not None:
+        _choices[model] = known
     if model not in _choices:
         training = model.training
         model.eval()

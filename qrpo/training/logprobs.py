@@ -39,6 +39,7 @@ __all__ = [
     "completion_token_logprobs",
     "score_logprobs",
     "score_token_logprobs",
+    "set_layout",
     "unwrapped",
 ]
 
@@ -99,6 +100,8 @@ def completion_token_logprobs(
             f"row {prompt_lengths.index(0)} has an empty prompt: at least one token must precede a completion"
         )
     device = next(model.parameters()).device
+    if device.type == "cuda":  # cuDNN's attention builds a plan for each new shape: half of a step's time
+        torch.backends.cuda.enable_cudnn_sdp(False)
     rows = _rows_of(prompt_token_ids, layout == "shared")
     lengths = [p + c for p, c in zip(prompt_lengths, completion_lengths, strict=True)]
     tokens, predicting, start = [], [], 0  # `predicting`: flat positions whose hidden state predicts a token
@@ -166,9 +169,9 @@ def best_layout(model: Any, share_prompts: bool = True) -> Layout:
         try:
             model.eval()
             expected = completion_logprobs(model, prompts, completions)
-            if attention == "sdpa":
-                causal_lm.set_attn_implementation(ATTENTION)
-            for layout in ("packed", "shared") if share_prompts else ("packed",):
+            set_layout(causal_lm, "packed")
+            # On CUDA a prompt's keys would be copied for each completion: not measured to pay.
+            for layout in ("packed", "shared") if share_prompts and not weight.is_cuda else ("packed",):
                 model.train(training)  # dropout may be impossible
                 completion_logprobs(model, prompts, completions, layout=layout)
                 model.eval()
@@ -184,9 +187,15 @@ def best_layout(model: Any, share_prompts: bool = True) -> Layout:
             pass
         finally:
             model.train(training)
-    if found == "padded" and causal_lm.config._attn_implementation != attention:
-        causal_lm.set_attn_implementation(attention)
+    set_layout(causal_lm, found)
     return found
+
+
+def set_layout(causal_lm: Any, layout: Layout) -> None:
+    """Let a model with torch's attention use the attention function that the layout needs."""
+    needed = {("padded", ATTENTION): "sdpa", ("packed", "sdpa"): ATTENTION, ("shared", "sdpa"): ATTENTION}
+    if change := needed.get((layout, causal_lm.config._attn_implementation)):
+        causal_lm.set_attn_implementation(change)
 
 
 def score_logprobs(

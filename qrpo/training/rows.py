@@ -31,6 +31,7 @@ __all__ = [
     "TrainingRow",
     "collate_rows",
     "flatten_rows",
+    "merge_columns",
     "take",
     "tensor_of",
     "training_rows",
@@ -82,6 +83,14 @@ def flatten_rows(rows: Sequence[TrainingRow]) -> dict[str, list[Any]]:
 def take(columns: Mapping[str, list[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
     """These entries of every column."""
     return {name: [column[i] for i in indices] for name, column in columns.items()}
+
+
+def merge_columns(parts: Sequence[Mapping[str, list[Any]]]) -> dict[str, list[Any]]:
+    """The columns that all parts have, one part after the other; a prompt is one of its part."""
+    names = [name for name in parts[0] if all(name in part for part in parts)]
+    merged = {name: [value for part in parts for value in part[name]] for name in names}
+    merged["prompt_index"] = [(i, prompt) for i, part in enumerate(parts) for prompt in part["prompt_index"]]
+    return merged
 
 
 def tensor_of(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:

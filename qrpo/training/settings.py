@@ -37,7 +37,7 @@ REFUSED = {
     "set `eval_fraction` and `eval_steps` of the policy": "do_eval eval_strategy eval_steps eval_delay eval_on_start",
     "set `patience` of the policy": "load_best_model_at_end metric_for_best_model greater_is_better",
     "set the `seed` of the run or the policy": "seed data_seed",
-    "set `processes` and `fsdp` of the policy": "fsdp fsdp_config deepspeed parallelism_config accelerator_config local_rank use_cpu",
+    "set `processes` and `fsdp`": "fsdp fsdp_config deepspeed parallelism_config accelerator_config local_rank use_cpu",
     "the store holds models and checkpoints": "output_dir save_strategy save_only_model save_on_each_node resume_from_checkpoint "
     "ignore_data_skip restore_callback_states_from_checkpoint enable_jit_checkpoint push_to_hub hub_token hub_private_repo "
     "hub_model_id hub_strategy hub_always_push hub_revision",
@@ -68,6 +68,19 @@ EXECUTION_OPTIONS = frozenset(
     ]
 )
 EXECUTION_PREFIXES = ("logging_", "log_", "ddp_", "trackio_")
+
+
+class LoraConfig(Section):
+    """Low-rank adapters to train instead of the weights."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of each adapter."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Adapters are scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout in front of the adapters."""
+    target_modules: tuple[str, ...] = ()
+    """Names of the layers to adapt; empty adapts all linear layers except the head."""
 
 
 class OptimizationConfig(Section, CompletionSettings):
@@ -114,6 +127,17 @@ class OptimizationConfig(Section, CompletionSettings):
     """Number of newest checkpoints to keep."""
     logging_steps: int = execution_option(1, ge=1)
     """Steps between rows of metrics."""
+    processes: int | Literal["auto"] = execution_option("auto")
+    """Processes of this machine to train with, one per GPU. `auto` uses every visible GPU, or fewer
+    if `prompts_per_step` is not a multiple of them; without a GPU, one process."""
+    fsdp: bool = execution_option(False)
+    """Shard weights, gradients and optimizer over the processes (FSDP) instead of DDP."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters (`pip install 'qrpo-pipeline[peft]'`) instead of the weights; the
+    model is saved merged, as an ordinary model folder. Null for full fine-tuning."""
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the saved weights, which are trained in float32. `auto` is that of the starting
+    model's files, or float32 if rounding would undo more than 5% of what training changed."""
     report_to: tuple[str, ...] = execution_option(())
     """Experiment trackers that transformers knows: `tensorboard`, `wandb`, `trackio`, ..."""
 
@@ -126,6 +150,26 @@ class OptimizationConfig(Section, CompletionSettings):
             else {}
         )
         return {**given, **_further_arguments(cls.__name__, further)} if further else given
+
+    @field_validator("processes")
+    @classmethod
+    def _at_least_one(cls, processes: int | str) -> int | str:
+        if processes != "auto" and int(processes) < 1:
+            raise ValueError(f"expected `auto` or at least 1, got {processes}")
+        return processes
+
+    @model_validator(mode="after")
+    def _not_both(self) -> Self:
+        if self.lora is not None and self.fsdp:
+            raise ValueError(
+                "lora: cannot be merged from sharded weights; set fsdp to false, adapters need little memory"
+            )
+        return self
+
+    def idle_fields(self) -> frozenset[str]:
+        """Settings without an effect."""
+        unused = {"lora": self.lora is None, "save_dtype": self.save_dtype == "auto"}
+        return frozenset(name for name, is_unused in unused.items() if is_unused)
 
     @property
     def further(self) -> dict[str, Any]:
@@ -156,19 +200,6 @@ class SftConfig(OptimizationConfig):
     """Peak learning rate."""
 
 
-class LoraConfig(Section):
-    """Low-rank adapters to train instead of the weights."""
-
-    rank: int = Field(default=16, ge=1)
-    """Rank of each adapter."""
-    alpha: float = Field(default=32.0, gt=0)
-    """Adapters are scaled by alpha / rank."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout in front of the adapters."""
-    target_modules: tuple[str, ...] = ()
-    """Names of the layers to adapt; empty adapts all linear layers except the head."""
-
-
 class PolicyConfig(OptimizationConfig, QRPOSettings):
     """How the policy is trained."""
 
@@ -176,13 +207,6 @@ class PolicyConfig(OptimizationConfig, QRPOSettings):
     """Peak learning rate."""
     seed: int | None = None
     """Seed of the training; null for the run's seed. Another seed reuses the shards."""
-    processes: int = execution_option(1, ge=1)
-    """Processes of this machine to train with, one per GPU."""
-    fsdp: bool = execution_option(False)
-    """Shard weights, gradients and optimizer over the processes (FSDP) instead of DDP."""
-    lora: LoraConfig | None = None
-    """Train low-rank adapters (`pip install 'qrpo-pipeline[peft]'`) instead of the weights; the
-    policy is saved merged, as an ordinary model folder. Null for full fine-tuning."""
     eval_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of the training prompts to hold out, by a hash of the prompt, and to report the loss
     on (`eval_loss`) during training. The `evaluation` stage judges the policy on samples
@@ -197,10 +221,6 @@ class PolicyConfig(OptimizationConfig, QRPOSettings):
     def _check_together(self) -> Self:
         if self.patience is not None and not self.eval_fraction:
             raise ValueError("patience: needs a held-out loss, and eval_fraction is 0")
-        if self.lora is not None and self.fsdp:
-            raise ValueError(
-                "lora: cannot be merged from sharded weights; set fsdp to false, adapters need little memory"
-            )
         return self
 
     @field_validator("transform")
@@ -228,13 +248,12 @@ class PolicyConfig(OptimizationConfig, QRPOSettings):
             "pairs": self.loss != "qrpo",
             "rebel_reward": self.loss == "rebel",
             "gamma_beta_ratio": self.loss == "simpo",
-            "lora": self.lora is not None,
             "eval_fraction": self.eval_fraction > 0,
             "eval_steps": self.patience is not None,
             "patience": self.patience is not None,
             "checkpoint_steps": self.checkpoint_steps is not None,
         }
-        return frozenset(name for name, is_used in used.items() if not is_used)
+        return super().idle_fields() | {name for name, is_used in used.items() if not is_used}
 
     def columns(self) -> tuple[str, ...]:
         """The columns of a training shard that this loss reads."""

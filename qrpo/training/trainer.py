@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import DistributedType, PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from qrpo.errors import ConfigError, DataError
 from qrpo.method.transforms import get_transform
@@ -41,11 +41,13 @@ from qrpo.training.compiling import MIN_STEPS, compile_layers
 from qrpo.training.head import choose_head, inside_forward
 from qrpo.training.initial_check import ROUNDING, check_reference
 from qrpo.training.loader import ShuffledRows, is_idle, step_loader
-from qrpo.training.logprobs import best_layout, completion_logprobs, score_logprobs, unwrapped
+from qrpo.training.logprobs import best_layout, completion_logprobs, score_logprobs, set_layout, unwrapped
 from qrpo.training.memory import default_token_budget, needs_checkpointing
+from qrpo.training.model_check import check_model
 from qrpo.training.objectives import Objective, make_objective, select_completions
 from qrpo.training.packing import attention_window
-from qrpo.training.rows import collate_rows, flatten_rows, take, training_rows
+from qrpo.training.rows import PER_COMPLETION, collate_rows, flatten_rows, merge_columns, take, training_rows
+from qrpo.training.sharding import ShardingTrainer, reshard
 from qrpo.training.throughput import Meter
 
 __all__ = ["CompletionTrainer", "CompletionTrainingArguments", "QRPOConfig", "QRPOTrainer"]
@@ -62,6 +64,12 @@ class CompletionTrainingArguments(CompletionSettings, TrainingArguments):  # typ
     ddp_find_unused_parameters: bool | None = False
     accelerator_config: Any = None
     data_seed: int | None = None
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs of this process: at most one, so transformers never uses `nn.DataParallel`."""
+        visible: int = super().n_gpu
+        return min(1, visible)
 
     def __post_init__(self) -> None:
         # Each rank reads its own rows, and their order is a function of the seed and the epoch.
@@ -89,7 +97,7 @@ class QRPOConfig(QRPOSettings, CompletionTrainingArguments):
             self.load_best_model_at_end = True
 
 
-class CompletionTrainer(Trainer):  # type: ignore[misc]
+class CompletionTrainer(ShardingTrainer):
     """A `transformers.Trainer` that minimises an objective of completions' log-probabilities."""
 
     loss_is_scaled_for_ga = True
@@ -103,6 +111,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         """`options` are further arguments of `transformers.Trainer`, such as `eval_dataset`."""
+        check_model(model, args.learning_rate)
         super().__init__(
             model=model, args=args, data_collator=collate_rows, train_dataset=train_dataset, **options
         )
@@ -110,9 +119,9 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         self.guard = StepGuard(self, args.bad_step, args.max_loss_growth)
         self.add_callback(self.guard)
         self._saving = False
-        self._metrics: dict[str, tuple[float, int]] = {}  # sum over completions, number of completions
-        choose_head(unwrapped(self.model))
-        self._layout: Layout = best_layout(self.model, args.share_prompts) if args.packing else "padded"
+        # For each batch since the last log: (log-probabilities, columns) of this rank, None without rows.
+        self._seen: list[tuple[torch.Tensor, dict[str, Any]] | None] = []
+        self._layout = self._try_model()
         args.token_budget = args.token_budget or default_token_budget(args.device)
         if args.gradient_checkpointing == "auto":
             shards = args.world_size if self.is_fsdp_enabled else 1
@@ -160,9 +169,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
             total += loss.detach()
             seen_B[indices] = logprob_B.detach().to(seen_B.dtype)
         self.guard.note_loss(total)
-        if not empty:
-            with torch.no_grad():
-                self._add_metrics(objective.metrics(seen_B, columns), columns, layout)
+        self._seen.append(None if empty else (seen_B.cpu(), _without_tokens(columns, layout)))
         return total
 
     def logprobs(
@@ -195,6 +202,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
                 total += self.objective.loss(logprob_B, batch).sum().item()
                 seen_B[indices] = logprob_B.to(seen_B.dtype)
             found = self.objective.metrics(seen_B, columns)
+        reshard(self.model)
         metrics = {f"{metric_key_prefix}_{name}": value.item() for name, value in found.items()}
         metrics[f"{metric_key_prefix}_loss"] = total / self.objective.count(rows)
         self.log(metrics)
@@ -216,7 +224,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
                 "rows": []
                 if is_idle(batch["rows"])
                 else self.objective.select(self._usable(batch["rows"]), step),
-                "placeholder": [select_completions(row, [0]) for row in batch["rows"][:1]],
+                "placeholder": [_placeholder(batch["rows"])],
             }
             for batch in batches
         ]
@@ -224,15 +232,33 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         return batches, self.accelerator.reduce(count, "sum").clamp(min=1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means since the last log, over this rank's completions, to what the Trainer
-        reports."""
+        """Add the means since the last log, over the completions of all ranks, to what the Trainer
+        reports. All ranks must call it."""
         if "loss" in logs:
-            logs = logs | {name: total / weight for name, (total, weight) in self._metrics.items()}
+            logs = logs | self._means_since_last_log()
             logs |= self._meter.read(
                 self.state.global_step, self.state.max_steps, self.accelerator.num_processes
             )
-            self._metrics = {}
         super().log(logs, start_time)
+
+    def _means_since_last_log(self) -> dict[str, float]:
+        ranks = gather_object([self._seen]) if self.accelerator.num_processes > 1 else [self._seen]
+        self._seen = []
+        sums: dict[str, tuple[float, int]] = {}
+        for of_ranks in zip(*ranks, strict=True):
+            if not (parts := [part for part in of_ranks if part is not None]):
+                continue
+            columns = merge_columns([columns for _, columns in parts])
+            found = self.objective.metrics(torch.cat([logprob_B for logprob_B, _ in parts]), columns)
+            count = len(columns["length"])
+            for name, value in found.items():
+                total, weight = sums.get(name, (0.0, 0))
+                if not math.isnan(scalar := value.item()):
+                    sums[name] = total + scalar * count, weight + count
+            completion_tokens = sum(map(len, columns["completion_token_ids"]))
+            counts = sum(columns["length"]), completion_tokens, sum(columns["saved"])
+            self._meter.add(*(number / len(ranks) for number in counts))
+        return {name: total / weight for name, (total, weight) in sums.items()}
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 operations per parameter and token (forward and backward), without attention's own."""
@@ -254,6 +280,21 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         window = attention_window(self.model)
         return cut_batches(prompts, completions, self.args.token_budget, self._layout, group, window)
 
+    def _try_model(self) -> Layout:
+        """How to compute the model's logits (`choose_head`) and its rows' layout. Rank 0 tries, since
+        only it has the weights of a model that will be sharded."""
+        inner, found = unwrapped(self.model), None
+        if self.accelerator.is_main_process:
+            head = choose_head(inner)
+            found = head, best_layout(self.model, self.args.share_prompts) if self.args.packing else "padded"
+        if self.accelerator.num_processes > 1:
+            (found,) = broadcast_object_list([found])
+        assert found is not None
+        head, layout = found
+        choose_head(inner, head)
+        set_layout(inner, layout)
+        return layout
+
     def _compiles(self) -> bool:
         """Whether to compile the layers: as set, else on CUDA in a run that is long enough."""
         args, dataset = self.args, self.train_dataset
@@ -265,7 +306,8 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         return bool(steps >= MIN_STEPS)
 
     def _usable(self, rows: Sequence[Any]) -> Sequence[Any]:
-        """The rows; DataError if a column that the loss needs is missing."""
+        """The rows that have completions; DataError if a column that the loss needs is missing."""
+        rows = [row for row in rows if len(row["completion_token_ids"])]
         for row in rows:
             if missing := [name for name in self.objective.needs if row.get(name) is None]:
                 raise DataError(
@@ -274,20 +316,11 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
                 )
         return rows
 
-    def create_accelerator_and_postprocess(self) -> None:
-        """Also set up FSDP on CPUs: torch can shard there, but accelerate only asks it to on
-        accelerators."""
-        if self.args.fsdp and self.args.use_cpu and self.args.world_size > 1:
-            PartialState().distributed_type = DistributedType.MULTI_GPU
-        super().create_accelerator_and_postprocess()
-
     def get_train_dataloader(self) -> Any:
         """This process's rows, in an order that depends on the seed and the epoch; an iterable
         dataset in its own order."""
         args, reader = self.args, self.train_dataset
-        if isinstance(reader, torch.utils.data.IterableDataset):
-            return super().get_train_dataloader()
-        if not hasattr(reader, "iterate"):
+        if not hasattr(reader, "iterate") and not isinstance(reader, torch.utils.data.IterableDataset):
             reader = ShuffledRows(reader, args.data_seed)
         return step_loader(
             reader,
@@ -341,15 +374,6 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
             return number
         return int(self.accelerator.gather(torch.tensor([number], device=self.args.device)).max())
 
-    def _add_metrics(self, metrics: dict[str, torch.Tensor], columns: dict[str, Any], layout: Layout) -> None:
-        count = len(columns["length"])
-        for name, value in metrics.items():
-            total, weight = self._metrics.get(name, (0.0, 0))
-            if not math.isnan(scalar := value.item()):
-                self._metrics[name] = total + scalar * count, weight + count
-        saved = saved_tokens(columns["prompt_token_ids"]) if layout == "shared" else 0
-        self._meter.add(sum(columns["length"]), sum(map(len, columns["completion_token_ids"])), saved)
-
 
 class QRPOTrainer(CompletionTrainer):
     """Trains a policy towards pi*(y|x) = ref(y|x) exp(f(q)/beta) / Z (arXiv 2507.08068), or with
@@ -402,12 +426,12 @@ class QRPOTrainer(CompletionTrainer):
     def before_first_step(self, rows: Sequence[Any]) -> None:
         """Compare the policy with the data's reference: before the first step they are the same
         model."""
-        if not rows or "ref_logprob" not in rows[0]:
+        if "ref_logprob" not in rows[0]:
             return
         limit = self.args.max_initial_log_ratio
         self.model.eval()
         with torch.no_grad():
-            metrics = check_reference(
+            mean, largest = check_reference(
                 rows,
                 partial(self.logprobs, self.model),
                 limit=ROUNDING[self.compute_dtype()] if limit is None else limit,
@@ -415,7 +439,27 @@ class QRPOTrainer(CompletionTrainer):
                 vocab_size=self.model.config.get_text_config().vocab_size,
                 tokenizer=self.processing_class,
             )
-        self.log(metrics)
+        if self.accelerator.num_processes > 1:
+            ranks = gather_object([(mean, largest)])
+            mean, largest = np.nanmean(ranks, axis=0)[0], np.nanmax(ranks, axis=0)[1]
+        self.log({"initial_log_ratio/mean_abs": float(mean), "initial_log_ratio/max_abs": float(largest)})
+
+
+def _placeholder(rows: Sequence[Any]) -> dict[str, Any]:
+    """A row with one completion, for a rank that has none to train on."""
+    for row in rows:
+        if len(row["completion_token_ids"]):
+            return select_completions(row, [0])
+    unknown = {name: [math.nan] for name in PER_COMPLETION if name in rows[0]}
+    return {**rows[0], **unknown, "completion_token_ids": [[0]]}
+
+
+def _without_tokens(columns: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    """What metrics need of the columns: lengths in place of tokens."""
+    prompts, completions = columns["prompt_token_ids"], columns["completion_token_ids"]
+    rest = {name: column for name, column in columns.items() if name not in ("prompt_token_ids", "prompt_id")}
+    saved = [saved_tokens(prompts) if layout == "shared" else 0]
+    return {**rest, "completion_token_ids": [range(len(ids)) for ids in completions], "saved": saved}
 
 
 def _mean_ref_std(rows: Any) -> float:

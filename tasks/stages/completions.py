@@ -361,6 +361,7 @@ STAGE = Stage(
     table=TABLE,
     plan=plan,
     compute=compute,
+    gpus=lambda settings: settings.section.engine.gpus,
     reuse=RowReuse("completions to sample", _to_sample, ("prompt_id", "origin", "sample_index")),
     lost_rows=_lost_rows,
     remark=remark_on_cut,

@@ -10,6 +10,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ from tasks.stages.rewards import (
     input_digest,
     known_scores,
     missing_rewards,
+    reward_gpus,
     reward_settings,
     sees_tokens,
 )
@@ -281,19 +283,20 @@ def _score_logprobs(work: Work[Settings], rows: Sequence[dict[str, Any]]) -> Non
     reference = model_for(work, work.parts[0], settings.model)
     vocabulary = load_tokenizer(reference).get_vocab()
     comparable: list[dict[str, Any]] = []
+
+    def score(model: ModelConfig, rows: Sequence[dict[str, Any]], column: str) -> None:
+        with closing(LogprobScorer(model, settings.policy.dtype, settings.token_budget)) as scorer:
+            scorer.score_tokens(rows, column)
+
     for name, parts in _by_model(work).items():
         own, model = [row for row in rows if row["model"] == name], _model(work, parts[0])
         if own and name in settings.section.models and load_tokenizer(model).get_vocab() != vocabulary:
             continue
         comparable += own
         if own and name != "reference":
-            LogprobScorer(model, settings.policy.dtype, settings.token_budget).score_tokens(
-                own, "model_token_logprobs"
-            )
+            score(model, own, "model_token_logprobs")
     if comparable:
-        LogprobScorer(reference, settings.policy.dtype, settings.token_budget).score_tokens(
-            comparable, "ref_token_logprobs"
-        )
+        score(reference, comparable, "ref_token_logprobs")
     for row in comparable:
         row.setdefault("model_token_logprobs", row["ref_token_logprobs"])
         row["model_logprob"], row["ref_logprob"] = (
@@ -430,6 +433,7 @@ STAGE = Stage(
     prepare=sample,
     compute=compute,
     in_child=True,
+    gpus=lambda settings: max(settings.engine.gpus, reward_gpus(settings.rewards)),
     reuse=RowReuse(
         "samples and scores",
         _to_sample,

@@ -12,12 +12,12 @@ from qrpo.errors import ConfigError, DataError
 from qrpo.method.transforms import get_transform
 from qrpo.models import ModelConfig
 from qrpo.training.loader import held_out
-from qrpo.training.ranks import stream_ranks
+from qrpo.training.ranks import number_of_processes
 from qrpo.training.settings import PolicyConfig
 from storage import PartRecord, ShardReader, Store
 from tasks.plan import PartPlan, StagePlan, Upstream, add_digests, make_family, part_key, single_part
 from tasks.stage import Stage, setting
-from tasks.stages.reference import model_for
+from tasks.stages.reference import model_for, on_ranks
 from tasks.stages.shards import TABLE as SHARDS
 from tasks.training_files import training_files
 from tasks.work import Progress, Work, progress_of
@@ -89,15 +89,7 @@ def compute(work: Work[Settings]) -> Iterator[PartRecord | Progress]:
             "policy: no row is left to train on; `qrpo inspect RUN shards` and its rejects say why, and "
             "policy.eval_fraction how many are held out"
         )
-    processes = work.settings.section.processes
-    if processes == 1:
-        yield from train(work)
-    elif work.store.url.startswith("memory://"):
-        raise ConfigError(
-            f"policy.processes is {processes}, and a memory:// store is seen by one process only"
-        )
-    else:
-        yield from stream_ranks("tasks.stages.policy:train", work, processes=processes, log=work.log)
+    yield from on_ranks(train, work, work.settings.section)
     scratch = work.store.work_dir(part.key)
     shutil.copy(scratch / "metrics.parquet", scratch / "final" / "metrics.parquet")
     if (scratch / "checkpoints").is_dir():
@@ -180,5 +172,6 @@ STAGE = Stage(
     compute=compute,
     in_child=True,
     trains=True,
+    gpus=lambda settings: number_of_processes(settings.section),
     chart="tasks.charts:training_loss",
 )

@@ -4,23 +4,28 @@ Without `reference.sft` there is no such stage: the given model is the reference
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pyarrow as pa
 
 from qrpo.config import Section, keyed
 from qrpo.data.chat import encode_completion, encode_prompt, load_tokenizer
-from qrpo.errors import DataError
+from qrpo.errors import ConfigError, DataError
 from qrpo.models import ModelConfig, model_identity, model_limits
 from qrpo.seeds import seeded_hash
-from qrpo.training.settings import SftConfig
+from qrpo.training.ranks import number_of_processes, stream_ranks
+from qrpo.training.settings import OptimizationConfig, SftConfig
 from storage import PartRecord
 from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key, single_part
 from tasks.stage import Stage, setting
 from tasks.stages.prompts import content
 from tasks.work import Progress, Work, progress_of
 
-__all__ = ["STAGE", "ReferenceConfig", "compute", "model_for", "plan"]
+__all__ = ["STAGE", "ReferenceConfig", "compute", "model_for", "on_ranks", "plan", "train"]
 
 VERSION = 2
 
@@ -73,63 +78,115 @@ def model_for(work: Work[Any], part: PartPlan, model: ModelConfig, stage: str = 
 
 def compute(work: Work[Settings]) -> Iterator[PartRecord | Progress]:
     """Fine-tune and commit the model folder. Runs in a child process."""
-    from qrpo.training.runs import train_sft
-
     (part,) = work.parts
     sft = work.settings.sft
     assert sft is not None
     started = time.monotonic()
-    rows, unusable = _examples(work, part)
+    scratch = work.store.work_dir(part.key)
+    rows, unusable = _write_examples(work, part, scratch)
     if not rows:
         raise DataError(
             "reference.sft: no prompt has a chosen completion to learn from; "
             "give the data a `chosen` or `completion` column (prompts.columns maps names), or set reference.sft to null"
         )
-    scratch = work.store.work_dir(part.key)
-    model, seed = work.settings.model, work.settings.seed
-    yield from progress_of(lambda report: train_sft(model, rows, sft, scratch, seed=seed, on_progress=report))
+    yield from on_ranks(train, work, sft)
     yield work.store.commit_folder(
         part.key,
         scratch / "final",
-        rows=len(rows),
+        rows=rows,
         parents=work.parent_digests(part),
-        metadata={"rows": len(rows), "unusable": unusable},
+        metadata={"rows": rows, "unusable": unusable},
         seconds=time.monotonic() - started,
         replace=part.replace,
     )
     work.store.clear_work(part.key)
 
 
-def _examples(work: Work[Settings], part: PartPlan) -> tuple[list[dict[str, Any]], int]:
-    """Every prompt with its first offline completion (the chosen one), and how many could not be encoded.
+def train(work: Work[Settings]) -> Iterator[Progress]:
+    """Fine-tune into the work folder: the whole run, or one rank's part of it where `qrpo.training.ranks` started this process."""
+    from qrpo.training.runs import train_sft
 
-    In the order of a hash of seed and prompt, which no cut into parts changes.
+    (part,) = work.parts
+    sft, model, seed = work.settings.sft, work.settings.model, work.settings.seed
+    assert sft is not None
+    scratch = work.store.work_dir(part.key)
+    yield from progress_of(
+        lambda report: train_sft(model, _Examples(scratch), sft, scratch, seed=seed, on_progress=report)
+    )
+
+
+def on_ranks(
+    train: Callable[[Work[Any]], Iterator[Progress]], work: Work[Any], section: OptimizationConfig
+) -> Iterator[Progress]:
+    """Run `train(work)` in as many processes as the section says; in this one if that is one."""
+    processes = number_of_processes(section)
+    if processes > 1 and work.store.url.startswith("memory://"):
+        raise ConfigError(
+            f"{work.stage}: {processes} training processes cannot see a memory:// store: set `processes` to 1, or use another store"
+        )
+    if processes == 1:
+        yield from train(work)
+    else:
+        target = f"{train.__module__}:{train.__qualname__}"
+        yield from stream_ranks(target, work, processes=processes, log=work.log)
+
+
+def _write_examples(work: Work[Settings], part: PartPlan, folder: Path) -> tuple[int, int]:
+    """Write every prompt with its first offline completion (the chosen one) as tokens; how many there are, and how many could not be encoded.
+
+    `_Examples` reads them in the order of a hash of seed and prompt, which no cut into parts changes.
     """
     tokenizer, limits = load_tokenizer(work.settings.model), model_limits(work.settings.model)
-    rows, unusable = [], 0
-    for record in work.inputs(part, "prompts"):
-        table = work.store.read_part(record, columns=["prompt_id", "messages", "offline_completions"])
-        for prompt in table.to_pylist():
-            for text in prompt["offline_completions"][:1]:
-                try:
-                    completion = encode_completion(tokenizer, prompt["messages"], text)
-                except DataError:
-                    unusable += 1
-                    continue
-                tokens = encode_prompt(tokenizer, prompt["messages"])
-                whole = [*tokens, *completion]
-                if len(whole) > limits.max_length or limits.unknown_token(whole):
-                    unusable += 1
-                    continue
-                rows.append(
-                    {
-                        "prompt_id": prompt["prompt_id"],
-                        "prompt_token_ids": tokens,
-                        "completion_token_ids": [completion],
-                    }
+    keys: list[bytes] = []
+    unusable = 0
+    with pa.ipc.new_file(folder / "examples.arrow", _EXAMPLE) as file:
+        for record in work.inputs(part, "prompts"):
+            table = work.store.read_part(record, columns=["prompt_id", "messages", "offline_completions"])
+            rows = []
+            for prompt in table.to_pylist():
+                for text in prompt["offline_completions"][:1]:
+                    try:
+                        completion = encode_completion(tokenizer, prompt["messages"], text)
+                    except DataError:
+                        unusable += 1
+                        continue
+                    tokens = encode_prompt(tokenizer, prompt["messages"])
+                    whole = [*tokens, *completion]
+                    if len(whole) > limits.max_length or limits.unknown_token(whole):
+                        unusable += 1
+                        continue
+                    rows.append((prompt["prompt_id"], tokens, [completion]))
+                    keys.append(seeded_hash("sft", work.settings.seed, prompt["prompt_id"]))
+            file.write(
+                pa.RecordBatch.from_pylist(
+                    [dict(zip(_EXAMPLE.names, row, strict=True)) for row in rows], _EXAMPLE
                 )
-    rows.sort(key=lambda row: seeded_hash("sft", work.settings.seed, row["prompt_id"]))
-    return rows, unusable
+            )
+    np.save(folder / "order.npy", np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64))
+    return len(keys), unusable
+
+
+_EXAMPLE = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("prompt_token_ids", pa.list_(pa.int32())),
+        ("completion_token_ids", pa.list_(pa.list_(pa.int32()))),
+    ]
+)
+
+
+class _Examples(Sequence[dict[str, Any]]):
+    """The rows of `_write_examples`, read from the file as they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._order = np.load(folder / "order.npy")
+        self._table = pa.ipc.open_file(pa.memory_map(str(folder / "examples.arrow"))).read_all()
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._table.slice(self._order[index], 1).to_pylist()[0]
 
 
 STAGE = Stage(
@@ -144,6 +201,7 @@ STAGE = Stage(
     compute=compute,
     in_child=True,
     trains=True,
+    gpus=lambda settings: number_of_processes(settings.sft) if settings.sft else 1,
     why_empty="reference.sft is null: the model is taken as it is",
     chart="tasks.charts:training_loss",
 )

@@ -43,6 +43,7 @@ __all__ = [
     "known_scores",
     "missing_rewards",
     "plan",
+    "reward_gpus",
     "reward_settings",
     "sees_tokens",
 ]
@@ -108,6 +109,11 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
         for split, asked in completions.rows.items()
     }
     return StagePlan("rewards", family, hashed, outside, parts, upstream.parents("completions"), rows)
+
+
+def reward_gpus(rewards: Sequence[RewardConfig]) -> int:
+    """GPUs that the largest reward model needs."""
+    return max((getattr(reward, "tensor_parallel_size", 1) for reward in rewards), default=1)
 
 
 def reward_settings(rewards: Sequence[RewardConfig]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -378,6 +384,7 @@ STAGE = Stage(
     table=TABLE,
     plan=plan,
     compute=compute,
+    gpus=lambda settings: reward_gpus(settings.rewards),
     reuse=RowReuse(
         "scores",
         lambda settings, part, prompts: samples_of(part, prompts),

@@ -201,8 +201,15 @@ class LogprobScorer:
             row[column] = scores_T.tolist()
 
     def close(self) -> None:
-        """Let the model go."""
+        """Free the memory of the model, also on the GPU."""
+        import gc
+
+        import torch
+
         del self._model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _trained_on(part: PartPlan, section: QuantilesConfig) -> bool:
