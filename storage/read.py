@@ -65,13 +65,17 @@ class PartReader:
             return _read(opened, record, None)
 
     def scan(self, records: Iterable[PartRecord]) -> "pl.LazyFrame":
-        """The rows of many parts as one polars LazyFrame."""
+        """The rows of many parts as one polars LazyFrame.
+
+        It has the columns of the first part; null where another part, of an earlier version, lacks one.
+        """
         import polars as pl
 
         tables = _tables(records)
         paths = [self.files.path(entry.key) for entry in tables]
         if None not in paths:
-            return pl.scan_parquet([str(path) for path in paths], missing_columns="raise", glob=False)
+            names = [str(path) for path in paths]
+            return pl.scan_parquet(names, missing_columns="insert", extra_columns="ignore", glob=False)
         return pl.scan_pyarrow_dataset(self._dataset(tables))
 
     def dataset(self, records: Iterable[PartRecord]) -> "ds.Dataset":

@@ -64,9 +64,11 @@ class PoolingReward:
         self._llm = vllm.LLM(**{**arguments, **config.options})
         self._parameters = vllm.PoolingParams(use_activation=False)
 
-    def score(self, prompts: Sequence[Messages], completions: Sequence[str]) -> list[Score]:
+    def score(
+        self, prompts: Sequence[Messages], completions: Sequence[str], tools: Sequence[Any] = ()
+    ) -> list[Score]:
         """One score per completion; too long rows, and those the template refuses, have an error."""
-        encoded, scores = encode_rows(self._tokenizer, prompts, completions, self._max_length)
+        encoded, scores = encode_rows(self._tokenizer, prompts, completions, self._max_length, tools)
         if encoded:
             outputs = self._llm.classify(
                 [{"prompt_token_ids": ids} for ids in encoded.values()],

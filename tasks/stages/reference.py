@@ -17,7 +17,7 @@ from qrpo.training.settings import SftConfig
 from storage import PartRecord
 from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key, single_part
 from tasks.stage import Stage, setting
-from tasks.stages.prompts import content
+from tasks.stages.prompts import content, read_prompts
 from tasks.work import Progress, Work, progress_of
 
 __all__ = ["STAGE", "ReferenceConfig", "compute", "model_for", "plan"]
@@ -108,15 +108,14 @@ def _examples(work: Work[Settings], part: PartPlan) -> tuple[list[dict[str, Any]
     tokenizer = load_tokenizer(work.settings.model)
     rows, unusable = [], 0
     for record in work.inputs(part, "prompts"):
-        table = work.store.read_part(record, columns=["prompt_id", "messages", "offline_completions"])
-        for prompt in table.to_pylist():
+        for prompt in read_prompts(work.store, record, "messages", "offline_completions"):
             for text in prompt["offline_completions"][:1]:
                 try:
-                    completion = encode_completion(tokenizer, prompt["messages"], text)
+                    completion = encode_completion(tokenizer, prompt["messages"], text, prompt["tools"])
                 except DataError:
                     unusable += 1
                     continue
-                tokens = encode_prompt(tokenizer, prompt["messages"])
+                tokens = encode_prompt(tokenizer, prompt["messages"], prompt["tools"])
                 rows.append(
                     {
                         "prompt_id": prompt["prompt_id"],
