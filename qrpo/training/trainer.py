@@ -33,7 +33,7 @@ from transformers import Trainer, TrainingArguments
 from qrpo.errors import ConfigError, DataError
 from qrpo.method.transforms import get_transform
 from qrpo.training.adapters import adapters_off
-from qrpo.training.arguments import CompletionSettings, QRPOSettings
+from qrpo.training.arguments import CompletionSettings, QRPOSettings, check_settings
 from qrpo.training.batches import length_sorted_batches, saved_tokens, shared_batches, worth_sharing
 from qrpo.training.callbacks import EarlyStopping, StepGuard
 from qrpo.training.checkpoints import UNFINISHED, commit_checkpoint, write_error
@@ -60,6 +60,7 @@ class CompletionTrainingArguments(CompletionSettings, TrainingArguments):  # typ
     data_seed: int | None = None
 
     def __post_init__(self) -> None:
+        check_settings(self)
         # Each rank reads its own rows, and their order is a function of the seed and the epoch.
         if self.accelerator_config is None:
             self.accelerator_config = {"dispatch_batches": False}
