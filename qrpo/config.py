@@ -14,17 +14,28 @@ which selects parts).
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Section", "effective", "execution_option", "is_execution_option", "keyed", "outside_input"]
+__all__ = [
+    "Section",
+    "Seed",
+    "effective",
+    "execution_option",
+    "is_execution_option",
+    "keyed",
+    "outside_input",
+]
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""The seeds that NumPy, and so `transformers.set_seed`, takes."""
 
 
 class Section(BaseModel):
     """A frozen part of the configuration; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     def idle_fields(self) -> frozenset[str]:
         """Fields that have no effect given the values of the others; fingerprints ignore them."""

@@ -117,12 +117,17 @@ class PartReader:
                     check_size(record, entry, self.files.size(entry.key))
 
     def scan(self, records: Iterable[PartRecord]) -> "pl.LazyFrame":
-        """The rows of many parts as one polars LazyFrame."""
+        """The rows of many parts as one polars LazyFrame.
+
+        It has the columns of the first part; null where another part, of an earlier version, lacks one.
+        """
         import polars as pl
 
         tables = _tables(records)
         if isinstance(self.files, LocalFiles):
-            return pl.scan_parquet(self._local_paths(tables), missing_columns="raise", glob=False)
+            return pl.scan_parquet(
+                self._local_paths(tables), missing_columns="insert", extra_columns="ignore", glob=False
+            )
         return pl.scan_pyarrow_dataset(self._dataset(tables))
 
     def dataset(self, records: Iterable[PartRecord]) -> "ds.Dataset":

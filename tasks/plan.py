@@ -106,6 +106,10 @@ class StagePlan:
         computed again.
         """
         manifest = store.manifest(self.stage, self.fingerprint) if keep_cut else None
+        digests = {
+            **digests,
+            **{part.fingerprint: part.digest for part in (manifest.parts if manifest else ())},
+        }
         if manifest is not None and all(_is_current(record, digests) for record in manifest.parts):
             planned = {part.key: part for part in self.parts}
             kept = [planned.get(record.key, _as_planned(record)) for record in manifest.parts]

@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 
 from qrpo.config import execution_option
 from qrpo.data.chat import Messages, encode_conversations, load_tokenizer
+from qrpo.data.prompts import functions
 from qrpo.engines.options import VLLMOptions
 from qrpo.errors import DataError, ModelError
 from qrpo.models import (
@@ -109,9 +110,11 @@ class ModelReward:
         """The current budget: the configured one, or less after memory ran out."""
         return self._batch_tokens
 
-    def score(self, prompts: Sequence[Messages], completions: Sequence[str]) -> list[Score]:
+    def score(
+        self, prompts: Sequence[Messages], completions: Sequence[str], tools: Sequence[Any] = ()
+    ) -> list[Score]:
         """One score per completion; too long rows, and those the template refuses, have an error."""
-        encoded, scores = encode_rows(self._tokenizer, prompts, completions, self._limits)
+        encoded, scores = encode_rows(self._tokenizer, prompts, completions, self._limits, tools)
         rewards = self.score_ids(list(encoded.values()))
         scores |= zip(encoded, map(as_score, rewards), strict=True)
         return [scores[row] for row in range(len(completions))]
@@ -211,7 +214,9 @@ class _ChildModel:
         """One score per completion, in order."""
         if not completions:
             return []
-        scores: list[Score] = self._child.call("score", list(prompts), list(completions))
+        scores: list[Score] = self._child.call(
+            "score", list(prompts), list(completions), list(columns.get("tools", ()))
+        )
         return scores
 
     def close(self) -> None:
@@ -232,16 +237,25 @@ def load_in_child(config: ModelRewardConfig) -> ModelReward:
 
 
 def encode_rows(
-    tokenizer: Any, prompts: Sequence[Messages], completions: Sequence[str], limits: Limits
+    tokenizer: Any,
+    prompts: Sequence[Messages],
+    completions: Sequence[str],
+    limits: Limits,
+    tools: Sequence[Any] = (),
 ) -> tuple[dict[int, list[int]], dict[int, Score]]:
-    """Token ids of the rows that can be scored, by index, and the errors of the others."""
+    """Token ids of the rows that can be scored, by index, and the errors of the others.
+
+    `tools` is the dataset's column of that name, if there is one.
+    """
     encoded: dict[int, list[int]] = {}
     refused: dict[int, Score] = {}
     conversations = [
         [*prompt, {"role": "assistant", "content": completion}]
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
-    for row, ids in enumerate(encode_conversations(tokenizer, conversations)):
+    for row, ids in enumerate(
+        encode_conversations(tokenizer, conversations, [functions(given, "tools") for given in tools])
+    ):
         if isinstance(ids, DataError):
             refused[row] = Score(None, str(ids))
         elif problem := limits.problem(ids):

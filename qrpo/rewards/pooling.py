@@ -87,9 +87,11 @@ class PoolingReward:
         self._parameters = vllm.PoolingParams(use_activation=False)
         self._compare(probes, saved_dtype(model))
 
-    def score(self, prompts: Sequence[Messages], completions: Sequence[str]) -> list[Score]:
+    def score(
+        self, prompts: Sequence[Messages], completions: Sequence[str], tools: Sequence[Any] = ()
+    ) -> list[Score]:
         """One score per completion; too long rows, and those the template refuses, have an error."""
-        encoded, scores = encode_rows(self._tokenizer, prompts, completions, self._limits)
+        encoded, scores = encode_rows(self._tokenizer, prompts, completions, self._limits, tools)
         rewards = self._classify(list(encoded.values()))
         scores |= zip(encoded, map(as_score, rewards), strict=True)
         return [scores[row] for row in range(len(completions))]

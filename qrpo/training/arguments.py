@@ -7,13 +7,14 @@ repeated here: the YAML sections use its names.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_type_hints
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 
 from qrpo.config import execution_option
+from qrpo.errors import ConfigError
 
-__all__ = ["CompletionSettings", "QRPOSettings", "setting"]
+__all__ = ["CompletionSettings", "QRPOSettings", "check_settings", "setting"]
 
 T = TypeVar("T")
 
@@ -124,4 +125,17 @@ class QRPOSettings(CompletionSettings):
         "explains in the training precision, `.inf` everything.",
         option=True,
         gt=0,
+        allow_inf_nan=True,
     )
+
+
+def check_settings(config: CompletionSettings) -> None:
+    """Raise ConfigError for the first of these settings that is not what its section of the YAML
+    file would take."""
+    kind = QRPOSettings if isinstance(config, QRPOSettings) else CompletionSettings
+    for name, annotation in get_type_hints(kind, include_extras=True).items():
+        value = getattr(config, name)
+        try:
+            TypeAdapter(annotation).validate_python(value, strict=True)
+        except ValidationError as error:
+            raise ConfigError(f"{name}: {error.errors()[0]['msg']}, got {value!r}") from None

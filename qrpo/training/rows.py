@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qrpo.data.chat import encode_completion, encode_prompt
+from qrpo.data.chat import encode_completion, encode_prompt, encode_text
 from qrpo.data.prompts import PromptsConfig, parse_row
 from qrpo.errors import DataError
 from qrpo.method.quantiles import quantile_rewards
@@ -125,17 +125,16 @@ def _encode_row(row: TrainingRow, index: int, tokenizer: Any, needs: Sequence[st
         if not prompt.offline_completions:
             raise DataError("no completion to train on")
         columns = _reward_columns(json.loads(prompt.metadata), len(prompt.offline_completions), needs)
-        if prompt.conversational:
-            prompt_ids = encode_prompt(tokenizer, prompt.messages)
+        if prompt.conversational or prompt.tools:
+            prompt_ids = encode_prompt(tokenizer, prompt.messages, prompt.tools)
             completion_ids = [
-                encode_completion(tokenizer, prompt.messages, text) for text in prompt.offline_completions
-            ]
-        else:
-            prompt_ids = list(tokenizer(prompt.messages[-1]["content"])["input_ids"])
-            completion_ids = [
-                [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+                encode_completion(tokenizer, prompt.messages, text, prompt.tools)
                 for text in prompt.offline_completions
             ]
+        else:
+            text = prompt.messages[-1]["content"]
+            both = [encode_text(tokenizer, text, completion) for completion in prompt.offline_completions]
+            prompt_ids, completion_ids = both[0][0], [ids for _, ids in both]
     except DataError as error:
         raise DataError(f"row {index} of the training dataset: {error}") from error
     return {

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, get_args, get_type_hints
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from qrpo.config import Section, execution_option
+from qrpo.config import Section, Seed, execution_option
 from qrpo.errors import ConfigError
 from qrpo.method.transforms import get_transform
 from qrpo.training.arguments import CompletionSettings, QRPOSettings
@@ -67,6 +67,8 @@ EXECUTION_OPTIONS = frozenset(
         "dataloader_multiprocessing_context",
     ]
 )
+# Schedules that have no defaults for all of their arguments.
+NEED_ARGUMENTS = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")
 EXECUTION_PREFIXES = ("logging_", "log_", "ddp_", "trackio_")
 
 
@@ -141,15 +143,18 @@ class OptimizationConfig(Section, CompletionSettings):
     report_to: tuple[str, ...] = execution_option(())
     """Experiment trackers that transformers knows: `tensorboard`, `wandb`, `trackio`, ..."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _check_further(cls, given: Any) -> Any:
-        further = (
-            {key: given[key] for key in given if key not in cls.model_fields}
-            if isinstance(given, dict)
-            else {}
-        )
-        return {**given, **_further_arguments(cls.__name__, further)} if further else given
+    @model_validator(mode="after")
+    def _check_further(self) -> Self:
+        if self.model_extra:
+            further = _further_arguments(type(self).__name__, self.model_extra)
+            object.__setattr__(self, "__pydantic_extra__", further)
+        if self.further or self.lr_scheduler_type in NEED_ARGUMENTS:
+            _try_out(self)
+        if self.warmup_steps > 1 and self.warmup_steps % 1:
+            raise ValueError(
+                f"warmup_steps: got {self.warmup_steps}, expected a fraction below 1 or whole steps"
+            )
+        return self
 
     @field_validator("processes")
     @classmethod
@@ -205,7 +210,7 @@ class PolicyConfig(OptimizationConfig, QRPOSettings):
 
     learning_rate: float = Field(default=1e-6, gt=0)
     """Peak learning rate."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Seed of the training; null for the run's seed. Another seed reuses the shards."""
     eval_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of the training prompts to hold out, by a hash of the prompt, and to report the loss
@@ -293,6 +298,38 @@ def _further_arguments(section: str, given: dict[str, Any]) -> dict[str, Any]:
     if errors:
         raise ValidationError.from_exception_data(section, errors)
     return checked
+
+
+def _try_out(config: OptimizationConfig) -> None:
+    """Raise ValueError if the optimizer or the schedule that these settings give refuses them.
+
+    A package that is missing here may be there where the training runs.
+    """
+    import torch
+    from transformers import Trainer, get_scheduler
+
+    from qrpo.training.runs import training_arguments
+
+    try:
+        arguments = training_arguments(config, "unused")
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **options)
+        steps = min(config.max_steps or 1000, 1000)
+        schedule = get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=arguments.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+        )
+        for _ in range(steps):
+            optimizer.step()
+            schedule.step()
+    except ImportError:
+        return
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"transformers or torch refuses these settings together: {reason}") from error
 
 
 def _error(message: str) -> PydanticCustomError:

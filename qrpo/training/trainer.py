@@ -33,7 +33,7 @@ from transformers import TrainingArguments
 from qrpo.errors import ConfigError, DataError
 from qrpo.method.transforms import get_transform
 from qrpo.training.adapters import adapters_off
-from qrpo.training.arguments import CompletionSettings, QRPOSettings
+from qrpo.training.arguments import CompletionSettings, QRPOSettings, check_settings
 from qrpo.training.batches import Layout, cut_batches, saved_tokens
 from qrpo.training.callbacks import EarlyStopping, StepGuard
 from qrpo.training.checkpoints import UNFINISHED, commit_checkpoint, write_error
@@ -72,6 +72,7 @@ class CompletionTrainingArguments(CompletionSettings, TrainingArguments):  # typ
         return min(1, visible)
 
     def __post_init__(self) -> None:
+        check_settings(self)
         # Each rank reads its own rows, and their order is a function of the seed and the epoch.
         if self.accelerator_config is None:
             self.accelerator_config = {"dispatch_batches": False}

@@ -39,6 +39,7 @@ from tasks.stage import RowReuse, Stage, setting
 from tasks.stages.completions import (
     count_cut,
     engine_settings,
+    prompt_tokens,
     remark_on_cut,
     sample_requests,
     sample_row,
@@ -146,13 +147,16 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     on_the_way = {f"step-{step}": [policy.fingerprint, step] for step in settings.section.checkpoints}
     models = {"policy": policy.fingerprint, "reference": None, **on_the_way, **others}
     quantiles_of = upstream["quantiles"].by_prompts()
+    completions_of = upstream["completions"].by_prompts()
     parts = []
     for name, identity in models.items() if policy.parts else ():
         for prompts in upstream.prompt_parts("eval"):
             (quantiles,) = quantiles_of[prompts.key.fingerprint]
             key = part_key("evaluation", family, name, identity, quantiles.key.fingerprint)
             trained = [part.key for part in policy.parts] if name == "policy" or name in on_the_way else []
-            inputs = (prompts.key, quantiles.key, *trained, *upstream.reference_inputs)
+            # the first completions part has the prompts' tokens; a model of its own has a template of its own
+            tokens = [part.key for part in completions_of[prompts.key.fingerprint][:1] if name not in others]
+            inputs = (prompts.key, quantiles.key, *tokens, *trained, *upstream.reference_inputs)
             common = {"prompts": prompts.key.fingerprint, "split": "eval", "model": name}
             parts.append(PartPlan(key, inputs, {**common, "identity": fingerprint([identity])}))
     rows = {"eval": fingerprint([family, models, upstream["quantiles"].rows["eval"]])}
@@ -218,11 +222,12 @@ def _draw(
     samples: Samples,
 ) -> None:
     settings = work.settings
-    part = next(part for part in work.parts if part.slice["model"] == name)
-    model = _model(work, part)
+    parts = _by_model(work)[name]
+    model = _model(work, parts[0])
     engine = engine_for(settings.engine, model, work.log)
+    known = prompt_tokens(work.store, [one for part in parts for one in work.inputs(part, "completions")])
     requests, reasons = sample_requests(
-        engine, model, prompts, wanted, settings.sampling, settings.seed, f"evaluation/{name}"
+        engine, model, prompts, wanted, settings.sampling, settings.seed, f"evaluation/{name}", known
     )
     samples.refused.update({(name, prompt_id): reason for prompt_id, reason in reasons.items()})
     tokens = {request.key: list(request.prompt_token_ids) for request in requests}

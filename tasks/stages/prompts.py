@@ -7,6 +7,7 @@ border, not all that follow.
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,16 +17,16 @@ import pyarrow as pa
 
 from qrpo.config import keyed
 from qrpo.data.prompts import Prompt, PromptsConfig, parse_row, read_rows, split_of
-from qrpo.data.sources import is_dataset, source_files
+from qrpo.data.sources import dataset_names, is_dataset, source_files
 from qrpo.errors import DataError
-from storage import PartKey, PartRecord, Store, file_digest, fingerprint
+from storage import PartKey, PartRecord, Store, file_digest, fingerprint, folder_digest
 from storage.checks import no_null_items, one_of
 from storage.table import Table, column
 from tasks.plan import PartPlan, StagePlan, Upstream, add_digests, make_family
 from tasks.stage import Stage, setting
 from tasks.work import Work
 
-__all__ = ["STAGE", "TABLE", "compute", "content", "plan", "prompt_rows", "row_hash"]
+__all__ = ["STAGE", "TABLE", "compute", "content", "plan", "prompt_rows", "read_prompts", "row_hash"]
 
 VERSION = 1
 
@@ -47,6 +48,10 @@ TABLE = Table(
     key=("prompt_id",),
     checks=(one_of("split", ("train", "eval")), no_null_items("offline_completions")),
 )
+
+
+TOOL_USE = column("tool_use", pa.string(), null=True)
+"""Only in parts with tools: JSON of `messages` with their tool calls and of `tools`; null for a prompt without."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,15 @@ class PromptsPart:
         ids = row_hash([row["prompt_id"] for row in self.rows])
         offline = row_hash([[row["prompt_id"], row["offline_completions"]] for row in self.rows])
         named = {"split": self.split, "rows": len(self.rows), "ids": ids, "offline": offline}
-        return PartPlan(key, (), {**named, **_content(self.rows)})
+        tools = {TOOL_USE.name: True} if any(TOOL_USE.name in row for row in self.rows) else {}
+        return PartPlan(key, (), {**named, **tools, **_content(self.rows)})
+
+    def table(self) -> pa.Table:
+        """The part's rows."""
+        uses_tools = any(TOOL_USE.name in row for row in self.rows)
+        return pa.Table.from_pylist(
+            self.rows, schema=TABLE.schema.append(TOOL_USE) if uses_tools else TABLE.schema
+        )
 
 
 def plan(settings: Settings, upstream: Upstream) -> StagePlan:
@@ -102,19 +115,35 @@ def content(upstream: Upstream, split: str, columns: str) -> str:
 
 
 def prompt_rows(work: Work[Any], part: PartPlan, *columns: str) -> dict[str, dict[str, Any]]:
-    """These columns of the prompts that `part` is made from, by prompt id, in the part's order."""
-    table = work.store.read_part(work.input(part, "prompts"), columns=["prompt_id", *columns])
-    return {row["prompt_id"]: row for row in table.to_pylist()}
+    """These columns of the prompts that `part` is made from, by prompt id, in the part's order.
+
+    With `messages` also `tools`, as chat templates take them.
+    """
+    return {row["prompt_id"]: row for row in read_prompts(work.store, work.input(part, "prompts"), *columns)}
+
+
+def read_prompts(store: Store, record: PartRecord, *columns: str) -> list[dict[str, Any]]:
+    """These columns of a prompts part and the prompts' ids; with `messages` also `tools`."""
+    wanted = ["prompt_id", *columns]
+    if "messages" in columns and record.metadata.get(TOOL_USE.name):
+        wanted.append(TOOL_USE.name)
+    rows: list[dict[str, Any]] = store.read_part(record, columns=wanted).to_pylist()
+    for row in rows if "messages" in columns else ():
+        row |= {"tools": [], **json.loads(row.pop(TOOL_USE.name, None) or "{}")}
+    return rows
 
 
 def source_identity(config: PromptsConfig) -> dict[str, Any]:
     """What the sources are: the digests of their files, or a hub dataset's name as it is given."""
     named = {"source": config.source, "eval_source": config.eval_source}
-    return {
-        name: source if is_dataset(source) else [file_digest(url) for url in source_files(source)]
-        for name, source in named.items()
-        if source is not None
-    }
+    return {name: _identity(source) for name, source in named.items() if source is not None}
+
+
+def _identity(source: str) -> Any:
+    if not is_dataset(source):
+        return [file_digest(url) for url in source_files(source)]
+    folder, *which = dataset_names(source)
+    return {"which": which, "files": folder_digest(folder)} if os.path.isdir(folder) else source
 
 
 def _read_all(config: PromptsConfig) -> Iterator[tuple[str, str, Prompt | DataError]]:
@@ -153,8 +182,7 @@ def compute(work: Work[Settings]) -> Iterator[tuple[PartRecord, bool]]:
         record = work.store.part(planned.key)
         new = record is None
         if record is None:
-            table = pa.Table.from_pylist(part.rows, schema=TABLE.schema)
-            record = work.commit(planned, table, table=TABLE, started=started, rejects=part.rejects)
+            record = work.commit(planned, part.table(), table=TABLE, started=started, rejects=part.rejects)
         yield record, new
 
 
@@ -187,9 +215,13 @@ def _ends_part(prompt_id: str, size: int, part_size: int) -> bool:
 
 
 def _row(prompt: Prompt, split: str, source: str) -> dict[str, Any]:
+    plain = [{"role": message["role"], "content": message["content"]} for message in prompt.messages]
+    tool_use = {"messages": prompt.messages, "tools": prompt.tools}
+    further = {TOOL_USE.name: json.dumps(tool_use, ensure_ascii=False)}
     return {
+        **(further if prompt.tools or plain != prompt.messages else {}),
         "prompt_id": prompt.prompt_id,
-        "messages": prompt.messages,
+        "messages": plain,
         "split": split,
         "source": source,
         "offline_completions": prompt.offline_completions,

@@ -22,7 +22,7 @@ from qrpo.training.settings import OptimizationConfig, SftConfig
 from storage import PartRecord
 from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key, single_part
 from tasks.stage import Stage, setting
-from tasks.stages.prompts import content
+from tasks.stages.prompts import content, read_prompts
 from tasks.work import Progress, Work, progress_of
 
 __all__ = ["STAGE", "ReferenceConfig", "compute", "model_for", "on_ranks", "plan", "train"]
@@ -141,16 +141,16 @@ def _write_examples(work: Work[Settings], part: PartPlan, folder: Path) -> tuple
     unusable = 0
     with pa.ipc.new_file(folder / "examples.arrow", _EXAMPLE) as file:
         for record in work.inputs(part, "prompts"):
-            table = work.store.read_part(record, columns=["prompt_id", "messages", "offline_completions"])
             rows = []
-            for prompt in table.to_pylist():
+            for prompt in read_prompts(work.store, record, "messages", "offline_completions"):
+                messages, tools = prompt["messages"], prompt["tools"]
                 for text in prompt["offline_completions"][:1]:
                     try:
-                        completion = encode_completion(tokenizer, prompt["messages"], text)
+                        completion = encode_completion(tokenizer, messages, text, tools)
                     except DataError:
                         unusable += 1
                         continue
-                    tokens = encode_prompt(tokenizer, prompt["messages"])
+                    tokens = encode_prompt(tokenizer, messages, tools)
                     whole = [*tokens, *completion]
                     if len(whole) > limits.max_length or limits.unknown_token(whole):
                         unusable += 1

@@ -26,6 +26,7 @@ from tasks.engines import keep
 from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key
 from tasks.reuse import reusable_rows
 from tasks.stage import RowReuse, Stage, setting
+from tasks.stages.completions import prompt_tokens
 from tasks.stages.prompts import prompt_rows
 from tasks.stages.quantiles import TRAINING_CHECKS, TRAINING_COLUMNS, QuantilesConfig
 from tasks.stages.reference import model_for
@@ -98,7 +99,13 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
             part for part in completions_of[prompts.key.fingerprint] if _trained_on(part, settings.quantiles)
         ]
         key = part_key("shards", family, quantiles.key.fingerprint)
-        inputs = (prompts.key, quantiles.key, *(part.key for part in sources), *upstream.reference_inputs)
+        sampled = [
+            part for part in completions_of[prompts.key.fingerprint] if part.slice["origin"] != "offline"
+        ]
+        read = dict.fromkeys(
+            part.key for part in (*sampled[:1], *sources)
+        )  # the first has the prompts' tokens
+        inputs = (prompts.key, quantiles.key, *read, *upstream.reference_inputs)
         samples = fingerprint(sorted({part.key.family for part in sources}))
         common = {"prompts": prompts.key.fingerprint, "split": "train", "samples": samples}
         parts.append(PartPlan(key, inputs, common))
@@ -231,37 +238,49 @@ def _rows(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The part's rows without their log-probabilities, and the rejects."""
     prompts = prompt_rows(work, part, "messages")
-    tokens = _completion_tokens(work, part)
+    prompt_ids, tokens = _tokens(work, part)
     rows, rejects = [], []
     columns = ["prompt_id", "num_ref", "ref_mean", "ref_std", "left_out", *_PER_COMPLETION]
     for group in work.store.read_part(work.input(part, "quantiles"), columns=columns).to_pylist():
         if group["left_out"] and not group["sample_index"]:
             continue  # all its completions have the reward of every reference (`quantiles.equal_rewards`)
-        prompt_token_ids = encode_prompt(tokenizer, prompts[group["prompt_id"]]["messages"])
+        prompt_id = group["prompt_id"]
+        prompt = prompts[prompt_id]
+        prompt_token_ids = prompt_ids.get(prompt_id) or encode_prompt(
+            tokenizer, prompt["messages"], prompt["tools"]
+        )
         row, refused = _row(work.settings, group, prompt_token_ids, tokens, limits)
         rejects += refused
         rows += [row] if row is not None else []
     return rows, rejects
 
 
-def _completion_tokens(work: Work[Settings], part: PartPlan) -> dict[tuple[str, str, int], list[int]]:
-    """Token ids of the completions that are trained on, by prompt, origin and sample index."""
+def _tokens(
+    work: Work[Settings], part: PartPlan
+) -> tuple[dict[str, list[int]], dict[tuple[str, str, int], list[int] | None]]:
+    """The token ids that each prompt was sampled from; those of the completions that are trained on, by prompt, origin and
+    sample index, None where a completion was sampled from others."""
     keep = work.settings.quantiles.num_completions
     trained = pc.field("origin") != "reference"
     trained |= pc.scalar(True) if keep is None else pc.field("sample_index") < keep
     columns = ["prompt_id", "origin", "sample_index", "token_ids"]
-    return {
-        (row["prompt_id"], row["origin"], row["sample_index"]): row["token_ids"]
-        for record in work.inputs(part, "completions")
-        for row in work.store.read_part(record, columns=columns).filter(trained).to_pylist()
-    }
+    prompts: dict[str, list[int]] = {}
+    completions: dict[tuple[str, str, int], list[int] | None] = {}
+    for record in work.inputs(part, "completions"):
+        own = prompt_tokens(work.store, [record])
+        prompts = own | prompts
+        for row in work.store.read_part(record, columns=columns).filter(trained).to_pylist():
+            prompt_id = row["prompt_id"]
+            same = own.get(prompt_id) in (None, prompts.get(prompt_id))
+            completions[prompt_id, row["origin"], row["sample_index"]] = row["token_ids"] if same else None
+    return prompts, completions
 
 
 def _row(
     settings: Settings,
     group: Mapping[str, Any],
     prompt_token_ids: list[int],
-    tokens: Mapping[tuple[str, str, int], list[int]],
+    tokens: Mapping[tuple[str, str, int], list[int] | None],
     limits: Limits,
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """One prompt's row, without the completions that are empty or too long; None where none is left."""
@@ -272,9 +291,11 @@ def _row(
     keep, rejects = [], []
     for k, (origin, index) in enumerate(zip(group["origin"], group["sample_index"], strict=True)):
         completion = tokens[prompt_id, origin, index]
-        length = len(prompt_token_ids) + len(completion)
-        reason = limits.unknown_token([*prompt_token_ids, *completion])
-        if length > limit:
+        length = len(prompt_token_ids) + len(completion or ())
+        reason = limits.unknown_token([*prompt_token_ids, *(completion or ())])
+        if completion is None:
+            reason = "it was sampled when the chat template rendered this prompt as other tokens"
+        elif length > limit:
             reason = f"prompt and completion have {length} tokens, {name} {limit}"
         elif not completion:
             reason = "no tokens"
