@@ -10,6 +10,7 @@ from storage import Store
 from storage.gc import GcPlan, collect, plan_gc
 from storage.verify import Finding, repair, verify
 from tasks.config import parse_config
+from tasks.planner import noted_prompts
 from tasks.progress import reporting
 from tasks.stages import STAGES, TABLES
 
@@ -49,13 +50,9 @@ def rerun(store: Store, console: Console) -> list[str]:
         stages = [stage for stage in noted.get("stages", {}) if stage in STAGES]
         if stages:
             last = max(stages, key=order.index)
-            run_pipeline(
-                parse_config(noted["config"], where=f"runs/{name}.json"),
-                store.url,
-                first=order[0],
-                last=last,
-                console=console,
-            )
+            config = parse_config(noted["config"], where=f"runs/{name}.json")
+            prompts = noted_prompts(config, store)
+            run_pipeline(config, store.url, last=last, prompts=prompts, console=console)
             names.append(name)
     return names
 

@@ -17,8 +17,8 @@ rows.
 """
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from qrpo.method.transforms import get_transform
 from qrpo.training.adapters import adapters_off
 from qrpo.training.arguments import CompletionSettings, QRPOSettings
 from qrpo.training.batches import length_sorted_batches, saved_tokens, shared_batches, worth_sharing
-from qrpo.training.callbacks import EarlyStopping, StepGuard
+from qrpo.training.callbacks import EarlyStopping, StepGuard, mean_loss
 from qrpo.training.checkpoints import UNFINISHED, commit_checkpoint, write_error
 from qrpo.training.initial_check import ROUNDING, check_reference
 from qrpo.training.loader import ShuffledRows, is_idle, step_loader
@@ -105,6 +105,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         self.objective = objective
         self.guard = StepGuard(self, args.bad_step, args.max_loss_growth)
         self.add_callback(self.guard)
+        self.around_save: Callable[[], AbstractContextManager[None]] = nullcontext
         self._saving = False
         self._metrics: dict[str, tuple[float, int]] = {}  # sum over completions, number of completions
         self._can_share = args.share_prompts and can_share(self.model)
@@ -218,6 +219,8 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
                 self.state.global_step, self.state.max_steps, self.accelerator.num_processes
             )
             self._metrics = {}
+        if "train_loss" in logs:  # the Trainer's own is over the steps since the last continuation
+            logs["train_loss"] = mean_loss(self.state.log_history)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -281,6 +284,10 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         return str(Path(folder, UNFINISHED)) if self._saving else folder
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        with self.around_save() if self.args.should_save else nullcontext():
+            self._write_checkpoint(model, trial)
+
+    def _write_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write a checkpoint to a temporary folder, then rename it; raises TrainingError if it
         cannot be written."""
         state, folder = self.state, Path(self._get_output_dir(trial))

@@ -85,19 +85,12 @@ def compute(work: Work[Settings]) -> Iterator[PartRecord | Progress]:
             "reference.sft: no prompt has a chosen completion to learn from; "
             "give the data a `chosen` or `completion` column (prompts.columns maps names), or set reference.sft to null"
         )
-    scratch = work.store.work_dir(part.key)
+    scratch = work.resume(part)
     model, seed = work.settings.model, work.settings.seed
-    yield from progress_of(lambda report: train_sft(model, rows, sft, scratch, seed=seed, on_progress=report))
-    yield work.store.commit_folder(
-        part.key,
-        scratch / "final",
-        rows=len(rows),
-        parents=work.parent_digests(part),
-        metadata={"rows": len(rows), "unusable": unusable},
-        seconds=time.monotonic() - started,
-        replace=part.replace,
-    )
-    work.store.clear_work(part.key)
+    options: dict[str, Any] = {"seed": seed, "saving": lambda: work.saving(part)}
+    yield from progress_of(lambda report: train_sft(model, rows, sft, scratch, on_progress=report, **options))
+    metadata = {"rows": len(rows), "unusable": unusable}
+    yield work.commit_folder(part, scratch / "final", rows=len(rows), started=started, metadata=metadata)
 
 
 def _examples(work: Work[Settings], part: PartPlan) -> tuple[list[dict[str, Any]], int]:
