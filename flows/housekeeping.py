@@ -11,6 +11,7 @@ from storage import Store, StoreError
 from storage.gc import GcPlan, collect, plan_gc
 from storage.verify import Finding, repair, verify
 from tasks.config import parse_config
+from tasks.planner import noted_prompts
 from tasks.progress import reporting
 from tasks.stages import STAGES, TABLES
 
@@ -56,7 +57,8 @@ def rerun(store: Store, console: Console) -> tuple[list[str], list[str]]:
         try:
             config = parse_config(noted.get("config", {}), where=f"runs/{name}.json")
             last = max(stages, key=order.index)
-            run_pipeline(config, store.url, first=order[0], last=last, console=console)
+            prompts = noted_prompts(config, store)
+            run_pipeline(config, store.url, last=last, prompts=prompts, console=console)
             names.append(name)
         except (QRPOError, StoreError) as error:
             failed.append(f"run {name}: {error}")

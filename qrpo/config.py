@@ -14,6 +14,7 @@ which selects parts).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -78,13 +79,17 @@ def keyed(section: BaseModel) -> dict[str, Any]:
     return section.fingerprint_settings(settings | section.further_settings())
 
 
-def effective(section: BaseModel) -> dict[str, Any]:
-    """Every setting that has an effect as the section is set, those that `fingerprint` excludes too. Plain JSON values."""
+def effective(section: BaseModel, *, outside: bool = False) -> dict[str, Any]:
+    """Every setting that has an effect as the section is set, those that `fingerprint` excludes too. Plain JSON values.
+
+    With `outside`, also the paths and URLs of outside inputs.
+    """
+    hidden = {"execution_option"} if outside else {"execution_option", "outside_input"}
     idle = section.idle_fields() if isinstance(section, Section) else frozenset()
     declared = {
-        name: _plain(getattr(section, name), effective)
+        name: _plain(getattr(section, name), partial(effective, outside=outside))
         for name in type(section).model_fields
-        if name not in idle and not {"execution_option", "outside_input"} & _extra(type(section), name).keys()
+        if name not in idle and not hidden & _extra(type(section), name).keys()
     }
     return declared | (section.further_settings() if isinstance(section, Section) else {})
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storage.artifact import named_artifacts, unfinished_families
+from storage.artifact import named_artifacts, run_versions, unfinished_families
 from storage.errors import DamagedError, StoreError
 from storage.files import FileInfo
 from storage.leases import CLAIMS, HOLDERS, Watch, claim_holder
@@ -56,6 +56,8 @@ class GcPlan:
     work: Mapping[Path, int]
     """Folders on this machine to remove, and their sizes: work folders, copies of models."""
     kept_bytes: int
+    versions: int | None
+    """How many versions of each kept run are kept; None: all."""
 
     @property
     def bytes(self) -> int:
@@ -81,13 +83,15 @@ def plan_gc(
     max_age: float | None = None,
     grace: float = 3600.0,
     unfinished: bool = False,
+    versions: int | None = None,
     progress: Progress | None = None,
 ) -> GcPlan:
     """Plan what to remove. Without a rule every run is kept.
 
     With rules, a run is kept if it is in `keep_runs`, among the `newest` N, or younger than `max_age`
     seconds. Nothing younger than `grace` seconds is removed. `unfinished` also removes the parts of
-    stages that were never finished, except those of kept and live runs. `progress` gets the number of
+    stages that were never finished, except those of kept and live runs. Of a kept run all `versions` are
+    kept, or the newest N (one for each configuration that had its name). `progress` gets the number of
     manifests read so far and their total. Raises StoreError where a kept run is missing or cannot be
     read.
     """
@@ -99,7 +103,7 @@ def plan_gc(
     live, families = _live_holders(store, files)
     kept = _kept_runs(runs, tuple(keep_runs), newest, max_age)
     manifests = _read_manifests(store, files, progress)
-    noted = [store.run(name) or {} for name in kept]
+    noted = _versions(store, kept, versions)
     families = families.union(*map(unfinished_families, noted))
     needed = _needed_manifests(noted, manifests)
     stale = {
@@ -174,6 +178,7 @@ def plan_gc(
         files={key: files[key] for key in sorted(removed)},
         work=work,
         kept_bytes=sum(info.bytes for info in files.values()) - size,
+        versions=versions,
     )
 
 
@@ -235,7 +240,7 @@ class _Guard:
         kept = [
             key[5:-5] for key in runs if key.endswith(".json") and key not in dropped - self._changed_runs
         ]
-        noted = [store.run(name) or {} for name in kept]
+        noted = _versions(store, kept, plan.versions)
         self._families = self._families.union(*map(unfinished_families, noted))
         manifests = _read_manifests(store, [info.key for info in store.listing("artifacts")], None)
         needed = _needed_manifests(noted, manifests)
@@ -249,6 +254,8 @@ class _Guard:
     def needs_file(self, key: str) -> bool:
         """Whether a run needs the manifest, or the file next to it, or has changed its note."""
         self._look()
+        if key.startswith(f"{CLAIMS}/"):  # another run may have taken it over
+            return claim_holder(self._store, key) in self._live
         if key in self._changed_runs or _folder(key) in self._manifests:
             return True
         if (part := _part_of(key)) is not None:
@@ -268,6 +275,7 @@ class _Guard:
 
     def _look(self) -> None:
         live = [holder for holder in self._watch.holders() if holder.key not in self._dead]
+        self._live = {holder.id for holder in live}
         self._families |= {family for holder in live for family in holder.families}
 
 
@@ -311,6 +319,11 @@ def _kept_runs(
     by_age = sorted(runs, key=lambda name: runs[name].modified or float("inf"), reverse=True)
     kept = set(keep) | set(by_age[: max(0, newest or 0)])
     return kept | {name for name in runs if max_age is not None and _is_young(runs[name], max_age)}
+
+
+def _versions(store: Store, runs: Iterable[str], newest: int | None) -> list[Mapping[str, Any]]:
+    """The `newest` versions of each of these runs, or all."""
+    return [version for name in runs for version in run_versions(store.run(name) or {})[:newest]]
 
 
 def _read_manifests(

@@ -152,11 +152,24 @@ class Store(PartWriter, PartReader):
 
     # Scratch
 
-    def work_dir(self, key: PartKey) -> Path:
-        """A local folder that survives a kill, for training checkpoints of an unfinished part."""
+    def work_dir(self, key: PartKey, holder: str = "") -> Path:
+        """A local folder that survives a kill, for training checkpoints of an unfinished part.
+
+        The folder of a `holder` is named after it. A new holder gets the files of the one before by
+        one rename, so that no two write to one folder.
+        """
         folder = self._work_dir(key)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        mine = folder / f"{_HOLDER}{holder}" if holder else folder
+        if not mine.is_dir():
+            before = sorted(folder.glob(f"{_HOLDER}*"), key=lambda path: path.stat().st_mtime)
+            if before:
+                before[-1].rename(mine)
+            elif holder and folder.is_dir():  # written by an earlier release
+                folder.rename(written := folder.with_name(f"{folder.name}.{holder}"))
+                folder.mkdir()
+                written.rename(mine)
+        mine.mkdir(parents=True, exist_ok=True)
+        return mine
 
     def clear_work(self, key: PartKey) -> None:
         """Remove a part's scratch folder."""
@@ -186,6 +199,7 @@ class Store(PartWriter, PartReader):
 _RUN_REMEDY = (
     "Undo the edit, or let `qrpo verify --repair` set the file aside and run that configuration again."
 )
+_HOLDER = "holder-"
 
 
 def _run_key(name: str) -> str:

@@ -110,7 +110,7 @@ class Stage(Generic[S]):
     reuse: RowReuse[S] | None = None
     read: Callable[[S], Iterator[tuple[PartPlan, list[dict[str, Any]]]]] | None = None
     """For the stage that reads outside data: its parts and their rows, without committing anything. Its `compute` yields (record, whether it
-    is new) for every part."""
+    is new) for every part, and the plan of what it read."""
     lost_rows: Callable[[Manifest, Store], tuple[int, int]] = _rejects
     """(rows lost, rows there would be)."""
     describe: Callable[[S, Store, StagePlan], dict[str, Any]] | None = None

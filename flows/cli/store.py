@@ -166,6 +166,12 @@ def gc(
     days: Annotated[
         float | None, typer.Option("--days", min=0.0, help="Keep runs younger than N days.")
     ] = None,
+    versions: Annotated[
+        int | None,
+        typer.Option(
+            "--versions", min=1, help="Of a run whose configuration changed, keep the N newest versions."
+        ),
+    ] = None,
     grace: Annotated[float, typer.Option("--grace", min=0.0, help="Keep files younger than N hours.")] = 1.0,
     unfinished: Annotated[
         bool,
@@ -190,8 +196,16 @@ def gc(
     from storage import Store
 
     max_age = None if days is None else days * 86_400
-    rules = {"keep_runs": keep or (), "newest": newest, "max_age": max_age, "grace": grace * 3600}
-    planned = clean_store(Store(store), remove=yes, unfinished=unfinished, **rules)
+    planned = clean_store(
+        Store(store),
+        remove=yes,
+        keep_runs=keep or (),
+        newest=newest,
+        max_age=max_age,
+        grace=grace * 3600,
+        unfinished=unfinished,
+        versions=versions,
+    )
     if as_json:
         print_json({**describe_gc(planned), "removed": yes})
     else:

@@ -12,6 +12,7 @@ A run owns a folder:
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from qrpo.training.trainer import CompletionTrainer, CompletionTrainingArguments
 __all__ = ["load_policy", "train_policy", "train_sft", "training_arguments"]
 
 OnProgress = Callable[[dict[str, Any]], None]
+Saving = Callable[[], AbstractContextManager[None]]
 
 
 def training_arguments(config: OptimizationConfig, output_dir: str | Path, seed: int = 0) -> Any:
@@ -70,6 +72,7 @@ def train_policy(
     eval_rows: Sequence[Mapping[str, Any]] | None = None,
     resume: bool = True,
     on_progress: OnProgress | None = None,
+    saving: Saving = nullcontext,
 ) -> Path:
     """Train the reference `model` into a policy on rows of shards; returns the folder
     `output_dir/final`.
@@ -77,7 +80,8 @@ def train_policy(
     `dataset` is what `QRPOTrainer` takes: rows, or a reader with `iterate(epoch, start)` and a
     length. `seed` is used if the section has none. `eval_rows` are held out for `eval_loss`. If the
     run is killed, the same call resumes from its newest complete checkpoint (`resume`) and ends
-    with the same weights. Writes `metrics.parquet` next to `final`, and `checkpoints/<step>` if
+    with the same weights. Each checkpoint is written within the context manager that `saving`
+    returns. Writes `metrics.parquet` next to `final`, and `checkpoints/<step>` if
     `config.checkpoint_steps` is set. Raises TrainingError if the reference does not match, or if
     the loss is not finite.
     """
@@ -87,6 +91,7 @@ def train_policy(
     require_rows(dataset)
     policy = _model_to_train(model, config, arguments, "policy")
     trainer = QRPOTrainer(policy, arguments, dataset, _tokenizer(model), eval_dataset=eval_rows)
+    trainer.around_save = saving
     return run_training(
         trainer, model, Path(output_dir), resume, on_progress, config.checkpoint_steps, config.save_dtype
     )
@@ -101,6 +106,7 @@ def train_sft(
     seed: int = 0,
     resume: bool = True,
     on_progress: OnProgress | None = None,
+    saving: Saving = nullcontext,
 ) -> Path:
     """Supervised fine-tuning of `model` on rows of `prompt_token_ids` and `completion_token_ids` (a
     list of token lists): a sequence, or a reader as for `train_policy`.
@@ -111,6 +117,7 @@ def train_sft(
     arguments = training_arguments(config, output_dir, seed)
     policy = _model_to_train(model, config, arguments, "reference.sft")
     trainer = CompletionTrainer(policy, arguments, rows, SftObjective(), processing_class=_tokenizer(model))
+    trainer.around_save = saving
     return run_training(trainer, model, Path(output_dir), resume, on_progress, save_dtype=config.save_dtype)
 
 
@@ -240,10 +247,16 @@ class _ReportAndStop(TrainerCallback):  # type: ignore[misc]
         self.trainer = trainer
         self.on_progress = on_progress
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+        if best.is_dir():  # the Trainer notes its path, and the folder may have moved since
+            state.best_model_checkpoint = str(best)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         if _stopped(self.trainer):
             control.should_save = control.should_training_stop = True
-        if control.should_save or control.should_evaluate:  # a best evaluation saves a checkpoint
+        last = state.global_step >= state.max_steps
+        if control.should_save or control.should_evaluate or last:  # a best evaluation saves a checkpoint
             control.should_log = True
         return control
 

@@ -17,8 +17,8 @@ rows.
 """
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from qrpo.method.transforms import get_transform
 from qrpo.training.adapters import adapters_off
 from qrpo.training.arguments import CompletionSettings, QRPOSettings, check_settings
 from qrpo.training.batches import Layout, cut_batches, saved_tokens
-from qrpo.training.callbacks import EarlyStopping, StepGuard
+from qrpo.training.callbacks import EarlyStopping, StepGuard, mean_loss
 from qrpo.training.checkpoints import UNFINISHED, commit_checkpoint, write_error
 from qrpo.training.compiling import MIN_STEPS, compile_layers
 from qrpo.training.head import choose_head, inside_forward
@@ -119,6 +119,7 @@ class CompletionTrainer(ShardingTrainer):
         self.objective = objective
         self.guard = StepGuard(self, args.bad_step, args.max_loss_growth)
         self.add_callback(self.guard)
+        self.around_save: Callable[[], AbstractContextManager[None]] = nullcontext
         self._saving = False
         # For each batch since the last log: (log-probabilities, columns) of this rank, None without rows.
         self._seen: list[tuple[torch.Tensor, dict[str, Any]] | None] = []
@@ -240,6 +241,8 @@ class CompletionTrainer(ShardingTrainer):
             logs |= self._meter.read(
                 self.state.global_step, self.state.max_steps, self.accelerator.num_processes
             )
+        if "train_loss" in logs:  # the Trainer's own is over the steps since the last continuation
+            logs["train_loss"] = mean_loss(self.state.log_history)
         super().log(logs, start_time)
 
     def _means_since_last_log(self) -> dict[str, float]:
@@ -336,6 +339,10 @@ class CompletionTrainer(ShardingTrainer):
         return str(Path(folder, UNFINISHED)) if self._saving else folder
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        with self.around_save() if self.args.should_save else nullcontext():
+            self._write_checkpoint(model, trial)
+
+    def _write_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write a checkpoint to a temporary folder, then rename it; raises TrainingError if it
         cannot be written."""
         state, folder = self.state, Path(self._get_output_dir(trial))

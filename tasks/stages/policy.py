@@ -82,6 +82,7 @@ def compute(work: Work[Settings]) -> Iterator[PartRecord | Progress]:
     """Train and commit the policy's folder. Runs in a child process; checkpoints lie in the store's work folder."""
     (part,) = work.parts
     started = time.monotonic()
+    work.resume(part)
     _, training, _ = _files(work, part)
     rows = sum(record.rows for record in training)
     if not rows:
@@ -90,21 +91,13 @@ def compute(work: Work[Settings]) -> Iterator[PartRecord | Progress]:
             "policy.eval_fraction how many are held out"
         )
     yield from on_ranks(train, work, work.settings.section)
-    scratch = work.store.work_dir(part.key)
+    scratch = work.folder(part)
     shutil.copy(scratch / "metrics.parquet", scratch / "final" / "metrics.parquet")
     if (scratch / "checkpoints").is_dir():
         shutil.copytree(scratch / "checkpoints", scratch / "final" / "checkpoints", dirs_exist_ok=True)
     reads = _row_sum(work.inputs(part, "shards"))
-    yield work.store.commit_folder(
-        part.key,
-        scratch / "final",
-        rows=rows,
-        parents=work.parent_digests(part),
-        metadata={"reads": reads} if reads else {},
-        seconds=time.monotonic() - started,
-        replace=part.replace,
-    )
-    work.store.clear_work(part.key)
+    metadata = {"reads": reads} if reads else {}
+    yield work.commit_folder(part, scratch / "final", rows=rows, started=started, metadata=metadata)
 
 
 def train(work: Work[Settings]) -> Iterator[Progress]:
@@ -133,11 +126,14 @@ def train(work: Work[Settings]) -> Iterator[Progress]:
     scaled = section.uses_quantiles and get_transform(section.transform).needs_scale
     if scaled and section.mean_ref_std is None:
         arguments = arguments.model_copy(update={"mean_ref_std": _mean_ref_std(work, part)})
-    folder = work.store.work_dir(part.key)
+    folder = work.folder(part)
+    options: dict[str, Any] = {
+        "seed": seed,
+        "eval_rows": eval_rows,
+        "saving": lambda: work.saving(part),
+    }
     yield from progress_of(
-        lambda report: train_policy(
-            model, reader, arguments, folder, seed=seed, eval_rows=eval_rows, on_progress=report
-        )
+        lambda report: train_policy(model, reader, arguments, folder, on_progress=report, **options)
     )
 
 
@@ -148,7 +144,7 @@ def _files(work: Work[Settings], part: PartPlan) -> tuple[Store, list[PartRecord
         work.store,
         work.inputs(part, "shards"),
         SHARDS,
-        work.store.work_dir(part.key) / "training-files",
+        work.folder(part) / "training-files",
         settings.seed,
         lambda prompt_id: held_out(prompt_id, settings.section.eval_fraction, settings.seed),
     )

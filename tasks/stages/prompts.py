@@ -8,11 +8,15 @@ border, not all that follow.
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 
 from qrpo.config import keyed
@@ -90,16 +94,20 @@ class PromptsPart:
 
 def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     """The parts as an earlier run of the same source and settings cut them; none are known where there was none."""
-    section = keyed(settings.section)
-    outside = source_identity(settings.section)
-    family = make_family("prompts", VERSION, section, outside)
-    artifact = fingerprint(["prompts", family])
-    empty = StagePlan("prompts", family, section, outside, (), {}, artifact=artifact, known=False)
-    manifest = upstream.store.manifest("prompts", artifact)
+    empty = _unread(settings.section, source_identity(settings.section, {}))
+    manifest = upstream.store.manifest("prompts", empty.fingerprint)
     if manifest is None:
         return empty
     parts = tuple(PartPlan(record.key, (), record.metadata) for record in manifest.parts)
-    return replace(empty, parts=parts, known=True)
+    return replace(empty, parts=parts, known=True, manifest=manifest)
+
+
+def _unread(config: PromptsConfig, outside: dict[str, Any]) -> StagePlan:
+    """The plan without parts, for sources of this identity."""
+    section = keyed(config)
+    family = make_family("prompts", VERSION, section, outside)
+    artifact = fingerprint(["prompts", family])
+    return StagePlan("prompts", family, section, outside, (), {}, artifact=artifact, known=False)
 
 
 def content(upstream: Upstream, split: str, columns: str) -> str:
@@ -133,31 +141,55 @@ def read_prompts(store: Store, record: PartRecord, *columns: str) -> list[dict[s
     return rows
 
 
-def source_identity(config: PromptsConfig) -> dict[str, Any]:
-    """What the sources are: the digests of their files, or a hub dataset's name as it is given."""
+def source_identity(config: PromptsConfig, copies: "Copies") -> dict[str, Any]:
+    """What the sources, or their copies, are: the digests of files, or a hub dataset's name as it is given."""
     named = {"source": config.source, "eval_source": config.eval_source}
-    return {name: _identity(source) for name, source in named.items() if source is not None}
+    return {name: _identity(source, copies) for name, source in named.items() if source is not None}
 
 
-def _identity(source: str) -> Any:
+def _identity(source: str, copies: "Copies") -> Any:
     if not is_dataset(source):
-        return [file_digest(url) for url in source_files(source)]
+        files = copies[source].values() if source in copies else source_files(source)
+        return [file_digest(file) for file in files]
     folder, *which = dataset_names(source)
     return {"which": which, "files": folder_digest(folder)} if os.path.isdir(folder) else source
 
 
-def _read_all(config: PromptsConfig) -> Iterator[tuple[str, str, Prompt | DataError]]:
+Copies = dict[str, dict[str, Path]]
+"""Source -> URL of each of its files -> a local copy."""
+
+
+def _copied(config: PromptsConfig, folder: Path) -> Copies:
+    """Copies of the sources' files as they are now: a source may grow or change while it is read."""
+    copies: Copies = {}
+    for source in (config.source, config.eval_source):
+        if source is None or is_dataset(source):
+            continue
+        copies[source] = {}
+        for number, url in enumerate(source_files(source)):
+            suffixes = "".join(PurePosixPath(url).suffixes[-2:])
+            copy = folder / f"{len(copies)}-{number}{suffixes}"
+            try:
+                with fsspec.open(url, "rb") as file, copy.open("xb") as written:
+                    shutil.copyfileobj(file, written)
+            except OSError as error:
+                raise DataError(f"cannot copy {url} into {folder} to read it: {error}") from error
+            copies[source][url] = copy
+    return copies
+
+
+def _read_all(config: PromptsConfig, copies: Copies) -> Iterator[tuple[str, str, Prompt | DataError]]:
     """(where, split, prompt or why there is none) for every row of the sources, in order."""
-    yield from _read_source(config, config.source, None)
+    yield from _read_source(config, config.source, None, copies)
     if config.eval_source is not None:
-        yield from _read_source(config, config.eval_source, "eval")
+        yield from _read_source(config, config.eval_source, "eval", copies)
 
 
-def cut(config: PromptsConfig, part_size: int) -> Iterator[PromptsPart]:
+def cut(config: PromptsConfig, part_size: int, copies: Copies) -> Iterator[PromptsPart]:
     """The parts of the sources, of about `part_size` prompts each; a repeated prompt is a reject."""
     parts = {split: PromptsPart(split) for split in ("train", "eval")}
     seen: dict[str, str] = {}
-    for where, split, prompt in _read_all(config):
+    for where, split, prompt in _read_all(config, copies):
         if isinstance(prompt, DataError):
             parts[split].rejects.append({"key": where, "reason": str(prompt)})
         elif prompt.prompt_id in seen:
@@ -174,27 +206,51 @@ def cut(config: PromptsConfig, part_size: int) -> Iterator[PromptsPart]:
             yield part
 
 
-def compute(work: Work[Settings]) -> Iterator[tuple[PartRecord, bool]]:
-    """Read the sources and commit every part that the store does not have: (record, whether it is new)."""
-    for part in cut(work.settings.section, work.settings.part_size):
-        started = time.monotonic()
-        planned = part.plan()
-        record = work.store.part(planned.key)
-        new = record is None
-        if record is None:
-            record = work.commit(planned, part.table(), table=TABLE, started=started, rejects=part.rejects)
-        yield record, new
+def compute(work: Work[Settings]) -> Iterator[tuple[PartRecord, bool] | StagePlan]:
+    """Read the sources as they are now and commit every part that the store does not have.
+
+    Yields (record, whether it is new) for each part, and the plan of what was read.
+    """
+    section = work.settings.section
+    with TemporaryDirectory(prefix="qrpo-prompts-") as folder:
+        copies = _copied(section, Path(folder))
+        yield _unread(section, source_identity(section, copies))
+        for part in cut(section, work.settings.part_size, copies):
+            started = time.monotonic()
+            planned = part.plan()
+            record = work.store.part(planned.key)
+            new = record is None
+            if record is None:
+                record = work.commit(
+                    planned, part.table(), table=TABLE, started=started, rejects=part.rejects
+                )
+            yield record, new
 
 
 def _read(settings: Settings) -> Iterator[tuple[PartPlan, list[dict[str, Any]]]]:
-    for part in cut(settings.section, settings.part_size):
+    for part in cut(settings.section, settings.part_size, {}):
         yield part.plan(), part.rows
 
 
+def _rows(source: str, copies: Copies) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+    """The rows of a source, from copies where it has some, each with its place in the source."""
+    if source not in copies:
+        yield from read_rows(source)
+        return
+    for url, copy in copies[source].items():
+        path = str(copy)
+        try:
+            for where, row in read_rows(path):
+                named = DataError(str(row).replace(path, url)) if isinstance(row, DataError) else row
+                yield where.replace(path, url, 1), named
+        except DataError as error:
+            raise DataError(str(error).replace(path, url)) from error
+
+
 def _read_source(
-    config: PromptsConfig, source: str, split: str | None
+    config: PromptsConfig, source: str, split: str | None, copies: Copies
 ) -> Iterator[tuple[str, str, Prompt | DataError]]:
-    for number, (where, row) in enumerate(read_rows(source)):
+    for number, (where, row) in enumerate(_rows(source, copies)):
         if config.limit is not None and number >= config.limit:
             return
         if isinstance(row, DataError):

@@ -82,7 +82,7 @@ def compute(work: Work[Settings]) -> Iterator[PartRecord | Progress]:
     sft = work.settings.sft
     assert sft is not None
     started = time.monotonic()
-    scratch = work.store.work_dir(part.key)
+    scratch = work.resume(part)
     rows, unusable = _write_examples(work, part, scratch)
     if not rows:
         raise DataError(
@@ -90,16 +90,8 @@ def compute(work: Work[Settings]) -> Iterator[PartRecord | Progress]:
             "give the data a `chosen` or `completion` column (prompts.columns maps names), or set reference.sft to null"
         )
     yield from on_ranks(train, work, sft)
-    yield work.store.commit_folder(
-        part.key,
-        scratch / "final",
-        rows=rows,
-        parents=work.parent_digests(part),
-        metadata={"rows": rows, "unusable": unusable},
-        seconds=time.monotonic() - started,
-        replace=part.replace,
-    )
-    work.store.clear_work(part.key)
+    metadata = {"rows": rows, "unusable": unusable}
+    yield work.commit_folder(part, scratch / "final", rows=rows, started=started, metadata=metadata)
 
 
 def train(work: Work[Settings]) -> Iterator[Progress]:
@@ -109,9 +101,10 @@ def train(work: Work[Settings]) -> Iterator[Progress]:
     (part,) = work.parts
     sft, model, seed = work.settings.sft, work.settings.model, work.settings.seed
     assert sft is not None
-    scratch = work.store.work_dir(part.key)
+    folder = work.folder(part)
+    options: dict[str, Any] = {"seed": seed, "saving": lambda: work.saving(part)}
     yield from progress_of(
-        lambda report: train_sft(model, _Examples(scratch), sft, scratch, seed=seed, on_progress=report)
+        lambda report: train_sft(model, _Examples(folder), sft, folder, on_progress=report, **options)
     )
 
 

@@ -79,11 +79,14 @@ def test_gc_removes_what_no_run_needs_and_only_when_told_to(
         return {path.stem for path in (store / "parts").rglob("*.parquet")}
 
     everything = parts()
-    planned = qrpo("gc", "--store", store, "--grace", "0", "--json")
+    kept = qrpo("gc", "--store", store, "--grace", "0", "--yes", "--json")
+    assert json.loads(kept.stdout)["bytes"] == 0  # what the run's former configuration made is kept too
+    versions = ("--versions", "1", "--grace", "0")
+    planned = qrpo("gc", "--store", store, *versions, "--json")
     assert parts() == everything
-    young = qrpo("gc", "--store", store, "--yes", "--json")
+    young = qrpo("gc", "--store", store, "--versions", "1", "--yes", "--json")
     assert json.loads(young.stdout)["bytes"] == 0  # all of it is younger than the hour that is left alone
-    removed = qrpo("gc", "--store", store, "--grace", "0", "--yes", "--json")
+    removed = qrpo("gc", "--store", store, *versions, "--yes", "--json")
 
     assert json.loads(planned.stdout)["keys"] == json.loads(removed.stdout)["keys"]
     assert 0 < len(parts()) < len(everything)

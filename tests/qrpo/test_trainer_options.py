@@ -128,7 +128,7 @@ def test_training_stops_when_the_held_out_loss_no_longer_falls_and_goes_back_to_
     """Of few rows the loss falls to nothing, and that of the others rises in the end; saved at every tenth step alone."""
     evaluated = {"eval_rows": rows[4:], "eval_fraction": 0.5, "eval_steps": 1, "patience": 3, "lora": lora}
     settings = {**evaluated, "num_train_epochs": 60, "save_steps": 10, "learning_rate": 0.02}
-    _, progress = train(folder, rows[:4], tmp_path / "a", **settings)
+    best, progress = train(folder, rows[:4], tmp_path / "a", **settings)
 
     losses = metrics(tmp_path / "a")["eval_loss"]
     assert progress[-1]["step"] == len(losses) < 60
@@ -139,8 +139,10 @@ def test_training_stops_when_the_held_out_loss_no_longer_falls_and_goes_back_to_
     assert again[0]["loss"] == pytest.approx(min(losses), rel=1e-4)
     with pytest.raises(Stopped):
         train(folder, rows[:4], tmp_path / "c", stop_at=len(losses) - 1, **settings)
-    _, rest = train(folder, rows[:4], tmp_path / "c", **settings)
+    (tmp_path / "c").rename(tmp_path / "moved")
+    resumed, rest = train(folder, rows[:4], tmp_path / "moved", **settings)
     assert rest[-1]["step"] == len(losses), "a resumed run stops where the other did"
+    assert same_weights(resumed, best), "and goes back to the same step, wherever its folder is now"
 
 
 def test_patience_without_held_out_prompts_is_refused():

@@ -251,6 +251,21 @@ def test_work_folders_survive_until_they_are_cleared(store: Store, tmp_path: Pat
     assert list(store.work_dir(key).iterdir()) == []
 
 
+def test_a_work_folder_moves_to_its_next_holder(store: Store, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    key = part_key("policy")
+    (store.work_dir(key) / "of-an-earlier-release").touch()
+    first = store.work_dir(key, "a")
+    assert [path.name for path in first.iterdir()] == ["of-an-earlier-release"]
+    (first / "checkpoint").write_text("1")
+    second = store.work_dir(key, "b")
+    assert second == store.work_dir(key, "b") != first
+    assert (second / "checkpoint").read_text() == "1"
+    assert not first.exists()
+    store.clear_work(key)
+    assert list(store.work_dir(key).iterdir()) == []
+
+
 def test_threads_that_commit_one_part_agree_on_the_first(store: Store) -> None:
     for number in range(5):
         key = part_key("rewards", number)
