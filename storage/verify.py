@@ -257,7 +257,7 @@ def _check_references(store: Store, manifest: Manifest, tables: Mapping[str, Tab
         try:
             rows, parents = (store.scan(each.parts).select(columns) for each in (manifest, parent))
             orphans = rows.join(parents, on=columns, how="anti").unique().head(1).collect()
-        except (pl.exceptions.PolarsError, OSError):
+        except (pl.exceptions.PolarsError, DamagedError):
             continue  # reported by `_check_part`
         if orphans.height:
             message = (
