@@ -22,8 +22,9 @@ __all__ = ["GradeSection"]
 _UNFINISHED = ("length", "max_tokens", "content_filter", "error", "abort")
 _AROUND = " \t.,;:!*_`'\"[](){}#"  # punctuation and markup around a grade
 _MARK = re.compile(
-    r"(?i)(?:\b(final|overall)\s+)?\b(?:grade|score|rating|verdict)[\"'*_\s]*(?:\([^()]*\)\s*)?"
-    r"(?::|=|\bis\b|\bof\b)[\"'*_\[({\s]*([^\s\"'*_\])},;]+)|(?:\[\[|\\boxed\{)([^\[\]{}]+)(?:\]\]|\})"
+    r"(?i)\b(?:(final|overall)(?:\s+(?:grade|score|rating|verdict))?|grade|score|rating|verdict)\b"
+    r"[\"'*_\s]*(?:\([^()]*\)\s*)?(?::|=|>|\bis\b|\bof\b|\s[-\u2013\u2014]\s)"
+    r"[\"'*_\[({\s]*((?:[^\s\"'*_\])},;<]|,(?=\d))+)|(?:\[\[|\\boxed\{)([^\[\]{}]+)(?:\]\]|\})"
 )
 _RATES = r"(?is)^(?!.*(?:\bnot\b|n't)).*\b(?:rat|giv|grad|scor|award|assign|deserv)\w*[^.!?\n]*\d"
 
@@ -152,7 +153,7 @@ class GradeSection(RewardSection):
             found = re.findall(self.pattern, text)
             grade = found[-1].strip() if found else None
         else:
-            grade = self._named(re.sub(r"<think>.*?</think>", " ", text, flags=re.DOTALL))
+            grade = self._named(text.rpartition("</think>")[2].partition("<think>")[0])
         if grade not in self.grades:
             return Score(None, f"the judge named no grade, or not clearly one; it said {text[-80:]!r}")
         return Score(self.grades[grade])
@@ -162,7 +163,7 @@ class GradeSection(RewardSection):
         text = re.sub(r"(?<=\d)\s*(?:[-\u2013\u2014]|or|to)\s*(?=\d)", "-", text)  # a range is one token
         text = re.sub(r"(?<=\d)\s*(?:/|(?:out )?of)\s*(?=\d)", "/", text)
         scale = re.escape(list(self.grades)[-1])
-        text = re.sub(rf"(?<=\d)/{scale}(?![\w/-]|\.\d)(?: (?:star|point)s?)?", "", text)
+        text = re.sub(rf"(?<=\d)(?:/{scale}(?![\w/-]|\.\d))?(?: (?:star|point)s?\b)?", "", text)
         marks = [(match[1], self._label(match[2] or match[3])) for match in _MARK.finditer(text)]
         given = {label for _, label in marks if label is not None}
         finals = {label for final, label in marks if final and label is not None}

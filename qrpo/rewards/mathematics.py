@@ -140,7 +140,10 @@ def _unwrap(text: str) -> str:
         text = text.rpartition("####")[2].strip()
     text = re.sub(r"^(-?)\\?\$(?=\s*-?[\d.,]+[^$]*$)", r"\1", text)  # dollars
     text = re.sub(r"(?<!\\)\$+|(?<!\\)\\[()\[\]]", " ", text)
-    text = re.sub(r"\\(?:displaystyle|left|right|[dt](?=frac))|\\langle|\\rangle", _plainer, text)
+    text = re.sub(
+        r"\\(?:displaystyle|left|right|[dt](?=frac)|langle|rangle|varnothing)(?![a-eg-z])", _plainer, text
+    )
+    text = re.sub(r"\\(text|mathrm|mbox)\s+\{", r"\\\1{", text)
     text = re.sub(r"\*\*\s*(-?\w+)", r"^{\1}", text.replace("~", " "))
     text = re.sub("\u221a" + r"\s*(\d+|\w|\([^()]*\))", r"\\sqrt{\1}", _tidy(text).translate(_UNICODE))
     text = _MIXED.sub(_improper, text)
@@ -152,7 +155,8 @@ def _without_text(text: str) -> str:
 
 
 def _plainer(match: re.Match[str]) -> str:
-    return {r"\langle": "(", r"\rangle": ")", r"\d": "\\", r"\t": "\\"}.get(match[0], "")
+    plainer = {r"\langle": "(", r"\rangle": ")", r"\varnothing": r"\emptyset", r"\d": "\\", r"\t": "\\"}
+    return plainer.get(match[0], "")
 
 
 def _improper(match: re.Match[str]) -> str:
@@ -189,6 +193,9 @@ def _tidy(text: str) -> str:
     """The text with numbers that math-verify misreads as plain decimals: `6.02e23`, `2.5 \\times 10^{-7}`, `1\\,200`."""
 
     def decimal(match: re.Match[str]) -> str:
+        before = match.string[: match.start()].rstrip()
+        if match[2] is None and before.endswith(("/", "^", r"\div", r"\sqrt", r"\frac", r"\log", r"\ln")):
+            return match[0]  # 1/3 \times 10^2 is no number over 300
         return format(Decimal(f"{match[1]}e{match[2] or match[3] or match[4]}"), "f")
 
     return _SCIENTIFIC.sub(decimal, _DIGIT_GROUP.sub("", text))

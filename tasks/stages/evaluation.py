@@ -389,7 +389,17 @@ def summary(settings: Settings, store: Store, stage_plan: StagePlan) -> dict[str
     parts = [stage_plan.records[part.key.fingerprint] for part in stage_plan.parts]
     table = store.scan(parts).select(COLUMNS).collect()
     promising = settings.policy if settings.policy.loss == "qrpo" else None
-    return {"summary": summarise(table.to_arrow(), promising, num_ref=settings.num_ref, seed=settings.seed)}
+    found = summarise(table.to_arrow(), promising, num_ref=settings.num_ref, seed=settings.seed)
+    plain, used = SamplingConfig(), settings.sampling
+    names = ("temperature", "top_p", "top_k", "min_p")
+    changed = {name: getattr(used, name) for name in names if getattr(used, name) != getattr(plain, name)}
+    if not changed:
+        return {"summary": found}
+    drawn = ", ".join(f"{name} {value:g}" for name, value in changed.items())
+    note = f"not the KL of the policy, which needs samples at temperature 1 without cuts: these have {drawn}"
+    for one in (found, *found.get("others", {}).values()):
+        one["kl"]["estimator"] += f"; {note}"
+    return {"summary": found, "note": f"the KL is {note}"}
 
 
 def _to_sample(settings: Settings, part: PartPlan, prompts: Mapping[str, int]) -> list[tuple[str, str, int]]:
