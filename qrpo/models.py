@@ -7,7 +7,9 @@ name and revision of a hub id, which needs no download.
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +22,7 @@ __all__ = [
     "Dtype",
     "ModelConfig",
     "context_length",
+    "has_float32_files",
     "is_local",
     "load_causal_lm",
     "load_model_config",
@@ -115,10 +118,8 @@ def load_model_config(model: ModelConfig) -> Any:
     require_model(model)
     from transformers import AutoConfig
 
-    try:
+    with _readable_errors(model, "its configuration"):
         return AutoConfig.from_pretrained(location(model), **_arguments(model))
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise ModelError(_unloadable(model, "its configuration", error)) from error
 
 
 def context_length(model: ModelConfig) -> int:
@@ -127,11 +128,7 @@ def context_length(model: ModelConfig) -> int:
     A folder's `config.json` is read directly if it has the number, without importing transformers.
     """
     if is_local(model):
-        require_model(model)
-        try:
-            config = json.loads((Path(location(model)) / "config.json").read_bytes())
-        except ValueError as error:
-            raise ModelError(_unloadable(model, "its configuration", error)) from error
+        config = _read_config(model)
         for section in (config, config.get("text_config") or {}):
             if isinstance(length := section.get("max_position_embeddings"), int):
                 return length
@@ -140,6 +137,23 @@ def context_length(model: ModelConfig) -> int:
         if isinstance(length := getattr(text, name, None), int):
             return length
     raise ModelError(f"the configuration of {model.path} states no context length: set max_model_len")
+
+
+def has_float32_files(model: ModelConfig) -> bool:
+    """Whether the model is a folder of float32 weights; asks no hub."""
+    if not is_local(model):
+        return False
+    config = _read_config(model)
+    return "float32" in (config.get("dtype"), config.get("torch_dtype"))
+
+
+def _read_config(model: ModelConfig) -> dict[str, Any]:
+    require_model(model)
+    try:
+        config: dict[str, Any] = json.loads((Path(location(model)) / "config.json").read_bytes())
+    except ValueError as error:
+        raise ModelError(_unloadable(model, "its configuration", error)) from error
+    return config
 
 
 def load_causal_lm(model: ModelConfig, device: str | None = None, *, empty: bool = False) -> Any:
@@ -152,7 +166,7 @@ def load_causal_lm(model: ModelConfig, device: str | None = None, *, empty: bool
 
         config, arguments = load_model_config(model), _arguments(model)
         dtype = config.dtype if model.dtype == "auto" else model.dtype
-        with no_init_weights():
+        with no_init_weights(), _readable_errors(model, "its code"):
             loaded = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=arguments["trust_remote_code"]
             )
@@ -181,6 +195,11 @@ def load_reward_model(model: ModelConfig, device: str | None = None) -> Any:
             f"{model.path} is a {', '.join(architectures)}, expected a sequence-classification (reward) model: "
             "its head would be random"
         )
+    if own_code:
+        from transformers.models.llama import modeling_llama
+
+        # ArmoRM's code imports this text for a docstring; transformers 5 no longer has it.
+        modeling_llama.LLAMA_INPUTS_DOCSTRING = getattr(modeling_llama, "LLAMA_INPUTS_DOCSTRING", "")
     return _load(model, AutoModelForSequenceClassification, device)
 
 
@@ -191,19 +210,25 @@ def _load(model: ModelConfig, kind: Any, device: str | None) -> Any:
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
-    try:
+    with _readable_errors(model, "its weights", KeyError, RuntimeError, SafetensorError):
         loaded = kind.from_pretrained(location(model), dtype=dtype, **_arguments(model))
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(_unloadable(model, "its weights", error)) from error
+    return loaded.to(device).eval()
+
+
+@contextmanager
+def _readable_errors(model: ModelConfig, what: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Raise ModelError for errors of files, for those of these kinds, and for any of the model's own Python code."""
+    try:
+        yield
+    except (OSError, ValueError, *kinds) as error:
+        raise ModelError(_unloadable(model, what, error)) from error
     except Exception as error:
         if not model.trust_remote_code:
             raise
         raise ModelError(
             f"the Python code of {model.path} does not run with transformers {version('transformers')} "
-            f"({type(error).__name__}: {error}). Remedy: choose a model that transformers has itself, or install the "
-            "version that its config.json names as `transformers_version` in a separate environment"
+            f"({type(error).__name__}: {error}). Remedy: use a model that transformers supports without own code"
         ) from error
-    return loaded.to(device).eval()
 
 
 def _arguments(model: ModelConfig) -> dict[str, Any]:
