@@ -12,8 +12,9 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -31,6 +32,7 @@ __all__ = [
     "context_length",
     "dtype_setting",
     "generation_config",
+    "has_float32_files",
     "is_local",
     "load_causal_lm",
     "load_model_config",
@@ -135,10 +137,8 @@ def load_model_config(model: ModelConfig) -> Any:
     require_model(model)
     from transformers import AutoConfig
 
-    try:
+    with _readable_errors(model, "its configuration"):
         return AutoConfig.from_pretrained(location(model), **_arguments(model))
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise ModelError(_unloadable(model, "its configuration", error)) from error
 
 
 @dataclass(frozen=True)
@@ -275,6 +275,11 @@ _FLOATS: dict[str, Literal["float32", "bfloat16", "float16"]] = {
 }
 
 
+def has_float32_files(model: ModelConfig) -> bool:
+    """Whether the model is a folder of float32 weights; asks no hub."""
+    return is_local(model) and saved_dtype(model.model_copy(update={"dtype": "auto"})) == "float32"
+
+
 def dtype_setting(model: ModelConfig, *, unstated_is_saved: bool) -> str:
     """`model.dtype` for fingerprints.
 
@@ -345,7 +350,7 @@ def load_causal_lm(model: ModelConfig, device: str | None = None, *, empty: bool
 
         config, arguments = load_model_config(model), _arguments(model)
         dtype = getattr(torch, saved_dtype(model))
-        with no_init_weights():
+        with no_init_weights(), _readable_errors(model, "its code"):
             loaded = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=arguments["trust_remote_code"]
             )
@@ -360,6 +365,11 @@ def load_reward_model(model: ModelConfig, device: str | None = None) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     require_reward_model(model)
+    if getattr(load_model_config(model), "auto_map", None):
+        from transformers.models.llama import modeling_llama
+
+        # ArmoRM's code imports this text for a docstring; transformers 5 no longer has it.
+        modeling_llama.LLAMA_INPUTS_DOCSTRING = getattr(modeling_llama, "LLAMA_INPUTS_DOCSTRING", "")
     return _load(model, AutoModelForSequenceClassification, device)
 
 
@@ -409,7 +419,7 @@ def _load(model: ModelConfig, kind: Any, device: str | None) -> Any:
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {"device_map": "meta"} if device == "meta" else {}
-    try:
+    with _readable_errors(model, "its weights", KeyError, RuntimeError, SafetensorError):
         loaded, found = kind.from_pretrained(
             location(model),
             dtype=getattr(torch, saved_dtype(model)),
@@ -418,16 +428,6 @@ def _load(model: ModelConfig, kind: Any, device: str | None) -> Any:
             **options,
             **_arguments(model),
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(_unloadable(model, "its weights", error)) from error
-    except Exception as error:
-        if not model.trust_remote_code:
-            raise
-        raise ModelError(
-            f"the Python code of {model.path} does not run with transformers {version('transformers')} "
-            f"({type(error).__name__}: {error}). Remedy: choose a model that transformers has itself, or install the "
-            "version that its config.json names as `transformers_version` in a separate environment"
-        ) from error
     causal = kind.__name__ == "AutoModelForCausalLM"
     unused = {
         name
@@ -454,6 +454,22 @@ def _load(model: ModelConfig, kind: Any, device: str | None) -> Any:
 def _some(names: set[str]) -> str:
     shown = sorted(names)[:5]
     return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
+
+
+@contextmanager
+def _readable_errors(model: ModelConfig, what: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Raise ModelError for errors of files, for those of these kinds, and for any of the model's own Python code."""
+    try:
+        yield
+    except (OSError, ValueError, *kinds) as error:  # type: ignore[misc]
+        raise ModelError(_unloadable(model, what, error)) from error
+    except Exception as error:
+        if not model.trust_remote_code:
+            raise
+        raise ModelError(
+            f"the Python code of {model.path} does not run with transformers {version('transformers')} "
+            f"({type(error).__name__}: {error}). Remedy: use a model that transformers supports without own code"
+        ) from error
 
 
 def _arguments(model: ModelConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from qrpo.training.settings import PolicyConfig
 from storage import PartRecord, ShardReader, Store
 from tasks.plan import PartPlan, StagePlan, Upstream, add_digests, make_family, part_key, single_part
 from tasks.stage import Stage, setting
-from tasks.stages.reference import model_for, on_ranks
+from tasks.stages.reference import model_for, on_ranks, precision_settings
 from tasks.stages.shards import TABLE as SHARDS
 from tasks.training_files import training_files
 from tasks.work import Progress, Work, progress_of
@@ -44,7 +44,8 @@ class Settings:
 
 def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     """One part, the policy's folder, from all shards."""
-    hashed: dict[str, Any] = {**keyed(settings.section), "seed": settings.seed}
+    section = settings.section
+    hashed = {**keyed(section), **precision_settings(section, settings.model), "seed": settings.seed}
     outside = {"model": upstream.reference_identity}
     before = upstream.previous_policy
     if before is not None:

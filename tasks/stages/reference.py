@@ -15,7 +15,7 @@ import pyarrow as pa
 from qrpo.config import Section, keyed
 from qrpo.data.chat import encode_completion, encode_prompt, load_tokenizer
 from qrpo.errors import ConfigError, DataError
-from qrpo.models import ModelConfig, model_identity, model_limits
+from qrpo.models import ModelConfig, has_float32_files, model_identity, model_limits
 from qrpo.seeds import seeded_hash
 from qrpo.training.ranks import number_of_processes, stream_ranks
 from qrpo.training.settings import OptimizationConfig, SftConfig
@@ -25,7 +25,16 @@ from tasks.stage import Stage, setting
 from tasks.stages.prompts import content, read_prompts
 from tasks.work import Progress, Work, progress_of
 
-__all__ = ["STAGE", "ReferenceConfig", "compute", "model_for", "on_ranks", "plan", "train"]
+__all__ = [
+    "STAGE",
+    "ReferenceConfig",
+    "compute",
+    "model_for",
+    "on_ranks",
+    "plan",
+    "precision_settings",
+    "train",
+]
 
 VERSION = 2
 
@@ -51,7 +60,9 @@ class Settings:
 def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     """One part, the model folder; no part where no fine-tuning is asked for."""
     sft = settings.sft
-    hashed = {"sft": keyed(sft), "seed": settings.seed} if sft else {"sft": None}
+    hashed: dict[str, Any] = {"sft": None}
+    if sft:
+        hashed = {"sft": keyed(sft) | precision_settings(sft, settings.model), "seed": settings.seed}
     outside = {"model": model_identity(settings.model)}
     family = make_family("reference", VERSION, hashed, outside)
     parents = upstream.parents("prompts")
@@ -64,6 +75,12 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     key, artifact = single_part("reference", family, upstream.store, examples, earlier=earlier)
     parts = (PartPlan(key, tuple(part.key for part in prompts)),)
     return StagePlan("reference", family, hashed, outside, parts, parents, artifact=artifact)
+
+
+def precision_settings(section: OptimizationConfig, model: ModelConfig) -> dict[str, str]:
+    """What `save_dtype: auto` adds to a fingerprint: nothing where earlier versions, which always rounded, lost nothing."""
+    decides = section.save_dtype == "auto" and section.learning_rate < 1e-5
+    return {"save_dtype": "auto"} if decides and not has_float32_files(model) else {}
 
 
 def model_for(work: Work[Any], part: PartPlan, model: ModelConfig, stage: str = "reference") -> ModelConfig:

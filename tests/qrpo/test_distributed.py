@@ -174,9 +174,10 @@ def on_two(folder, folders, rows, make_rows, alone, tmp_path_factory):
             "eval_rows": rows[:3],
         },
         "stream": {"settings": {**SETTINGS, "max_steps": 4}, "iterable": True},
-        "empty rows": {"settings": SETTINGS, "rows": empty + rows[3:], "iterable": True},
+        "empty rows": {"settings": {**SETTINGS, "max_steps": 4}, "rows": empty + rows[3:], "iterable": True},
     }
-    plan["empty rows"]["settings"] = {**SETTINGS, "max_steps": 4}
+    sft = {"learning_rate": 1e-3, "prompts_per_step": 4, "num_train_epochs": 2}
+    plan |= {f"sft {fsdp}": {"settings": {**sft, "fsdp": fsdp}, "sft": True} for fsdp in (False, True)}
     for name in ("half", "tied"):
         on_rows = {"folder": folders[name], "rows": scored(folders[name], long, torch.bfloat16)}
         plan |= {f"{name} fsdp": {"settings": {**mixed, "fsdp": True}, **on_rows}}
@@ -188,7 +189,7 @@ def on_two(folder, folders, rows, make_rows, alone, tmp_path_factory):
     on_one = [
         {**run, "output": output / f"{run['output'].name} on one"}
         for run in runs
-        if run["output"].name in ("half ddp", "tied ddp", "stream", "empty rows")
+        if run["output"].name in ("half ddp", "tied ddp", "stream", "empty rows", "sft False")
     ]
     names = [run["output"].name for run in (*runs, *on_one)]
     found += training.train_runs(on_one)
@@ -246,15 +247,24 @@ def test_sharded_training_stops_early_with_the_best_weights(on_two):
     assert losses.index(min(losses)) == len(losses) - 3
 
 
-def test_a_stream_of_rows_is_trained_on_once(on_two):
-    """Its last step has one row, so a process has none."""
-    output, _ = on_two
-    for name in ("stream", "empty rows"):
-        ours, theirs = (
-            load_file(output / run / "final" / "model.safetensors") for run in (name, f"{name} on one")
-        )
-        for weight in theirs:
-            torch.testing.assert_close(ours[weight], theirs[weight], rtol=0, atol=2e-5)
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("stream", "stream"),
+        ("empty rows", "empty rows"),
+        ("sft False", "sft False"),
+        ("sft True", "sft False"),
+    ],
+)
+def test_two_processes_end_with_the_weights_of_one(on_two, name, other):
+    """The last step of a stream has one row, so a process has none."""
+    output, runs = on_two
+    assert "error" not in runs[name]
+    ours, theirs = (
+        load_file(output / run / "final" / "model.safetensors") for run in (name, f"{other} on one")
+    )
+    for weight in theirs:
+        torch.testing.assert_close(ours[weight], theirs[weight], rtol=0, atol=2e-5)
 
 
 def test_a_multimodal_model_learns_from_text(on_two):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qrpo.config import keyed
-from qrpo.errors import ConfigError, ModelError
+from qrpo.engines.vllm import require_gpu_memory
+from qrpo.errors import ConfigError, EngineError, ModelError
 from qrpo.models import (
     ModelConfig,
     check_weights,
     context_length,
     dtype_setting,
+    has_float32_files,
     load_causal_lm,
     load_model_config,
     load_reward_model,
@@ -237,3 +240,38 @@ def test_models_load_in_the_wanted_precision(tiny_model: Path, tiny_reward_model
 def test_a_language_model_is_no_reward_model(tiny_model: Path) -> None:
     with pytest.raises(ModelError, match="is a LlamaForCausalLM, expected a sequence-classification"):
         load_reward_model(config_of(tiny_model))
+
+
+def test_own_code_that_does_not_run_is_said(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    copy = tmp_path / "own"
+    shutil.copytree(tiny_model, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "modeling_own.py").write_text("from transformers import NoLongerThere\n")
+
+    with pytest.raises(ModelError, match=r"Python code of .* does not run with .*ImportError.*NoLongerThere"):
+        load_causal_lm(ModelConfig(path=str(copy), trust_remote_code=True))
+
+
+def test_files_in_float32_are_known_without_the_hub(tiny_model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "half"
+    shutil.copytree(tiny_model, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+
+    assert has_float32_files(config_of(tiny_model))
+    assert not has_float32_files(config_of(copy))
+    assert not has_float32_files(ModelConfig(path="org/name"))
+
+
+def test_an_engine_says_how_much_memory_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (10 << 30, 80 << 30))
+
+    with pytest.raises(EngineError, match=r"is 0\.9 of the GPU's 80\.0 GiB, but only 10\.0 GiB are free"):
+        require_gpu_memory(0.9)
+    require_gpu_memory(0.1)

@@ -532,6 +532,9 @@ class GatedRewardModel(LlamaPreTrainedModel):
 '''
 
 
+AS_ARMORM = "from transformers.models.llama.modeling_llama import LLAMA_INPUTS_DOCSTRING\n"
+
+
 @pytest.fixture
 def multi_objective_model(tiny_reward_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """ArmoRM's shape: code of its own, 19 objectives, a gate, and the combined `score` in the output."""
@@ -552,6 +555,7 @@ def multi_objective_model(tiny_reward_model: Path, tmp_path: Path, monkeypatch: 
         torch.nn.init.normal_(model.gate.weight)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / "modeling_gated.py").write_text(AS_ARMORM + MULTI_OBJECTIVE)
     return folder
 
 

@@ -108,14 +108,14 @@ def train_runs(runs):
     """Train one run after the other in these processes. Yields for each its reports, the dtypes of
     the log-probabilities that its loss got, and whether its weights were sharded; or its error.
 
-    A run has `folder`, `rows`, `output` and `settings`, and may have `eval_rows`, `iterable` rows
-    and the `checkpoint` of another run to continue from.
+    A run has `folder`, `rows`, `output` and `settings`, and may have `eval_rows`, `iterable` rows,
+    the `checkpoint` of another run to continue from, and `sft` to fine-tune instead.
     """
     import torch
     from torch.distributed.tensor import DTensor
 
     from qrpo.training import runs as module
-    from qrpo.training.settings import PolicyConfig
+    from qrpo.training.settings import PolicyConfig, SftConfig
 
     torch.set_num_threads(1)
     seen = {}
@@ -142,16 +142,18 @@ def train_runs(runs):
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         rows = Stream(run["rows"]) if run.get("iterable") else run["rows"]
-        config = PolicyConfig(**{**SETTINGS, **run["settings"]})
         try:
-            module.train_policy(
-                run["folder"],
-                rows,
-                config,
-                run["output"],
-                eval_rows=run.get("eval_rows"),
-                on_progress=seen["reports"].append,
-            )
+            if run.get("sft"):
+                module.train_sft(run["folder"], rows, SftConfig(**run["settings"]), run["output"])
+            else:
+                module.train_policy(
+                    run["folder"],
+                    rows,
+                    PolicyConfig(**{**SETTINGS, **run["settings"]}),
+                    run["output"],
+                    eval_rows=run.get("eval_rows"),
+                    on_progress=seen["reports"].append,
+                )
         except QRPOError as error:
             seen["error"] = str(error)
         yield seen
