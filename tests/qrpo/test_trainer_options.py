@@ -173,3 +173,23 @@ def test_operations_are_counted_for_trained_and_frozen_weights_and_the_head_on_c
     assert used(model) == pytest.approx(6 * (100 * body + 30 * head))
     model.model.requires_grad_(False)
     assert used(model) == pytest.approx(4 * 100 * body + 6 * 30 * head)
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ({"loss": "foo"}, "loss: Input should be 'qrpo', 'dpo', 'rebel', 'simpo' or 'sft', got 'foo'"),
+        ({"pairs": "x"}, "pairs: "),
+        ({"bad_step": "x"}, "bad_step: "),
+        ({"partition": "x"}, "partition: "),
+        ({"loss_type": "x"}, "loss_type: "),
+        ({"rebel_reward": "x"}, "rebel_reward: "),
+        ({"beta": 0.0}, "beta: Input should be greater than 0"),
+        ({"beta": float("inf")}, "beta: Input should be a finite number"),
+        ({"token_budget": 0}, "token_budget: "),
+        ({"patience": "2"}, "patience: Input should be a valid integer"),
+    ],
+)
+def test_the_library_refuses_what_the_yaml_file_refuses(setting, problem, tmp_path):
+    with pytest.raises(ConfigError, match=problem):
+        QRPOConfig(output_dir=str(tmp_path), **setting)
