@@ -8,7 +8,7 @@ read to find rows, a few row groups at a time. So memory is bounded, a time limi
 import random
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from itertools import accumulate
@@ -74,12 +74,13 @@ class ArtifactRows:
 
     def scan(self, columns: Sequence[str]) -> Iterator[tuple[int, pl.DataFrame]]:
         """(position of the first row, rows) of all rows in chunks of several row groups."""
+        schema = {name: self.schema[name] for name in columns}
         held: list[pl.DataFrame] = []
         start = rows = size = 0
         for part in self.parts:
             with self.open(part) as opened:
                 for group in range(opened.num_row_groups):
-                    held.append(_frame(opened.read_row_group(group, columns=list(columns)), columns))
+                    held.append(_frame(opened.read_row_group(group, columns=list(columns)), schema))
                     rows += held[-1].height
                     size += int(held[-1].estimated_size())
                     if rows >= _CHUNK_ROWS or size >= _CHUNK_BYTES:
@@ -97,11 +98,14 @@ class ArtifactRows:
             number = self._part_number(position)
             row = position - self.starts[number]
             pieces.setdefault((number, row // _PIECE_ROWS), []).append(row)
-        frames = [pl.DataFrame(schema={name: self.schema[name] for name in columns})]
+        schema = {name: self.schema[name] for name in columns}
+        frames = [pl.DataFrame(schema=schema)]
         for (number, _), wanted in pieces.items():
             first, count = wanted[0], wanted[-1] - wanted[0] + 1
-            table = self.store.read_rows(self.parts[number], first, count, columns)
-            frames.append(_frame(table, columns).select(pl.all().gather([row - first for row in wanted])))
+            with self.open(self.parts[number]) as opened:
+                present = [name for name in columns if name in opened.schema_arrow.names]
+            table = self.store.read_rows(self.parts[number], first, count, present)
+            frames.append(_frame(table, schema).select(pl.all().gather([row - first for row in wanted])))
         row_of = {position: row for row, position in enumerate(ordered)}
         return pl.concat(frames).select(pl.all().gather([row_of[position] for position in positions]))
 
@@ -220,5 +224,9 @@ def _contains(column: pl.Expr, kind: Any, text: str) -> pl.Expr | None:
     return None
 
 
-def _frame(table: pa.Table, columns: Sequence[str]) -> pl.DataFrame:
-    return cast(pl.DataFrame, pl.from_arrow(table.select(list(columns))))
+def _frame(table: pa.Table, schema: Mapping[str, Any]) -> pl.DataFrame:
+    """The columns of `schema`; null where a part of an earlier version lacks one."""
+    for name, kind in schema.items():
+        if name not in table.column_names:
+            table = table.append_column(name, pl.Series([None] * table.num_rows, dtype=kind).to_arrow())
+    return cast(pl.DataFrame, pl.from_arrow(table.select(list(schema))))
