@@ -29,10 +29,10 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from qrpo.config import Section, outside_input
-from qrpo.data.sources import read_rows
+from qrpo.data.sources import has_credentials, read_rows
 from qrpo.errors import DataError
 from qrpo.seeds import seeded_hash
 
@@ -79,6 +79,16 @@ class PromptsConfig(Section):
     """Share of prompts held out for evaluation, by a hash of the prompt: new prompts move none."""
     eval_source: str | None = outside_input(None)
     """A source whose prompts are all held out, instead of `eval_fraction`."""
+
+    @field_validator("source", "eval_source")
+    @classmethod
+    def _no_credentials(cls, source: str | None) -> str | None:
+        if source is not None and has_credentials(source):
+            raise ValueError(
+                "a URL with credentials, which rejects, logs and Prefect's database would show: set them in the environment "
+                "(AWS_ACCESS_KEY_ID, ...) or in fsspec's configuration file, or download the file"
+            )
+        return source
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> "PromptsConfig":

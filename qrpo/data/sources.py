@@ -21,7 +21,7 @@ import fsspec
 
 from qrpo.errors import DataError
 
-__all__ = ["dataset_names", "is_dataset", "read_rows", "source_files"]
+__all__ = ["dataset_names", "has_credentials", "is_dataset", "read_rows", "source_files"]
 
 Row = dict[str, Any]
 
@@ -34,12 +34,30 @@ _FORMATS = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
+_HARMLESS = {"", "download", "raw", "dl", "inline", "ref", "versionId"}
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 
 def is_dataset(source: str) -> bool:
     """Whether the source is a Hugging Face dataset, not files that can be read and hashed."""
     return source.startswith("hf://") and _format(source) is None
+
+
+def has_credentials(source: str) -> bool:
+    """Whether a URL holds more than host, port, path and harmless query keys: a password, a
+    signature."""
+    for url in source.split("::"):
+        scheme, found, rest = url.partition("://")
+        if not found or scheme in ("hf", "github", "file", "local", "memory"):
+            continue
+        host, _, path = rest.partition("?")[0].partition("/")
+        user, at, host = host.rpartition("@")
+        port = host.partition(":")[2]
+        query = {item.partition("=")[0] for item in rest.partition("?")[2].split("&")} - _HARMLESS
+        password = ":" in user or (at and scheme.startswith("http")) or (port and "@" in path)
+        if password or (port and not port.isdigit()) or (query and "?" in rest):
+            return True
+    return False
 
 
 def source_files(source: str) -> list[str]:

@@ -9,7 +9,7 @@ repeated here: the YAML sections use its names.
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_type_hints
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from qrpo.config import execution_option
 from qrpo.errors import ConfigError
@@ -132,10 +132,11 @@ class QRPOSettings(CompletionSettings):
 def check_settings(config: CompletionSettings) -> None:
     """Raise ConfigError for the first of these settings that is not what its section of the YAML
     file would take."""
+    finite = ConfigDict(allow_inf_nan=False)
     kind = QRPOSettings if isinstance(config, QRPOSettings) else CompletionSettings
     for name, annotation in get_type_hints(kind, include_extras=True).items():
         value = getattr(config, name)
         try:
-            TypeAdapter(annotation).validate_python(value, strict=True)
+            TypeAdapter(annotation, config=finite).validate_python(value, strict=True)
         except ValidationError as error:
             raise ConfigError(f"{name}: {error.errors()[0]['msg']}, got {value!r}") from None

@@ -340,7 +340,7 @@ def _validated(annotation: Any, value: Any) -> Any:
     """A value of a field of `TrainingArguments` as plain YAML has it; names of an enumeration must
     be among its values."""
     enums = [kind for kind in get_args(annotation) if isinstance(kind, type) and issubclass(kind, Enum)]
-    checked = TypeAdapter(enums[0] if enums else annotation).validate_python(value)
+    checked = TypeAdapter(enums[0] if enums else annotation).validate_python(value, strict=not enums)
     return checked.value if isinstance(checked, Enum) else checked
 
 

@@ -262,3 +262,23 @@ def test_rows_without_completions_are_skipped(folder, rows, tmp_path):
 
     assert len(progress) == 8
     assert sum(entry["loss"] == 0 for entry in progress) == 6
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ({"loss": "foo"}, "loss: Input should be 'qrpo', 'dpo', 'rebel', 'simpo' or 'sft', got 'foo'"),
+        ({"pairs": "x"}, "pairs: "),
+        ({"bad_step": "x"}, "bad_step: "),
+        ({"partition": "x"}, "partition: "),
+        ({"loss_type": "x"}, "loss_type: "),
+        ({"rebel_reward": "x"}, "rebel_reward: "),
+        ({"beta": 0.0}, "beta: Input should be greater than 0"),
+        ({"beta": float("inf")}, "beta: Input should be a finite number"),
+        ({"token_budget": 0}, "token_budget: "),
+        ({"patience": "2"}, "patience: Input should be a valid integer"),
+    ],
+)
+def test_the_library_refuses_what_the_yaml_file_refuses(setting, problem, tmp_path):
+    with pytest.raises(ConfigError, match=problem):
+        QRPOConfig(output_dir=str(tmp_path), **setting)

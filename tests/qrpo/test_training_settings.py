@@ -72,9 +72,12 @@ def test_the_section_and_the_arguments_say_the_same_about_a_setting():
 @pytest.mark.parametrize(
     ("further", "added"),
     [
-        ({"adam_beta2": "0.95"}, {"adam_beta2": 0.95}),
+        ({"adam_beta2": 0.95}, {"adam_beta2": 0.95}),
         ({"optim": "sgd"}, {"optim": "sgd"}),
-        ({"lr_scheduler_kwargs": {"min_lr": 1e-7}}, {"lr_scheduler_kwargs": {"min_lr": 1e-7}}),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2.0}},
+            {"lr_scheduler": "polynomial", "lr_scheduler_kwargs": {"power": 2.0}},
+        ),
         ({"loss_type": "mae"}, {"loss_type": "mae"}),
         ({"run_name": "mine", "logging_first_step": True, "dataloader_num_workers": 2}, {}),
         ({"torch_compile": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}, {}),
@@ -102,6 +105,12 @@ def test_only_further_settings_that_change_results_enter_the_fingerprint(further
         (SftConfig, {"seed": 2}, "not available here; set the `seed`"),
         (PolicyConfig, {"adam_beta3": 0.9}, "Extra inputs are not permitted"),
         (PolicyConfig, {"adam_beta2": "much"}, "valid number"),
+        (PolicyConfig, {"adam_beta2": "0.95"}, "valid number"),
+        (PolicyConfig, {"adam_beta1": 2.0}, "Invalid beta parameter"),
+        (PolicyConfig, {"adam_epsilon": -1.0}, "Invalid epsilon value"),
+        (PolicyConfig, {"fp16": True, "bf16": True}, "At most one of fp16 and bf16"),
+        (SftConfig, {"lr_scheduler_kwargs": {"min_lr": 1e-7}}, "unexpected keyword argument 'min_lr'"),
+        (SftConfig, {"lr_scheduler_type": "cosine_with_min_lr"}, "One of min_lr or min_lr_rate"),
         (PolicyConfig, {"optim": "adamw"}, "should be 'adamw_torch'"),
         (PolicyConfig, {"patience": 2}, "eval_fraction is 0"),
     ],

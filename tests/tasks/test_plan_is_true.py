@@ -3,6 +3,7 @@
 The fields are read from the configuration's model, so a new setting cannot be forgotten: it fails here until a changed value is known.
 """
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import tasks.stages.completions
 import tasks.stages.evaluation
 from qrpo.config import Section, is_execution_option
 from qrpo.engines import open_engine
+from tasks.planner import plan_pipeline
 from tasks.stage import setting_paths
 from tasks.stages import STAGE_NAMES, STAGES
 from tests.support.pipeline import CountingEngine, TinyPipeline, fields_of
@@ -49,6 +51,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "reference.sft.lora": {"reference.sft.lora": {"rank": 2}},
     "reference.sft.processes": {"reference.sft.processes": 2},
     "policy.transform": {"policy.transform": "log"},
+    "policy.seed": {"policy.seed": 2},
     "policy.report_to": {"policy.report_to": ["tensorboard"]},
     "reference.sft.report_to": {"reference.sft.report_to": ["tensorboard"]},
     "evaluation.checkpoints": {"evaluation.checkpoints": [1], "policy.checkpoint_steps": 1},
@@ -258,8 +261,6 @@ def test_new_weight_and_new_reward_score_only_what_was_never_scored(
 
 
 def plan_of(pipeline: TinyPipeline, config: Any, stage: str) -> Any:
-    from tasks.planner import plan_pipeline
-
     return plan_pipeline(config, pipeline.store)[stage].parts
 
 
@@ -300,3 +301,39 @@ def test_a_run_plans_each_stage_once(
     other = TinyPipeline.create(tmp_path / "other", tiny_model, prompts=8)
     pipeline(other.config(), other.store.url)
     assert tuple(planned) == STAGE_NAMES
+
+
+def test_every_stage_uses_the_tokens_that_were_sampled_from(
+    base: TinyPipeline, tmp_path: Path, tiny_model: Path
+) -> None:
+    """The chat template writes the time in microseconds, so no two renderings of a prompt are the same."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y %f') }}" + template)
+    pipeline = TinyPipeline.create(tmp_path / "dated", model)
+    changes = {"reference.sft": None, "quantiles.train_on": "both"}
+    pipeline.run(pipeline.config(changes), until="shards")
+    config = pipeline.config({**changes, "completions.num_ref": 6, "quantiles.num_completions": 5})
+
+    pipeline.run(config)
+
+    plans = plan_pipeline(config, pipeline.store)
+    rows = {
+        stage: pipeline.store.scan(plans[stage].records.values()).collect().to_dicts()
+        for stage in ("completions", "shards", "evaluation")
+    }
+    drawn = [row for row in rows["completions"] if row["origin"] == "reference"]
+    sampled_from = {row["prompt_id"]: row["prompt_token_ids"] for row in drawn}
+    assert {row["sample_index"] for row in drawn} == set(range(6))
+    for row in (*drawn, *rows["shards"], *rows["evaluation"]):
+        assert row["prompt_token_ids"] == sampled_from[row["prompt_id"]]
+    logprobs = {(row["prompt_id"], row["sample_index"]): row["sampled_logprob"] for row in drawn}
+    compared = [
+        (logprobs[row["prompt_id"], index], logprob)
+        for row in rows["shards"]
+        for origin, index, logprob in zip(row["origin"], row["sample_index"], row["ref_logprob"], strict=True)
+        if origin == "reference"
+    ]
+    assert compared
+    assert [theirs for _, theirs in compared] == pytest.approx([ours for ours, _ in compared], abs=1e-3)
