@@ -23,17 +23,6 @@ from tasks.stages import STAGE_NAMES
 
 __all__ = ["print_summary", "run_flow", "run_pipeline"]
 
-_STAGE_FIELDS = (
-    "fingerprint",
-    "rows",
-    "rejects",
-    "seconds",
-    "parts_computed",
-    "parts_cached",
-    "rows_computed",
-    "rows_reused",
-)
-
 
 def run_pipeline(
     config: PipelineConfig,
@@ -77,7 +66,8 @@ def _run_round(
         "run": config.name,
         "store": store.url,
         "stages": {
-            result.stage: {field: getattr(result, field) for field in _STAGE_FIELDS} for result in results
+            result.stage: {name: value for name, value in vars(result).items() if name != "stage"}
+            for result in results
         },
         "seconds": round(time.monotonic() - started, 3),
     }

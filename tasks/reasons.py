@@ -47,7 +47,9 @@ def reasons(
         before = planner.plan(parent)
         cost = counts.get(parent)
         if not before.complete and cost is not None and cost.reuse and not cost.compute:
-            words.append(f"{parent} is written in other parts, with rows that the store has")
+            words.append(
+                f"{parent} is written anew ({cost.reuse:,} of {cost.reuse:,} {cost.unit} are reused)"
+            )
         elif not before.complete:
             words.append(f"{parent} is computed anew")
         elif previous is not None and previous.parents.get(parent, before.fingerprint) != before.fingerprint:

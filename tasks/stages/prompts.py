@@ -25,6 +25,7 @@ from qrpo.data.sources import dataset_names, is_dataset, source_files
 from qrpo.errors import DataError
 from storage import PartKey, PartRecord, Store, file_digest, fingerprint, folder_digest
 from storage.checks import no_null_items, one_of
+from storage.names import TEMPORARY
 from storage.table import Table, column
 from tasks.plan import PartPlan, StagePlan, Upstream, add_digests, make_family
 from tasks.stage import Stage, setting
@@ -212,7 +213,10 @@ def compute(work: Work[Settings]) -> Iterator[tuple[PartRecord, bool] | StagePla
     Yields (record, whether it is new) for each part, and the plan of what was read.
     """
     section = work.settings.section
-    with TemporaryDirectory(prefix="qrpo-prompts-") as folder:
+    place = work.store.local_path("work")
+    if place is not None:
+        place.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=TEMPORARY, dir=place) as folder:
         copies = _copied(section, Path(folder))
         yield _unread(section, source_identity(section, copies))
         for part in cut(section, work.settings.part_size, copies):

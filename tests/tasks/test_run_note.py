@@ -219,7 +219,6 @@ def test_a_source_that_changes_before_it_is_read_is_named_by_what_was_read(
     assert noted is not None
     assert noted.fingerprint == planner.plan("prompts").fingerprint == result.fingerprint
     assert run_stage("prompts", tiny.config(), tiny.store.url).parts_computed == 0
-    assert all("/tmp/qrpo-prompts" not in str(row) for part in manifest.parts for row in [part.to_json()])
 
 
 def test_a_cached_stage_reads_its_manifest_once(tiny: TinyPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
