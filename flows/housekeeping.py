@@ -4,6 +4,7 @@ from typing import Any
 
 from rich.console import Console
 
+from flows.evaluate import require_trust
 from flows.pipeline_run import run_pipeline
 from flows.views.runs import size_text
 from qrpo.errors import QRPOError
@@ -28,8 +29,9 @@ def verify_store(store: Store) -> list[Finding]:
         return list(verify(store, tables=TABLES, progress=report))
 
 
-def check_store(store: Store, console: Console, *, mend: bool) -> dict[str, Any]:
-    """The findings. `mend`: drop what they name, and run the runs that need it again."""
+def check_store(store: Store, console: Console, *, mend: bool, trust: bool = False) -> dict[str, Any]:
+    """The findings. `mend`: drop what they name, and run the runs that need it again; `trust`: also those whose
+    configuration in the store runs code."""
     findings = verify_store(store)
     result: dict[str, Any] = {
         "store": store.url,
@@ -37,12 +39,12 @@ def check_store(store: Store, console: Console, *, mend: bool) -> dict[str, Any]
     }
     if mend and findings:
         result["dropped"] = repair(store, findings)
-        result["runs"], failed = rerun(store, console)
+        result["runs"], failed = rerun(store, console, trust)
         result["left"] = failed + [str(finding) for finding in verify_store(store)]
     return result
 
 
-def rerun(store: Store, console: Console) -> tuple[list[str], list[str]]:
+def rerun(store: Store, console: Console, trust: bool) -> tuple[list[str], list[str]]:
     """Run every named run again up to its last stage: only what is missing is computed.
 
     Returns the runs' names, and why others could not be run.
@@ -56,6 +58,7 @@ def rerun(store: Store, console: Console) -> tuple[list[str], list[str]]:
             continue
         try:
             config = parse_config(noted.get("config", {}), where=f"runs/{name}.json")
+            require_trust(config, f"runs/{name}.json", trust)
             last = max(stages, key=order.index)
             prompts = noted_prompts(config, store)
             run_pipeline(config, store.url, last=last, prompts=prompts, console=console)

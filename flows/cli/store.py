@@ -5,7 +5,18 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.app import AsJson, RunName, StageName, StoreUrl, command, err, out, print_json, print_result
+from flows.cli.app import (
+    AsJson,
+    RunName,
+    StageName,
+    StoreUrl,
+    Trust,
+    command,
+    err,
+    out,
+    print_json,
+    print_result,
+)
 
 
 @command("ls")
@@ -101,14 +112,12 @@ def inspect(
 
 @command()
 def browse(
-    host: Annotated[
-        str, typer.Option("--host", help="Address to listen on; all but loopback require a token.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8421,
     token: Annotated[
         str | None,
         typer.Option(
-            "--token", envvar="QRPO_BROWSE_TOKEN", help="The token to require; generated if needed."
+            "--token", envvar="QRPO_BROWSE_TOKEN", help="The token to require. Default: a generated one."
         ),
     ] = None,
     store: StoreUrl = "artifacts",
@@ -128,6 +137,7 @@ def verify(
             "--repair", help="Delete damaged parts and let the runs that need them compute them again."
         ),
     ] = False,
+    trust: Trust = False,
     store: StoreUrl = "artifacts",
     as_json: AsJson = False,
 ) -> None:
@@ -142,7 +152,7 @@ def verify(
     from flows.housekeeping import check_store
     from storage import Store
 
-    checked = check_store(Store(store), err, mend=repair)
+    checked = check_store(Store(store), err, mend=repair, trust=trust)
     left = checked["left"] if "left" in checked else checked["findings"]
     if as_json:
         print_json(checked)

@@ -54,7 +54,7 @@ def test_damage_is_named_and_repair_computes_only_that_again(
     (store / "parts" / damaged).write_bytes(content)
 
     found = qrpo("verify", "--store", store)
-    repaired = qrpo("verify", "--repair", "--store", store, "--json")
+    repaired = qrpo("verify", "--repair", "--trust", "--store", store, "--json")
     clean = qrpo("verify", "--store", store)
 
     assert found.exit_code == 1

@@ -156,6 +156,23 @@ def test_export_holds_the_rows_of_the_condition_in_their_order(url: str, tmp_pat
     assert value == [{"name": "right", "value": pytest.approx(11.5)}]
 
 
+def test_a_spreadsheet_runs_no_text_of_an_export(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    texts = ["=1+1", "+1", "-1", "@SUM(A1)", "plain"]
+    rows = [row("completions", f"p{number}", text=text) for number, text in enumerate(texts)]
+    commit(store, "completions", [table("completions", rows)])
+
+    asked(store.url, "--export", tmp_path / "all.csv", "--columns", "text", stage="completions")
+
+    assert pl.read_csv(tmp_path / "all.csv")["text"].to_list() == [
+        "'=1+1",
+        "'+1",
+        "'-1",
+        "'@SUM(A1)",
+        "plain",
+    ]
+
+
 def test_export_of_everything_is_everything(url: str, tmp_path: Path) -> None:
     asked(url, "--export", tmp_path / "all.parquet", stage="completions")
 

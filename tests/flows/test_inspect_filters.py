@@ -78,6 +78,8 @@ def test_condition_chooses_rows(condition: str, rows: list[int]) -> None:
         "LPAD(text, 1000000000, 'x') = ''",
         "RPAD(text, 1000000000, 'x') = ''",
         "REPEAT(text, 1000000000) = ''",
+        "text || text || text = ''",
+        " OR ".join(["text ILIKE '%a%'"] * 13),
         "SUM(reward) OVER (PARTITION BY text) > 1",
         "COUNT(reward) > 1",
         "UNNEST(tokens) > 1",
