@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -218,8 +218,9 @@ class LocalFiles:
         """Remove and yield temporary files of killed writers, and all older than `older_than` seconds."""
         for folder, folders, names in os.walk(self.root):
             for name in [*names, *folders]:
-                if info := sweep_temporary(Path(folder, name), older_than):
-                    yield info
+                path = Path(folder, name)
+                if info := sweep_temporary(path, older_than):
+                    yield replace(info, key=path.relative_to(self.root).as_posix())
 
 
 def sweep_temporary(path: Path, older_than: float) -> FileInfo | None:

@@ -93,7 +93,12 @@ def is_key(key: str) -> bool:
 def public_url(url: str) -> str:
     """The URL if it has no credentials; raises StoreURLError otherwise, without repeating them."""
     if "://" in url:
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError as error:
+            raise StoreURLError(
+                f"the store's URL cannot be read: {error}. Write PROTOCOL://NAME/FOLDER; [ and ] may be in FOLDER only."
+            ) from None
         if "@" in parts.netloc or parts.query:
             raise StoreURLError(
                 f"the store's URL {parts.scheme}://***{parts.path} has credentials or a query, which logs and manifests "

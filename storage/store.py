@@ -28,7 +28,7 @@ from storage.errors import DamagedError, StoreURLError
 from storage.files import FileInfo, LocalFiles
 from storage.manifest import Manifest, manifest_key
 from storage.names import check_key, check_name, public_url
-from storage.parts import PartKey, without_secrets
+from storage.parts import PartKey, dump_checksummed, load_checksummed
 from storage.processes import cache_folder
 from storage.read import PartReader
 from storage.remote import RemoteFiles
@@ -116,23 +116,27 @@ class Store(PartWriter, PartReader):
 
     def write_run(self, name: str, run: Mapping[str, Any]) -> None:
         """Write what a run produced so far to `runs/<name>.json`, replacing it."""
-        text = json.dumps(dict(run), indent=2, sort_keys=True, allow_nan=False)
-        self.files.write(_run_key(name), without_secrets(text.encode()) + b"\n")
+        self.files.write(_run_key(name), dump_checksummed(dict(run), indent=2))
 
     def run(self, name: str) -> dict[str, Any] | None:
         """What `write_run` wrote; None where there is no such run."""
         key = _run_key(name)
 
         def read() -> dict[str, Any]:
+            data = self.files.read(key)
             try:
-                value = json.loads(self.files.read(key))
+                value = json.loads(data)
+                if isinstance(value, dict):  # earlier versions wrote no checksum
+                    return load_checksummed(data, key) if "sha256" in value else value
+                found = f"is a JSON {type(value).__name__}, expected an object"
             except ValueError as error:
-                raise DamagedError(f"{key} is not JSON ({error}). {_RUN_REMEDY}") from None
-            if not isinstance(value, dict):
-                raise DamagedError(
-                    f"{key} is a JSON {type(value).__name__}, expected an object. {_RUN_REMEDY}"
-                )
-            return value
+                found = f"is not JSON ({error})"
+            except DamagedError:
+                found = "was changed after it was written: its sha256 does not match"
+            raise DamagedError(
+                f"{key} {found}. Undo the edit, or let `qrpo verify --repair` set the file aside and run that "
+                "configuration again."
+            )
 
         try:
             return again(self.files, read)
@@ -196,9 +200,6 @@ class Store(PartWriter, PartReader):
         return [info.key for info in self.files.list(prefix)]
 
 
-_RUN_REMEDY = (
-    "Undo the edit, or let `qrpo verify --repair` set the file aside and run that configuration again."
-)
 _HOLDER = "holder-"
 
 
