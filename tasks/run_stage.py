@@ -15,7 +15,7 @@ from storage import DamagedError, Manifest, PartRecord, Store, manifest_of
 from storage.leases import Leases
 from storage.manifest import manifest_key
 from tasks.config import PipelineConfig
-from tasks.plan import StagePlan
+from tasks.plan import StagePlan, make_family
 from tasks.planner import Planner, planner_of
 from tasks.progress import reporting
 from tasks.reuse import note_family
@@ -88,6 +88,8 @@ def _compute(
     """Protect the plan's parts from gc and compute what is missing: the complete plan, and the parts that are new."""
     config, store = planner.config, planner.store
     families = sorted({plan.family, *(part.key.family for part in plan.parts)})
+    if stage.read is not None:  # of its parts, which are not known before they are read
+        families.append(make_family(stage.name, stage.version, {}, {}))
     leases.protect(*families)
     if not force and plan.complete and not store.exists(manifest_key(plan.stage, plan.fingerprint)):
         plan = planner.computed(plan)  # gc may have removed parts before it saw that they are protected
