@@ -83,11 +83,13 @@ def alpaca_eval(
 def leetcode(request: SuiteRequest) -> dict[str, Any]:
     """Let the model solve the problems, run the tests, and write solutions and the result into the folder."""
     from qrpo.evaluation.suites.leetcode import read_problems, score_solutions
+    from qrpo.rewards import CodeRewardConfig
 
     problems = read_problems(request.data, request.limit)
     prompts = {row["task_id"]: _user(row["query"]) for row in problems}
     drawn, refused = _draw(request, "leetcode", prompts, num_samples=request.num_samples or 1)
-    scored, rows = score_solutions(problems, drawn, seed=request.config.seed)
+    reward = next((reward for reward in request.config.rewards if isinstance(reward, CodeRewardConfig)), None)
+    scored, rows = score_solutions(problems, drawn, reward=reward, seed=request.config.seed)
     with (request.folder / "solutions.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return _finish(request, "leetcode", scored, refused)

@@ -85,7 +85,7 @@ def code_blocks(text: str, mention: str = "") -> list[str]:
     """
     blocks: list[tuple[bool, str]] = []
     lines: list[str] = []
-    mark, indent, language = "", 0, ""
+    mark, indent, language, quotes = "", 0, "", 0
     for line in [*text.replace("\r\n", "\n").split("\n"), None]:
         stripped = "" if line is None else line.strip(" \t")
         fence = (
@@ -97,22 +97,22 @@ def code_blocks(text: str, mention: str = "") -> list[str]:
         if not mark:
             info = stripped[len(fence) :].strip()
             if len(fence) >= 3 and fence[0] not in info:
-                mark, indent, lines = fence, depth, []
+                mark, indent, lines, quotes = fence, depth, [], 0
                 language = (info.split() or [""])[0].strip("{}.").lower().rstrip("0123456789.")
         elif line is None or (
-            fence == stripped and fence.startswith(mark) and not _in_docstring(depth, indent, lines)
+            fence == stripped
+            and fence.startswith(mark)
+            and depth <= indent + 3
+            and (depth <= indent or quotes % 2 == 0)  # else it is in a docstring
         ):
             if language in _PYTHON or not language:
                 blocks.append((bool(language), textwrap.dedent("\n".join(lines))))
             mark = ""
         else:
             lines.append(line)
+            quotes += line.count('"""')
     python = [block for tagged, block in blocks if tagged]
     return python if any(_mentions(block, mention) for block in python) else [block for _, block in blocks]
-
-
-def _in_docstring(depth: int, indent: int, lines: Sequence[str]) -> bool:
-    return depth > indent + 3 or (depth > indent and sum(line.count('"""') for line in lines) % 2 == 1)
 
 
 def fenced_code(text: str, mention: str = "") -> str | None:

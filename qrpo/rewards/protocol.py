@@ -126,4 +126,5 @@ def _combine_row(scores: Sequence[tuple[str, float, Sequence[Score]]], row: int)
     total = sum(terms)
     if not math.isfinite(total):
         return Score(None, f"the weighted sum is {total}", tuple(components))
-    return Score(total, None, tuple(components))
+    notes = [f"{name}: {column[row].note}" for name, _, column in scores if column[row].note]
+    return Score(total, None, tuple(components), "; ".join(notes))

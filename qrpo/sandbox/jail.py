@@ -8,7 +8,9 @@ zygote, which foreign code cannot reach, reports how the job's process exited.
 import contextlib
 import json
 import os
+import re
 import select
+import signal
 import socket
 import subprocess
 import tempfile
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from qrpo.errors import EngineError
 from qrpo.sandbox.inside.framing import HEADER, frame, frame_end
 from qrpo.sandbox.inside.zygote import CLOCK, EXIT_RECORD
-from qrpo.sandbox.isolator import PACKAGES, bare_command, find_packages, jail_command
+from qrpo.sandbox.isolator import PACKAGES, bare_command, find_packages, jail_command, map_users
 from qrpo.sandbox.limits import Limits
 
 __all__ = ["Exit", "Jail", "Job", "Spent", "StartError"]
@@ -126,24 +128,35 @@ class Jail:
         self._folder = tempfile.TemporaryDirectory(prefix="qrpo-sandbox-")
         path = [str(package.parent) for package in self._packages.values()] if self._bare else [PACKAGES]
         importable = {"packages": list(self._packages), "path": path}
-        settings = json.dumps({**self.limits.plain(), **importable, "bare": self._bare})
+        as_root = os.geteuid() == 0 and not self._bare
+        pipes = [*os.pipe(), *os.pipe()] if as_root else []
+        users = (pipes[1], pipes[2]) if as_root else None
+        settings = json.dumps(
+            {**self.limits.plain(), **importable, "bare": self._bare, "other_user": as_root}
+        )
         command = (
             bare_command(zygote_end.fileno(), settings)
             if self._bare
-            else jail_command(zygote_end.fileno(), settings, self._packages)
+            else jail_command(zygote_end.fileno(), settings, self._packages, users)
         )
-        with zygote_end, tempfile.TemporaryFile() as output:
+        with zygote_end, tempfile.TemporaryFile() as output, contextlib.ExitStack() as ends:
+            for end in (pipes[0], pipes[3]) if as_root else ():
+                ends.callback(os.close, end)
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                pass_fds=(zygote_end.fileno(),),
+                pass_fds=(zygote_end.fileno(), *(users or ())),
                 cwd=self._folder.name,
                 env={"PYTHONHASHSEED": "0", "LANG": "C.UTF-8"},
             )
             self._control = control
             zygote_end.close()
+            if as_root:
+                os.close(pipes[1])
+                os.close(pipes[2])
+                _map_users(pipes[0], pipes[3])
             control.settimeout(_START_SECONDS)
             with contextlib.suppress(TimeoutError, ConnectionError):
                 if control.recv(1) == b"S":
@@ -157,6 +170,22 @@ class Jail:
                 "forbids them (kernel.apparmor_restrict_unprivileged_userns, user.max_user_namespaces, docker without "
                 "`--security-opt seccomp=unconfined`), allow them"
             )
+
+
+def _map_users(info: int, block: int) -> None:
+    """Map the users of a jail as soon as bubblewrap tells its process, and let it go on."""
+    told = re.search(rb'"child-pid": (\d+)', os.read(info, 4096))
+    if told is None:  # bubblewrap has ended, and said why
+        return
+    try:
+        map_users(int(told[1]))
+        os.write(block, b"1")
+    except OSError as error:
+        os.kill(int(told[1]), signal.SIGKILL)
+        raise StartError(
+            f"root runs the sandbox, and solutions cannot run as another user: {error}. Run the pipeline as a user that "
+            "is not root, or give the container the capabilities SETUID and SETGID"
+        ) from error
 
 
 class Job:

@@ -297,7 +297,7 @@ class _Worker:
 
     def _define(self, blocks: list[str], prepared: _Prepared, calls: Sequence[bytes], spent: Spent) -> Job:
         code = json.dumps([blocks, prepared.wanted])
-        messages = [prepared.preamble, code, prepared.entry_point, str(len(calls)), *calls]
+        messages: list[bytes | str] = [prepared.preamble, code, prepared.entry_point, str(len(calls)), *calls]
         return self._solutions.start("solution", *messages, spent=spent)
 
     def run_program(self, blocks: list[str], tests: ProgramTests) -> Verdict:

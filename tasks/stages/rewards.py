@@ -48,7 +48,7 @@ __all__ = [
     "sees_tokens",
 ]
 
-VERSION = 2  # 1 rounded rewards to float32
+VERSION = 2  # 1 rounded rewards to float32 and had no notes
 
 TABLE = Table(
     schema=pa.schema(
@@ -309,6 +309,7 @@ def _score_parts(work: Work[Settings], parts: Sequence[_Part], scorer: Scorer) -
 
 def _commit(work: Work[Settings], part: _Part, scores: Sequence[Score]) -> PartRecord:
     table, rejects = [], []
+    _warn_of_broken_tests(part.rows, scores)
     for row, score in zip(part.rows, scores, strict=True):
         table.append(_row(row, score))
         if score.error is not None:
@@ -325,7 +326,24 @@ def _commit(work: Work[Settings], part: _Part, scores: Sequence[Score]) -> PartR
     )
 
 
-_SCHEMA = TABLE.schema.append(column("input_digest", pa.string()))
+def _warn_of_broken_tests(rows: Sequence[Mapping[str, Any]], scores: Sequence[Score]) -> None:
+    """Name the prompts whose completions all have one reward that the dataset's own answer fails for."""
+    prompts: dict[str, list[tuple[str, Score]]] = {}
+    for row, score in zip(rows, scores, strict=True):
+        prompts.setdefault(row["prompt_id"], []).append((row["origin"], score))
+    for prompt_id, scored in prompts.items():
+        failed = next((score.note for origin, score in scored if origin == "offline" and score.note), "")
+        rewards = {score.reward for _, score in scored}
+        if failed and len(rewards) == 1 and len(scored) > 1:
+            logging.getLogger("qrpo").warning(
+                f"prompt {prompt_id}: all {len(scored)} completions have the reward {rewards.pop()}. The reference solution "
+                f"fails its own tests: {failed}"
+            )
+
+
+_SCHEMA = TABLE.schema.append(column("input_digest", pa.string())).append(
+    column("note", pa.string(), null=True)
+)
 
 
 def _inputs(work: Work[Settings], part: PartPlan) -> list[dict[str, Any]]:
@@ -365,6 +383,7 @@ def _row(row: Mapping[str, Any], score: Score) -> dict[str, Any]:
         "reward": score.reward,
         "components": [{"name": name, "value": value} for name, value in score.components],
         "error": score.error,
+        "note": score.note or None,
         "input_digest": row["input_digest"],
     }
 

@@ -11,9 +11,9 @@ A test passes if it ran to its end on values that the solution returned, and at 
 assertions was executed. Whatever else happens is a failure with a reason.
 """
 
+import ast
 import json
 import marshal
-import re
 import sys
 import traceback
 import types
@@ -25,7 +25,8 @@ from . import pytest
 from .codec import CodecError, encode
 from .framing import Reader, write_frames
 from .remote import Link, watch_handlers
-from .suite import ASSERTED, CALL_TEST, CAPTURE, HANDLED, REPLAY, Step, read_tests
+from .statements import ASSERTED, CALL_TEST, CAPTURE, HANDLED, REPLAY
+from .suite import Step, read_tests
 
 __all__ = ["Suite", "serve"]
 
@@ -84,13 +85,16 @@ def _prepared(preamble: str, test: str, entry_point: str, live: bool) -> list[by
         "tests": sum(step.is_test for step in suite.steps),
         "calls": None if calls is None else len(calls),
         "entry_point": suite.entry,
-        "wanted": sorted(
-            {n for code in (*suite.names.values(), suite.entry) for n in re.findall(r"[^\W\d]\w*", code)}
-        ),
+        "wanted": sorted(_names_in(*suite.names.values(), suite.entry)),
         "bound": len(suite.names),
         "error": None,
     }
     return [json.dumps(facts).encode(), suite.dumped(), marshal.dumps(suite.preamble), *(calls or ())]
+
+
+def _names_in(*expressions: str) -> set[str]:
+    trees = [ast.parse(text) for text in expressions if not text.startswith("lambda")]
+    return {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
 
 class Suite:
@@ -120,15 +124,16 @@ class Suite:
         suite = cls(compile(preamble, "<preamble>", "exec"), [], {}, "", None)
         steps, names, entry, calls = read_tests(test, entry_point, set(suite._names), live=live)
         suite._names |= dict.fromkeys(names, _Anything())
+        has_functions = any(step.function for step in steps)
         expanded: list[Step] = []
         for step in steps:
-            expanded += suite._cases(step)
+            expanded += suite._cases(step, run=has_functions or not step.stores)
         return cls(suite.preamble, expanded, names, entry, calls)
 
-    def _cases(self, step: Step) -> list[Step]:
-        """The step, once for each case of its test function."""
+    def _cases(self, step: Step, *, run: bool) -> list[Step]:
+        """The step, once for each case of its test function; `run` it if it is no test."""
         if not step.function:
-            if step.is_test:
+            if step.is_test or not run:
                 return [step]
             try:
                 exec(step.code, self._names)  # noqa: S102

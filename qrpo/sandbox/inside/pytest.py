@@ -53,7 +53,7 @@ class approx:
         self,
         expected: Any,
         rel: float | None = None,
-        abs: float | None = None,
+        abs: float | None = None,  # noqa: A002
         nan_ok: bool = False,
     ):
         self._expected, self._rel, self._abs, self._nan = expected, rel, abs, nan_ok

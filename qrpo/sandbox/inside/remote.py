@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from . import pytest
-from .codec import CodecError, Encoder, decode, decode_parts
+from .codec import Encoder, decode, decode_parts
 from .solution import OPERATIONS
 
 __all__ = ["Failure", "Link", "Remote"]
@@ -47,28 +47,29 @@ class Link:
             reply = self._exchange(encoder.encode([operation, *parts]))
             while reply[:1] == b"c":
                 reply = self._exchange(self._call_back(reply[1:]))
-        except CodecError as error:
-            self.fail(f"the tests give the solution what cannot travel: {error}")
+        except Exception as error:
+            self.fail(f"an argument or a call back cannot travel: {error}")
         return self.result(reply, encoder.mutable, quiet=_ENDS.get(operation))
 
     def result(self, reply: bytes, mutable: Sequence[Any] | None = None, *, quiet: str | None = None) -> Any:
         """The result in a reply; `mutable` are the arguments' parts to update."""
-        data = reply[1:]
-        try:
-            if reply[:1] == b"=":
-                if mutable is None:
-                    found = decode(data, self._class)
-                else:
-                    (found, _), _ = decode_parts(data, self._class, self._handle, mutable)
-                self.replies += 1
-                return found
-            error = self._error(*decode(data, self._class)) if reply[:1] == b"!" else None
-        except CodecError as unreadable:
-            self.fail(f"the result is not plain data: {unreadable}")
-        if error is None:
+        kind, data = reply[:1], reply[1:]
+        found, error = None, None
+        if kind not in (b"=", b"!"):
             self.fail(data.decode("utf-8", "replace") or "the solution exited before this call")
+        try:
+            if kind == b"!":
+                error = self._error(*decode(data, self._class))
+            elif mutable is None:
+                found = decode(data, self._class)
+            else:
+                (found, _), _ = decode_parts(data, self._class, self._handle, mutable)
+        except Exception as unreadable:
+            self.fail(f"the result is not plain data: {unreadable}")
         self.replies += 1
-        if quiet is None or type(error).__name__ != quiet:
+        if error is None:
+            return found
+        if type(error).__name__ != quiet:
             self.raised.append(error)
         raise error
 

@@ -30,6 +30,9 @@ OPERATIONS = (*_BINARY.split(), *_UNARY.split(), *_BUILTINS.split(), "enter", "e
 """Python's special methods that tests may use on the solution's objects, without underscores."""
 
 
+_SOLUTION = object()  # stands for the solution's module, which travels only where the tests import it
+
+
 class _Session:
     """A defined solution, and the objects of it that the tests hold."""
 
@@ -55,18 +58,16 @@ class _Session:
 
     def _perform(self, operation: str, *parts: Any) -> Any:
         if operation == "name":
-            found = eval(parts[0], self._names) if parts[0] else sys.modules["solution"]  # noqa: S307
-            if isinstance(found, types.ModuleType):
-                return _Exposed(found)
-            return found
+            return eval(parts[0], self._names) if parts[0] else _SOLUTION  # noqa: S307
+        parts = tuple(sys.modules["solution"] if part is _SOLUTION else part for part in parts)
         if operation == "call":
             target, args, kwargs = parts
             return target(*args, **kwargs)
         if operation in ("getattr", "setattr", "isinstance"):
-            return {"getattr": getattr, "setattr": setattr, "isinstance": isinstance}[operation](*parts)
+            return getattr(builtins, operation)(*parts)
         if operation in ("enter", "exit"):
             return getattr(type(parts[0]), f"__{operation}__")(*parts)
-        special = _NAMED.get(operation) or getattr(operator, operation, None)
+        special: Any = _NAMED.get(operation) or getattr(operator, operation, None)
         return (special or getattr(builtins, operation))(*parts)
 
     def _class(self, name: str) -> Any:
@@ -96,8 +97,8 @@ class _Session:
     def _export(self, value: Any) -> Sequence[Any] | None:
         """The handle of a part that is not data: kind, number, and the special methods of its class, or
         the bases of an exception."""
-        if isinstance(value, _Exposed):
-            value, kind = value.module, "object"
+        if value is _SOLUTION:
+            kind = "object"
         elif isinstance(value, type):
             if value.__module__ == "builtins":
                 return None
@@ -116,13 +117,6 @@ class _Session:
             return kind, len(self._handles) - 1, [base.__name__ for base in value.__mro__]
         special = [name for name in OPERATIONS if hasattr(type(value), f"__{name}__")]
         return kind, len(self._handles) - 1, special
-
-
-class _Exposed:
-    """The solution's module, which travels only where the tests import it."""
-
-    def __init__(self, module: types.ModuleType):
-        self.module = module
 
 
 def answer_calls(jobs: Reader, answer: int, drop_privileges: Callable[[], None]) -> int:
