@@ -1,11 +1,20 @@
+from pathlib import Path
+
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flows.views.inspect.lookup import PromptLookup
+from flows.views.inspect.rows import Query
+from flows.views.inspect.stage import inspect_stage
+from flows.views.runs import RunArtifacts
+from flows.views.theory import equal_rewards as theory_counts
 from tasks.stages import TABLES
 from tasks.stages.quantiles import QuantilesConfig, quantile_table
+from tests.support.pipeline import TinyPipeline
 
 Rows = list[tuple[str, str, int, float | None]]
 
@@ -110,6 +119,47 @@ def test_rewards_of_an_earlier_version_are_read_as_they_were_stored():
     stored = _rewards(rows).set_column(3, "reward", pa.array([row[3] for row in rows], pa.float32()))
     table, _ = quantile_table(pa.array(["a"]), stored, QuantilesConfig(), "train", seed=0)
     np.testing.assert_allclose(table["quantile_reward"][0].as_py(), [0, 2 / 3, 2 / 3, 1], atol=1e-7)
+
+
+ODD = """\
+def odd(prompts, completions, **columns):
+    numbers = [int(prompt.split()[-1]) for prompt in prompts]
+    return [float(number % 2 and place) for place, number in enumerate(numbers)]
+"""
+
+
+@pytest.mark.parametrize("equal_rewards", ["leave_out", "keep"])
+def test_prompts_whose_reference_rewards_are_all_equal_are_counted_and_not_trained_on(
+    tmp_path: Path, tiny_model: Path, equal_rewards: str
+):
+    pipeline = TinyPipeline.create(tmp_path / "base", tiny_model)
+    (pipeline.folder / "odd.py").write_text(ODD)
+    reward = {"kind": "function", "name": "odd", "function": f"{pipeline.folder / 'odd.py'}:odd"}
+    changes = {"reference.sft": None, "rewards": [reward], "quantiles.equal_rewards": equal_rewards}
+    config = pipeline.config(changes)
+
+    results = pipeline.run(config, until="shards")
+
+    manifest = RunArtifacts(pipeline.store, "tiny").manifest("quantiles")
+    rows = pipeline.store.scan(manifest.parts).collect()
+    equal = rows.filter(pl.col("ref_rewards").list.min() == pl.col("ref_rewards").list.max())
+    trained = rows.filter(pl.col("quantile_reward").list.len() > 0)
+    counts = theory_counts(pipeline.store, "tiny")
+    assert len(equal) == counts["equal_rewards"] == manifest.metadata["equal_rewards"] > 0
+    assert counts["note"].startswith(f"the reference rewards of {len(equal)} of 24 prompts are all equal; ")
+    assert results["shards"].rows == len(trained)
+    assert results["shards"].rejects == 0
+    if equal_rewards == "leave_out":
+        assert set(trained["prompt_id"]).isdisjoint(equal["prompt_id"])
+        assert (
+            f"{rows['left_out'].sum()} training completions with the same reward are left out"
+            in counts["note"]
+        )
+    else:
+        assert rows["left_out"].sum() == 0
+        assert "keeps the quantile that `ties: weak` gives" in counts["note"]
+    shown = inspect_stage(PromptLookup(pipeline.store, "tiny"), "quantiles", Query(), columns=None, limit=1)
+    assert shown["note"] == counts["note"]
 
 
 def test_held_out_prompts_have_reference_rewards_and_no_training_completions():
