@@ -1,5 +1,6 @@
 """Training settings: declared once, passed through by name, and in fingerprints only if they change results."""
 
+import os
 import subprocess
 import sys
 
@@ -137,3 +138,9 @@ def test_further_settings_change_the_training_and_execution_options_do_not(folde
 def test_reading_a_section_loads_no_torch():
     code = "import sys, qrpo.training.settings as s; s.PolicyConfig(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_trying_settings_out_leaves_the_environment_as_it_was():
+    before = dict(os.environ)
+    PolicyConfig(fp16=True, torch_compile=True, fsdp=True, processes=2)
+    assert dict(os.environ) == before
