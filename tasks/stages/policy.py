@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qrpo.callables import source_digests
 from qrpo.config import keyed
 from qrpo.errors import ConfigError, DataError
 from qrpo.method.transforms import get_transform
@@ -46,6 +47,8 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     """One part, the policy's folder, from all shards."""
     hashed: dict[str, Any] = {**keyed(settings.section), "seed": settings.seed}
     outside = {"model": upstream.reference_identity}
+    if settings.section.uses_quantiles and ":" in settings.section.transform:
+        outside["transform"] = dict(source_digests(settings.section.transform))
     before = upstream.previous_policy
     if before is not None:
         outside["start"] = {"artifact": before.fingerprint}

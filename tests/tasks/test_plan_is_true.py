@@ -334,3 +334,13 @@ def test_every_stage_uses_the_tokens_that_were_sampled_from(
     ]
     assert compared
     assert [theirs for _, theirs in compared] == pytest.approx([ours for ours, _ in compared], abs=1e-3)
+
+
+def test_the_source_of_a_transform_is_part_of_the_policy(base: TinyPipeline, tmp_path: Path) -> None:
+    source = tmp_path / "transform.py"
+    source.write_text("def f(quantiles):\n    return 2.0 * quantiles\n")
+    config = base.config({"policy.transform": f"{source}:f"})
+    before = plan_pipeline(config, base.store)["policy"].fingerprint
+    assert plan_pipeline(config, base.store)["policy"].fingerprint == before
+    source.write_text("def f(quantiles):\n    return 3.0 * quantiles\n")
+    assert plan_pipeline(config, base.store)["policy"].fingerprint != before
