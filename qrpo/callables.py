@@ -85,9 +85,9 @@ def source_digests(target: str) -> dict[str, str]:
         except SyntaxError as error:
             raise ConfigError(f"{path}:{error.lineno} is not valid Python: {error.msg}") from error
         for module in _imported_modules(tree, name):
-            for where in dict.fromkeys((root, folder, _local_root(module.split(".")[0]))):
-                if where is not None and (files := _module_files(where, module)):
-                    waiting += [(where, file) for file in files]
+            for place in dict.fromkeys((root, folder, _local_root(module.split(".")[0]))):
+                if place is not None and (files := _module_files(place, module)):
+                    waiting += [(place, file) for file in files]
                     break
     return dict(sorted(digests.items()))
 

@@ -136,7 +136,10 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> PipelineConf
         raise ConfigError(
             f"{path}: expected a mapping of sections (prompts, reference, ...), got {type(raw).__name__}"
         )
-    return parse_config(apply_overrides(raw, overrides), where=str(path))
+    try:
+        return parse_config(apply_overrides(raw, overrides), where=str(path))
+    except RecursionError:
+        raise ConfigError(f"{path}: a value contains itself, through an alias: remove the alias") from None
 
 
 def parse_config(raw: Mapping[str, Any], where: str = "configuration") -> PipelineConfig:
@@ -163,8 +166,9 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[st
             raise ConfigError(f"--set {override}: expected key.path=value, such as --set policy.beta=0.1")
         try:
             value = read_yaml(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {override}: the value is not valid YAML") from None
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"--set {override}: the value is not valid YAML: {reason}") from None
         _assign(result, path.split("."), value, override)
     return result
 

@@ -205,7 +205,7 @@ def foreign_tokens(tokenizer: Any, prompt_token_ids: Sequence[int]) -> str | Non
         prompt = _render(tokenizer, [{"role": "user", "content": _MARKER}], generation=True)
     except DataError:  # the template requires more than one user message
         return None
-    ending = prompt.rpartition(_MARKER)[2]
+    ending = _decode(tokenizer, _encode(tokenizer, prompt)).rpartition(_MARKER)[2]
     if not text.endswith(ending):
         return f"it comes from another chat template, this one's prompts end in {ending!r}, it in {text[-len(ending) :]!r}"
     return None

@@ -138,7 +138,7 @@ def parse_row(row: Mapping[str, Any], config: PromptsConfig) -> Prompt:
     """The prompt in a row; DataError with the reason if the row cannot be used."""
     values, rest = _pick_columns(row, config)
     for name in ("image", "images"):
-        if rest.get(name) and not isinstance(rest[name], str):
+        if rest.get(name) and not isinstance(rest[name], (str, int, float)):
             raise DataError(f"the row has {name!r}, and prompts are text alone: use rows without images")
     prompt, completions = _split_prompt(values)
     conversational = not isinstance(prompt, str)
@@ -328,7 +328,7 @@ def functions(value: Any, where: str) -> list[dict[str, Any]]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError(f"{where}[{index}] names no function, expected {{'function': {{'name': ...}}}}")
         if isinstance(function.get("arguments"), str):
-            function["arguments"] = _parsed_text(function["arguments"], f"{where}[{index}].arguments")
+            function["arguments"] = _parsed_text(function["arguments"] or "{}", f"{where}[{index}].arguments")
         functions.append(item)
     return functions
 

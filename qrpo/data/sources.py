@@ -222,7 +222,9 @@ def _csv_rows(url: str) -> Iterator[tuple[str, Row | DataError]]:
                     "so the rows after it cannot be told apart: fix the line, writing a quote inside a field twice"
                 ) from error
             if header is None:
-                if "\0" in "".join(fields) or "".join(fields[:1]).startswith("\udcff\udcfe"):
+                if "\0" in "".join(fields) or "".join(fields[:1]).startswith(
+                    ("\udcff\udcfe", "\udcfe\udcff")
+                ):
                     raise DataError(f"{url} is UTF-16 text, expected UTF-8: save it as UTF-8")
                 if len(set(fields)) < len(fields):
                     raise DataError(f"{where}: the column {_repeated(fields)}")
@@ -288,7 +290,8 @@ def _dataset_rows(source: str) -> Iterator[tuple[str, Row | DataError]]:
                     name, configuration, split=split, revision=revision, cache_dir=cache
                 )
             for number, row in enumerate(_dataset_items(rows)):
-                yield f"{source}[{number}]", row
+                where = f"{source}[{number}]"
+                yield where, DataError(f"{where}: {row}") if isinstance(row, DataError) else row
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
@@ -318,8 +321,8 @@ def dataset_names(source: str) -> tuple[str, str | None, str | None, str]:
     if match is None:
         raise DataError(f"got {source!r}, expected hf://org/name[/config][@revision][:split]")
     name, configuration = str(Path(match["name"]).expanduser()), None
-    is_folder = Path(name).is_dir()
-    if not is_folder and (match["name"].count("/") == 2 or Path(name).parent.is_dir()):
+    in_folder = match["name"].startswith(("/", ".", "~")) and Path(name).parent.is_dir()
+    if not Path(name).is_dir() and (in_folder or match["name"].count("/") == 2):
         name, _, configuration = name.rpartition("/")
     return name, configuration, match["revision"], match["split"] or "train"
 

@@ -7,6 +7,7 @@ example `optim`, `adam_beta2` or `lr_scheduler_kwargs`; transformers is imported
 those. This module needs no torch, so that a configuration is read, checked and shown quickly.
 """
 
+import os
 from dataclasses import fields
 from enum import Enum
 from typing import Any, Literal, Self, get_args, get_type_hints
@@ -310,8 +311,10 @@ def _try_out(config: OptimizationConfig) -> None:
 
     from qrpo.training.runs import training_arguments
 
+    environment = dict(os.environ)  # TrainingArguments leaves settings there, for Accelerate to find
+    one_process = {"fsdp": False} if isinstance(config, PolicyConfig) else {}
     try:
-        arguments = training_arguments(config, "unused")
+        arguments = training_arguments(config.model_copy(update=one_process), "unused")
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **options)
         steps = min(config.max_steps or 1000, 1000)
@@ -330,6 +333,10 @@ def _try_out(config: OptimizationConfig) -> None:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"transformers or torch refuses these settings together: {reason}") from error
+    finally:
+        for name in set(os.environ) - set(environment):
+            del os.environ[name]
+        os.environ.update(environment)
 
 
 def _error(message: str) -> PydanticCustomError:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qrpo.callables import source_digests
 from qrpo.config import keyed
 from qrpo.errors import ConfigError, DataError
 from qrpo.method.transforms import get_transform
@@ -47,6 +48,8 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     section = settings.section
     hashed = {**keyed(section), **precision_settings(section, settings.model), "seed": settings.seed}
     outside = {"model": upstream.reference_identity}
+    if settings.section.uses_quantiles and ":" in settings.section.transform:
+        outside["transform"] = dict(source_digests(settings.section.transform))
     before = upstream.previous_policy
     if before is not None:
         outside["start"] = {"artifact": before.fingerprint}

@@ -191,9 +191,10 @@ def test_real_preferences_of_real_instructions_come_out_as_their_mean(
 
 
 def test_rows_come_from_lists_and_lines_and_a_bad_one_is_named(tmp_path: Path) -> None:
-    rows = [{"instruction": "say [1]", "output": "é"}, {"instruction": "b", "output": "c"}]
-    (tmp_path / "list.json").write_text(json.dumps(rows))
-    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    rows = [{"instruction": "say\u2028[1]\x85", "output": "é"}, {"instruction": "b", "output": "c"}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "list.json").write_text(f"[{','.join(lines)}]", encoding="utf-8-sig")
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8-sig")
     (tmp_path / "bad.json").write_text('[{"instruction": "a", "output": "b"}, {"instruction": 3}]')
     (tmp_path / "empty.json").write_text("[]")
     (tmp_path / "broken.json").write_text("[{")

@@ -1,5 +1,6 @@
 """Training settings: declared once, passed through by name, and in fingerprints only if they change results."""
 
+import os
 import subprocess
 import sys
 
@@ -106,11 +107,6 @@ def test_only_further_settings_that_change_results_enter_the_fingerprint(further
         (PolicyConfig, {"adam_beta3": 0.9}, "Extra inputs are not permitted"),
         (PolicyConfig, {"adam_beta2": "much"}, "valid number"),
         (PolicyConfig, {"adam_beta2": "0.95"}, "valid number"),
-        (PolicyConfig, {"adam_beta1": 2.0}, "Invalid beta parameter"),
-        (PolicyConfig, {"adam_epsilon": -1.0}, "Invalid epsilon value"),
-        (PolicyConfig, {"fp16": True, "bf16": True}, "At most one of fp16 and bf16"),
-        (SftConfig, {"lr_scheduler_kwargs": {"min_lr": 1e-7}}, "unexpected keyword argument 'min_lr'"),
-        (SftConfig, {"lr_scheduler_type": "cosine_with_min_lr"}, "One of min_lr or min_lr_rate"),
         (PolicyConfig, {"optim": "adamw"}, "should be 'adamw_torch'"),
         (PolicyConfig, {"patience": 2}, "eval_fraction is 0"),
     ],
@@ -137,3 +133,25 @@ def test_further_settings_change_the_training_and_execution_options_do_not(folde
 def test_reading_a_section_loads_no_torch():
     code = "import sys, qrpo.training.settings as s; s.PolicyConfig(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"adam_beta1": 2.0}, "Invalid beta parameter"),
+        ({"adam_epsilon": -1.0}, "Invalid epsilon value"),
+        ({"fp16": True, "bf16": True}, "At most one of fp16 and bf16"),
+        ({"lr_scheduler_kwargs": {"min_lr": 1e-7}}, "unexpected keyword argument 'min_lr'"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "One of min_lr or min_lr_rate"),
+    ],
+)
+def test_what_the_optimizer_or_the_schedule_refuses_is_refused_when_it_is_read(given, message):
+    for section in (SftConfig, PolicyConfig):
+        with pytest.raises(ValidationError, match=message):
+            section(**given)
+
+
+def test_trying_settings_out_leaves_the_environment_as_it_was():
+    before = dict(os.environ)
+    PolicyConfig(fp16=True, torch_compile=True, fsdp=True, processes=2)
+    assert dict(os.environ) == before

@@ -13,7 +13,9 @@ import pytest
 
 import tasks.stages.completions
 import tasks.stages.evaluation
+import tasks.stages.shards
 from qrpo.config import Section, is_execution_option
+from qrpo.data.chat import encode_prompt
 from qrpo.engines import open_engine
 from tasks.planner import plan_pipeline
 from tasks.stage import setting_paths
@@ -304,7 +306,7 @@ def test_a_run_plans_each_stage_once(
 
 
 def test_every_stage_uses_the_tokens_that_were_sampled_from(
-    base: TinyPipeline, tmp_path: Path, tiny_model: Path
+    base: TinyPipeline, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The chat template writes the time in microseconds, so no two renderings of a prompt are the same."""
     model = tmp_path / "model"
@@ -312,6 +314,14 @@ def test_every_stage_uses_the_tokens_that_were_sampled_from(
     template = (model / "chat_template.jinja").read_text()
     (model / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y %f') }}" + template)
     pipeline = TinyPipeline.create(tmp_path / "dated", model)
+    rendered: list[str] = []
+
+    def counted(tokenizer: Any, messages: Any, *tools: Any) -> list[int]:
+        rendered.append(messages[-1]["content"])
+        return encode_prompt(tokenizer, messages, *tools)
+
+    for stage in (tasks.stages.completions, tasks.stages.shards):
+        monkeypatch.setattr(stage, "encode_prompt", counted)
     changes = {"reference.sft": None, "quantiles.train_on": "both"}
     pipeline.run(pipeline.config(changes), until="shards")
     config = pipeline.config({**changes, "completions.num_ref": 6, "quantiles.num_completions": 5})
@@ -323,10 +333,12 @@ def test_every_stage_uses_the_tokens_that_were_sampled_from(
         stage: pipeline.store.scan(plans[stage].records.values()).collect().to_dicts()
         for stage in ("completions", "shards", "evaluation")
     }
+    assert rows["evaluation"]
+    assert sorted(rendered) == sorted({f"count to {n}" for n in range(24)})
     drawn = [row for row in rows["completions"] if row["origin"] == "reference"]
     sampled_from = {row["prompt_id"]: row["prompt_token_ids"] for row in drawn}
     assert {row["sample_index"] for row in drawn} == set(range(6))
-    for row in (*drawn, *rows["shards"], *rows["evaluation"]):
+    for row in (*drawn, *rows["shards"]):
         assert row["prompt_token_ids"] == sampled_from[row["prompt_id"]]
     logprobs = {(row["prompt_id"], row["sample_index"]): row["sampled_logprob"] for row in drawn}
     compared = [
@@ -337,3 +349,13 @@ def test_every_stage_uses_the_tokens_that_were_sampled_from(
     ]
     assert compared
     assert [theirs for _, theirs in compared] == pytest.approx([ours for ours, _ in compared], abs=1e-3)
+
+
+def test_the_source_of_a_transform_is_part_of_the_policy(base: TinyPipeline, tmp_path: Path) -> None:
+    source = tmp_path / "transform.py"
+    source.write_text("def f(quantiles):\n    return 2.0 * quantiles\n")
+    config = base.config({"policy.transform": f"{source}:f"})
+    before = plan_pipeline(config, base.store)["policy"].fingerprint
+    assert plan_pipeline(config, base.store)["policy"].fingerprint == before
+    source.write_text("def f(quantiles):\n    return 3.0 * quantiles\n")
+    assert plan_pipeline(config, base.store)["policy"].fingerprint != before
