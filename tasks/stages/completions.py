@@ -18,7 +18,8 @@ from qrpo.data.chat import encode_completion, encode_prompt, load_tokenizer
 from qrpo.engines import EngineConfig
 from qrpo.engines.sampling import Engine, Sample, SampleRequest, SamplingConfig, sample_seed
 from qrpo.errors import DataError
-from qrpo.models import ModelConfig, dtype_setting, model_limits
+from qrpo.models import ModelConfig, dtype_setting
+from qrpo.models.limits import model_limits
 from storage import Manifest, PartRecord, Store, fingerprint
 from storage.checks import at_least, finite, one_of
 from storage.table import Table, column
@@ -273,7 +274,7 @@ def sample_requests(
     namespace: str,
 ) -> tuple[list[SampleRequest], dict[str, str]]:
     """Requests for the wanted sample indices of each prompt, and the prompts that cannot be asked with the reason."""
-    tokenizer = load_tokenizer(model)
+    tokenizer, limits = load_tokenizer(model), model_limits(model, engine.max_model_len)
     requests, refused = [], {}
     for prompt in prompts:
         prompt_id = prompt["prompt_id"]
@@ -282,7 +283,7 @@ def sample_requests(
         except DataError as error:
             refused[prompt_id] = str(error)
             continue
-        problem = engine.problem(token_ids, sampling.max_tokens)
+        problem = limits.problem(token_ids, sampling.max_tokens)
         if problem:
             refused[prompt_id] = problem
             continue

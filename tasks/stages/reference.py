@@ -11,10 +11,12 @@ from typing import Any
 from qrpo.config import Section, keyed
 from qrpo.data.chat import encode_completion, encode_prompt, load_tokenizer
 from qrpo.errors import DataError
-from qrpo.models import ModelConfig, model_identity, model_limits
+from qrpo.models import ModelConfig
+from qrpo.models.limits import model_limits
 from qrpo.seeds import seeded_hash
 from qrpo.training.settings import SftConfig
 from storage import PartRecord
+from tasks.models import known_identity
 from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key, single_part
 from tasks.stage import Stage, setting
 from tasks.stages.prompts import content
@@ -47,7 +49,7 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     """One part, the model folder; no part where no fine-tuning is asked for."""
     sft = settings.sft
     hashed = {"sft": keyed(sft), "seed": settings.seed} if sft else {"sft": None}
-    outside = {"model": model_identity(settings.model)}
+    outside = {"model": known_identity(settings.model, upstream.store, "completions", "reference")}
     family = make_family("reference", VERSION, hashed, outside)
     parents = upstream.parents("prompts")
     if sft is None:

@@ -23,6 +23,7 @@ from storage.checks import at_least, finite, one_of, rule
 from storage.table import Table, column
 from tasks.answers import StoredAnswers
 from tasks.engines import keep
+from tasks.models import known_identity
 from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key
 from tasks.reuse import noted_family, reusable_rows
 from tasks.stage import RowReuse, Stage
@@ -88,7 +89,7 @@ class Settings:
 
 def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     """One part for every completions part."""
-    hashed, outside = reward_settings(settings.rewards)
+    hashed, outside = reward_settings(settings.rewards, upstream.store)
     family = make_family("rewards", VERSION, hashed, outside)
     completions = upstream["completions"]
     prompts = {part.key.fingerprint: part.key for part in upstream.prompt_parts()}
@@ -107,11 +108,15 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     return StagePlan("rewards", family, hashed, outside, parts, upstream.parents("completions"), rows)
 
 
-def reward_settings(rewards: Sequence[RewardConfig]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of the rewards, and the identity of what they call: a function's source, a model's files."""
-    return {reward.name: keyed(reward) for reward in rewards}, {
-        reward.name: identity(reward) for reward in rewards
-    }
+def reward_settings(
+    rewards: Sequence[RewardConfig], store: Store | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of the rewards, and the identity of what they call: a function's source, a model's files as `store` knows them."""
+    outside = {reward.name: identity(reward) for reward in rewards}
+    for reward in rewards:
+        if reward.kind == "model" and store is not None:
+            outside[reward.name]["model"] = known_identity(reward.model, store, "rewards", "evaluation")
+    return {reward.name: keyed(reward) for reward in rewards}, outside
 
 
 def reward_identities(settings: Mapping[str, Any], outside: Mapping[str, Any]) -> dict[str, str]:
@@ -261,7 +266,7 @@ def _committed_scores(
     known: dict[str, dict[str, float | None]] = {}
     if rows.is_empty():
         return known
-    ours = reward_identities(*reward_settings(rewards))
+    ours = reward_identities(*reward_settings(rewards, store))
     scored = rows.filter(rows["error"].is_null()) if "error" in rows.columns else rows
     for (family,), group in scored.group_by("family"):
         noted = noted_family(store, stage, str(family)) or {}
