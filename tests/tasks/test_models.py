@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from qrpo.models import ModelConfig, model_identity
-from storage import Store
+from storage import Manifest, PartRecord, Store
 from storage.fingerprints import canonical_json
 from tasks.models import known_identity
+from tasks.stages import STAGES
 
 
 @pytest.mark.parametrize("stage", ["completions", "rewards"])
@@ -29,3 +30,22 @@ def test_a_store_of_an_earlier_version_keeps_what_it_has_of_a_model(
     assert known_identity(model, Store(tmp_path / "store"), stage) == earlier
     (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
     assert known_identity(model, store, stage) == model_identity(model) not in (earlier, now)
+
+
+@pytest.mark.parametrize(
+    ("cut", "said"),
+    [
+        ([{"cut": 5}, {"cut": 6}], "11 of 20 samples were cut at max_tokens"),
+        ([{"cut": 5}, {"cut": 5}], None),
+        ([{}, {"cut": 6}], "6 of 10 samples"),  # a part of an earlier version did not count them
+        ([{}], None),
+    ],
+)
+def test_a_stage_says_when_most_samples_were_cut(cut: list[dict[str, int]], said: str | None) -> None:
+    for stage in ("completions", "evaluation"):
+        parts = tuple(PartRecord(stage, "", str(i), (), 10, 0, metadata=one) for i, one in enumerate(cut))
+        manifest = Manifest(stage, "", "", {}, {}, {}, parts, rows=10 * len(parts), bytes=0, rejects=0)
+        remark = STAGES[stage].remark
+        assert remark is not None
+        found = remark(manifest)
+        assert found is None if said is None else str(found).startswith(said)
