@@ -179,8 +179,11 @@ def _draw(
         "seed": request.config.seed,
     }
     path, key = request.folder / "completions.json", fingerprint(asked)
-    if path.is_file() and (kept := json.loads(path.read_text(encoding="utf-8")))["fingerprint"] == key:
-        return kept["texts"], kept["refused"]
+    earlier = fingerprint({**asked, "model": model_identity(request.model, every_file=True)})
+    if path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["fingerprint"] in (key, earlier):
+            return kept["texts"], kept["refused"]
     drawn = draw_completions(
         request.model,
         prompts,

@@ -26,7 +26,15 @@ from tasks.work import Work
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["RowCount", "count_rows", "note_family", "noted_family", "reusable_rows", "with_candidates"]
+__all__ = [
+    "RowCount",
+    "count_rows",
+    "family_names",
+    "note_family",
+    "noted_family",
+    "reusable_rows",
+    "with_candidates",
+]
 
 Name = tuple[Any, ...]
 
@@ -60,6 +68,13 @@ def noted_family(store: Store, stage: str, family: str) -> dict[str, Any] | None
         return load_checksummed(data, key) if "sha256" in noted else noted  # earlier versions wrote none
     except (FileNotFoundError, ValueError, DamagedError):
         return _families_of_manifests(store, stage).get(family)
+
+
+def family_names(store: Store, stage: str) -> set[str]:
+    """The families of a stage that the store can describe (`noted_family`)."""
+    prefix = f"families/{stage}"
+    names = {key.removeprefix(f"{prefix}/").removesuffix(".json") for key in store.list(prefix)}
+    return names | _families_of_manifests(store, stage).keys()
 
 
 @lru_cache(16)
@@ -223,10 +238,8 @@ def _servants(
 def _serving_families(store: Store, stage: Stage[Any], plan: StagePlan) -> set[str]:
     assert stage.reuse is not None
     ours = _family_of(stage, plan)
-    prefix = f"families/{stage.name}"
-    names = {key.removeprefix(f"{prefix}/").removesuffix(".json") for key in store.list(prefix)}
     found = set()
-    for family in names | _families_of_manifests(store, stage.name).keys():
+    for family in family_names(store, stage.name):
         theirs = noted_family(store, stage.name, family)
         same_code = theirs is not None and theirs["version"] in (None, stage.version, *stage.reuse.versions)
         if theirs is not None and same_code and stage.reuse.serves(theirs, ours):

@@ -20,7 +20,8 @@ from qrpo.config import Section, execution_option
 from qrpo.engines.options import VLLMOptions
 from qrpo.engines.sampling import Engine, Sample, SampleRequest, SamplingConfig
 from qrpo.errors import DataError, EngineError
-from qrpo.models import Dtype, Limits, ModelConfig, model_limits
+from qrpo.models import Dtype, ModelConfig
+from qrpo.models.limits import Limits, model_limits
 from qrpo.processes.child import Child
 
 __all__ = ["EngineConfig", "open_engine"]
@@ -98,9 +99,6 @@ class _ChildEngine:
     def max_model_len(self) -> int:
         return self._limits.max_length
 
-    def problem(self, prompt_token_ids: Sequence[int], max_tokens: int) -> str | None:
-        return self._limits.problem(prompt_token_ids, max_tokens)
-
     @property
     def pid(self) -> int | None:
         return self._child.pid
@@ -114,7 +112,7 @@ class _ChildEngine:
             if request.key in keys:
                 raise DataError(f"two requests have the key {request.key!r}: make keys unique within a call")
             keys.add(request.key)
-            if reason := self.problem(request.prompt_token_ids, sampling.max_tokens):
+            if reason := self._limits.problem(request.prompt_token_ids, sampling.max_tokens):
                 raise DataError(f"request {request.key!r}: {reason}")
         return self._answers(requests, sampling) if requests else iter(())
 

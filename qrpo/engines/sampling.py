@@ -79,21 +79,13 @@ class Engine(Protocol):
         """Maximum tokens of prompt and completion together; known before the engine starts."""
         ...
 
-    def problem(self, prompt_token_ids: Sequence[int], max_tokens: int) -> str | None:
-        """Why the engine cannot answer the prompt in full; None if it can. Starts nothing.
-
-        An engine refuses the whole call for one prompt that is too long or has an unknown token, and
-        silently shortens the completion of a prompt that is nearly too long.
-        """
-        ...
-
     def sample(
         self, requests: Sequence[SampleRequest], sampling: SamplingConfig
     ) -> Iterator[tuple[str, list[Sample]]]:
         """Yield (key, samples in the order requested) for every request as it finishes, so in any
         order.
 
-        Raises DataError before anything starts if a request does not fit (see `problem`),
+        Raises DataError before anything starts if a request does not fit (see `qrpo.models.limits`),
         EngineError if the engine dies: results already yielded stay valid, and the next call starts
         it again.
         """

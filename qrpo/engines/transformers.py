@@ -17,7 +17,8 @@ from qrpo.data.chat import load_tokenizer
 from qrpo.engines import EngineConfig
 from qrpo.engines.decoding import completion_text, stop_strings, stop_token_ids
 from qrpo.engines.sampling import Sample, SampleRequest, SamplingConfig
-from qrpo.models import Limits, ModelConfig, load_causal_lm
+from qrpo.models import ModelConfig, load_causal_lm
+from qrpo.models.limits import Limits
 
 __all__ = ["TransformersEngine"]
 

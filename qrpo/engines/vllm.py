@@ -21,15 +21,8 @@ from qrpo.engines import EngineConfig
 from qrpo.engines.decoding import completion_text, stop_strings, stop_token_ids
 from qrpo.engines.sampling import Sample, SampleRequest, SamplingConfig
 from qrpo.errors import ConfigError, EngineError, ModelError
-from qrpo.models import (
-    Limits,
-    ModelConfig,
-    check_weights,
-    is_local,
-    load_model_config,
-    location,
-    saved_dtype,
-)
+from qrpo.models import ModelConfig, check_weights, is_local, load_model_config, location, saved_dtype
+from qrpo.models.limits import Limits
 
 __all__ = [
     "VLLMEngine",

@@ -25,16 +25,8 @@ from qrpo.data.chat import Messages, encode_conversations, load_tokenizer
 from qrpo.data.prompts import functions
 from qrpo.engines.options import VLLMOptions
 from qrpo.errors import DataError, ModelError
-from qrpo.models import (
-    Limits,
-    ModelConfig,
-    dtype_setting,
-    is_local,
-    load_reward_model,
-    location,
-    model_identity,
-    model_limits,
-)
+from qrpo.models import ModelConfig, dtype_setting, is_local, load_reward_model, location, model_identity
+from qrpo.models.limits import Limits, model_limits
 from qrpo.processes.child import Child
 from qrpo.rewards.protocol import Answers, Columns, Reward, RewardSection, Score
 

@@ -18,11 +18,11 @@ from qrpo.models import (
     is_local,
     load_model_config,
     location,
-    model_limits,
     require_reward_model,
     saved_dtype,
     weight_count,
 )
+from qrpo.models.limits import model_limits
 from qrpo.rewards.model import ModelReward, ModelRewardConfig, as_score, encode_rows, not_one_score
 from qrpo.rewards.protocol import Score
 

@@ -19,7 +19,8 @@ from qrpo.data.chat import encode_completion, encode_prompt, load_tokenizer
 from qrpo.engines import EngineConfig
 from qrpo.engines.sampling import Engine, Sample, SampleRequest, SamplingConfig, sample_seed
 from qrpo.errors import DataError
-from qrpo.models import ModelConfig, dtype_setting, model_limits
+from qrpo.models import ModelConfig, dtype_setting
+from qrpo.models.limits import model_limits
 from storage import Manifest, PartKey, PartRecord, Store, fingerprint
 from storage.checks import at_least, finite, one_of
 from storage.table import Table, column
@@ -316,7 +317,7 @@ def sample_requests(
 
     `tokens` has the token ids of prompts that were sampled from before; only the others are rendered.
     """
-    tokenizer = load_tokenizer(model)
+    tokenizer, limits = load_tokenizer(model), model_limits(model, engine.max_model_len)
     requests, refused = [], {}
     for prompt in prompts:
         prompt_id = prompt["prompt_id"]
@@ -325,7 +326,7 @@ def sample_requests(
         except DataError as error:
             refused[prompt_id] = str(error)
             continue
-        problem = engine.problem(token_ids, sampling.max_tokens)
+        problem = limits.problem(token_ids, sampling.max_tokens)
         if problem:
             refused[prompt_id] = problem
             continue

@@ -26,13 +26,14 @@ from qrpo.engines import EngineConfig
 from qrpo.engines.sampling import SamplingConfig
 from qrpo.errors import ConfigError
 from qrpo.method.quantiles import quantile_rewards
-from qrpo.models import ModelConfig, model_identity
+from qrpo.models import ModelConfig
 from qrpo.rewards import RewardConfig
 from qrpo.training.settings import PolicyConfig
 from storage import PartRecord, Store, fingerprint
 from storage.checks import at_least, finite, in_range, lists_agree, rule
 from storage.table import Table, column
 from tasks.engines import close_engine, engine_for
+from tasks.models import known_identity
 from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key
 from tasks.reuse import reusable_rows
 from tasks.stage import RowReuse, Stage, setting
@@ -131,7 +132,7 @@ class Settings:
 
 def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     """One part for every model and eval prompts part; none where no prompt is held out or nothing is trained."""
-    rewards, reward_identity = reward_settings(settings.rewards)
+    rewards, reward_identity = reward_settings(settings.rewards, upstream.store)
     hashed = {
         **keyed(settings.section),
         "seed": settings.seed,
@@ -143,7 +144,7 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     outside = {"model": upstream.reference_identity, "rewards": reward_identity}
     family = make_family("evaluation", VERSION, hashed, outside)
     policy = upstream["policy"]
-    others = {name: _identity(model) for name, model in settings.section.models.items()}
+    others = {name: _identity(model, upstream.store) for name, model in settings.section.models.items()}
     on_the_way = {f"step-{step}": [policy.fingerprint, step] for step in settings.section.checkpoints}
     models = {"policy": policy.fingerprint, "reference": None, **on_the_way, **others}
     quantiles_of = upstream["quantiles"].by_prompts()
@@ -164,8 +165,8 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     return StagePlan("evaluation", family, hashed, outside, tuple(parts), parents, rows)
 
 
-def _identity(model: ModelConfig) -> dict[str, Any]:
-    identity = model_identity(model)
+def _identity(model: ModelConfig, store: Store) -> dict[str, Any]:
+    identity = known_identity(model, store, "evaluation")
     return identity if model.dtype == "auto" else {**identity, "dtype": model.dtype}
 
 

@@ -15,11 +15,13 @@ import pyarrow as pa
 from qrpo.config import Section, keyed
 from qrpo.data.chat import encode_completion, encode_prompt, load_tokenizer
 from qrpo.errors import ConfigError, DataError
-from qrpo.models import ModelConfig, has_float32_files, model_identity, model_limits
+from qrpo.models import ModelConfig, has_float32_files
+from qrpo.models.limits import model_limits
 from qrpo.seeds import seeded_hash
 from qrpo.training.ranks import number_of_processes, stream_ranks
 from qrpo.training.settings import OptimizationConfig, SftConfig
 from storage import PartRecord
+from tasks.models import known_identity
 from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key, single_part
 from tasks.stage import Stage, setting
 from tasks.stages.prompts import content, read_prompts
@@ -63,7 +65,7 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     hashed: dict[str, Any] = {"sft": None}
     if sft:
         hashed = {"sft": keyed(sft) | precision_settings(sft, settings.model), "seed": settings.seed}
-    outside = {"model": model_identity(settings.model)}
+    outside = {"model": known_identity(settings.model, upstream.store, "completions", "reference")}
     family = make_family("reference", VERSION, hashed, outside)
     parents = upstream.parents("prompts")
     if sft is None:

@@ -24,6 +24,7 @@ from storage.checks import at_least, finite, one_of, rule
 from storage.table import Table, column
 from tasks.answers import StoredAnswers
 from tasks.engines import keep
+from tasks.models import known_identity
 from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key
 from tasks.reuse import noted_family, reusable_rows
 from tasks.stage import RowReuse, Stage
@@ -92,7 +93,7 @@ class Settings:
 
 def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     """One part for every completions part."""
-    hashed, outside = reward_settings(settings.rewards)
+    hashed, outside = reward_settings(settings.rewards, upstream.store)
     family = make_family("rewards", VERSION, hashed, outside)
     completions = upstream["completions"]
     prompts = {part.key.fingerprint: part.key for part in upstream.prompt_parts()}
@@ -116,8 +117,10 @@ def reward_gpus(rewards: Sequence[RewardConfig]) -> int:
     return max((getattr(reward, "tensor_parallel_size", 1) for reward in rewards), default=1)
 
 
-def reward_settings(rewards: Sequence[RewardConfig]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of the rewards, and the identity of what they call: a function's source, a model's files.
+def reward_settings(
+    rewards: Sequence[RewardConfig], store: Store | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of the rewards, and the identity of what they call: a function's source, a model's files as `store` knows them.
 
     A model's scores are float32. All other rewards are float64, and version 1 rounded them, so its values may not serve.
     """
@@ -125,6 +128,9 @@ def reward_settings(rewards: Sequence[RewardConfig]) -> tuple[dict[str, Any], di
         reward.name: {**identity(reward), **({} if reward.kind == "model" else {"precision": "float64"})}
         for reward in rewards
     }
+    for reward in rewards:
+        if reward.kind == "model" and store is not None:
+            outside[reward.name]["model"] = known_identity(reward.model, store, "rewards", "evaluation")
     return {reward.name: keyed(reward) for reward in rewards}, outside
 
 
@@ -279,7 +285,7 @@ def _committed_scores(
     known: dict[str, dict[str, float | None]] = {}
     if rows.is_empty():
         return known
-    ours = reward_identities(*reward_settings(rewards))
+    ours = reward_identities(*reward_settings(rewards, store))
     usable = rows.filter(rows["error"].is_null()) if "error" in rows.columns else rows
     for (family,), group in usable.group_by("family"):
         noted = noted_family(store, stage, str(family)) or {}

@@ -16,7 +16,8 @@ from pydantic import Field
 
 from qrpo.config import Section, execution_option, keyed
 from qrpo.data.chat import encode_prompt, load_tokenizer
-from qrpo.models import Limits, ModelConfig, model_limits
+from qrpo.models import ModelConfig
+from qrpo.models.limits import Limits, model_limits
 from qrpo.seeds import seeded_hash
 from storage import Manifest, PartRecord, Store, fingerprint, row_digest
 from storage.checks import at_least, finite, lists_agree

@@ -1,5 +1,6 @@
 """What a model is, and what is said where it cannot be loaded."""
 
+import hashlib
 import json
 import shutil
 import sys
@@ -17,16 +18,15 @@ from qrpo.errors import ConfigError, EngineError, ModelError
 from qrpo.models import (
     ModelConfig,
     check_weights,
-    context_length,
     dtype_setting,
     has_float32_files,
     load_causal_lm,
     load_model_config,
     load_reward_model,
     model_identity,
-    model_limits,
     saved_dtype,
 )
+from qrpo.models.limits import context_length, model_limits
 from qrpo.tiny import build_tiny_model
 
 
@@ -48,7 +48,7 @@ def test_a_folder_is_what_its_files_say(tiny_model: Path, tmp_path: Path) -> Non
 def test_a_renamed_or_added_file_is_another_model(tiny_model: Path, tmp_path: Path) -> None:
     copy = tmp_path / "model"
     shutil.copytree(tiny_model, copy)
-    (copy / "generation_config.json").rename(copy / "generation_config.txt")
+    (copy / "chat_template.jinja").rename(copy / "chat_template.txt")
     renamed = model_identity(config_of(copy))
     (copy / "sub").mkdir()
     (copy / "sub" / "empty").touch()
@@ -65,6 +65,38 @@ def test_a_file_that_is_written_again_is_read_again(tiny_model: Path, tmp_path: 
     data[-1] ^= 1
     weights.write_bytes(bytes(data))  # the same size
     assert model_identity(config_of(copy)) != before
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "same"),
+    [
+        ("README.md", "# A model", True),
+        ("optimizer.pt", "0", True),
+        ("rng_state_1.pth", "0", True),
+        ("trainer_state.json", "{}", True),
+        ("checkpoints/40/model.safetensors", "0", True),
+        ("generation_config.json", '{"eos_token_id": 2, "temperature": 0.6}', True),
+        ("generation_config.json", '{"eos_token_id": [2, 5]}', False),
+        ("generation_config.json", "{", False),
+        ("tokenizer_config.json", "{}", False),
+        ("modeling_own.py", "", False),
+        ("1_Pooling/config.json", "{}", False),
+        ("model-00002-of-00002.safetensors", "0", False),
+    ],
+)
+def test_files_that_no_stage_reads_do_not_count(
+    tiny_model: Path, tmp_path: Path, name: str, text: str, same: bool
+) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_model, copy)
+    before, earlier = model_identity(config_of(copy)), model_identity(config_of(copy), every_file=True)
+    files = sorted(path for path in copy.rglob("*") if path.is_file())
+    lines = [f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in files]
+    assert earlier == {"digest": hashlib.sha256("".join(lines).encode()).hexdigest()}
+    (copy / name).parent.mkdir(parents=True, exist_ok=True)
+    (copy / name).write_text(text)
+    assert (model_identity(config_of(copy)) == before) is same
+    assert model_identity(config_of(copy), every_file=True) != earlier
 
 
 def test_a_hub_id_is_its_name_and_revision_without_a_download() -> None:

@@ -8,7 +8,7 @@ from qrpo.config import keyed
 from qrpo.data.prompts import split_of
 from qrpo.engines.sampling import SamplingConfig, sample_seed
 from qrpo.evaluation.comparison import selection_half
-from qrpo.models import Limits
+from qrpo.models.limits import Limits
 from qrpo.seeds import seeded_hash
 
 

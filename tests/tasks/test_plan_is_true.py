@@ -31,6 +31,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "completions.engine.dtype": {"completions.engine.dtype": "float32"},
     "completions.engine.max_model_len": {"completions.engine.max_model_len": 60},
     "completions.sampling.stop": {"completions.sampling.stop": ["two"]},
+    "completions.sampling.stop_token_ids": {"completions.sampling.stop_token_ids": [9]},
     "completions.sampling.top_k": {"completions.sampling.top_k": 5},
     "completions.num_ref": {"completions.num_ref": 6},
     "prompts.columns": {"prompts.columns": {"prompt": "prompt"}},

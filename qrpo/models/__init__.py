@@ -1,4 +1,4 @@
-"""Models: configuration, identity, limits and loading.
+"""Models: configuration, identity and loading; `qrpo.models.limits` has the rows that they take.
 
 A model is a folder or a Hugging Face hub id. Its identity is part of fingerprints: the digest of a folder's files, or the
 name and revision of a hub id, which needs no download. A model is loaded in the precision of its weights, and only if
@@ -10,26 +10,23 @@ import json
 import math
 import os
 import re
-import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from qrpo.config import Section, outside_input
-from qrpo.errors import ConfigError, ModelError
+from qrpo.errors import ModelError
 
 __all__ = [
     "Dtype",
-    "Limits",
     "ModelConfig",
     "check_weights",
-    "context_length",
+    "config_json",
     "dtype_setting",
     "generation_config",
     "has_float32_files",
@@ -39,7 +36,6 @@ __all__ = [
     "load_reward_model",
     "location",
     "model_identity",
-    "model_limits",
     "require_model",
     "require_reward_model",
     "saved_dtype",
@@ -97,28 +93,52 @@ def require_model(model: ModelConfig) -> None:
         )
 
 
-def model_identity(model: ModelConfig) -> dict[str, Any]:
+# Files of a model's folder that no stage reads: descriptions, logs, and what training leaves to
+# resume from.
+_UNREAD = re.compile(
+    r"(readme|license|notice|model_card)(\.\w+)?|.*\.(md|png|jpe?g|gif|svg|pdf|log)|training_args\.bin|trainer_state\.json"
+    r"|(optimizer|scheduler|scaler|rng_state\w*)\.(pt|pth|bin|safetensors)|events\.out\.tfevents.*|metrics\.parquet"
+    r"|(checkpoint-\d+|checkpoints|global_step\d+|runs|logs)/.*",
+    re.IGNORECASE,
+)
+
+
+def model_identity(model: ModelConfig, *, every_file: bool = False) -> dict[str, Any]:
     """The model's identity for fingerprints: `{"digest": sha256 of its files}`, or `{"hub":
     "id@revision"}`.
 
-    Every file of a folder except hidden ones counts, by relative name and content. A process reads
-    a file again only if its size or times change.
+    The files of a folder count by relative name and content, except hidden ones and those that no
+    stage reads. Of `generation_config.json` only the end tokens count. With `every_file` it is the
+    digest of earlier versions, for which only hidden files did not count. A process reads a file
+    again only if its size or times change.
     """
     require_model(model)
     if not is_local(model):
         return {"hub": f"{model.path}@{model.revision or 'main'}"}
     folder = Path(model.path).expanduser()
-    files = sorted(
-        path
+    files = {
+        path.relative_to(folder).as_posix(): path
         for path in folder.rglob("*")
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    }
+    if not every_file:
+        files = {name: path for name, path in files.items() if not _UNREAD.fullmatch(name)}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing releases the GIL
-        digests = threads.map(_digest, files)
-        whole = hashlib.sha256()
-        for path, digest in zip(files, digests, strict=True):
-            whole.update(f"{path.relative_to(folder).as_posix()}\0{digest}\n".encode())
+        digests = dict(zip(files, threads.map(_digest, files.values()), strict=True))
+    if not every_file and "generation_config.json" in files:
+        digests["generation_config.json"] = _end_tokens(files["generation_config.json"])
+    whole = hashlib.sha256()
+    for name in sorted(files, key=lambda name: files[name]):
+        whole.update(f"{name}\0{digests[name]}\n".encode())
     return {"digest": whole.hexdigest()}
+
+
+def _end_tokens(path: Path) -> str:
+    """The end tokens of a generation config as JSON, or the file's digest if it is no JSON object."""
+    try:
+        return json.dumps(json.loads(path.read_bytes()).get("eos_token_id"))
+    except (ValueError, AttributeError):
+        return _digest(path)
 
 
 def _digest(path: Path) -> str:
@@ -139,118 +159,6 @@ def load_model_config(model: ModelConfig) -> Any:
 
     with _readable_errors(model, "its configuration"):
         return AutoConfig.from_pretrained(location(model), **_arguments(model))
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Which rows a model takes."""
-
-    max_length: int
-    """Maximum number of tokens, prompt and completion together."""
-    vocab_size: int
-    """Token ids are below it."""
-
-    def problem(self, token_ids: Sequence[int], max_tokens: int | None = None) -> str | None:
-        """Why the model cannot read these tokens; None if it can.
-
-        With `max_tokens`, they are a prompt that a completion of up to so many tokens follows.
-        """
-        length = len(token_ids)
-        if length == 0:
-            return "the prompt has no tokens" if max_tokens is not None else "it has no tokens"
-        if max_tokens is None and length > self.max_length:
-            return f"the conversation has {length} tokens, but the reward model reads {self.max_length}"
-        if max_tokens is not None and length + max_tokens > self.max_length:
-            return (
-                f"the prompt's {length} tokens and {max_tokens} for the completion (max_tokens) exceed the engine's "
-                f"context of {self.max_length} tokens (max_model_len)"
-            )
-        return self.unknown_token(token_ids)
-
-    def unknown_token(self, token_ids: Sequence[int]) -> str | None:
-        """Names the largest token id if the model has no embedding for it."""
-        if token_ids and not 0 <= (largest := max(token_ids)) < self.vocab_size:
-            return f"a token id is outside the model's vocabulary of {self.vocab_size}: {largest}"
-        return None
-
-
-def model_limits(model: ModelConfig, max_length: int | None = None, setting: str = "max_model_len") -> Limits:
-    """The limits of a model, with `max_length` tokens instead of its whole context if given.
-
-    `setting` is the name of that setting. Raises ConfigError if it exceeds the context.
-    """
-    config = _text_config(model)
-    context = _context(config)
-    if context is None and max_length is None and setting is not None:
-        raise ModelError(f"the configuration of {model.path} states no context length: set {setting}")
-    if context is not None and max_length is not None and max_length > context:
-        raise ConfigError(
-            f"{setting}: got {max_length}, but {model.path} has a context of {context} tokens: lower it"
-        )
-    return Limits(max_length or context or sys.maxsize, int(config["vocab_size"]))
-
-
-def context_length(model: ModelConfig) -> int:
-    """Maximum number of tokens, prompt and completion together."""
-    return model_limits(model, setting="max_model_len").max_length
-
-
-# Their position embeddings start after that of the padding token.
-_POSITIONS_AFTER_PADDING = frozenset(
-    [
-        "camembert",
-        "data2vec-text",
-        "ibert",
-        "lilt",
-        "longformer",
-        "luke",
-        "markuplm",
-        "mpnet",
-        "roberta",
-        "roberta-prelayernorm",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-        "xmod",
-    ]
-)
-
-
-def _text_config(model: ModelConfig) -> Mapping[str, Any]:
-    """The configuration of the language model. Of a folder, `config.json` itself if it has what
-    `model_limits` needs: that takes no import of transformers."""
-    if is_local(model):
-        stated = _config_json(model)
-        for section in (stated, stated.get("text_config") or {}):
-            simple = section.get("model_type", "roberta") not in _POSITIONS_AFTER_PADDING
-            if simple and {"max_position_embeddings", "vocab_size"} <= section.keys():
-                return dict(section)
-    return dict(load_model_config(model).get_text_config().to_dict())
-
-
-def _config_json(model: ModelConfig) -> dict[str, Any]:
-    """`config.json` of a folder."""
-    require_model(model)
-    try:
-        return dict(json.loads((Path(location(model)) / "config.json").read_bytes()))
-    except ValueError as error:
-        raise ModelError(_unloadable(model, "its configuration", error)) from error
-
-
-def _context(config: Mapping[str, Any]) -> int | None:
-    """The context of a text configuration; None if it states none."""
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    length: int | None = next((config[name] for name in names if isinstance(config.get(name), int)), None)
-    if length is None:
-        return None
-    if config.get("model_type") in _POSITIONS_AFTER_PADDING:
-        return int(length - config["pad_token_id"] - 1)
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor") or 1.0
-    if kind == "yarn":  # some files state the context before its extension, some the one after
-        return max(length, int(factor * (rope.get("original_max_position_embeddings") or 0)))
-    if kind in ("linear", "dynamic") and "gemma3" not in str(config.get("model_type")):
-        return int(factor * length)
-    return length
 
 
 def saved_dtype(model: ModelConfig) -> Literal["float32", "bfloat16", "float16"]:
@@ -280,6 +188,15 @@ def has_float32_files(model: ModelConfig) -> bool:
     return is_local(model) and saved_dtype(model.model_copy(update={"dtype": "auto"})) == "float32"
 
 
+def config_json(model: ModelConfig) -> dict[str, Any]:
+    """`config.json` of a folder."""
+    require_model(model)
+    try:
+        return dict(json.loads((Path(location(model)) / "config.json").read_bytes()))
+    except ValueError as error:
+        raise ModelError(_unloadable(model, "its configuration", error)) from error
+
+
 def dtype_setting(model: ModelConfig, *, unstated_is_saved: bool) -> str:
     """`model.dtype` for fingerprints.
 
@@ -289,7 +206,7 @@ def dtype_setting(model: ModelConfig, *, unstated_is_saved: bool) -> str:
     """
     if model.dtype != "auto" or not is_local(model):
         return model.dtype
-    config, saved = _config_json(model), saved_dtype(model)
+    config, saved = config_json(model), saved_dtype(model)
     stated = (
         config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
     )
