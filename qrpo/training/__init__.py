@@ -2,7 +2,8 @@
 
 - `arguments`: the training settings, each declared once
 - `settings`: the YAML sections `policy` and `reference.sft`
-- `trainer`: `QRPOTrainer` and `QRPOConfig`
+- `trainer_arguments`: `QRPOConfig`, and the trainer's arguments for a YAML section
+- `trainer`: `QRPOTrainer`
 - `objectives`: each loss: the completions it uses, its terms, its metrics
 - `rows`: training rows, and datasets in TRL's formats as such rows
 - `loader`: which rows each process trains on at each step

@@ -9,11 +9,9 @@ A run owns a folder:
     final/                the trained model and its tokenizer; renamed to this last, so it is always complete
 """
 
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,36 +28,13 @@ from qrpo.training.logprobs import unwrapped
 from qrpo.training.objectives import SftObjective
 from qrpo.training.saved_model import ModelSaver
 from qrpo.training.settings import OptimizationConfig, PolicyConfig, SftConfig
-from qrpo.training.trainer import CompletionTrainer, CompletionTrainingArguments, QRPOConfig, QRPOTrainer
+from qrpo.training.trainer import CompletionTrainer, QRPOTrainer
+from qrpo.training.trainer_arguments import training_arguments
 
 __all__ = ["load_policy", "train_policy", "train_sft", "training_arguments"]
 
 OnProgress = Callable[[dict[str, Any]], None]
 Saving = Callable[[], AbstractContextManager[None]]
-
-
-def training_arguments(config: OptimizationConfig, output_dir: str | Path, seed: int = 0) -> Any:
-    """The arguments of the trainer for a YAML section: `QRPOConfig` for the policy. Fields of the
-    same name are passed on."""
-    kind = QRPOConfig if isinstance(config, PolicyConfig) else CompletionTrainingArguments
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.prompts_per_step % world_size:
-        raise ConfigError(
-            f"prompts_per_step is {config.prompts_per_step}, expected a multiple of the {world_size} processes"
-        )
-    names = {field.name for field in fields(kind)}
-    given = {name: value for name, value in config if name in names}
-    given |= {
-        "output_dir": str(output_dir),
-        "per_device_train_batch_size": config.prompts_per_step // world_size,
-        "max_steps": config.max_steps or -1,
-        "report_to": list(config.report_to) or "none",
-        "fsdp": (config.fsdp and world_size > 1) or None,
-        "seed": given.get("seed") if given.get("seed") is not None else seed,
-        "use_cpu": not torch.accelerator.is_available(),
-        "disable_tqdm": True,
-    }
-    return kind(**given)
 
 
 def train_policy(

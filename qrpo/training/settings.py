@@ -309,7 +309,7 @@ def _try_out(config: OptimizationConfig) -> None:
     import torch
     from transformers import Trainer, get_scheduler
 
-    from qrpo.training.runs import training_arguments
+    from qrpo.training.trainer_arguments import training_arguments
 
     environment = dict(os.environ)  # TrainingArguments leaves settings there, for Accelerate to find
     one_process = {"fsdp": False} if isinstance(config, PolicyConfig) else {}

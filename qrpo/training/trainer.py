@@ -19,7 +19,6 @@ rows.
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,10 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
-from transformers import TrainingArguments
 
 from qrpo.errors import ConfigError, DataError
 from qrpo.method.transforms import get_transform
 from qrpo.training.adapters import adapters_off
-from qrpo.training.arguments import CompletionSettings, QRPOSettings, check_settings
 from qrpo.training.batches import Layout, cut_batches, saved_tokens
 from qrpo.training.callbacks import EarlyStopping, StepGuard, mean_loss
 from qrpo.training.checkpoints import UNFINISHED, commit_checkpoint, write_error
@@ -49,53 +46,9 @@ from qrpo.training.packing import attention_window
 from qrpo.training.rows import PER_COMPLETION, collate_rows, flatten_rows, merge_columns, take, training_rows
 from qrpo.training.sharding import ShardingTrainer, reshard
 from qrpo.training.throughput import Meter
+from qrpo.training.trainer_arguments import CompletionTrainingArguments, QRPOConfig
 
 __all__ = ["CompletionTrainer", "CompletionTrainingArguments", "QRPOConfig", "QRPOTrainer"]
-
-
-@dataclass
-class CompletionTrainingArguments(CompletionSettings, TrainingArguments):  # type: ignore[misc]
-    """`TrainingArguments` of `CompletionTrainer`; a batch is counted in prompts."""
-
-    remove_unused_columns: bool = False
-    dataloader_pin_memory: bool = False
-    logging_nan_inf_filter: bool = False
-    save_total_limit: int | None = 2
-    ddp_find_unused_parameters: bool | None = False
-    accelerator_config: Any = None
-    data_seed: int | None = None
-
-    @property
-    def n_gpu(self) -> int:
-        """GPUs of this process: at most one, so transformers never uses `nn.DataParallel`."""
-        visible: int = super().n_gpu
-        return min(1, visible)
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-        # Each rank reads its own rows, and their order is a function of the seed and the epoch.
-        if self.accelerator_config is None:
-            self.accelerator_config = {"dispatch_batches": False}
-        super().__post_init__()
-        if self.data_seed is None:
-            self.data_seed = self.seed
-
-
-@dataclass
-class QRPOConfig(QRPOSettings, CompletionTrainingArguments):
-    """Arguments of `QRPOTrainer`: those of `transformers.TrainingArguments` and
-    `qrpo.training.arguments.QRPOSettings`."""
-
-    learning_rate: float = 1e-6
-
-    def __post_init__(self) -> None:
-        if self.patience is not None:
-            self.metric_for_best_model, self.greater_is_better = "eval_loss", False
-        super().__post_init__()
-        # Set after transformers' check that save_steps fit eval_steps: every best evaluation is
-        # saved anyway.
-        if self.patience is not None:
-            self.load_best_model_at_end = True
 
 
 class CompletionTrainer(ShardingTrainer):
@@ -288,9 +241,13 @@ class CompletionTrainer(ShardingTrainer):
         """How to compute the model's logits (`choose_head`) and its rows' layout. Rank 0 tries, since
         only it has the weights of a model that will be sharded."""
         inner, found = unwrapped(self.model), None
+        args = self.args
+        on_cuda = args.device.type == "cuda"
+        # The kernel for packed rows has no float32, and sharing was not measured to pay on CUDA.
+        packs = args.packing and not (on_cuda and self.compute_dtype() == torch.float32)
         if self.accelerator.is_main_process:
             head = choose_head(inner)
-            found = head, best_layout(self.model, self.args.share_prompts) if self.args.packing else "padded"
+            found = head, best_layout(self.model, args.share_prompts and not on_cuda) if packs else "padded"
         if self.accelerator.num_processes > 1:
             (found,) = broadcast_object_list([found])
         assert found is not None
