@@ -27,7 +27,7 @@ from qrpo.models import ModelConfig, model_identity
 from storage import Store, fingerprint
 from tasks.artifact_summary import interval
 from tasks.config import PipelineConfig, apply_overrides
-from tasks.stages.evaluation import checkpoint_model
+from tasks.stages.policy import checkpoint_model
 
 __all__ = ["SUITES", "SuiteRequest", "judge_of", "print_suite"]
 

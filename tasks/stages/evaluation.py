@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,6 @@ from qrpo.config import Section, keyed
 from qrpo.data.chat import load_tokenizer
 from qrpo.engines import EngineConfig
 from qrpo.engines.sampling import SamplingConfig
-from qrpo.errors import ConfigError
 from qrpo.method.quantiles import quantile_rewards
 from qrpo.models import ModelConfig
 from qrpo.rewards import RewardConfig
@@ -45,6 +43,7 @@ from tasks.stages.completions import (
     sample_requests,
     sample_row,
 )
+from tasks.stages.policy import checkpoint_model
 from tasks.stages.prompts import prompt_rows
 from tasks.stages.reference import model_for
 from tasks.stages.rewards import (
@@ -59,7 +58,7 @@ from tasks.stages.rewards import (
 from tasks.stages.shards import LogprobScorer
 from tasks.work import Work
 
-__all__ = ["STAGE", "TABLE", "EvaluationConfig", "checkpoint_model", "compute", "plan", "sample", "summary"]
+__all__ = ["STAGE", "TABLE", "EvaluationConfig", "compute", "plan", "sample", "summary"]
 
 VERSION = 3
 
@@ -266,18 +265,6 @@ def _model(work: Work[Settings], part: PartPlan) -> ModelConfig:
     return checkpoint_model(model_for(work, part, work.settings.model, "policy"), int(step))
 
 
-def checkpoint_model(policy: ModelConfig, step: int) -> ModelConfig:
-    """The model of a step of the training that made the policy; ConfigError where its folder does not keep that one."""
-    folder = Path(policy.path) / "checkpoints"
-    if not (folder / str(step)).is_dir():
-        kept = ", ".join(sorted((path.name for path in folder.glob("*")), key=int)) or "none"
-        raise ConfigError(
-            f"evaluation.checkpoints: the policy keeps no checkpoint of step {step}; its checkpoints: {kept}. "
-            "policy.checkpoint_steps says which are kept, in a training run of their own"
-        )
-    return policy.model_copy(update={"path": str(folder / str(step))})
-
-
 def _score_logprobs(work: Work[Settings], rows: Sequence[dict[str, Any]]) -> None:
     """Log-probabilities of every sample and its tokens under the model that drew it and under the reference.
 
@@ -305,10 +292,8 @@ def _score_logprobs(work: Work[Settings], rows: Sequence[dict[str, Any]]) -> Non
         score(reference, comparable, "ref_token_logprobs")
     for row in comparable:
         row.setdefault("model_token_logprobs", row["ref_token_logprobs"])
-        row["model_logprob"], row["ref_logprob"] = (
-            sum(row["model_token_logprobs"]),
-            sum(row["ref_token_logprobs"]),
-        )
+        row["model_logprob"] = sum(row["model_token_logprobs"])
+        row["ref_logprob"] = sum(row["ref_token_logprobs"])
 
 
 _COMPONENTS = pa.list_(

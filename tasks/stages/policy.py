@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qrpo.callables import source_digests
@@ -23,7 +24,7 @@ from tasks.stages.shards import TABLE as SHARDS
 from tasks.training_files import training_files
 from tasks.work import Progress, Work, progress_of
 
-__all__ = ["STAGE", "compute", "plan", "train"]
+__all__ = ["STAGE", "checkpoint_model", "compute", "plan", "train"]
 
 VERSION = 4
 
@@ -158,6 +159,18 @@ def _mean_ref_std(work: Work[Settings], part: PartPlan) -> float:
     """The mean spread of reference rewards over all prompts, by which scaled transforms divide each prompt's own."""
     stds = work.store.scan(work.inputs(part, "shards")).select("ref_std").drop_nulls().collect()["ref_std"]
     return math.fsum(stds) / len(stds)  # exact, so the same in any order
+
+
+def checkpoint_model(policy: ModelConfig, step: int) -> ModelConfig:
+    """The model of a step of the training that made the policy; ConfigError where its folder does not keep that one."""
+    folder = Path(policy.path) / "checkpoints"
+    if not (folder / str(step)).is_dir():
+        kept = ", ".join(sorted((path.name for path in folder.glob("*")), key=int)) or "none"
+        raise ConfigError(
+            f"evaluation.checkpoints: the policy keeps no checkpoint of step {step}; its checkpoints: {kept}. "
+            "policy.checkpoint_steps says which are kept, in a training run of their own"
+        )
+    return policy.model_copy(update={"path": str(folder / str(step))})
 
 
 STAGE = Stage(
