@@ -15,7 +15,7 @@ __all__ = ["equal_rewards", "print_theory"]
 def equal_rewards(store: Store, run: str) -> dict[str, Any]:
     """The run's prompts whose reference rewards are all equal: the theory holds for those with ranks."""
     manifest = RunArtifacts(store, run).manifest("quantiles")
-    known = {name: manifest.metadata.get(name) for name in ("equal_rewards", "left_out", "note")}
+    known = {name: manifest.metadata.get(name) for name in ("equal_rewards", "num_excluded", "note")}
     if known["equal_rewards"] is None:
         note = "unknown: an earlier version made its quantiles. Run it again"
         return known | {"prompts": manifest.rows, "note": f"equal reference rewards: {note}"}

@@ -165,7 +165,11 @@ class OptimizationConfig(Section, CompletionSettings):
         return processes
 
     @model_validator(mode="after")
-    def _not_both(self) -> Self:
+    def _fit_together(self) -> Self:
+        if self.processes != "auto" and self.prompts_per_step % self.processes:
+            raise ValueError(
+                f"prompts_per_step is {self.prompts_per_step}, expected a multiple of the {self.processes} processes"
+            )
         if self.lora is not None and self.fsdp:
             raise ValueError(
                 "lora: cannot be merged from sharded weights; set fsdp to false, adapters need little memory"

@@ -58,7 +58,7 @@ TABLE = Table(
             column("num_ref", pa.int32()),
             column("ref_mean", pa.float64(), null=True),
             column("ref_std", pa.float64(), null=True),
-            column("left_out", pa.int32()),
+            column("num_excluded", pa.int32()),
             *TRAINING_COLUMNS,
         ]
     ),
@@ -90,9 +90,9 @@ class QuantilesConfig(Section):
     `num_completions`; null for all samples of the prompt but the completion itself. Shows what more samples are worth."""
     ties: Literal["weak", "strict", "mid", "randomized"] = "weak"
     """How equal rewards count: `weak` is the paper's P(s <= r)."""
-    equal_rewards: Literal["leave_out", "keep"] = "leave_out"
+    equal_rewards: Literal["exclude", "keep"] = "exclude"
     """A training completion whose reward equals every reference reward of its prompt has no rank: `ties` alone decides its
-    quantile, and `weak` raises the probability of each completion of such a prompt. `leave_out` does not train on it; `keep`
+    quantile, and `weak` raises the probability of each completion of such a prompt. `exclude` does not train on it; `keep`
     is the paper's."""
     self_exclusion: bool = True
     """Leave a training completion that is itself a reference sample out of its own reference set."""
@@ -148,7 +148,7 @@ def _compute_part(work: Work[Settings], part: PartPlan) -> PartRecord:
         prompts.combine_chunks(), rewards, work.settings.section, part.slice["split"], work.settings.seed
     )
     equal = int(_all_equal(table["ref_rewards"].combine_chunks()).sum())
-    counts = {"equal_rewards": equal, "left_out": pc.sum(table["left_out"]).as_py() or 0}
+    counts = {"equal_rewards": equal, "num_excluded": pc.sum(table["num_excluded"]).as_py() or 0}
     return work.commit(part, table, table=TABLE, started=started, rejects=rejects, metadata=counts)
 
 
@@ -156,14 +156,14 @@ def describe(settings: Settings, store: Store, plan: StagePlan) -> dict[str, Any
     """How many prompts have reference rewards that are all equal, as numbers and in words."""
     records = [plan.records[part.key.fingerprint] for part in plan.parts]
     counts = {
-        name: sum(record.metadata[name] for record in records) for name in ("equal_rewards", "left_out")
+        name: sum(record.metadata[name] for record in records) for name in ("equal_rewards", "num_excluded")
     }
     if not counts["equal_rewards"]:
         return counts
     section = settings.section
     effect = (
-        f"{counts['left_out']:,} training completions with the same reward are left out"
-        if section.equal_rewards == "leave_out"
+        f"{counts['num_excluded']:,} training completions with the same reward are excluded"
+        if section.equal_rewards == "exclude"
         else f"a training completion with the same reward keeps the quantile that `ties: {section.ties}` gives"
     )
     prompts = f"{counts['equal_rewards']:,} of {sum(record.rows for record in records):,} prompts"
@@ -215,15 +215,15 @@ def quantile_table(
     references_B = scored_B & sampled_B
     ref_prompt, ref_rewards = _sorted_within(prompt_B[references_B], reward_B[references_B], len(prompt_ids))
     trained_B = scored_B & _trained_on(origin_B, index_B, config, split)
-    left_out_B = np.zeros_like(trained_B)
-    if config.equal_rewards == "leave_out":
+    excluded_B = np.zeros_like(trained_B)
+    if config.equal_rewards == "exclude":
         lowest_P, highest_P = np.full((2, len(prompt_ids)), np.nan)
         ends = np.cumsum(np.bincount(ref_prompt, minlength=len(prompt_ids)))
         lowest_P[usable_P] = ref_rewards[np.append(0, ends[:-1])[usable_P]]
         highest_P[usable_P] = ref_rewards[ends[usable_P] - 1]
-        left_out_B = trained_B & (reward_B == lowest_P[prompt_B]) & (reward_B == highest_P[prompt_B])
-    left_out_P = np.bincount(prompt_B[left_out_B], minlength=len(prompt_ids))
-    rows = np.flatnonzero(trained_B & ~left_out_B)
+        excluded_B = trained_B & (reward_B == lowest_P[prompt_B]) & (reward_B == highest_P[prompt_B])
+    num_excluded_P = np.bincount(prompt_B[excluded_B], minlength=len(prompt_ids))
+    rows = np.flatnonzero(trained_B & ~excluded_B)
     rows = rows[np.lexsort((index_B[rows], origin_B[rows], prompt_B[rows]))]
     training = {
         "prompt": prompt_B[rows],
@@ -231,7 +231,9 @@ def quantile_table(
         "sample_index": index_B[rows],
         "reward": reward_B[rows],
     }
-    return _table(prompt_ids, ref_prompt, ref_rewards, training, left_out_P, usable_P, config, seed), rejects
+    return _table(
+        prompt_ids, ref_prompt, ref_rewards, training, num_excluded_P, usable_P, config, seed
+    ), rejects
 
 
 def _trained_on(origin_B: Ints, index_B: Ints, config: QuantilesConfig, split: str) -> npt.NDArray[np.bool_]:
@@ -252,7 +254,7 @@ def _table(
     ref_prompt: Ints,
     ref_rewards: Floats,
     training: dict[str, npt.NDArray[Any]],
-    left_out_P: Ints,
+    num_excluded_P: Ints,
     usable_P: npt.NDArray[np.bool_],
     config: QuantilesConfig,
     seed: int,
@@ -287,7 +289,7 @@ def _table(
         "num_ref": num_ref,
         "ref_mean": mean,
         "ref_std": pa.array(np.sqrt(variance), mask=num_ref < 2),  # of a sample, as the published code has it
-        "left_out": left_out_P[usable_P],
+        "num_excluded": num_excluded_P[usable_P],
         "sample_index": _lists(offsets[kept], training["sample_index"]),
         "origin": _lists(offsets[kept], _origins().take(pa.array(training["origin"]))),
         "reward": _lists(offsets[kept], training["reward"]),

@@ -241,9 +241,9 @@ def _rows(
     prompts = prompt_rows(work, part, "messages")
     prompt_ids, tokens = _tokens(work, part)
     rows, rejects = [], []
-    columns = ["prompt_id", "num_ref", "ref_mean", "ref_std", "left_out", *_PER_COMPLETION]
+    columns = ["prompt_id", "num_ref", "ref_mean", "ref_std", "num_excluded", *_PER_COMPLETION]
     for group in work.store.read_part(work.input(part, "quantiles"), columns=columns).to_pylist():
-        if group["left_out"] and not group["sample_index"]:
+        if group["num_excluded"] and not group["sample_index"]:
             continue  # all its completions have the reward of every reference (`quantiles.equal_rewards`)
         prompt_id = group["prompt_id"]
         prompt = prompts[prompt_id]
@@ -310,13 +310,13 @@ def _row(
         )
         return None, rejects
     section = settings.quantiles
-    left_out = section.self_exclusion and section.train_on == "reference" and section.num_ref is None
+    own = section.self_exclusion and section.train_on == "reference" and section.num_ref is None
     row = {
         "prompt_id": prompt_id,
         "prompt_token_ids": prompt_token_ids,
         "ref_mean": group["ref_mean"],
         "ref_std": group["ref_std"],
-        "num_ref": group["num_ref"] - left_out,  # rewards that each quantile was taken among
+        "num_ref": group["num_ref"] - own,  # rewards that each quantile was taken among
         **{name: [group[name][k] for k in keep] for name in _PER_COMPLETION},
     }
     named = zip(row["origin"], row["sample_index"], strict=True)

@@ -57,7 +57,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "sampled_logprob": None,
     },
     "rewards": {**_COMPLETION, "reward": None, "components": None, "error": None},
-    "quantiles": {**_LISTS, "left_out": 0, "ref_rewards": [], "num_ref": 1},
+    "quantiles": {**_LISTS, "num_excluded": 0, "ref_rewards": [], "num_ref": 1},
     "shards": {**_LISTS, "prompt_token_ids": [1, 2], "num_ref": 1},
     "evaluation": {"sample_index": 0, "text": "", "token_ids": [0, 1, 2], "finish_reason": "stop"},
 }

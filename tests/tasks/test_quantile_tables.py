@@ -46,7 +46,7 @@ def _rewards(rows: Rows) -> pa.Table:
     train_on=st.sampled_from(["reference", "offline", "both"]),
     ties=st.sampled_from(["weak", "strict", "mid"]),
     keep=st.none() | st.integers(1, 4),
-    equal=st.sampled_from(["leave_out", "keep"]),
+    equal=st.sampled_from(["exclude", "keep"]),
 )
 def test_table_equals_one_made_row_by_row(rows: Rows, train_on, ties, keep, equal):
     config = QuantilesConfig(train_on=train_on, ties=ties, num_completions=keep, equal_rewards=equal)
@@ -54,14 +54,14 @@ def test_table_equals_one_made_row_by_row(rows: Rows, train_on, ties, keep, equa
 
     table, rejects = quantile_table(pa.array(prompts), _rewards(rows), config, "train", seed=0)
 
-    expected, left_out = {}, []
+    expected, num_excluded = {}, []
     for prompt in prompts:
         scored = sorted(
             (origin, index, reward) for p, origin, index, reward in rows if p == prompt and reward is not None
         )
         references = sorted(reward for origin, _, reward in scored if origin == "reference")
         if len(references) < (1 if train_on == "offline" else 2):
-            left_out.append(prompt)
+            num_excluded.append(prompt)
             continue
         lists, ignored = [], 0
         for origin, index, reward in scored:
@@ -69,7 +69,7 @@ def test_table_equals_one_made_row_by_row(rows: Rows, train_on, ties, keep, equa
                 continue
             if origin == "reference" and keep is not None and index >= keep:
                 continue
-            if equal == "leave_out" and set(references) == {reward}:
+            if equal == "exclude" and set(references) == {reward}:
                 ignored += 1
                 continue
             others = list(references)
@@ -79,12 +79,12 @@ def test_table_equals_one_made_row_by_row(rows: Rows, train_on, ties, keep, equa
             count = {"weak": at_most, "strict": below, "mid": (below + at_most) / 2}[ties]
             lists.append((origin, index, reward, count / len(others)))
         expected[prompt] = (references, lists, ignored)
-    assert [reject["key"] for reject in rejects] == left_out
+    assert [reject["key"] for reject in rejects] == num_excluded
     assert table.schema == TABLES["quantiles"].schema
     assert table["prompt_id"].to_pylist() == list(expected)
     for row in table.to_pylist():
         references, lists, ignored = expected[row["prompt_id"]]
-        assert row["left_out"] == ignored
+        assert row["num_excluded"] == ignored
         assert row["ref_rewards"] == references
         assert row["num_ref"] == len(references)
         assert row["ref_mean"] == pytest.approx(
@@ -128,7 +128,7 @@ def odd(prompts, completions, **columns):
 """
 
 
-@pytest.mark.parametrize("equal_rewards", ["leave_out", "keep"])
+@pytest.mark.parametrize("equal_rewards", ["exclude", "keep"])
 def test_prompts_whose_reference_rewards_are_all_equal_are_counted_and_not_trained_on(
     tmp_path: Path, tiny_model: Path, equal_rewards: str
 ):
@@ -149,14 +149,14 @@ def test_prompts_whose_reference_rewards_are_all_equal_are_counted_and_not_train
     assert counts["note"].startswith(f"the reference rewards of {len(equal)} of 24 prompts are all equal; ")
     assert results["shards"].rows == len(trained)
     assert results["shards"].rejects == 0
-    if equal_rewards == "leave_out":
+    if equal_rewards == "exclude":
         assert set(trained["prompt_id"]).isdisjoint(equal["prompt_id"])
         assert (
-            f"{rows['left_out'].sum()} training completions with the same reward are left out"
+            f"{rows['num_excluded'].sum()} training completions with the same reward are excluded"
             in counts["note"]
         )
     else:
-        assert rows["left_out"].sum() == 0
+        assert rows["num_excluded"].sum() == 0
         assert "keeps the quantile that `ties: weak` gives" in counts["note"]
     shown = inspect_stage(PromptLookup(pipeline.store, "tiny"), "quantiles", Query(), columns=None, limit=1)
     assert shown["note"] == counts["note"]
