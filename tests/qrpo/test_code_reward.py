@@ -359,6 +359,13 @@ def counter():
             "from collections import defaultdict\nd = defaultdict(list)\nf(d)\nassert d == {'x': [1]}",
             (True,),
         ),
+        # what it prints
+        (
+            "def f(): print('hi')",
+            "f",
+            "import contextlib, io\ndef test_a():\n    with contextlib.redirect_stdout(io.StringIO()) as out: f()\n    assert out.getvalue() == 'hi\\n'",
+            (True,),
+        ),
         # many calls, one after another
         (
             "def f(x): return x + 1",
@@ -390,6 +397,7 @@ def test_every_common_form_of_tests_is_run(
         ("def f(x): return 2 * x\nassert f(1) == 2", "themselves"),
         ("class A(f): pass\nassert A().x == 1", "extends"),
         ("assert eval(f(1)) == 2", "'eval'"),
+        ("import asyncio\nassert asyncio.run(f(1)) == 2", "asynchronous"),
         ("import pickle\nassert pickle.loads(f(1)) == 2", "'pickle'"),
         ("import pytest\n@pytest.mark.skip\ndef test_a(): assert f(1) == 2", "skip"),
     ],

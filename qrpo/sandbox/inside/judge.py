@@ -197,17 +197,17 @@ class Suite:
         handled = watch_handlers(link)
         self._names |= {REPLAY: replayed, ASSERTED: asserted, HANDLED: handled, CALL_TEST: call_test}
         absent = {} if replies is not None else self._bind(link)
-        spoilt: set[str] = set()
+        spoilt: dict[str, str] = {}
         variables = {name for step in self.steps for name in step.stores}
         for step in self.steps:
             reason = self._run(step, link, replayed=replies is not None)
-            if bad := spoilt.intersection(step.loads):
-                reason = reason or f"{min(bad)} depends on a statement that failed"
+            reason = next((spoilt[name] for name in step.loads if name in spoilt), reason)
             if step.is_test:
                 lacking = [absent[name] for name in step.loads if name in absent]
                 yield f"{step.label}: {'; '.join([*lacking[:1], reason])}" if reason else ""
             elif reason:
-                spoilt |= {*step.stores, *variables.intersection(step.loads)}
+                touched = {*step.stores, *variables.intersection(step.loads)}
+                spoilt = dict.fromkeys(touched, f"{step.label}: {reason}") | spoilt
 
     def _bind(self, link: Link) -> dict[str, str]:
         """Bind the solution's names; return why those without a value have none."""

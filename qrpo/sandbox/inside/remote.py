@@ -59,11 +59,14 @@ class Link:
             self.fail(data.decode("utf-8", "replace") or "the solution exited before this call")
         try:
             if kind == b"!":
-                error = self._error(*decode(data, self._class))
+                *described, printed = decode(data, self._class)
+                error = self._error(*described)
+                sys.stdout.write(printed)
             elif mutable is None:
                 found = decode(data, self._class)
             else:
-                (found, _), _ = decode_parts(data, self._class, self._handle, mutable)
+                (found, _, printed), _ = decode_parts(data, self._class, self._handle, mutable)
+                sys.stdout.write(printed)
         except Exception as unreadable:
             self.fail(f"the result is not plain data: {unreadable}")
         self.replies += 1

@@ -4,6 +4,7 @@ import ast
 import atexit
 import builtins
 import contextlib
+import io
 import json
 import marshal
 import operator
@@ -40,21 +41,29 @@ class _Session:
         self._names = names
         self._jobs = jobs
         self._answer = answer
+        self._output = sys.stdout = io.StringIO()
         self._handles: list[Any] = []
         self._exposed: set[type] = set()
 
     def reply(self, request: bytes) -> bytes:
-        """b"=" and the result with all arguments afterwards, b"!" and the exception, or b"?" and the
+        """b"=" and the result, all arguments afterwards and what was printed, b"!" and the exception, or b"?" and the
         reason why the result cannot travel."""
         (operation, *parts), mutable = decode_parts(request, self._class, self._handle)
         try:
             result = self._perform(operation, *parts)
         except BaseException as error:
-            return b"!" + _exception(error)
+            return b"!" + _exception(error, self._printed())
         try:
-            return b"=" + Encoder(self._export).encode([result, mutable])
+            return b"=" + Encoder(self._export).encode([result, mutable, self._printed()])
         except CodecError as error:
             return b"?" + str(error).encode("utf-8", "replace")[:300]
+
+    def _printed(self) -> str:
+        """What the solution has printed since the last answer."""
+        text = self._output.getvalue()
+        self._output.seek(0)
+        self._output.truncate()
+        return text
 
     def _perform(self, operation: str, *parts: Any) -> Any:
         if operation == "name":
@@ -175,13 +184,13 @@ def _refuse_live(value: Any) -> None:
         raise CodecError("a function or class is not plain data")
 
 
-def _exception(error: BaseException) -> bytes:
+def _exception(error: BaseException, printed: str = "") -> bytes:
     """The names of the exception's bases, its arguments and its attributes, as far as they are data."""
     names = [kind.__name__ for kind in type(error).__mro__]
     try:
-        return Encoder().encode([names, list(error.args), getattr(error, "__dict__", {})])
+        return Encoder().encode([names, list(error.args), getattr(error, "__dict__", {}), printed])
     except CodecError:
-        return Encoder().encode([names, [str(error)[:1000]], {}])
+        return Encoder().encode([names, [str(error)[:1000]], {}, printed])
 
 
 def _define(blocks: Sequence[str], names: dict[str, Any], fits: Callable[[str, ast.Module], float]) -> None:
