@@ -359,6 +359,19 @@ def counter():
             "from collections import defaultdict\nd = defaultdict(list)\nf(d)\nassert d == {'x': [1]}",
             (True,),
         ),
+        # objects of the tests
+        (
+            "def f(o): return o.get(o.n)",
+            "f",
+            "class D:\n    n = 3\n    def get(self, k): return k + 1\nassert f(D()) == 4",
+            (True,),
+        ),
+        (
+            "def f(o): o.v += 1; return o",
+            "f",
+            "class N:\n    def __init__(self, v): self.v = v\nassert f(N(2)).v == 3",
+            (True,),
+        ),
         # what it prints
         (
             "def f(): print('hi')",

@@ -22,9 +22,9 @@ from dataclasses import replace
 from typing import Any
 
 from . import pytest
-from .codec import CodecError, encode
+from .codec import CodecError, Encoder
 from .framing import Reader, write_frames
-from .remote import Link, watch_handlers
+from .remote import Link, has_methods, watch_handlers
 from .statements import ASSERTED, CALL_TEST, CAPTURE, HANDLED, REPLAY
 from .suite import Step, read_tests
 
@@ -113,6 +113,7 @@ class Suite:
         sys.modules["tests"] = module
         self._names = module.__dict__
         exec(preamble, self._names)  # noqa: S102
+        self._preamble_names = frozenset(self._names)
         self._asserted = 0
 
     @classmethod
@@ -172,7 +173,12 @@ class Suite:
             if not step.is_test and not step.stores:
                 exec(step.code, self._names)  # noqa: S102
         self._names[CAPTURE] = lambda *args, **kwargs: [list(args), kwargs]
-        return [encode(call) for call in eval(self._calls, self._names)]  # noqa: S307
+        return [Encoder(self._refuse_live).encode(call) for call in eval(self._calls, self._names)]  # noqa: S307
+
+    def _refuse_live(self, value: Any) -> None:
+        kind = type(value)
+        if has_methods(kind) and kind.__name__ not in self._preamble_names:
+            raise CodecError("an object of the tests with methods is not plain data")
 
     def reasons(self, replies: list[bytes] | None, exchange: Callable[[bytes], bytes]) -> Iterator[str]:
         """Why each test fails, one after another; empty for a test that passes.

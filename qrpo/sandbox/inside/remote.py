@@ -16,7 +16,7 @@ from . import pytest
 from .codec import Encoder, decode, decode_parts
 from .solution import OPERATIONS
 
-__all__ = ["Failure", "Link", "Remote"]
+__all__ = ["Failure", "Link", "Remote", "has_methods", "watch_handlers"]
 
 
 class Failure(BaseException):
@@ -112,6 +112,9 @@ class Link:
             self._given.append(value)
             return "callback", len(self._given) - 1
         kind = type(value)
+        if has_methods(kind) and kind not in self._classes.values():
+            self._given.append(lambda name: getattr(value, name))
+            return "object", len(self._given) - 1
         if kind.__module__ == "tests":
             self._classes.setdefault(kind.__name__, kind)  # the tests give it away, so it may come back
         return None
@@ -148,6 +151,12 @@ class Link:
             else:
                 found = self._mirrors.setdefault(name, type(name, (found,), {}))
         return found
+
+
+def has_methods(kind: type) -> bool:
+    """Whether a class of the tests has methods besides Python's own."""
+    own = vars(kind).items() if kind.__module__ == "tests" else ()
+    return any(callable(item) and not name.startswith("__") for name, item in own)
 
 
 _END = object()

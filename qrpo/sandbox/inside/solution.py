@@ -39,6 +39,7 @@ class _Session:
 
     def __init__(self, names: dict[str, Any], jobs: Reader, answer: int):
         self._names = names
+        self._class = _find_class(names)
         self._jobs = jobs
         self._answer = answer
         self._output = sys.stdout = io.StringIO()
@@ -79,13 +80,11 @@ class _Session:
         special: Any = _NAMED.get(operation) or getattr(operator, operation, None)
         return (special or getattr(builtins, operation))(*parts)
 
-    def _class(self, name: str) -> Any:
-        found = self._names.get(name)
-        return found if isinstance(found, type) else type(name, (), {})
-
     def _handle(self, kind: str, number: int) -> Any:
         if kind == "callback":
             return lambda *args, **kwargs: self._call_back(number, args, kwargs)
+        if kind == "object":
+            return _Theirs(lambda name: self._call_back(number, (name,), {}))
         return self._pulled(number) if kind == "iterator" else self._handles[number]
 
     def _pulled(self, number: int) -> Iterator[Any]:
@@ -128,6 +127,21 @@ class _Session:
         return kind, len(self._handles) - 1, special
 
 
+class _Theirs:
+    """An object of the tests, whose methods run in their process."""
+
+    def __init__(self, get: Callable[[str], Any]):
+        self._get = get
+
+    def __getattr__(self, name: str) -> Any:
+        return self._get(name)
+
+
+def _find_class(names: Mapping[str, Any]) -> Callable[[str], Any]:
+    """The solution's class of a name, or else one without methods."""
+    return lambda name: found if isinstance(found := names.get(name), type) else type(name, (), {})
+
+
 def answer_calls(jobs: Reader, answer: int, drop_privileges: Callable[[], None]) -> int:
     """Define the solution, then answer requests until the pipe ends.
 
@@ -168,7 +182,7 @@ def answer_calls(jobs: Reader, answer: int, drop_privileges: Callable[[], None])
 
 
 def _replayed(candidate: Any, data: bytes, names: dict[str, Any]) -> bytes:
-    args, kwargs = decode(data, names.get)
+    args, kwargs = decode(data, _find_class(names))
     try:
         result = candidate(*args, **kwargs)
     except BaseException as error:
