@@ -410,6 +410,10 @@ def test_every_common_form_of_tests_is_run(
         ("def f(x): return 2 * x\nassert f(1) == 2", "themselves"),
         ("class A(f): pass\nassert A().x == 1", "extends"),
         ("assert eval(f(1)) == 2", "'eval'"),
+        (
+            "import unittest\nclass T(unittest.TestCase):\n    @unittest.skip('x')\n    def test_a(self): self.assertEqual(f(1), 2)",
+            "skipped",
+        ),
         ("import asyncio\nassert asyncio.run(f(1)) == 2", "asynchronous"),
         ("import pickle\nassert pickle.loads(f(1)) == 2", "'pickle'"),
         ("import pytest\n@pytest.mark.skip\ndef test_a(): assert f(1) == 2", "skip"),

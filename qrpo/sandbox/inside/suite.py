@@ -244,6 +244,9 @@ class _Reading:
         for owner, method, function in targets:
             if isinstance(function, ast.AsyncFunctionDef):
                 raise ValueError(f"the test {function.name!r} is asynchronous")
+            marks = [ast.unparse(mark) for mark in (*function.decorator_list, *node.decorator_list)]  # type: ignore[attr-defined]
+            if any("skip" in mark or "expectedFailure" in mark for mark in marks):
+                raise ValueError(f"the test {function.name!r} is skipped or expected to fail")
             needs = has_real_assertion(function) or bool(loads(function) & self.must_assert)
             if not needs and not has_assertion(function):
                 raise ValueError(f"the test {function.name!r} asserts nothing")
