@@ -359,6 +359,26 @@ def counter():
             "from collections import defaultdict\nd = defaultdict(list)\nf(d)\nassert d == {'x': [1]}",
             (True,),
         ),
+        # objects of the tests
+        (
+            "def f(o): return o.get(o.n)",
+            "f",
+            "class D:\n    n = 3\n    def get(self, k): return k + 1\nassert f(D()) == 4",
+            (True,),
+        ),
+        (
+            "def f(o): o.v += 1; return o",
+            "f",
+            "class N:\n    def __init__(self, v): self.v = v\nassert f(N(2)).v == 3",
+            (True,),
+        ),
+        # what it prints
+        (
+            "def f(): print('hi')",
+            "f",
+            "import contextlib, io\ndef test_a():\n    with contextlib.redirect_stdout(io.StringIO()) as out: f()\n    assert out.getvalue() == 'hi\\n'",
+            (True,),
+        ),
         # many calls, one after another
         (
             "def f(x): return x + 1",
@@ -390,6 +410,11 @@ def test_every_common_form_of_tests_is_run(
         ("def f(x): return 2 * x\nassert f(1) == 2", "themselves"),
         ("class A(f): pass\nassert A().x == 1", "extends"),
         ("assert eval(f(1)) == 2", "'eval'"),
+        (
+            "import unittest\nclass T(unittest.TestCase):\n    @unittest.skip('x')\n    def test_a(self): self.assertEqual(f(1), 2)",
+            "skipped",
+        ),
+        ("import asyncio\nassert asyncio.run(f(1)) == 2", "asynchronous"),
         ("import pickle\nassert pickle.loads(f(1)) == 2", "'pickle'"),
         ("import pytest\n@pytest.mark.skip\ndef test_a(): assert f(1) == 2", "skip"),
     ],

@@ -19,6 +19,8 @@ from qrpo.evaluation.suites.alpaca_eval import (
 )
 from qrpo.evaluation.suites.files import read_rows
 from qrpo.evaluation.suites.leetcode import read_problems, score_solutions
+from qrpo.rewards import CodeRewardConfig
+from qrpo.sandbox import Limits
 from tests.support.rewards import LEETCODE, needs_bubblewrap
 from tests.support.servers import FakeChatServer, Reply, closed_url, token_completion
 
@@ -237,6 +239,7 @@ def test_tests_passed_and_pass_at_1_are_means_over_problems() -> None:
     summary, rows = score_solutions(
         problems,
         {"square": [solution("x * x"), solution("x + 2")], "root": ["no code", solution("isqrt(x)")]},
+        reward=CodeRewardConfig(limits=Limits(cpu_seconds=3), packages=("yaml",)),
     )
 
     shares = {(row["task_id"], row["solution"]): row["tests_passed"] for row in rows}
@@ -246,6 +249,8 @@ def test_tests_passed_and_pass_at_1_are_means_over_problems() -> None:
     assert summary["tests_passed"]["mean"] == pytest.approx((0.75 + 0.5) / 2)
     assert summary["pass_at_1"]["mean"] == pytest.approx(0.5)
     assert summary["unusable"] == {}
+    assert (summary["limits"]["cpu_seconds"], summary["packages"]) == (3, ["yaml"])
+    assert {row["note"] != "" for row in rows if row["tests_passed"] < 1} == {True}
 
 
 @pytest.mark.slow

@@ -13,11 +13,13 @@ import pyarrow as pa
 import pytest
 
 from qrpo.errors import RewardError
+from qrpo.rewards import Score
 from storage import PartKey, Store
 from tasks.answers import StoredAnswers
 from tasks.config import PipelineConfig, load_config, parse_config
 from tasks.plan import PartPlan
 from tasks.planner import plan_pipeline
+from tasks.stages import rewards as rewards_stage
 from tasks.stages.completions import TABLE
 from tasks.stages.rewards import STAGE, missing_rewards, reward_settings
 
@@ -287,3 +289,13 @@ def test_every_example_of_a_kind_can_be_planned_offline(
     plans = plan_pipeline(load_config(path), Store(tmp_path / "store"), until="rewards", read_source=True)
     assert plans["rewards"].parts
     assert plans["rewards"].missing == plans["rewards"].parts
+
+
+def test_a_reference_solution_that_fails_its_own_tests_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    origins = [("a", "offline"), ("a", "reference"), ("b", "offline"), ("b", "reference")]
+    rows = [{"prompt_id": prompt_id, "origin": origin} for prompt_id, origin in origins]
+    failed = Score(0.0, note="line 2: AssertionError")
+    rewards_stage._warn_of_broken_tests(rows, [failed, failed, failed, Score(1.0)])
+    (message,) = caplog.messages
+    assert "prompt a: all 2 completions have the reward 0.0" in message
+    assert "line 2: AssertionError" in message

@@ -226,7 +226,7 @@ def decode_parts(
 ) -> tuple[Any, list[Any]]:
     """The value and its parts that can change, in the order of `Encoder.mutable`.
 
-    With `into`, the value is a list of two, and the second a list of new states of these objects:
+    With `into`, the second item of the value is a list of new states of these objects:
     they take these states, keep their identity, and stand for the states in the value.
     """
     try:
@@ -281,7 +281,7 @@ def _decode(
 ) -> tuple[Any, list[Any]]:
     ours: dict[int, Any] = {}
     if into is not None:
-        (_, (states,)) = nodes[root[0]][1]
+        (_, (states,), *_) = nodes[root[0]][1]
         ours = {index: old for (index,), old in zip(nodes[states][1], into, strict=True)}
     values = [_shell(node, find_class, find_handle) for node in nodes]
     for index, old in ours.items():

@@ -22,9 +22,9 @@ from dataclasses import replace
 from typing import Any
 
 from . import pytest
-from .codec import CodecError, encode
+from .codec import CodecError, Encoder
 from .framing import Reader, write_frames
-from .remote import Link, watch_handlers
+from .remote import Link, has_methods, watch_handlers
 from .statements import ASSERTED, CALL_TEST, CAPTURE, HANDLED, REPLAY
 from .suite import Step, read_tests
 
@@ -113,6 +113,7 @@ class Suite:
         sys.modules["tests"] = module
         self._names = module.__dict__
         exec(preamble, self._names)  # noqa: S102
+        self._preamble_names = frozenset(self._names)
         self._asserted = 0
 
     @classmethod
@@ -172,7 +173,12 @@ class Suite:
             if not step.is_test and not step.stores:
                 exec(step.code, self._names)  # noqa: S102
         self._names[CAPTURE] = lambda *args, **kwargs: [list(args), kwargs]
-        return [encode(call) for call in eval(self._calls, self._names)]  # noqa: S307
+        return [Encoder(self._refuse_live).encode(call) for call in eval(self._calls, self._names)]  # noqa: S307
+
+    def _refuse_live(self, value: Any) -> None:
+        kind = type(value)
+        if has_methods(kind) and kind.__name__ not in self._preamble_names:
+            raise CodecError("an object of the tests with methods is not plain data")
 
     def reasons(self, replies: list[bytes] | None, exchange: Callable[[bytes], bytes]) -> Iterator[str]:
         """Why each test fails, one after another; empty for a test that passes.
@@ -197,17 +203,17 @@ class Suite:
         handled = watch_handlers(link)
         self._names |= {REPLAY: replayed, ASSERTED: asserted, HANDLED: handled, CALL_TEST: call_test}
         absent = {} if replies is not None else self._bind(link)
-        spoilt: set[str] = set()
+        spoilt: dict[str, str] = {}
         variables = {name for step in self.steps for name in step.stores}
         for step in self.steps:
             reason = self._run(step, link, replayed=replies is not None)
-            if bad := spoilt.intersection(step.loads):
-                reason = reason or f"{min(bad)} depends on a statement that failed"
+            reason = next((spoilt[name] for name in step.loads if name in spoilt), reason)
             if step.is_test:
                 lacking = [absent[name] for name in step.loads if name in absent]
                 yield f"{step.label}: {'; '.join([*lacking[:1], reason])}" if reason else ""
             elif reason:
-                spoilt |= {*step.stores, *variables.intersection(step.loads)}
+                touched = {*step.stores, *variables.intersection(step.loads)}
+                spoilt = dict.fromkeys(touched, f"{step.label}: {reason}") | spoilt
 
     def _bind(self, link: Link) -> dict[str, str]:
         """Bind the solution's names; return why those without a value have none."""

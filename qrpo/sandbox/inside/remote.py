@@ -16,7 +16,7 @@ from . import pytest
 from .codec import Encoder, decode, decode_parts
 from .solution import OPERATIONS
 
-__all__ = ["Failure", "Link", "Remote"]
+__all__ = ["Failure", "Link", "Remote", "has_methods", "watch_handlers"]
 
 
 class Failure(BaseException):
@@ -59,11 +59,14 @@ class Link:
             self.fail(data.decode("utf-8", "replace") or "the solution exited before this call")
         try:
             if kind == b"!":
-                error = self._error(*decode(data, self._class))
+                *described, printed = decode(data, self._class)
+                error = self._error(*described)
+                sys.stdout.write(printed)
             elif mutable is None:
                 found = decode(data, self._class)
             else:
-                (found, _), _ = decode_parts(data, self._class, self._handle, mutable)
+                (found, _, printed), _ = decode_parts(data, self._class, self._handle, mutable)
+                sys.stdout.write(printed)
         except Exception as unreadable:
             self.fail(f"the result is not plain data: {unreadable}")
         self.replies += 1
@@ -109,6 +112,9 @@ class Link:
             self._given.append(value)
             return "callback", len(self._given) - 1
         kind = type(value)
+        if has_methods(kind) and kind not in self._classes.values():
+            self._given.append(lambda name: getattr(value, name))
+            return "object", len(self._given) - 1
         if kind.__module__ == "tests":
             self._classes.setdefault(kind.__name__, kind)  # the tests give it away, so it may come back
         return None
@@ -145,6 +151,12 @@ class Link:
             else:
                 found = self._mirrors.setdefault(name, type(name, (found,), {}))
         return found
+
+
+def has_methods(kind: type) -> bool:
+    """Whether a class of the tests has methods besides Python's own."""
+    own = vars(kind).items() if kind.__module__ == "tests" else ()
+    return any(callable(item) and not name.startswith("__") for name, item in own)
 
 
 _END = object()

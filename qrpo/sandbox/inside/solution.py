@@ -4,6 +4,7 @@ import ast
 import atexit
 import builtins
 import contextlib
+import io
 import json
 import marshal
 import operator
@@ -38,23 +39,32 @@ class _Session:
 
     def __init__(self, names: dict[str, Any], jobs: Reader, answer: int):
         self._names = names
+        self._class = _find_class(names)
         self._jobs = jobs
         self._answer = answer
+        self._output = sys.stdout = io.StringIO()
         self._handles: list[Any] = []
         self._exposed: set[type] = set()
 
     def reply(self, request: bytes) -> bytes:
-        """b"=" and the result with all arguments afterwards, b"!" and the exception, or b"?" and the
+        """b"=" and the result, all arguments afterwards and what was printed, b"!" and the exception, or b"?" and the
         reason why the result cannot travel."""
         (operation, *parts), mutable = decode_parts(request, self._class, self._handle)
         try:
             result = self._perform(operation, *parts)
         except BaseException as error:
-            return b"!" + _exception(error)
+            return b"!" + _exception(error, self._printed())
         try:
-            return b"=" + Encoder(self._export).encode([result, mutable])
+            return b"=" + Encoder(self._export).encode([result, mutable, self._printed()])
         except CodecError as error:
             return b"?" + str(error).encode("utf-8", "replace")[:300]
+
+    def _printed(self) -> str:
+        """What the solution has printed since the last answer."""
+        text = self._output.getvalue()
+        self._output.seek(0)
+        self._output.truncate()
+        return text
 
     def _perform(self, operation: str, *parts: Any) -> Any:
         if operation == "name":
@@ -70,13 +80,11 @@ class _Session:
         special: Any = _NAMED.get(operation) or getattr(operator, operation, None)
         return (special or getattr(builtins, operation))(*parts)
 
-    def _class(self, name: str) -> Any:
-        found = self._names.get(name)
-        return found if isinstance(found, type) else type(name, (), {})
-
     def _handle(self, kind: str, number: int) -> Any:
         if kind == "callback":
             return lambda *args, **kwargs: self._call_back(number, args, kwargs)
+        if kind == "object":
+            return _Theirs(lambda name: self._call_back(number, (name,), {}))
         return self._pulled(number) if kind == "iterator" else self._handles[number]
 
     def _pulled(self, number: int) -> Iterator[Any]:
@@ -119,6 +127,21 @@ class _Session:
         return kind, len(self._handles) - 1, special
 
 
+class _Theirs:
+    """An object of the tests, whose methods run in their process."""
+
+    def __init__(self, get: Callable[[str], Any]):
+        self._get = get
+
+    def __getattr__(self, name: str) -> Any:
+        return self._get(name)
+
+
+def _find_class(names: Mapping[str, Any]) -> Callable[[str], Any]:
+    """The solution's class of a name, or else one without methods."""
+    return lambda name: found if isinstance(found := names.get(name), type) else type(name, (), {})
+
+
 def answer_calls(jobs: Reader, answer: int, drop_privileges: Callable[[], None]) -> int:
     """Define the solution, then answer requests until the pipe ends.
 
@@ -159,7 +182,7 @@ def answer_calls(jobs: Reader, answer: int, drop_privileges: Callable[[], None])
 
 
 def _replayed(candidate: Any, data: bytes, names: dict[str, Any]) -> bytes:
-    args, kwargs = decode(data, names.get)
+    args, kwargs = decode(data, _find_class(names))
     try:
         result = candidate(*args, **kwargs)
     except BaseException as error:
@@ -175,13 +198,13 @@ def _refuse_live(value: Any) -> None:
         raise CodecError("a function or class is not plain data")
 
 
-def _exception(error: BaseException) -> bytes:
+def _exception(error: BaseException, printed: str = "") -> bytes:
     """The names of the exception's bases, its arguments and its attributes, as far as they are data."""
     names = [kind.__name__ for kind in type(error).__mro__]
     try:
-        return Encoder().encode([names, list(error.args), getattr(error, "__dict__", {})])
+        return Encoder().encode([names, list(error.args), getattr(error, "__dict__", {}), printed])
     except CodecError:
-        return Encoder().encode([names, [str(error)[:1000]], {}])
+        return Encoder().encode([names, [str(error)[:1000]], {}, printed])
 
 
 def _define(blocks: Sequence[str], names: dict[str, Any], fits: Callable[[str, ast.Module], float]) -> None:

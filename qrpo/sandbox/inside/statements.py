@@ -23,6 +23,7 @@ __all__ = [
     "compiled",
     "has_assertion",
     "has_real_assertion",
+    "imported",
     "is_assertion_call",
     "is_fixture",
     "is_installed",
@@ -64,8 +65,7 @@ def refuse_running_text(tree: ast.Module) -> None:
         if isinstance(node, ast.Name) and node.id in _RUN_TEXT:
             found = node.id
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            modules = [getattr(node, "module", None) or "", *[alias.name for alias in node.names]]
-            found = next((m for m in modules if m.split(".")[0] in _RUN_TEXT_MODULES), "")
+            found = next(iter(imported(node) & _RUN_TEXT_MODULES), "")
         elif isinstance(node, ast.Attribute) and node.attr in (
             "__globals__",
             "__builtins__",
@@ -75,6 +75,13 @@ def refuse_running_text(tree: ast.Module) -> None:
             found = node.attr
         if found:
             raise ValueError(f"they use {found!r} in line {node.lineno}, and tests may not run text as code")  # type: ignore[attr-defined]
+
+
+def imported(node: ast.AST) -> set[str]:
+    """The packages that a statement imports."""
+    if isinstance(node, ast.ImportFrom):
+        return {(node.module or "").split(".")[0]}
+    return {alias.name.split(".")[0] for alias in node.names} if isinstance(node, ast.Import) else set()
 
 
 def is_installed(module: str) -> bool:

@@ -34,6 +34,7 @@ from .statements import (
     compiled,
     has_assertion,
     has_real_assertion,
+    imported,
     is_fixture,
     is_installed,
     is_test_function,
@@ -80,6 +81,8 @@ class _Reading:
     def __init__(self, test: str, entry_point: str, preamble_names: set[str]):
         tree = ast.parse(test)
         refuse_running_text(tree)
+        if any(isinstance(node, ast.Await) or "asyncio" in imported(node) for node in ast.walk(tree)):
+            raise ValueError("they are asynchronous")
         self.entry = entry_point
         entry_tree = ast.parse(entry_point, mode="eval").body if entry_point else None
         self.root = (
@@ -158,13 +161,13 @@ class _Reading:
     def _without_solution_imports(self, node: ast.stmt) -> ast.stmt:
         return _Imports(self).visit(node)  # type: ignore[no-any-return]
 
-    def is_solution_module(self, module: str, imported: Iterable[str] | None) -> bool:
+    def is_solution_module(self, module: str, names: Iterable[str] | None) -> bool:
         """Whether tests mean the solution by a module that is not installed; ValueError if they
         mean something else."""
         if module == "pytest" or (module.split(".")[0] != "solution" and is_installed(module)):
             return False
         if module in ("solution", "") or (
-            imported is not None and (not self.entry or not {"*", self.root, self.last}.isdisjoint(imported))
+            names is not None and (not self.entry or not {"*", self.root, self.last}.isdisjoint(names))
         ):
             return True
         raise ValueError(f"they import {module!r}, which is not installed in the sandbox")
@@ -241,6 +244,9 @@ class _Reading:
         for owner, method, function in targets:
             if isinstance(function, ast.AsyncFunctionDef):
                 raise ValueError(f"the test {function.name!r} is asynchronous")
+            marks = [ast.unparse(mark) for mark in (*function.decorator_list, *node.decorator_list)]  # type: ignore[attr-defined]
+            if any("skip" in mark or "expectedFailure" in mark for mark in marks):
+                raise ValueError(f"the test {function.name!r} is skipped or expected to fail")
             needs = has_real_assertion(function) or bool(loads(function) & self.must_assert)
             if not needs and not has_assertion(function):
                 raise ValueError(f"the test {function.name!r} asserts nothing")
