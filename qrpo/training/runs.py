@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, get_scheduler
 
 from qrpo.data.chat import load_tokenizer
 from qrpo.errors import ConfigError, DataError, TrainingError
@@ -31,7 +31,7 @@ from qrpo.training.objectives import SftObjective
 from qrpo.training.settings import OptimizationConfig, PolicyConfig, SftConfig
 from qrpo.training.trainer import CompletionTrainer, CompletionTrainingArguments, QRPOConfig, QRPOTrainer
 
-__all__ = ["load_policy", "train_policy", "train_sft", "training_arguments"]
+__all__ = ["check_arguments", "load_policy", "train_policy", "train_sft", "training_arguments"]
 
 OnProgress = Callable[[dict[str, Any]], None]
 
@@ -58,6 +58,39 @@ def training_arguments(config: OptimizationConfig, output_dir: str | Path, seed:
         "disable_tqdm": True,
     }
     return kind(**given)
+
+
+def check_arguments(config: OptimizationConfig) -> None:
+    """Raise ConfigError if the optimizer or the schedule that these settings give refuses them.
+
+    A package that is missing here may be there where the training runs.
+    """
+    environment = dict(os.environ)  # TrainingArguments leaves settings there, for Accelerate to find
+    one_process = {"fsdp": False} if isinstance(config, PolicyConfig) else {}
+    try:
+        arguments = training_arguments(config.model_copy(update=one_process), "unused")
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **options)
+        steps = min(config.max_steps or 1000, 1000)
+        schedule = get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=arguments.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+        )
+        for _ in range(steps):
+            optimizer.step()
+            schedule.step()
+    except ImportError:
+        return
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"transformers or torch refuses these settings together: {reason}") from error
+    finally:
+        for name in set(os.environ) - set(environment):
+            del os.environ[name]
+        os.environ.update(environment)
 
 
 def train_policy(
