@@ -71,7 +71,7 @@ def check_arguments(config: OptimizationConfig) -> None:
         arguments = training_arguments(config.model_copy(update=one_process), "unused")
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **options)
-        steps = min(config.max_steps or 1000, 1000)
+        steps = config.max_steps or 10 * max(10_000, int(config.warmup_steps))
         schedule = get_scheduler(
             arguments.lr_scheduler_type,
             optimizer,
@@ -79,7 +79,7 @@ def check_arguments(config: OptimizationConfig) -> None:
             num_training_steps=steps,
             scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
         )
-        for _ in range(steps):
+        for _ in range(min(steps, 1000)):
             optimizer.step()
             schedule.step()
     except ImportError:
