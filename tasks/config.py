@@ -70,6 +70,18 @@ class PipelineConfig(Section):
         return f"{self.prompts.name}, {self.reference.model.path.rstrip('/').rsplit('/', 1)[-1]}"
 
     @model_validator(mode="after")
+    def _trainable(self) -> "PipelineConfig":
+        for name, section in (("policy", self.policy), ("reference.sft", self.reference.sft)):
+            if section is not None and section.needs_check:
+                from qrpo.training.trainer_arguments import check_arguments
+
+                try:
+                    check_arguments(section)
+                except ConfigError as error:
+                    raise ValueError(f"{name}: {error}") from None
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> "PipelineConfig":
         names = [reward.name for reward in self.rewards]
         if len(set(names)) < len(names):

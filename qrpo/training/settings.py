@@ -7,7 +7,6 @@ example `optim`, `adam_beta2` or `lr_scheduler_kwargs`; transformers is imported
 those. This module needs no torch, so that a configuration is read, checked and shown quickly.
 """
 
-import os
 from dataclasses import fields
 from enum import Enum
 from typing import Any, Literal, Self, get_args, get_type_hints
@@ -149,8 +148,6 @@ class OptimizationConfig(Section, CompletionSettings):
         if self.model_extra:
             further = _further_arguments(type(self).__name__, self.model_extra)
             object.__setattr__(self, "__pydantic_extra__", further)
-        if self.further or self.lr_scheduler_type in NEED_ARGUMENTS:
-            _try_out(self)
         if self.warmup_steps > 1 and self.warmup_steps % 1:
             raise ValueError(
                 f"warmup_steps: got {self.warmup_steps}, expected a fraction below 1 or whole steps"
@@ -190,6 +187,12 @@ class OptimizationConfig(Section, CompletionSettings):
     def dtype(self) -> Literal["float32", "bfloat16", "float16"]:
         """Precision of the matrix products."""
         return "bfloat16" if self.bf16 else "float16" if self.further.get("fp16") else "float32"
+
+    @property
+    def needs_check(self) -> bool:
+        """Whether only the optimizer or the schedule can tell if they take these settings; see
+        `qrpo.training.trainer_arguments.check_arguments`."""
+        return bool(self.further) or self.lr_scheduler_type in NEED_ARGUMENTS
 
     def fingerprint_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The keys of earlier versions, so that their artifacts are found, and what else was set
@@ -303,44 +306,6 @@ def _further_arguments(section: str, given: dict[str, Any]) -> dict[str, Any]:
     if errors:
         raise ValidationError.from_exception_data(section, errors)
     return checked
-
-
-def _try_out(config: OptimizationConfig) -> None:
-    """Raise ValueError if the optimizer or the schedule that these settings give refuses them.
-
-    A package that is missing here may be there where the training runs.
-    """
-    import torch
-    from transformers import Trainer, get_scheduler
-
-    from qrpo.training.trainer_arguments import training_arguments
-
-    environment = dict(os.environ)  # TrainingArguments leaves settings there, for Accelerate to find
-    one_process = {"fsdp": False} if isinstance(config, PolicyConfig) else {}
-    try:
-        arguments = training_arguments(config.model_copy(update=one_process), "unused")
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
-        optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **options)
-        steps = min(config.max_steps or 1000, 1000)
-        schedule = get_scheduler(
-            arguments.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=arguments.get_warmup_steps(steps),
-            num_training_steps=steps,
-            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
-        )
-        for _ in range(steps):
-            optimizer.step()
-            schedule.step()
-    except ImportError:
-        return
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"transformers or torch refuses these settings together: {reason}") from error
-    finally:
-        for name in set(os.environ) - set(environment):
-            del os.environ[name]
-        os.environ.update(environment)
 
 
 def _error(message: str) -> PydanticCustomError:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from qrpo.errors import ConfigError
 from qrpo.training.arguments import CompletionSettings, QRPOSettings, check_settings
 
-__all__ = ["CompletionTrainingArguments", "QRPOConfig", "training_arguments"]
+__all__ = ["CompletionTrainingArguments", "QRPOConfig", "check_arguments", "training_arguments"]
 
 
 @dataclass
@@ -81,3 +81,36 @@ def training_arguments(config: Any, output_dir: str | Path, seed: int = 0) -> An
         "disable_tqdm": True,
     }
     return kind(**given)
+
+
+def check_arguments(config: Any) -> None:
+    """Raise ConfigError if the optimizer or the schedule that these settings give refuses them.
+
+    A package that is missing here may be there where the training runs.
+    """
+    environment = dict(os.environ)  # TrainingArguments leaves settings there, for Accelerate to find
+    one_process = {"fsdp": False} if isinstance(config, QRPOSettings) else {}
+    try:
+        arguments = training_arguments(config.model_copy(update=one_process), "unused")
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **options)
+        steps = config.max_steps or 10 * max(10_000, int(config.warmup_steps))
+        schedule = get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=arguments.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+        )
+        for _ in range(min(steps, 1000)):
+            optimizer.step()
+            schedule.step()
+    except ImportError:
+        return
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"transformers or torch refuses these settings together: {reason}") from error
+    finally:
+        for name in set(os.environ) - set(environment):
+            del os.environ[name]
+        os.environ.update(environment)

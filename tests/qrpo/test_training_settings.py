@@ -10,9 +10,10 @@ from transformers import HfArgumentParser
 
 from qrpo import QRPOConfig
 from qrpo.config import is_execution_option, keyed
+from qrpo.errors import ConfigError
 from qrpo.training.arguments import QRPOSettings
-from qrpo.training.runs import training_arguments
 from qrpo.training.settings import PolicyConfig, SftConfig
+from qrpo.training.trainer_arguments import check_arguments, training_arguments
 from tests.support.training import metrics, same_weights, train
 
 
@@ -145,13 +146,14 @@ def test_reading_a_section_loads_no_torch():
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "One of min_lr or min_lr_rate"),
     ],
 )
-def test_what_the_optimizer_or_the_schedule_refuses_is_refused_when_it_is_read(given, message):
-    for section in (SftConfig, PolicyConfig):
-        with pytest.raises(ValidationError, match=message):
-            section(**given)
+def test_what_the_optimizer_or_the_schedule_refuses_is_refused_before_a_run(given, message):
+    for section in (SftConfig(**given), PolicyConfig(**given)):
+        assert section.needs_check
+        with pytest.raises(ConfigError, match=message):
+            check_arguments(section)
 
 
 def test_trying_settings_out_leaves_the_environment_as_it_was():
     before = dict(os.environ)
-    PolicyConfig(fp16=True, torch_compile=True, fsdp=True, processes=2)
+    check_arguments(PolicyConfig(fp16=True, torch_compile=True, fsdp=True, processes=2))
     assert dict(os.environ) == before

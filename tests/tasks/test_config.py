@@ -49,6 +49,11 @@ def test_minimal_configuration_is_complete():
         ("policy.seed=4294967296", "policy.seed: Input should be less than 4294967296"),
         ("compare.seeds=[0, -1]", "compare.seeds.1: Input should be greater than or equal to 0"),
         ("policy.processes=3", "prompts_per_step is 128, expected a multiple of the 3 processes"),
+        (
+            "policy.adam_beta1=2.0",
+            "policy: transformers or torch refuses these settings together: Invalid beta",
+        ),
+        ("reference.sft={adam_beta1: 2.0}", "reference.sft: transformers or torch refuses these settings"),
         ("policy.warmup_steps=1.5", "warmup_steps: got 1.5, expected a fraction below 1 or whole steps"),
     ],
 )
