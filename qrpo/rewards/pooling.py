@@ -39,6 +39,10 @@ class PoolingReward:
 
     def __init__(self, config: ModelRewardConfig):
         model = config.model
+        require_reward_model(model)
+        hf_config = load_model_config(model)
+        if (labels := hf_config.num_labels) != 1:
+            raise ModelError(not_one_score(model.path, labels))
         if config.tensor_parallel_size == 1:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"  # checked by `model_limits`
@@ -50,10 +54,6 @@ class PoolingReward:
                 f"vLLM cannot be imported ({error}): install it (`make install`, or `pip install vllm`), or set the "
                 "reward's engine to transformers"
             ) from error
-        require_reward_model(model)
-        hf_config = load_model_config(model)
-        if (labels := hf_config.num_labels) != 1:
-            raise ModelError(not_one_score(model.path, labels))
         self._path, self._tokenizer = model.path, load_tokenizer(model)
         self._limits = model_limits(model, config.max_length, "max_length")
         probes = self._probe(config)

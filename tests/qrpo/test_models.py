@@ -27,6 +27,8 @@ from qrpo.models import (
     saved_dtype,
 )
 from qrpo.models.limits import context_length, model_limits
+from qrpo.rewards import ModelRewardConfig
+from qrpo.rewards.pooling import PoolingReward
 from qrpo.tiny import build_tiny_model
 
 
@@ -270,6 +272,8 @@ def test_models_load_in_the_wanted_precision(tiny_model: Path, tiny_reward_model
 
 
 def test_a_language_model_is_no_reward_model(tiny_model: Path) -> None:
+    with pytest.raises(ModelError, match="is a LlamaForCausalLM, expected a sequence-classification"):
+        PoolingReward(ModelRewardConfig(model=config_of(tiny_model), engine="vllm"))
     with pytest.raises(ModelError, match="is a LlamaForCausalLM, expected a sequence-classification"):
         load_reward_model(config_of(tiny_model))
 
