@@ -11,7 +11,15 @@ from dataclasses import fields
 from enum import Enum
 from typing import Any, Literal, Self, get_args, get_type_hints
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from qrpo.config import Section, Seed, execution_option
@@ -129,7 +137,7 @@ class OptimizationConfig(Section, CompletionSettings):
     """Number of newest checkpoints to keep."""
     logging_steps: int = execution_option(1, ge=1)
     """Steps between rows of metrics."""
-    processes: int | Literal["auto"] = execution_option("auto")
+    processes: PositiveInt | Literal["auto"] = execution_option("auto")
     """Processes of this machine to train with, one per GPU. `auto` uses every visible GPU, or fewer
     if `prompts_per_step` is not a multiple of them; without a GPU, one process."""
     fsdp: bool = execution_option(False)
@@ -154,13 +162,6 @@ class OptimizationConfig(Section, CompletionSettings):
             )
         return self
 
-    @field_validator("processes")
-    @classmethod
-    def _at_least_one(cls, processes: int | str) -> int | str:
-        if processes != "auto" and int(processes) < 1:
-            raise ValueError(f"expected `auto` or at least 1, got {processes}")
-        return processes
-
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
         if self.processes != "auto" and self.prompts_per_step % self.processes:
@@ -175,8 +176,8 @@ class OptimizationConfig(Section, CompletionSettings):
 
     def idle_fields(self) -> frozenset[str]:
         """Settings without an effect."""
-        unused = {"lora": self.lora is None, "save_dtype": self.save_dtype == "auto"}
-        return frozenset(name for name, is_unused in unused.items() if is_unused)
+        used = {"lora": self.lora is not None, "save_dtype": self.save_dtype != "auto"}
+        return frozenset(name for name, is_used in used.items() if not is_used)
 
     @property
     def further(self) -> dict[str, Any]:

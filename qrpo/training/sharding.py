@@ -1,7 +1,9 @@
 """FSDP2: weights, gradients and optimizer state sharded over the processes.
 
-Layers compute in the training precision. What they return, and the sums of gradients, are float32,
-as under autocast on one process: bfloat16 cannot represent the log-probability of a completion.
+Layers are gathered in float32 and compute under autocast, as on one process, so `fsdp` changes no
+result. Gathered in bfloat16, which takes half the communication, norms and embeddings would be
+rounded, and what the model returns too: bfloat16 cannot represent the log-probability of a whole
+completion.
 
 Checkpoints hold whole tensors in the files of an unsharded run. So a run resumes with any number of
 processes, sharded or not.
@@ -25,11 +27,11 @@ OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # the Trainer's own names
 
 
 class ShardingTrainer(Trainer):  # type: ignore[misc]
-    """A `transformers.Trainer` with this precision and these checkpoints if `args.fsdp` is set."""
+    """A `transformers.Trainer` with these numbers and checkpoints if `args.fsdp` is set."""
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Also set the precision, and shard on CPUs, where torch can but accelerate does not ask it
-        to."""
+        """Also keep float32 weights, and shard on CPUs, where torch can but accelerate does not ask
+        it to."""
         args = self.args
         if args.fsdp:
             if args.world_size == 1:
@@ -41,13 +43,7 @@ class ShardingTrainer(Trainer):  # type: ignore[misc]
             args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = sorted(
                 layers & {type(module).__name__ for module in self.model.modules()}
             )
-            if args.bf16 or args.fp16:
-                args.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(
-                    param_dtype=torch.bfloat16 if args.bf16 else torch.float16,
-                    reduce_dtype=torch.float32,
-                    output_dtype=torch.float32,
-                    cast_forward_inputs=False,
-                )
+            args.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy()
             if args.use_cpu:
                 PartialState().distributed_type = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()
@@ -175,6 +171,11 @@ def _share(whole: torch.Tensor, like: Any) -> torch.Tensor:
     """This rank's share of a tensor that all ranks have."""
     if not isinstance(like, DTensor):
         return whole
+    if whole.shape != like.shape:
+        raise TrainingError(
+            f"a checkpoint holds a tensor of shape {tuple(whole.shape)} for a weight of shape {tuple(like.shape)}: it is of "
+            "another model, or of an optimizer whose state cannot be sharded. Resume without fsdp, or delete the checkpoint"
+        )
     share: torch.Tensor = distribute_tensor(
         whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None
     )

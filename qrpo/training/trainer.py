@@ -124,7 +124,8 @@ class CompletionTrainer(ShardingTrainer):
             total += loss.detach()
             seen_B[indices] = logprob_B.detach().to(seen_B.dtype)
         self.guard.note_loss(total)
-        self._seen.append(None if empty else (seen_B.cpu(), _without_tokens(columns, layout)))
+        if self.args.logging_strategy != "no":
+            self._seen.append(None if empty else (seen_B.cpu(), _without_tokens(columns, layout)))
         return total
 
     def logprobs(
