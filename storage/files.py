@@ -199,12 +199,12 @@ class LocalFiles:
         with plain_errors(self.root, prefix):
             for folder, folders, names in os.walk(start):
                 folders.sort()
+                within = Path(folder).relative_to(self.root).as_posix()
                 for name in sorted(names):
-                    path = Path(folder, name)
-                    key = path.relative_to(self.root).as_posix()
+                    key = name if within == "." else f"{within}/{name}"
                     if is_key(key):
                         with suppress(FileNotFoundError):  # deleted meanwhile
-                            status = path.stat()
+                            status = os.stat(os.path.join(folder, name))
                             yield FileInfo(key, status.st_size, status.st_mtime)
 
     def open_input(self, key: str, size: int | None = None) -> BinaryIO:

@@ -8,6 +8,7 @@ key only through these checks, so no write can leave the store's folder.
 import os
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -62,6 +63,7 @@ def check_name(name: str, what: str = "name") -> str:
     return name
 
 
+@lru_cache(1 << 16)  # most segments of a large store's keys repeat
 def _is_segment(name: str) -> bool:
     return bool(_NAME.fullmatch(name)) and set(name) != {"."} and not name.startswith(TEMPORARY)
 

@@ -7,7 +7,8 @@
     leases/       which process works on which part
     work/         scratch folders that survive a kill
 
-There is no index and no database, and a run lists no folder, so nothing can disagree with the files.
+There is no index and no database. What a run finds and commits depends on no listing, so nothing can
+disagree with the files.
 """
 
 import builtins
