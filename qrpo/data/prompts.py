@@ -298,7 +298,7 @@ def _message(message: Any, where: str) -> Message:
     if role is None and "from" in message:
         role, content = message["from"], message.get("value")
         role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise DataError(f"{where} has role {role!r}, expected one of {', '.join(sorted(_ROLES))}")
     further = {key: _without_nulls(_jsonable(value)) for key, value in _further(message).items()}
     if "tool_calls" in further:

@@ -203,7 +203,7 @@ json_values = st.recursive(
     max_leaves=8,
 )
 columns = st.sampled_from(
-    ["prompt", "completion", "chosen", "rejected", "messages", "conversations", "other"]
+    ["prompt", "completion", "chosen", "rejected", "messages", "conversations", "tools", "other"]
 )
 
 
@@ -214,7 +214,7 @@ def test_any_row_is_understood_or_refused_with_a_data_error(row: dict[str, Any])
     except DataError:
         return
     assert prompt.messages
-    assert prompt.prompt_id == prompt_id(prompt.messages)
+    assert prompt.prompt_id == prompt_id(prompt.messages, prompt.tools)
     json.loads(prompt.metadata)
 
 
