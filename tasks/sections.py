@@ -22,7 +22,7 @@ class RunConfig(Section):
     workers: int | None = execution_option(None, ge=1)
     """Workers, each with an engine of its own; by default as many as the GPUs allow, without GPUs one for each core."""
     gpus_per_worker: int | None = execution_option(None, ge=0)
-    """GPUs of one worker; by default what the engine's tensor and pipeline parallelism take, where there are GPUs."""
+    """GPUs of one worker; by default what its stage needs: the engine's, the largest reward model's, or one per training process."""
     cluster: str | None = execution_option(None)
     """Address of a Dask or Ray cluster that runs already (tcp://HOST:8786, ray://HOST:10001); by default each stage starts
     one on this machine and ends it."""

@@ -376,9 +376,10 @@ def _some(names: set[str]) -> str:
 @contextmanager
 def _readable_errors(model: ModelConfig, what: str, *kinds: type[Exception]) -> Iterator[None]:
     """Raise ModelError for errors of files, for those of these kinds, and for any of the model's own Python code."""
+    known: tuple[type[Exception], ...] = (OSError, ValueError, *kinds)
     try:
         yield
-    except (OSError, ValueError, *kinds) as error:  # type: ignore[misc]
+    except known as error:
         raise ModelError(_unloadable(model, what, error)) from error
     except Exception as error:
         if not model.trust_remote_code:
