@@ -35,6 +35,9 @@ __all__ = ["STAGE", "TABLE", "compute", "content", "plan", "prompt_rows", "read_
 
 VERSION = 1
 
+TOOL_USE = column("tool_use", pa.string(), null=True)
+"""JSON of `messages` with their tool calls and of `tools`; null for a prompt without."""
+
 TABLE = Table(
     schema=pa.schema(
         [
@@ -48,15 +51,12 @@ TABLE = Table(
             column("offline_completions", pa.list_(pa.string())),
             column("metadata", pa.string()),
             column("conversational", pa.bool_()),
+            TOOL_USE,
         ]
     ),
     key=("prompt_id",),
     checks=(one_of("split", ("train", "eval")), no_null_items("offline_completions")),
 )
-
-
-TOOL_USE = column("tool_use", pa.string(), null=True)
-"""Only in parts with tools: JSON of `messages` with their tool calls and of `tools`; null for a prompt without."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,7 @@ class PromptsPart:
 
     def table(self) -> pa.Table:
         """The part's rows."""
-        uses_tools = any(TOOL_USE.name in row for row in self.rows)
-        return pa.Table.from_pylist(
-            self.rows, schema=TABLE.schema.append(TOOL_USE) if uses_tools else TABLE.schema
-        )
+        return pa.Table.from_pylist(self.rows, schema=TABLE.schema)
 
 
 def plan(settings: Settings, upstream: Upstream) -> StagePlan:
