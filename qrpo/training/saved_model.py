@@ -120,7 +120,9 @@ class ModelSaver(TrainerCallback):  # type: ignore[misc]
         if start.is_file():
             changed = (trained - torch.tensor(json.loads(start.read_text()))).abs().mean().item()
             logs["learned_log_ratio/mean_abs"] = changed
+        should_log = self._trainer.control.should_log
         self._trainer.log(logs)
+        self._trainer.control.should_log = should_log  # `log` clears it, and the step's loss would be lost
         if lost <= MAX_LOST * changed:
             return self._dtype
         dtype = torch.float32 if self._decides else self._dtype

@@ -205,6 +205,7 @@ def test_saved_weights_keep_what_training_changed(folder, rows, tmp_path, caplog
     assert lost == pytest.approx(np.abs(rounded - trained).mean(), rel=0.05)
     assert learned == pytest.approx(np.abs(trained - np.stack(scores_of(rows))).mean(), rel=0.05)
     assert lost > 0.2 * learned
+    assert len(measured["loss"]) == 4, "every step is logged, also those whose model is kept"
     assert "saved in bfloat16; set save_dtype to `float32`" in caplog.text
 
 
