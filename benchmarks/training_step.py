@@ -1,12 +1,11 @@
 """One training step: `QRPOTrainer` beside TRL's DPOTrainer, a plain padded step, and a bare floor.
 
     OMP_NUM_THREADS=1 python -m benchmarks.training_step --trl-python PYTHON [--rounds 5] [--out training_step.json]
-    python -m benchmarks.training_step --device cuda --size 1b --ways ours_qrpo plain [--rounds 1] [--steps 6]
 
 PYTHON is an interpreter of another environment (`python3.11 -m venv trl-venv`, `trl-venv/bin/pip install torch==2.13.0 trl==1.16.0
 transformers==5.19.0`); without it TRL is skipped. Every way does the same work on random weights: prompts with a chosen and a rejected
-completion of log-normal lengths, forward, backward, gradient clipping and an update. On a CPU: float32, one thread, SGD, which keeps no
-state. On a GPU: weights, gradients and AdamW's state in bfloat16, so that 8B fits 80 GB, with gradient checkpointing.
+completion of log-normal lengths, forward, backward, gradient clipping and an update, in float32 on one thread of a CPU, with SGD,
+which keeps no state. `benchmarks.gpu` measures a GPU.
 
     floor            sequences one by one, unpadded; the head on completion tokens only, in chunks of 16 MiB of logits that are
                      computed again in the backward pass; QRPO's loss, a bare loop
@@ -14,15 +13,14 @@ state. On a GPU: weights, gradients and AdamW's state in bfloat16, so that 8B fi
     floor_our_head   the same with `qrpo.training.head` for the head: what remains is the trainer's work and padding
     ours_qrpo        QRPOTrainer, loss qrpo, reference log-probabilities from the data
     ours_dpo         QRPOTrainer, loss dpo
-    plain            padded batches in the order of the rows, all logits, log_softmax and gather; QRPO's loss, a bare loop. One batch
-                     on a CPU, as many as ours on a GPU
+    plain            padded batches in the order of the rows, all logits, log_softmax and gather; QRPO's loss, a bare loop, one batch
     trl_default      DPOTrainer with its defaults: the whole step in one padded batch, reference computed in each step
     trl_precomputed  DPOTrainer with precompute_ref_log_probs, the whole step in one padded batch
     trl_best         the same, one pair at a time by gradient accumulation, which pads least
 
 Each sample is a process that takes `--steps` steps: medians of all but the first. Ways that minimize the same loss must report the same
 gradient norm. Peak memory is the process's largest resident size, libraries included, and `step_mib` the part of it that came after the
-model was loaded; on a GPU, what torch allocated. A GPU way may run out of memory, which is then its result.
+model was loaded.
 """
 
 import argparse
@@ -45,26 +43,17 @@ BETA = 0.1
 FLOORS, OURS = ("floor", "floor_64mib", "floor_our_head"), ("ours_qrpo", "ours_dpo")
 WAYS = (*FLOORS, *OURS, "plain", "trl_default", "trl_precomputed", "trl_best")
 SAME_LOSS = ((*FLOORS, "ours_qrpo", "plain"), ("ours_dpo", "trl_default", "trl_precomputed", "trl_best"))
-# hidden, intermediate, layers, heads, key-value heads, tied embeddings: the last three as Llama 3.2 1B, 3B and Llama 3.1 8B
-SIZES = {
-    "tiny": (64, 172, 2, 2, 1, False),
-    "1b": (2048, 8192, 16, 32, 8, True),
-    "3b": (3072, 8192, 28, 24, 8, True),
-    "8b": (4096, 14336, 32, 32, 8, False),
-}
 CHUNK = 2**22  # logits at a time in the floor, as in ours on a CPU: 16 MiB in float32
 
 
-def make_rows(device: str, vocab_size: int) -> list[dict[str, Any]]:
+def make_rows(vocab_size: int) -> list[dict[str, Any]]:
     """Prompts with two completions each; token 1 ends a completion.
 
-    Fewer on a CPU where the vocabulary is large, so that TRL's step, all logits of one padded batch, fits 24 GiB of memory.
+    Fewer where the vocabulary is large, so that TRL's step, all logits of one padded batch, fits 24 GiB of memory.
     """
     rng = np.random.default_rng(0)
-    prompts = 32 if device == "cuda" else 4 if vocab_size < 100_000 else 2
-    prompt_size, completion_size = (
-        ((200, 0.7, 1024), (350, 0.7, 1536)) if device == "cuda" else ((60, 0.6, 200), (100, 0.8, 400))
-    )
+    prompts = 4 if vocab_size < 100_000 else 2
+    prompt_size, completion_size = (60, 0.6, 200), (100, 0.8, 400)
 
     def ids(median: float, sigma: float, most: int) -> list[int]:
         length = int(np.clip(median * np.exp(sigma * rng.normal()), 8, most))
@@ -83,38 +72,30 @@ def make_rows(device: str, vocab_size: int) -> list[dict[str, Any]]:
 
 
 def make_model(options: argparse.Namespace) -> Any:
-    """The same Llama in every process, created on its device: bfloat16 on a GPU, float32 on a CPU."""
+    """The same Llama in every process."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    hidden, intermediate, layers, heads, kv_heads, tied = SIZES[options.size]
     config = LlamaConfig(
         vocab_size=options.vocab[0],
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
+        hidden_size=64,
+        intermediate_size=172,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
         max_position_embeddings=4096,
-        tie_word_embeddings=tied,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
     )
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.float32 if options.device == "cpu" else torch.bfloat16)
-    with torch.device(options.device):
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    if options.device == "cuda":
-        model.gradient_checkpointing_enable()
-    return model
+    return LlamaForCausalLM(config)
 
 
 class Stopwatch:
     """Samples of the steps of this process."""
 
-    def __init__(self, device: str, rows: list[dict[str, Any]]) -> None:
-        self._cuda, self._samples, self._loaded = device == "cuda", list[Sample](), 0.0
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self._samples, self._loaded = list[Sample](), 0.0
         self._completions = sum(len(c) for row in rows for c in row["completion_token_ids"])
         self._tokens = self._completions + sum(2 * len(row["prompt_token_ids"]) for row in rows)
 
@@ -125,27 +106,23 @@ class Stopwatch:
 
     def stop(self, grad_norm: float) -> None:
         """End it."""
-        if self._cuda:
-            torch.cuda.synchronize()
         self._samples.append({**since(self._began), "grad_norm": grad_norm})
 
     def sample(self) -> Sample:
         """Medians of all steps but the first, which has the gradient norm of the initial weights."""
         counted = self._samples[1:]
         wall, cpu = (statistics.median(step[clock] for step in counted) for clock in ("wall", "cpu"))
-        peak = torch.cuda.max_memory_allocated() / 2**20 if self._cuda else self._memory("VmHWM")
+        peak = self._memory("VmHWM")
         return {
             "wall": wall,
             "cpu": cpu,
-            "tokens_per_second": self._tokens / (wall if self._cuda else cpu),
+            "tokens_per_second": self._tokens / cpu,
             "peak_mib": peak,
             "step_mib": peak - self._loaded,
             "grad_norm": self._samples[0]["grad_norm"],
         }
 
     def _memory(self, field: str) -> float:
-        if self._cuda:
-            return torch.cuda.memory_allocated() / 2**20
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
 
@@ -154,12 +131,7 @@ def bare_loop(
     model: Any, batches: list[Any], logprobs: Callable[[Any], Any], watch: Stopwatch, steps: int
 ) -> None:
     """QRPO's gradient over batches of (row number, prompt, completion, quantile), clipping and update, with nothing else."""
-    on_gpu = model.device.type == "cuda"
-    optimizer = (
-        torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-        if on_gpu
-        else torch.optim.SGD(model.parameters(), lr=1e-6)
-    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     model.train()
     rows = sum(map(len, batches))
     with torch.no_grad():
@@ -167,7 +139,7 @@ def bare_loop(
     for _ in range(steps):
         watch.start()
         for batch, ref_B in zip(batches, reference, strict=True):
-            target_B = torch.tensor([target(quantile) for _, _, quantile in batch], device=model.device)
+            target_B = torch.tensor([target(quantile) for _, _, quantile in batch])
             ((target_B - BETA * (logprobs(batch) - ref_B)).square().sum() / rows).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -201,7 +173,7 @@ def run_floor(model: Any, rows: list[Any], watch: Stopwatch, options: argparse.N
 
     def logprobs(batch: list[Any]) -> Any:
         ((prompt, completion, _),) = batch
-        ids = torch.tensor([[*prompt, *completion]], device=model.device)
+        ids = torch.tensor([[*prompt, *completion]])
         hidden_TD = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
         targets_T = ids[0, len(prompt) :]
         if options.way == "floor_our_head":
@@ -216,7 +188,6 @@ def run_floor(model: Any, rows: list[Any], watch: Stopwatch, options: argparse.N
 
 def run_plain(model: Any, rows: list[Any], watch: Stopwatch, options: argparse.Namespace) -> None:
     """Padded, with an attention mask and all logits, as a first version is written."""
-    from qrpo.training.batches import length_sorted_batches
 
     def logprobs(batch: list[Any]) -> Any:
         longest = max(len(prompt) + len(completion) for prompt, completion, _ in batch)
@@ -227,20 +198,13 @@ def run_plain(model: Any, rows: list[Any], watch: Stopwatch, options: argparse.N
             tokens_BT[place, :end] = torch.tensor([*prompt, *completion])
             attended_BT[place, :end] = 1
             mask_BT[place, len(prompt) : end] = 1
-        tokens_BT, attended_BT, mask_BT = (
-            each.to(model.device) for each in (tokens_BT, attended_BT, mask_BT)
-        )
         output = model(input_ids=tokens_BT, attention_mask=attended_BT, use_cache=False)
         logits_BTV = output.logits[:, :-1].float()
         token_BT = logits_BTV.log_softmax(-1).gather(2, tokens_BT[:, 1:, None])[..., 0]
         return (token_BT * mask_BT[:, 1:]).sum(1)
 
     every = sequences(rows)
-    lengths = [len(prompt) + len(completion) for prompt, completion, _ in every]
-    number = len(length_sorted_batches(lengths, options.token_budget)) if options.device == "cuda" else 1
-    size = -(-len(every) // number)
-    batches = [every[start : start + size] for start in range(0, len(every), size)]
-    bare_loop(model, batches, logprobs, watch, options.steps)
+    bare_loop(model, [every], logprobs, watch, options.steps)
 
 
 def run_ours(model: Any, rows: list[Any], watch: Stopwatch, options: argparse.Namespace) -> None:
@@ -296,7 +260,7 @@ def run_trl(model: Any, rows: list[Any], watch: Stopwatch, options: argparse.Nam
             gradient_accumulation_steps=len(data) // pairs,
             precompute_ref_log_probs=options.way != "trl_default",
             precompute_ref_batch_size=1,
-            gradient_checkpointing=options.device == "cuda",
+            gradient_checkpointing=False,
             max_length=None,
             bf16=False,
             **trainer_arguments(folder, options),
@@ -312,14 +276,14 @@ def trainer_arguments(folder: str, options: argparse.Namespace) -> dict[str, Any
     return {
         "output_dir": folder,
         "max_steps": options.steps,
-        "optim": "adamw_torch_fused" if options.device == "cuda" else "sgd",
+        "optim": "sgd",
         "learning_rate": 1e-6,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 1.0,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
-        "use_cpu": options.device == "cpu",
+        "use_cpu": True,
         "disable_tqdm": True,
     }
 
@@ -344,23 +308,20 @@ def train(trainer: Any, watch: Stopwatch) -> None:
 def run_way(options: argparse.Namespace) -> Sample:
     """The steps of one way, in this process."""
     torch.set_num_threads(1)
-    rows = make_rows(options.device, options.vocab[0])
-    watch = Stopwatch(options.device, rows)
+    rows = make_rows(options.vocab[0])
+    watch = Stopwatch(rows)
     run = {"floor": run_floor, "ours": run_ours, "plain": run_plain, "trl": run_trl}[
         options.way.split("_")[0]
     ]
-    try:
-        run(make_model(options), rows, watch, options)
-    except torch.OutOfMemoryError:
-        return {"out_of_memory": 1.0}
+    run(make_model(options), rows, watch, options)
     return watch.sample()
 
 
 def measure_way(way: str, vocab_size: int, options: argparse.Namespace) -> Sample:
     """The sample that a process of one way prints in its last line."""
     python = options.trl_python if way.startswith("trl") else sys.executable
-    settings = ("--device", options.device, "--size", options.size, "--steps", str(options.steps))
-    words = ("--way", way, "--vocab", str(vocab_size), "--token-budget", str(options.token_budget), *settings)
+    settings = ("--steps", str(options.steps), "--token-budget", str(options.token_budget))
+    words = ("--way", way, "--vocab", str(vocab_size), *settings)
     text = run_command(python, "-m", "benchmarks.training_step", *words)[1]
     return dict(json.loads(text.splitlines()[-1]))
 
@@ -373,12 +334,8 @@ def measure(options: argparse.Namespace) -> list[Case]:
         by_way = {way: partial(measure_way, way, vocab_size, options) for way in ways}
         found = compare(by_way, options.rounds, ways[0], untimed=0)
         for group in SAME_LOSS:
-            measured = [
-                found[way]["grad_norm"] for way in group if way in found and "grad_norm" in found[way]
-            ]
-            norms = [norm["median"] for norm in measured]
-            tolerance = 2e-3 if options.device == "cpu" else 0.05  # bfloat16
-            assert np.allclose(norms, norms[:1], rtol=tolerance), f"other gradients: {norms} of {group}"
+            norms = [found[way]["grad_norm"]["median"] for way in group if way in found]
+            assert np.allclose(norms, norms[:1], rtol=2e-3), f"other gradients: {norms} of {group}"
         cases.append({"vocabulary": vocab_size, "ways": found})
     return cases
 
@@ -386,17 +343,14 @@ def measure(options: argparse.Namespace) -> list[Case]:
 if __name__ == "__main__":
     parser = command_line(__doc__)
     parser.add_argument("--vocab", type=int, nargs="+", default=[32_000, 128_256])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument(
         "--steps", type=int, default=2, help="steps of each process; the first is not counted"
     )
-    parser.add_argument("--token-budget", type=int, help="of ours (default: 512, on a GPU 8,192)")
+    parser.add_argument("--token-budget", type=int, default=512, help="of ours (default: %(default)s)")
     parser.add_argument("--trl-python")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="the first is the floor")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.token_budget = options.token_budget or (8192 if options.device == "cuda" else 512)
     if options.way:
         print(json.dumps(run_way(options)))
     else:

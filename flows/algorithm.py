@@ -5,7 +5,7 @@ from prefect import flow
 from flows.service.flow_runs import call_flow, report_ends
 from flows.stages import DEFAULT_STORE, STAGE_FLOWS, StageName
 from tasks.config import PipelineConfig
-from tasks.planner import planner_of, planning
+from tasks.planner import Planner, planner_of, planning
 from tasks.retries import NO_RESULT
 from tasks.rounds import rounds_until
 from tasks.run_stage import StageResult
@@ -42,9 +42,11 @@ def pipeline(
         force: Stages to compute again even where the store has them.
     """
     results: dict[str, StageResult] = {}
+    planner: Planner | None = None
     for number, of_round in enumerate(rounds_until(last, config)):
         results = {}
-        with planning(planner_of(of_round, store)):
+        planner = planner.following(of_round) if planner else planner_of(of_round, store, first)
+        with planning(planner):
             for stage in stage_span(first if number == 0 else "prompts", last):
                 parents = [results[parent] for parent in STAGES[stage].parents if parent in results]
                 results[stage] = call_flow(

@@ -1,7 +1,7 @@
 """`qrpo compare`: methods and settings, trained on the same samples and evaluated on the same prompts."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,13 @@ from rich.table import Table
 import storage
 from flows.stages import DEFAULT_STORE
 from qrpo.errors import ConfigError, DataError
-from qrpo.evaluation.comparison import Contender, compare_methods
+from qrpo.evaluation.comparison import Contender, compare_methods, selection_half
 from qrpo.evaluation.statistics import Floats
 from qrpo.evaluation.summary import COLUMNS, Score, json_numbers, prompt_scores
 from storage import Store
 from tasks.comparison import Candidate, candidates
 from tasks.config import PipelineConfig
+from tasks.planner import Planner
 from tasks.retries import NO_RESULT
 from tasks.run_stage import run_stage
 from tasks.stages import STAGES
@@ -48,10 +49,12 @@ def compare(config: PipelineConfig, store: str = DEFAULT_STORE) -> dict[str, Any
             "compare.methods is empty: add a method, such as `dpo: {policy.loss: dpo, policy.beta: [0.1, 0.3]}`"
         )
     every = list(candidates(config))
+    planner = Planner(config, Store(store))
     for number, candidate in enumerate(every, start=1):
         log.info("%d of %d: %s", number, len(every), candidate.config.name)
+        planner = planner.following(candidate.config)  # all on the prompts that the first one reads
         for stage in STAGES:
-            run_stage(stage, candidate.config, store)
+            run_stage(stage, candidate.config, store, planner=planner)
     return judge(config, Store(store), every)
 
 
@@ -82,9 +85,20 @@ def judge(config: PipelineConfig, store: Store, every: Sequence[Candidate]) -> d
         contenders.setdefault(method, []).append(Contender(of_seeds[0].settings, scores))
     report = compare_methods(contenders, shared, select_by=config.compare.select_by, seed=config.seed)
     table = next(iter(tables.values()))
-    reference = {name: float(prompt_scores(table, name)[1]["reference"].mean()) for name in _REFERENCE_SCORES}
+    reports = {
+        prompt
+        for prompt, chosen in zip(shared, selection_half(shared, config.seed), strict=True)
+        if not chosen
+    }
+    reference = {name: _reference_mean(table, name, reports) for name in _REFERENCE_SCORES}
     plain: dict[str, Any] = json_numbers(
-        {"run": config.name, "seeds": len(config.compare.seeds), **report, "reference": reference}
+        {
+            "run": config.name,
+            "seeds": len(config.compare.seeds),
+            **report,
+            "reference": reference,
+            "reference_prompts": len(reports),
+        }
     )
     return plain
 
@@ -116,6 +130,16 @@ def comparison_table(report: dict[str, Any]) -> Table:
 
 def _interval(score: dict[str, float]) -> str:
     return f"{score['mean']:.3f} ({score['low']:.3f} to {score['high']:.3f})"
+
+
+def _reference_mean(table: Any, score: Score, prompts: Container[str]) -> float:
+    """The reference's mean score over these prompts."""
+    prompt_ids, of_model = prompt_scores(table, score)
+    return float(
+        np.mean(
+            [value for one, value in zip(prompt_ids, of_model["reference"], strict=True) if one in prompts]
+        )
+    )
 
 
 def _by_prompt(table: Any) -> dict[str, dict[str, float]]:

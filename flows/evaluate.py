@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
-from flows.views.runs import RunArtifacts, find_manifest
+from flows.views.runs import RunArtifacts, find_manifest, flatten
 from qrpo.errors import ConfigError, DataError
 from qrpo.evaluation.statistics import seeds_and_prompts
 from qrpo.evaluation.summary import COLUMNS, prompt_scores
@@ -16,7 +16,15 @@ from storage import Store
 from tasks.artifact_summary import MAIN_MEASURES, compare_models, interval
 from tasks.config import PipelineConfig, load_config, parse_config
 
-__all__ = ["across_runs", "evaluation_table", "named_models", "print_comparison", "run_config"]
+__all__ = [
+    "across_runs",
+    "evaluation_table",
+    "is_file",
+    "named_models",
+    "print_comparison",
+    "require_trust",
+    "run_config",
+]
 
 
 def run_config(
@@ -30,7 +38,7 @@ def run_config(
 
     `checkpoints` are steps of its training, or `all` that its policy keeps.
     """
-    if name.endswith((".yaml", ".yml")):
+    if is_file(name):
         config = load_config(Path(name))
     else:
         config = parse_config(RunArtifacts(store, name).noted["config"], where=f"run {name}")
@@ -49,6 +57,28 @@ def run_config(
     if num_samples is not None:
         raw["evaluation"]["num_samples"] = num_samples
     return parse_config(raw, where="qrpo evaluate")
+
+
+def is_file(name: str) -> bool:
+    """Whether a run is named by its configuration file."""
+    return name.endswith((".yaml", ".yml"))
+
+
+def require_trust(config: PipelineConfig, where: str, trust: bool) -> None:
+    """Raise ConfigError if this configuration, which was read from a store, runs code other than this package's, unless
+    `trust`."""
+    named = {"function", "transform"}
+    code = [
+        f"{path} {text}"
+        for path, text in flatten(config.model_dump(mode="json")).items()
+        if (path.endswith("trust_remote_code") and text == "true")
+        or (path.rpartition(".")[2] in named and ":" in text and not text.startswith('"qrpo.'))
+    ]
+    if code and not trust:
+        raise ConfigError(
+            f"{where}: its configuration comes from the store and runs code ({'; '.join(code)}). Who can write to the store "
+            "chose it. Give the configuration file instead of the run's name, or add --trust"
+        )
 
 
 def kept_steps(store: Store, run: str) -> list[int]:

@@ -4,12 +4,15 @@ from typing import Any
 
 from rich.console import Console
 
+from flows.evaluate import require_trust
 from flows.pipeline_run import run_pipeline
 from flows.views.runs import size_text
-from storage import Store
+from qrpo.errors import QRPOError
+from storage import Store, StoreError
 from storage.gc import GcPlan, collect, plan_gc
 from storage.verify import Finding, repair, verify
 from tasks.config import parse_config
+from tasks.planner import noted_prompts
 from tasks.progress import reporting
 from tasks.stages import STAGES, TABLES
 
@@ -26,8 +29,9 @@ def verify_store(store: Store) -> list[Finding]:
         return list(verify(store, tables=TABLES, progress=report))
 
 
-def check_store(store: Store, console: Console, *, mend: bool) -> dict[str, Any]:
-    """The findings. `mend`: drop what they name, and run the runs that need it again."""
+def check_store(store: Store, console: Console, *, mend: bool, trust: bool = False) -> dict[str, Any]:
+    """The findings. `mend`: drop what they name, and run the runs that need it again; `trust`: also those whose
+    configuration in the store runs code."""
     findings = verify_store(store)
     result: dict[str, Any] = {
         "store": store.url,
@@ -35,29 +39,33 @@ def check_store(store: Store, console: Console, *, mend: bool) -> dict[str, Any]
     }
     if mend and findings:
         result["dropped"] = repair(store, findings)
-        result["runs"] = rerun(store, console)
-        result["left"] = [str(finding) for finding in verify_store(store)]
+        result["runs"], failed = rerun(store, console, trust)
+        result["left"] = failed + [str(finding) for finding in verify_store(store)]
     return result
 
 
-def rerun(store: Store, console: Console) -> list[str]:
-    """Run every named run again up to its last stage: only what is missing is computed."""
+def rerun(store: Store, console: Console, trust: bool) -> tuple[list[str], list[str]]:
+    """Run every named run again up to its last stage: only what is missing is computed.
+
+    Returns the runs' names, and why others could not be run.
+    """
     order = list(STAGES)
-    names = []
+    names, failed = [], []
     for name in store.runs():
         noted = store.run(name) or {}
         stages = [stage for stage in noted.get("stages", {}) if stage in STAGES]
-        if stages:
+        if not stages:
+            continue
+        try:
+            config = parse_config(noted.get("config", {}), where=f"runs/{name}.json")
+            require_trust(config, f"runs/{name}.json", trust)
             last = max(stages, key=order.index)
-            run_pipeline(
-                parse_config(noted["config"], where=f"runs/{name}.json"),
-                store.url,
-                first=order[0],
-                last=last,
-                console=console,
-            )
+            prompts = noted_prompts(config, store)
+            run_pipeline(config, store.url, last=last, prompts=prompts, console=console)
             names.append(name)
-    return names
+        except (QRPOError, StoreError) as error:
+            failed.append(f"run {name}: {error}")
+    return names, failed
 
 
 def clean_store(store: Store, *, remove: bool, **rules: Any) -> GcPlan:

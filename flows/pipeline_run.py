@@ -16,23 +16,13 @@ from flows.service.server import start_server
 from qrpo.errors import EngineError
 from storage import Store
 from tasks.config import PipelineConfig
-from tasks.planner import Planner, planning
+from tasks.plan import StagePlan
+from tasks.planner import Planner, planner_of, planning
 from tasks.rounds import rounds_until
 from tasks.run_stage import run_stage
 from tasks.stages import STAGE_NAMES
 
 __all__ = ["print_summary", "run_flow", "run_pipeline"]
-
-_STAGE_FIELDS = (
-    "fingerprint",
-    "rows",
-    "rejects",
-    "seconds",
-    "parts_computed",
-    "parts_cached",
-    "rows_computed",
-    "rows_reused",
-)
 
 
 def run_pipeline(
@@ -42,25 +32,28 @@ def run_pipeline(
     first: str = STAGE_NAMES[0],
     last: str = STAGE_NAMES[-1],
     force: tuple[str, ...] = (),
+    prompts: StagePlan | None = None,
     console: Console,
 ) -> dict[str, Any]:
     """Run the stages from `first` to `last`: as a Prefect flow if anything is left to compute, otherwise straight from the store.
 
     Returns the object that `--json` prints: `run`, `store`, `stages`, `seconds` and, if it ran, `evaluation`. With several rounds
-    these are the last round's, and `rounds` holds one object per round.
+    these are the last round's, and `rounds` holds one object per round. `prompts` is a plan of prompts to keep to.
     """
-    rounds = [
-        _run_round(of_round, Store(store_url), first if number == 0 else STAGE_NAMES[0], last, force, console)
-        for number, of_round in enumerate(rounds_until(last, config))
-    ]
+    start, *later = rounds_until(last, config)
+    planner = Planner(start, Store(store_url), prompts) if prompts else planner_of(start, store_url, first)
+    rounds = [_run_round(planner, first, last, force, console)]
+    for of_round in later:
+        planner = planner.following(of_round)
+        rounds.append(_run_round(planner, STAGE_NAMES[0], last, force, console))
     return rounds[-1] if len(rounds) == 1 else {**rounds[-1], "rounds": rounds}
 
 
 def _run_round(
-    config: PipelineConfig, store: Store, first: str, last: str, force: tuple[str, ...], console: Console
+    planner: Planner, first: str, last: str, force: tuple[str, ...], console: Console
 ) -> dict[str, Any]:
     started = time.monotonic()
-    planner = Planner(config, store)
+    config, store = planner.config, planner.store
     planner.require_parents(first)  # before a server is started
     span = STAGE_NAMES[STAGE_NAMES.index(first) : STAGE_NAMES.index(last) + 1]
     if not force and all(planner.plan(stage).complete for stage in span):
@@ -74,7 +67,8 @@ def _run_round(
         "run": config.name,
         "store": store.url,
         "stages": {
-            result.stage: {field: getattr(result, field) for field in _STAGE_FIELDS} for result in results
+            result.stage: {name: value for name, value in vars(result).items() if name != "stage"}
+            for result in results
         },
         "seconds": round(time.monotonic() - started, 3),
     }

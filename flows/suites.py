@@ -27,7 +27,7 @@ from qrpo.models import ModelConfig, model_identity
 from storage import Store, fingerprint
 from tasks.artifact_summary import interval
 from tasks.config import PipelineConfig, apply_overrides
-from tasks.stages.evaluation import checkpoint_model
+from tasks.stages.policy import checkpoint_model
 
 __all__ = ["SUITES", "SuiteRequest", "judge_of", "print_suite"]
 
@@ -83,11 +83,13 @@ def alpaca_eval(
 def leetcode(request: SuiteRequest) -> dict[str, Any]:
     """Let the model solve the problems, run the tests, and write solutions and the result into the folder."""
     from qrpo.evaluation.suites.leetcode import read_problems, score_solutions
+    from qrpo.rewards import CodeRewardConfig
 
     problems = read_problems(request.data, request.limit)
     prompts = {row["task_id"]: _user(row["query"]) for row in problems}
     drawn, refused = _draw(request, "leetcode", prompts, num_samples=request.num_samples or 1)
-    scored, rows = score_solutions(problems, drawn, seed=request.config.seed)
+    reward = next((reward for reward in request.config.rewards if isinstance(reward, CodeRewardConfig)), None)
+    scored, rows = score_solutions(problems, drawn, reward=reward, seed=request.config.seed)
     with (request.folder / "solutions.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return _finish(request, "leetcode", scored, refused)
@@ -177,8 +179,11 @@ def _draw(
         "seed": request.config.seed,
     }
     path, key = request.folder / "completions.json", fingerprint(asked)
-    if path.is_file() and (kept := json.loads(path.read_text(encoding="utf-8")))["fingerprint"] == key:
-        return kept["texts"], kept["refused"]
+    earlier = fingerprint({**asked, "model": model_identity(request.model, every_file=True)})
+    if path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["fingerprint"] in (key, earlier):
+            return kept["texts"], kept["refused"]
     drawn = draw_completions(
         request.model,
         prompts,

@@ -1,8 +1,9 @@
 """Python objects that a configuration names: `package.module:name` or `path/to/file.py:name`.
 
 `load_callable` imports one. `source_digests` identifies its code without running it: the file and
-the local files that its `import` statements reach. So editing a reward function, or a module that
-it uses, changes the fingerprint of its results. Data files that the code opens are not covered.
+the local files that its `import` statements reach, beside it or elsewhere on `sys.path`. So editing
+a reward function, or a module that it uses, changes the fingerprint of its results. Data files that
+the code opens are not covered.
 """
 
 import ast
@@ -14,7 +15,6 @@ import importlib.util
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,9 @@ def source_digests(target: str) -> dict[str, str]:
     relative to its root.
 
     The root is the file's folder, or for a module the folder of its top package; its location does
-    not matter. Imports from outside the root are not followed. A module of an installed package is
-    its file and the package's version. Nothing is imported or run. Raises ConfigError if the file
-    is missing or has a syntax error.
+    not matter. Imports from elsewhere are followed too, unless they are installed packages or this
+    one. A module of an installed package is its file and the package's version. Nothing is imported
+    or run. Raises ConfigError if the file is missing or has a syntax error.
     """
     where, _ = split_target(target)
     if where.endswith(".py"):
@@ -71,21 +71,46 @@ def source_digests(target: str) -> dict[str, str]:
             own = {first.relative_to(root).as_posix(): hashlib.sha256(first.read_bytes()).hexdigest()}
             return own | {package: _version(package)}
     digests: dict[str, str] = {}
-    waiting = [first]
+    waiting = [(root, first)]
     while waiting:
-        path = waiting.pop()
-        name = path.relative_to(root).as_posix()
-        if name in digests:
+        folder, path = waiting.pop()
+        name = path.relative_to(folder).as_posix()
+        key = name if folder == root else f"elsewhere/{name}"
+        if key in digests:
             continue
         source = path.read_bytes()
-        digests[name] = hashlib.sha256(source).hexdigest()
+        digests[key] = hashlib.sha256(source).hexdigest()
         try:
             tree = ast.parse(source, filename=str(path))
         except SyntaxError as error:
             raise ConfigError(f"{path}:{error.lineno} is not valid Python: {error.msg}") from error
         for module in _imported_modules(tree, name):
-            waiting.extend(_module_files(root, module))
+            for place in dict.fromkeys((root, folder, _local_root(module.split(".")[0]))):
+                if place is not None and (files := _module_files(place, module)):
+                    waiting += [(place, file) for file in files]
+                    break
     return dict(sorted(digests.items()))
+
+
+def _local_root(top: str) -> Path | None:
+    """The folder from which Python imports the package or module `top`; None for installed ones and
+    for this project."""
+    root = None if top in sys.builtin_module_names else _root_of(top)
+    ours = Path(__file__).resolve().parents[1]
+    return None if root is None or root == ours or _is_installed(root) else root
+
+
+def _root_of(top: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(top)  # asks import hooks too, and imports nothing
+    except (ImportError, ValueError):
+        return None
+    if spec is not None and spec.has_location and spec.origin is not None:
+        origin = Path(spec.origin).resolve()
+        return origin.parent.parent if origin.name == "__init__.py" else origin.parent
+    if spec is not None and spec.submodule_search_locations:
+        return Path(next(iter(spec.submodule_search_locations))).resolve().parent
+    return None
 
 
 def _existing_file(where: str) -> Path:
@@ -130,13 +155,8 @@ def _load_module(name: str) -> Any:
 def _find_module(name: str) -> tuple[Path, Path]:
     """(the folder of the top package, the module's file), without importing anything."""
     top = name.split(".")[0]
-    spec = PathFinder.find_spec(top)
-    if spec is not None and spec.origin is not None:
-        origin = Path(spec.origin).resolve()
-        root = origin.parent.parent if origin.name == "__init__.py" else origin.parent
-    elif spec is not None and spec.submodule_search_locations:
-        root = Path(next(iter(spec.submodule_search_locations))).resolve().parent
-    else:
+    root = _root_of(top)
+    if root is None:
         raise ConfigError(f"no module {top!r}: install it, or give a path such as 'reward.py:f'")
     files = _module_files(root, name)
     leaf = root.joinpath(*name.split("."))

@@ -14,17 +14,29 @@ which selects parts).
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Section", "effective", "execution_option", "is_execution_option", "keyed", "outside_input"]
+__all__ = [
+    "Section",
+    "Seed",
+    "effective",
+    "execution_option",
+    "is_execution_option",
+    "keyed",
+    "outside_input",
+]
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""The seeds that NumPy, and so `transformers.set_seed`, takes."""
 
 
 class Section(BaseModel):
     """A frozen part of the configuration; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     def idle_fields(self) -> frozenset[str]:
         """Fields that have no effect given the values of the others; fingerprints ignore them."""
@@ -67,13 +79,17 @@ def keyed(section: BaseModel) -> dict[str, Any]:
     return section.fingerprint_settings(settings | section.further_settings())
 
 
-def effective(section: BaseModel) -> dict[str, Any]:
-    """Every setting that has an effect as the section is set, those that `fingerprint` excludes too. Plain JSON values."""
+def effective(section: BaseModel, *, outside: bool = False) -> dict[str, Any]:
+    """Every setting that has an effect as the section is set, those that `fingerprint` excludes too. Plain JSON values.
+
+    With `outside`, also the paths and URLs of outside inputs.
+    """
+    hidden = {"execution_option"} if outside else {"execution_option", "outside_input"}
     idle = section.idle_fields() if isinstance(section, Section) else frozenset()
     declared = {
-        name: _plain(getattr(section, name), effective)
+        name: _plain(getattr(section, name), partial(effective, outside=outside))
         for name in type(section).model_fields
-        if name not in idle and not {"execution_option", "outside_input"} & _extra(type(section), name).keys()
+        if name not in idle and not hidden & _extra(type(section), name).keys()
     }
     return declared | (section.further_settings() if isinstance(section, Section) else {})
 

@@ -1,6 +1,6 @@
 """Artifacts of runs, for notebooks: `storage.open("artifacts", "my-run", "rewards").lazy`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     import polars as pl
     import pyarrow.dataset as ds
 
-__all__ = ["Artifact", "artifact_summary", "named_artifacts", "open_artifact", "unfinished_families"]
+__all__ = [
+    "Artifact",
+    "artifact_summary",
+    "named_artifacts",
+    "open_artifact",
+    "run_versions",
+    "unfinished_families",
+]
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,12 @@ def named_artifacts(run: Mapping[str, Any]) -> dict[str, str]:
         stage: value.get("fingerprint") if isinstance(value, Mapping) else value for stage, value in pairs
     }
     return {stage: artifact for stage, artifact in named.items() if isinstance(artifact, str)}
+
+
+def run_versions(run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The versions of a run's note, newest first: what each configuration that had its name produced."""
+    history: Sequence[Mapping[str, Any]] = run.get("history", ())
+    return [{key: value for key, value in run.items() if key not in ("name", "history")}, *history]
 
 
 def unfinished_families(run: Mapping[str, Any]) -> set[str]:

@@ -20,6 +20,7 @@ from typing import Any, TypeAlias, TypedDict, Unpack
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from storage.contents import again
 from storage.crashpoints import crash_point
 from storage.errors import DamagedError, SchemaError, StoreError
 from storage.files import Files, plain_errors
@@ -162,17 +163,22 @@ class PartWriter:
     def part(self, key: PartKey) -> PartRecord | None:
         """The record of a committed part; None where it is not committed; raises DamagedError."""
         try:
-            return PartRecord.from_file(self.files.read(key.record), key)
+            return again(self.files, lambda: PartRecord.from_file(self.files.read(key.record), key))
         except FileNotFoundError:
             return None
 
     def find_parts(self, keys: Iterable[PartKey]) -> dict[str, PartRecord]:
         """The committed ones of these parts: fingerprint -> record. Reads in parallel."""
         wanted = {key.record: key for key in keys}
-        found = self.files.read_many(wanted)
-        return {
-            wanted[name].fingerprint: PartRecord.from_file(data, wanted[name]) for name, data in found.items()
-        }
+        found: dict[str, PartRecord] = {}
+        for name, data in self.files.read_many(wanted).items():
+            key = wanted[name]
+            try:
+                found[key.fingerprint] = PartRecord.from_file(data, key)
+            except DamagedError:
+                if (record := self.part(key)) is not None:  # it is read again
+                    found[key.fingerprint] = record
+        return found
 
     def family_parts(self, stage: str, family: str) -> list[PartRecord]:
         """All committed parts of a family, by a listing, in the order of fingerprints."""
@@ -196,6 +202,7 @@ class PartWriter:
             code_version=code_version(),
             created=now(),
             seconds=round(provenance.get("seconds", 0.0), 3),
+            checked=True,
         )
         data = record.to_file()
         if self.files.create(key.record, data):
@@ -220,13 +227,18 @@ def _marker(key: PartKey) -> str:
 def _adopt(files: Files, key: PartKey) -> list[FileEntry] | None:
     """The files of a payload that exists without a record.
 
-    None where a killed `discard_part` left the payload, or where it is not Parquet.
+    None where a killed `discard_part` left the payload, or where a page checksum shows that it is damaged.
     """
     if files.size(_marker(key)) is not None:
         return None
     try:
-        _parquet_rows(files, key.table)
-    except pa.ArrowInvalid:
+        with (
+            files.open_input(key.table) as file,
+            pq.ParquetFile(file, page_checksum_verification=True) as opened,
+        ):
+            for _ in opened.iter_batches():
+                pass
+    except (pa.ArrowInvalid, OSError):
         return None
     payload = _entry(files, _TABLE_FILE, key.table)
     rejects = key.rejects(payload.sha256)
@@ -251,7 +263,7 @@ def _write_rejects(files: Files, key: PartKey, rejects: pa.Table | None, sha256:
     target = key.rejects(sha256)
     scratch = files.scratch(target)
     try:
-        pq.write_table(table, scratch, compression="zstd")
+        pq.write_table(table, scratch, compression="zstd", write_page_checksum=True)
         files.create_from(target, scratch)  # an existing file belongs to the same payload: it stays
     finally:
         scratch.unlink(missing_ok=True)
@@ -273,6 +285,7 @@ def _write_table(scratch: Path, key: PartKey, tables: Iterable[pa.Table], table:
         compression="zstd",
         use_dictionary=[path for field in first.schema for path in _dictionary_paths(field)],
         write_page_index=True,
+        write_page_checksum=True,
     )
     written = 0
     try:

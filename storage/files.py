@@ -10,20 +10,20 @@ So committed parts are immutable, even with two runs that do not know of each ot
 
 import errno
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from storage.crashpoints import crash_point
 from storage.errors import StoreUnavailableError
 from storage.names import TEMPORARY, check_key, is_key
+from storage.processes import has_ended, temporary_name
 
-__all__ = ["FileInfo", "Files", "LocalFiles", "plain_errors"]
+__all__ = ["FileInfo", "Files", "LocalFiles", "plain_errors", "sweep_temporary"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ class FileInfo:
 
 class Files(Protocol):
     """A backend. A missing key raises FileNotFoundError, other failures StoreUnavailableError."""
+
+    pauses: tuple[float, ...]
+    """Seconds to wait before each new attempt to read what seems damaged."""
 
     def read(self, key: str) -> bytes:
         """All bytes of a key."""
@@ -71,12 +74,20 @@ class Files(Protocol):
     def open_input(self, key: str, size: int | None = None) -> BinaryIO:
         """A readable, seekable binary file. `size`, the expected size, may save a request."""
 
+    def open_ranges(self, key: str, size: int) -> BinaryIO:
+        """The file of `size` bytes; only the ranges that are read are fetched."""
+
+    def sweep(self, older_than: float) -> Iterator[FileInfo]:
+        """Remove and yield what killed writers left on this machine, and all older than `older_than` seconds."""
+
     def path(self, key: str) -> Path | None:
         """The local path of a key; None where the store is not a local folder."""
 
 
 class LocalFiles:
     """Files under a local folder."""
+
+    pauses: tuple[float, ...] = (0.0,)
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -112,7 +123,7 @@ class LocalFiles:
         with plain_errors(self.root, key, writing=True):
             folder = self.path(key).parent
             self._make_folder(folder, key)
-            return folder / f"{TEMPORARY}{secrets.token_hex(8)}"
+            return folder / temporary_name()
 
     def create_from(self, key: str, scratch: Path) -> bool:
         with plain_errors(self.root, key, writing=True):
@@ -200,22 +211,30 @@ class LocalFiles:
         with plain_errors(self.root, key):
             return open(self.path(key), "rb")
 
+    def open_ranges(self, key: str, size: int) -> BinaryIO:
+        return self.open_input(key)
+
     def sweep(self, older_than: float) -> Iterator[FileInfo]:
-        """Remove and yield temporary files of killed writers older than `older_than` seconds."""
-        limit = time.time() - older_than
+        """Remove and yield temporary files of killed writers, and all older than `older_than` seconds."""
         for folder, folders, names in os.walk(self.root):
-            for name in [name for name in [*names, *folders] if name.startswith(TEMPORARY)]:
+            for name in [*names, *folders]:
                 path = Path(folder, name)
-                with suppress(FileNotFoundError):  # its writer has finished, or another gc removed it
-                    status = path.stat()
-                    if status.st_mtime < limit:
-                        if path.is_dir():
-                            shutil.rmtree(path)
-                        else:
-                            path.unlink()
-                        yield FileInfo(
-                            path.relative_to(self.root).as_posix(), status.st_size, status.st_mtime
-                        )
+                if info := sweep_temporary(path, older_than):
+                    yield replace(info, key=path.relative_to(self.root).as_posix())
+
+
+def sweep_temporary(path: Path, older_than: float) -> FileInfo | None:
+    """Remove a temporary file or folder whose writer has ended or that is older than so many seconds."""
+    if not path.name.startswith(TEMPORARY):
+        return None
+    try:
+        status = path.stat()
+        if not has_ended(path.name) and status.st_mtime > time.time() - older_than:
+            return None
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except FileNotFoundError:  # its writer has finished, or another gc removed it
+        return None
+    return FileInfo(path.name, status.st_size, status.st_mtime)
 
 
 def _write(path: Path, data: bytes, key: str) -> None:

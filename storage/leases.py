@@ -6,10 +6,13 @@ atomically where the backend can. So leases cost one small write every few secon
 
 A holder is dead once its heartbeat has not changed for its time-to-live on the watcher's monotonic
 clock; clocks of machines are never compared. A process killed on this machine is dead at once. One
-waiter then takes over its claims. A waiter also takes over after a maximum wait.
+waiter then takes over its claims: whoever creates the file `<claim>.<dead holder>` first may replace
+that holder, which any backend with an atomic create allows. A waiter also takes over after a maximum
+wait.
 
-Leases save work; no guarantee rests on them. Parts are created and never replaced, so at worst (a
-holder slept longer than its time-to-live) a part is computed twice and the first commit stays.
+A holder can lose its claim without knowing it: the machine slept longer than the time-to-live. So it
+calls `check_claim` before it writes what a second holder may write too. Parts are created and never
+replaced: at worst one is computed twice, and the first commit stays.
 """
 
 import json
@@ -18,18 +21,20 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
+from math import inf
+from types import MappingProxyType
 from typing import Self
 
 from storage.errors import LeaseLostError, StoreError
 from storage.fingerprints import canonical_json
 from storage.parts import PartKey, PartRecord
+from storage.processes import machine, started
 from storage.store import Store
 
-__all__ = ["CLAIMS", "HOLDERS", "Holder", "Leases", "Watch", "claim_holder"]
+__all__ = ["CLAIMS", "HOLDERS", "Holder", "Leases", "Watch", "check_claim", "claim_holder"]
 
 HOLDERS = "leases/holders"
 CLAIMS = "leases/parts"
@@ -56,9 +61,9 @@ class Holder:
     @property
     def is_gone(self) -> bool:
         """Whether this holder ran on this machine and its process has ended. False if unknown."""
-        if not self.machine or self.machine != _machine():
+        if not self.machine or self.machine != machine():
             return False
-        return _started(self.process) != self.started
+        return started(self.process) != self.started
 
 
 class Watch:
@@ -115,14 +120,19 @@ class Leases:
         self.poll = poll
         process = os.getpid()
         self._me = Holder(
-            secrets.token_hex(8), socket.gethostname(), process, _started(process), _machine(), ttl
+            secrets.token_hex(8), socket.gethostname(), process, started(process), machine(), ttl
         )
         self._watch = Watch(store)
         self._held: set[PartKey] = set()
+        self._waiting: dict[str, tuple[str, float]] = {}  # claim -> its holder, and since when
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_beating, name="lease-heartbeat", daemon=True)
-        self._failure: Exception | None = None
+
+    @property
+    def holder(self) -> str:
+        """The id of this holder, for `check_claim` in the processes that compute its parts."""
+        return self._me.id
 
     def __enter__(self) -> Self:
         self.renew()
@@ -152,27 +162,25 @@ class Leases:
         if not set(families) <= set(self._me.families):
             self.renew(families)
 
-    def acquire(self, key: PartKey) -> bool:
-        """Claim a part, also from a dead holder; False where a holder that may be alive has it."""
-        claim = _claim(key)
-        content = canonical_json({"holder": self._me.id})
-        if not self.store.files.create(claim, content):
-            owner = self._owner(key)
-            if owner != self._me.id:
-                if owner is not None and not self._watch.is_dead(owner, self.ttl):
-                    return False
-                self.store.delete(claim)
-                if not self.store.files.create(claim, content):
-                    return False  # another waiter was quicker
+    def acquire(self, key: PartKey, patience: float = inf) -> bool:
+        """Claim a part, also from a holder that is dead or was waited for longer than `patience`
+        seconds; False where another holder has it."""
+        if not self._take(_claim(key), patience):
+            return False
         self._held.add(key)
         return True
 
-    def share(self, keys: Iterable[PartKey]) -> tuple[dict[str, PartRecord], list[PartKey], list[PartKey]]:
-        """Sort parts into committed (fingerprint -> record), claimed for us, claimed by others."""
+    def share(
+        self, keys: Iterable[PartKey], known: Mapping[str, PartRecord] = MappingProxyType({})
+    ) -> tuple[dict[str, PartRecord], list[PartKey], list[PartKey]]:
+        """Sort parts into committed (fingerprint -> record), claimed for us, claimed by others.
+
+        A part that is still as in `known` (by fingerprint) does not count as committed: it is to be replaced.
+        """
         wanted = list(dict.fromkeys(keys))
-        done = self.store.find_parts(wanted)
+        done = self._committed(wanted, known)
         mine = [key for key in wanted if key.fingerprint not in done and self.acquire(key)]
-        done |= self.store.find_parts(mine)  # committed and released before our claim
+        done |= self._committed(mine, known)  # committed and released before our claim
         for key in mine:
             if key.fingerprint in done:
                 self.release(key)
@@ -180,91 +188,116 @@ class Leases:
         mine = [key for key in missing if key in self._held]
         return done, mine, [key for key in missing if key not in self._held]
 
-    def check(self, key: PartKey) -> None:
-        """Raise LeaseLostError if another run took this part over, StoreError if heartbeats fail."""
-        owner = self._owner(key)
-        if owner != self._me.id:
-            self._held.discard(key)
-            raise LeaseLostError(
-                f"{key} was taken over by {owner or 'nobody'}: this process was silent for more than {self.ttl:g} s. "
-                "The result that is committed first stays; nothing is lost."
-            )
-        if self._failure is not None:
-            raise StoreError(f"the heartbeat of this run's leases fails: {self._failure}")
-
     def release(self, key: PartKey) -> None:
         """Release a claim, after its part was committed or given up."""
         self._held.discard(key)
-        if self._owner(key) == self._me.id:
-            self.store.delete(_claim(key))
+        self._give_back(_claim(key))
+
+    @contextmanager
+    def locked(self, kind: str, name: str) -> Iterator[None]:
+        """Hold the store's lock of this name; wait while another holder has it."""
+        claim = f"{CLAIMS}/{kind}/{name}.json"
+        while not self._take(claim):
+            time.sleep(min(self.poll, 0.1))
+        try:
+            yield
+        finally:
+            self._give_back(claim)
 
     def wait(
-        self, keys: Iterable[PartKey], patience: float = 3600.0, progress: Callable[[int], None] | None = None
+        self,
+        keys: Iterable[PartKey],
+        patience: float = 3600.0,
+        known: Mapping[str, PartRecord] = MappingProxyType({}),
     ) -> Iterator[tuple[PartKey, PartRecord | None]]:
         """Yield each part with its record once another run commits it, or None once it is ours.
 
         A part is claimed when its claim was released, when its holder is dead, and in any case after
-        `patience` seconds. `progress` gets the number of parts still waited for, once per round.
+        `patience` seconds of one holder. `known` is as in `share`.
         """
         waiting = list(dict.fromkeys(keys))
-        deadline = time.monotonic() + patience
         while waiting:
-            found = self.store.find_parts(waiting)
+            found = self._committed(waiting, known)
             for key in [key for key in waiting if key.fingerprint in found]:
                 waiting.remove(key)
                 yield key, found[key.fingerprint]
-            expired = time.monotonic() >= deadline
             for key in list(waiting):
-                if expired:
-                    self.store.delete(_claim(key))
-                if self.acquire(key):
+                if self.acquire(key, patience):
                     waiting.remove(key)
-                    record = self.store.part(key)  # committed before our claim
+                    record = self._committed([key], known).get(key.fingerprint)  # before our claim
                     if record is not None:
                         self.release(key)
                     yield key, record
-            if progress is not None:
-                progress(len(waiting))
             if waiting:
                 time.sleep(self.poll)
 
-    def _owner(self, key: PartKey) -> str | None:
-        return claim_holder(self.store, _claim(key))
+    def _committed(self, keys: Iterable[PartKey], known: Mapping[str, PartRecord]) -> dict[str, PartRecord]:
+        found = self.store.find_parts(keys)
+        return {name: record for name, record in found.items() if known.get(name) != record}
+
+    def _take(self, claim: str, patience: float = inf) -> bool:
+        """Make the file `claim` name this holder: create it, or replace a holder that may be replaced."""
+        content = canonical_json({"holder": self._me.id})
+        if self.store.files.create(claim, content):
+            return True
+        owner = claim_holder(self.store, claim)
+        if owner is None:  # released just now
+            return False
+        if owner == self._me.id:
+            return True
+        if owner and not self._watch.is_dead(owner, self.ttl) and self._waited(claim, owner) < patience:
+            return False
+        right = f"{claim}.{owner or 'unreadable'}"
+        if not self._take(right):
+            return False
+        try:
+            if claim_holder(self.store, claim) != owner:
+                return False  # another waiter was quicker
+            self.store.write_bytes(claim, content)
+            return True
+        finally:
+            self.store.delete(right)
+
+    def _give_back(self, claim: str) -> None:
+        if claim_holder(self.store, claim) == self._me.id:
+            self.store.delete(claim)
+
+    def _waited(self, claim: str, owner: str) -> float:
+        """Seconds since this holder of the claim was seen first."""
+        now = time.monotonic()
+        if self._waiting.get(claim, ("", now))[0] != owner:
+            self._waiting[claim] = owner, now
+        return now - self._waiting[claim][1]
 
     def _keep_beating(self) -> None:
         while not self._stop.wait(self.ttl / 3):
-            try:
+            with suppress(StoreError):  # the next beat may succeed; `check_claim` says where none did in time
                 self.renew()
-                self._failure = None
-            except StoreError as error:  # `check` raises it; the next beat may succeed
-                self._failure = error
 
 
 def claim_holder(store: Store, key: str) -> str | None:
-    """The id of the holder in a claim's file; None where the file is missing or cannot be read."""
+    """The id of the holder in a claim's file; None where there is no file, "" where it cannot be read."""
     try:
         return str(json.loads(store.read_bytes(key))["holder"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except FileNotFoundError:
         return None
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def check_claim(store: Store, key: PartKey, holder: str) -> None:
+    """Raise LeaseLostError where `holder` does not claim the part any more. Any process may call it."""
+    owner = claim_holder(store, _claim(key))
+    if owner == holder:
+        return
+    other = Watch(store).holder(owner) if owner else None
+    who = f"process {other.process} on {other.host}" if other else "another run, which has ended"
+    raise LeaseLostError(
+        f"{key} was taken over by {who}: this run was silent for longer than run.lease_ttl (its machine slept, or it "
+        "was stopped), or the other waited longer than its run.lease_patience. This run stops, so that no two write the "
+        "same files. Nothing committed is lost: start the same command again to go on from there."
+    )
 
 
 def _claim(key: PartKey) -> str:
     return f"{CLAIMS}/{key.stage}/{key.fingerprint}.json"
-
-
-def _machine() -> str:
-    """The running kernel and the process namespace; empty if unknown."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def _started(process: int) -> str:
-    """When a process started, in kernel ticks since boot; empty where it has ended."""
-    try:
-        fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]

@@ -31,9 +31,12 @@ _NAME = re.compile(r"[A-Za-z0-9._+@=][A-Za-z0-9._+@=-]{0,199}")
 _MAX_KEY = 900
 _SECRET_OPTION = re.compile(r"secret|token|passw|credential|(^|_)key(_|$)|signature", re.IGNORECASE)
 _SECRET_IN_TEXT = re.compile(
-    r"(?i)([?&](?:X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token|AWSAccessKeyId|Signature|sig|sv|access_token)=)[^&\s'\"]+"
+    r"(?i)([?&](?:X-(?:Amz|Goog)-[a-z-]+|AWSAccessKeyId|Signature|sig|sv|\w*token|\w*key)=)[^&\s'\"]+"
 )
-_USERINFO = re.compile(r"([a-z][a-z0-9+.-]*://)[^/@\s\"':]*:[^/@\s\"']+@", re.IGNORECASE)
+# Shown of a URL's query: short numbers. A password may have a slash.
+_QUERY = re.compile(r"([a-z][a-z0-9+.-]*://[^\s'\"?]*\?)([^\s'\"]+)", re.IGNORECASE)
+_QUERY_VALUE = re.compile(r"=(?!\d{1,6}(?:&|$))[^&]+")
+_USERINFO = re.compile(r"([a-z][a-z0-9+.-]*://)[^/@\s\"':]*:(?!\d*/)[^@\s\"']+@", re.IGNORECASE)
 _SECRET_VARIABLES = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
@@ -90,7 +93,12 @@ def is_key(key: str) -> bool:
 def public_url(url: str) -> str:
     """The URL if it has no credentials; raises StoreURLError otherwise, without repeating them."""
     if "://" in url:
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError as error:
+            raise StoreURLError(
+                f"the store's URL cannot be read: {error}. Write PROTOCOL://NAME/FOLDER; [ and ] may be in FOLDER only."
+            ) from None
         if "@" in parts.netloc or parts.query:
             raise StoreURLError(
                 f"the store's URL {parts.scheme}://***{parts.path} has credentials or a query, which logs and manifests "
@@ -118,9 +126,10 @@ def environment_secrets() -> frozenset[str]:
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
-    """The text without these secrets, without passwords and signatures in URLs."""
+    """The text without these secrets; of URLs' queries and users only what cannot be secret."""
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
+    text = _QUERY.sub(lambda url: url[1] + _QUERY_VALUE.sub("=***", url[2]), text)
     return _SECRET_IN_TEXT.sub(r"\1***", _USERINFO.sub(r"\1***@", text))
 
 

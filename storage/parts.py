@@ -21,7 +21,7 @@ from storage.errors import DamagedError
 from storage.fingerprints import canonical_json, plain_json
 from storage.names import check_key, check_name, environment_secrets, redact
 
-__all__ = ["FileEntry", "PartKey", "PartRecord", "dump_checksummed", "load_checksummed", "without_secrets"]
+__all__ = ["FileEntry", "PartKey", "PartRecord", "dump_checksummed", "load_checksummed"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,11 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class PartRecord:
-    """A committed part and its provenance. `parents`: fingerprint of a parent part -> digest."""
+    """A committed part and its provenance. `parents`: fingerprint of a parent part -> digest.
+
+    `checked`: its writer checked the bytes of its parents against these digests when it read them, and
+    wrote page checksums. Earlier versions did neither.
+    """
 
     stage: str
     family: str
@@ -85,6 +89,7 @@ class PartRecord:
     code_version: str = ""
     created: str = ""
     seconds: float = 0.0
+    checked: bool = False
 
     @cached_property
     def key(self) -> PartKey:
@@ -159,13 +164,16 @@ class PartRecord:
         return record
 
 
-def dump_checksummed(value: dict[str, Any]) -> bytes:
+def dump_checksummed(value: dict[str, Any], indent: int | None = None) -> bytes:
     """The JSON text of a value with its sha256 in the field `sha256`, which detects edits.
 
     Credentials of this process and those in URLs are redacted, wherever they are in the value.
     """
-    value = json.loads(without_secrets(canonical_json(value)))
-    return plain_json({**value, "sha256": _checksum(value)}) + b"\n"
+    value = json.loads(redact(canonical_json(value).decode(), environment_secrets()))
+    value = {**value, "sha256": _checksum(value)}
+    return (
+        json.dumps(value, indent=indent, sort_keys=True).encode() if indent else plain_json(value)
+    ) + b"\n"
 
 
 def load_checksummed(data: bytes, where: str) -> dict[str, Any]:
@@ -185,11 +193,6 @@ def load_checksummed(data: bytes, where: str) -> dict[str, Any]:
         )
     assert isinstance(value, dict)
     return value
-
-
-def without_secrets(text: bytes) -> bytes:
-    """A JSON text without the credentials of this process and those in URLs."""
-    return redact(text.decode(), environment_secrets()).encode()
 
 
 def _checksum(value: dict[str, Any]) -> str:

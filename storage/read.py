@@ -1,23 +1,25 @@
-"""Reads committed parts and checks sizes and row counts; `storage.verify` checks every byte.
+"""Reads committed parts. The bytes are checked first (`storage.contents`), so no reader gets altered rows.
 
-A difference raises DamagedError with the name of the file.
+Views that read single columns of large files check Parquet's page checksums instead.
 """
 
 import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from storage.contents import again, check_files, check_size, damaged, fetch, open_checked
 from storage.errors import DamagedError, StoreError
-from storage.files import Files
-from storage.fingerprints import file_digest
+from storage.files import Files, LocalFiles
 from storage.parts import FileEntry, PartRecord
+from storage.processes import cache_folder, temporary_name
 from storage.remote import RemoteFiles
 from storage.table import REJECTS
 
@@ -25,53 +27,107 @@ if TYPE_CHECKING:
     import polars as pl
     import pyarrow.dataset as ds
 
-__all__ = ["PartReader", "cache_folder", "open_table"]
+__all__ = ["PartReader", "cache_folder"]
 
-_SMALL = 1 << 20  # bytes: one request for a whole smaller file is quicker than several for ranges
-_REMEDY = "`qrpo verify --repair` computes only this part again."
+T = TypeVar("T")
+
+_SMALL = 1 << 20  # bytes: a smaller file is checked as a whole, also where few of its bytes are needed
 
 
 class PartReader:
-    """Reads parts. `Store` inherits these methods."""
+    """Reads parts. `Store` inherits these methods. Each raises DamagedError for a file that is not the committed one."""
 
     files: Files
 
     def read_part(
         self, record: PartRecord, columns: Sequence[str] | None = None, encoded: Sequence[str] = ()
     ) -> pa.Table:
-        """A part's rows; raises DamagedError where the file is not the committed one.
+        """A part's rows.
 
         The text columns in `encoded` come dictionary-encoded, which is quick where values repeat.
         """
-        with open_table(self.files, record, encoded) as opened:
-            return _read(opened, record, columns)
+        with _open(self.files, _table(record), record, encoded) as opened:
+            return opened.read(columns=_known(opened, record, columns))
 
     def read_rows(
         self, record: PartRecord, first: int, rows: int, columns: Sequence[str] | None = None
     ) -> pa.Table:
         """Rows [first, first + rows) of a part. Decodes their row groups, in the calling thread."""
-        with open_table(self.files, record, sparse=rows < record.rows) as opened:
+
+        def read(opened: pq.ParquetFile) -> pa.Table:
             sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
             starts = np.cumsum([0, *sizes])
             low = int(np.searchsorted(starts, first, side="right")) - 1
             high = int(np.searchsorted(starts, first + rows, side="left"))
-            return _read(opened, record, columns, range(low, high)).slice(first - int(starts[low]), rows)
+            names = _known(opened, record, columns)
+            table = opened.read_row_groups(range(low, high), columns=names, use_threads=False)
+            return table.slice(first - int(starts[low]), rows)
+
+        if isinstance(self.files, RemoteFiles) and rows < record.rows:
+            return _read_sparse(self.files, record, read)
+        with _open(self.files, _table(record), record) as opened:
+            return read(opened)
+
+    def read_groups(self, record: PartRecord, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Some columns of a part, one table per row group. Of a large file only these are read."""
+        for group in range(self.footer(record).num_row_groups):
+
+            def read(opened: pq.ParquetFile, group: int = group) -> pa.Table:
+                return opened.read_row_group(group, columns=_known(opened, record, columns))
+
+            yield _read_sparse(self.files, record, read)
+
+    def footer(self, record: PartRecord) -> pq.FileMetaData:
+        """The Parquet metadata of a part. Of a large file only this is read."""
+        return _read_sparse(self.files, record, lambda opened: opened.metadata)
 
     def read_rejects(self, record: PartRecord) -> pa.Table:
         """The rejected rows of a part, with reasons."""
         if record.rejects_file is None:
             return REJECTS.empty_table()
         with _open(self.files, record.rejects_file, record) as opened:
-            return _read(opened, record, None)
+            return opened.read()
+
+    def read_file(self, record: PartRecord, name: str) -> bytes | None:
+        """The bytes of one file of a folder part; None where it has no such file."""
+        entry = next((entry for entry in record.payload if entry.name == name), None)
+        if entry is None:
+            return None
+        file = open_checked(self.files, entry, record)
+        return file.read_bytes() if isinstance(file, Path) else file.read()
+
+    def check_sizes(self, records: Iterable[PartRecord]) -> None:
+        """Raise DamagedError where a file or record of these parts is gone or has another size.
+
+        Cheap: it lists folders and reads no content. What a listing lacks is looked up by its key.
+        """
+        known = list(records)
+        folders = {
+            f"{top}/{record.stage}/{record.family}" for record in known for top in ("parts", "rejects")
+        }
+        sizes = {info.key: info.bytes for folder in folders for info in self.files.list(folder)}
+        for record in known:
+            if record.key.record not in sizes and self.files.size(record.key.record) is None:
+                raise DamagedError(
+                    f"{record.key}: its record {record.key.record} is missing. `qrpo verify --repair` computes only "
+                    "this part again."
+                )
+            for entry in record.files:
+                if sizes.get(entry.key) != entry.bytes:
+                    check_size(record, entry, self.files.size(entry.key))
 
     def scan(self, records: Iterable[PartRecord]) -> "pl.LazyFrame":
-        """The rows of many parts as one polars LazyFrame."""
+        """The rows of many parts as one polars LazyFrame.
+
+        It has the columns of the first part; null where another part, of an earlier version, lacks one.
+        """
         import polars as pl
 
         tables = _tables(records)
-        paths = [self.files.path(entry.key) for entry in tables]
-        if None not in paths:
-            return pl.scan_parquet([str(path) for path in paths], missing_columns="raise", glob=False)
+        if isinstance(self.files, LocalFiles):
+            return pl.scan_parquet(
+                self._local_paths(tables), missing_columns="insert", extra_columns="ignore", glob=False
+            )
         return pl.scan_pyarrow_dataset(self._dataset(tables))
 
     def dataset(self, records: Iterable[PartRecord]) -> "ds.Dataset":
@@ -81,133 +137,95 @@ class PartReader:
     def fetch_folder(self, record: PartRecord) -> Path:
         """A local folder with the files of a folder part. Do not change its contents.
 
-        In a local store it is the stored folder; otherwise a verified copy in the user's cache.
+        In a local store it is the stored folder; otherwise a copy in the user's cache.
         """
         if record.table is not None or not record.payload:
             raise StoreError(f"{record.key} is a table, not a folder. Use read_part.")
         first = record.payload[0]
         root = self.files.path(first.key.removesuffix(f"/{first.name}"))
         if root is not None:
-            for entry in record.payload:
-                _check_size(record, entry, self.files.size(entry.key))
+            check_files(self.files, [(entry, record) for entry in record.payload])
             return root
         target = cache_folder() / "folders" / record.digest
+        copies = [(replace(entry, key=entry.name), record) for entry in record.payload]
         if target.is_dir():
-            return target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as unfinished:
-            copy = Path(unfinished, "files")
+            with suppress(DamagedError):
+                check_files(LocalFiles(target), copies)
+                return target
+            shutil.rmtree(target)
+        unfinished = target.parent / temporary_name()
+        try:
             for entry in record.payload:
-                path = copy / entry.name
+                path = unfinished / entry.name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                _download(self.files, entry, path, record)
-            try:
-                os.rename(copy, target)
-            except OSError:  # another process fetched it in the meantime
-                if not target.is_dir():
-                    raise
+                with open(path, "xb+") as file:
+                    fetch(self.files, entry, record, file)
+            with suppress(OSError):  # another process fetched it in the meantime
+                os.rename(unfinished, target)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        check_files(LocalFiles(target), copies)
         return target
 
-    def _dataset(self, tables: list[FileEntry]) -> "ds.Dataset":
+    def _local_paths(self, tables: list[tuple[FileEntry, PartRecord]]) -> list[str]:
+        check_files(self.files, tables)
+        return [str(self.files.path(entry.key)) for entry, _ in tables]
+
+    def _dataset(self, tables: list[tuple[FileEntry, PartRecord]]) -> "ds.Dataset":
         import pyarrow.dataset as ds
 
-        if isinstance(self.files, RemoteFiles):
-            names = [f"{self.files.root}/{entry.key}" for entry in tables]
-            return ds.dataset(names, format="parquet", filesystem=self.files.filesystem)
-        return ds.dataset([str(self.files.path(entry.key)) for entry in tables], format="parquet")
+        if isinstance(self.files, LocalFiles):
+            return ds.dataset(self._local_paths(tables), format="parquet")
+        from storage.checked_files import CheckedFiles  # needs fsspec
+
+        by_key = {entry.key: (entry, record) for entry, record in tables}
+        return ds.dataset(list(by_key), format="parquet", filesystem=CheckedFiles(self.files, by_key))
 
 
-def open_table(
-    files: Files, record: PartRecord, encoded: Sequence[str] = (), *, sparse: bool = False
-) -> pq.ParquetFile:
-    """A part's Parquet file, its size and row count checked. Close it, or use it in a `with`.
-
-    The text columns in `encoded` come dictionary-encoded. With `sparse`, an object store is asked only
-    for the ranges that are read.
-    """
-    entry = record.table
-    if entry is None:
+def _table(record: PartRecord) -> FileEntry:
+    if record.table is None:
         raise StoreError(f"{record.key} is a folder, not a table. Use fetch_folder.")
-    opened = _open(files, entry, record, encoded, sparse)
-    if (rows := opened.metadata.num_rows) != record.rows:
-        raise DamagedError(
-            f"{record.key}: {entry.key} has {rows} rows, {record.rows} were committed. {_REMEDY}"
-        )
-    return opened
+    return record.table
 
 
-def cache_folder() -> Path:
-    """The user's cache folder for copies from stores that are not local."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qrpo"
-
-
-def _tables(records: Iterable[PartRecord]) -> list[FileEntry]:
-    tables = [record.table for record in records if record.table]
+def _tables(records: Iterable[PartRecord]) -> list[tuple[FileEntry, PartRecord]]:
+    tables = [(record.table, record) for record in records if record.table]
     if not tables:
         raise StoreError("there are no parts to scan: the list is empty.")
     return tables
 
 
-def _check_size(record: PartRecord, entry: FileEntry, size: int | None) -> None:
-    if size is None:
-        raise DamagedError(f"{record.key}: {entry.key} is missing. {_REMEDY}")
-    if size != entry.bytes:
-        raise DamagedError(
-            f"{record.key}: {entry.key} has {size} bytes, {entry.bytes} were committed. {_REMEDY}"
-        )
+def _open(files: Files, entry: FileEntry, record: PartRecord, encoded: Sequence[str] = ()) -> pq.ParquetFile:
+    opened = pq.ParquetFile(open_checked(files, entry, record), read_dictionary=list(encoded))
+    expected = record.rejects if entry == record.rejects_file else record.rows
+    if (rows := opened.metadata.num_rows) != expected:
+        raise damaged(record, entry, f"has {rows} rows, {expected} were committed")
+    return opened
 
 
-def _download(files: Files, entry: FileEntry, path: Path, record: PartRecord) -> None:
-    try:
-        with files.open_input(entry.key, entry.bytes) as source, open(path, "wb") as file:
-            shutil.copyfileobj(source, file, 4 << 20)
-    except FileNotFoundError:
-        raise DamagedError(f"{record.key}: {entry.key} is missing. {_REMEDY}") from None
-    if (digest := file_digest(path)) != entry.sha256:
-        raise DamagedError(
-            f"{record.key}: {entry.key} has the sha256 {digest}, expected {entry.sha256}. {_REMEDY}"
-        )
+def _read_sparse(files: Files, record: PartRecord, read: Callable[[pq.ParquetFile], T]) -> T:
+    """What `read` takes from a part's file. Of a large one only that is fetched, its page checksums checked."""
+    entry = _table(record)
+    if entry.bytes <= _SMALL or not record.checked:  # earlier versions wrote no page checksums
+        with _open(files, entry, record) as opened:
+            return read(opened)
+
+    def attempt() -> T:
+        check_size(record, entry, files.size(entry.key))
+        try:
+            with (
+                files.open_ranges(entry.key, entry.bytes) as file,
+                pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True) as opened,
+            ):
+                return read(opened)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise damaged(record, entry, f"cannot be decoded ({error})") from None
+
+    return again(files, attempt)
 
 
-def _open(
-    files: Files, entry: FileEntry, record: PartRecord, encoded: Sequence[str] = (), sparse: bool = False
-) -> pq.ParquetFile:
-    size: int | None = None
-    try:
-        file: Any = files.path(entry.key)
-        if file is not None:
-            size = file.stat().st_size
-        else:
-            if sparse and entry.bytes > _SMALL and isinstance(files, RemoteFiles):
-                file = files.open_ranges(entry.key, entry.bytes)
-            else:
-                file = files.open_input(entry.key, entry.bytes)
-            size = file.seek(0, os.SEEK_END)
-    except FileNotFoundError:
-        pass
-    _check_size(record, entry, size)
-    try:
-        # fetching ahead saves requests; from a local file it would only be another copy
-        return pq.ParquetFile(file, pre_buffer=not isinstance(file, Path), read_dictionary=list(encoded))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DamagedError(
-            f"{record.key}: {entry.key} is not readable as Parquet ({error}). {_REMEDY}"
-        ) from None
-
-
-def _read(
-    opened: pq.ParquetFile,
-    record: PartRecord,
-    columns: Sequence[str] | None,
-    groups: Sequence[int] | None = None,
-) -> pa.Table:
+def _known(opened: pq.ParquetFile, record: PartRecord, columns: Sequence[str] | None) -> list[str] | None:
     names = opened.schema_arrow.names
     if unknown := sorted(set(columns or ()) - set(names)):
         raise StoreError(f"{record.key} has no column {', '.join(unknown)}; it has {', '.join(names)}.")
-    columns = columns if columns is None else list(columns)
-    try:
-        if groups is None:
-            return opened.read(columns=columns)
-        return opened.read_row_groups(groups, columns=columns, use_threads=False)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DamagedError(f"{record.key}: its rows cannot be decoded ({error}). {_REMEDY}") from None
+    return None if columns is None else list(columns)

@@ -21,15 +21,19 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from storage.crashpoints import crash_point
 from storage.errors import StoreUnavailableError
-from storage.files import FileInfo
+from storage.files import FileInfo, sweep_temporary
 from storage.names import TEMPORARY, check_key, environment_secrets, is_key, redact, secrets_of
+from storage.processes import cache_folder, temporary_name
 
-__all__ = ["ATTEMPTS", "RemoteFiles"]
+__all__ = ["ATTEMPTS", "PAUSES", "RemoteFiles"]
 
 T = TypeVar("T")
 
 ATTEMPTS = 8
 """How often a request is tried before StoreUnavailableError is raised."""
+
+PAUSES = (0.2, 1.0, 2.5)
+"""Seconds to wait before each new attempt to read what seems damaged: longer than old bodies are served."""
 
 _FIRST_PAUSE = 0.1  # seconds; doubles up to the longest
 _LONGEST_PAUSE = 8.0
@@ -59,6 +63,7 @@ class RemoteFiles:
         self.options = options
         self._secrets = secrets_of(options) | environment_secrets()
         self._connection: tuple[int, Any] | None = None
+        self.pauses: tuple[float, ...] = (0.0,) if protocol == "memory" else PAUSES
         # without this, s3fs asks for the size before it reads
         self._reading = {"max_concurrency": 1} if protocol in ("s3", "s3a") else {}
 
@@ -80,14 +85,14 @@ class RemoteFiles:
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of a key."""
-        data = self._tried(
-            "read", key, lambda fs, name: cast(bytes, fs.cat_file(name, start=start, end=stop))
-        )
-        if len(data) != stop - start:
-            raise StoreUnavailableError(
-                f"{self._shown(key)}: expected {stop - start} bytes from {start}, got {len(data)}."
-            )
-        return data
+
+        def read(fs: Any, name: str) -> bytes:
+            data = cast(bytes, fs.cat_file(name, start=start, end=stop))
+            if len(data) != stop - start:
+                raise OSError(f"expected {stop - start} bytes from {start}, got {len(data)}")
+            return data
+
+        return self._tried("read", key, read)
 
     def read_many(self, keys: Iterable[str]) -> dict[str, bytes]:
 
@@ -129,8 +134,7 @@ class RemoteFiles:
 
     def scratch(self, key: str) -> Path:
         check_key(key)
-        folder = Path(tempfile.gettempdir())
-        return folder / f"{TEMPORARY}{os.getpid()}-{random.SystemRandom().getrandbits(64):016x}"
+        return Path(tempfile.gettempdir(), temporary_name())
 
     def create_from(self, key: str, scratch: Path) -> bool:
         return self.copy_from(key, scratch)
@@ -184,6 +188,12 @@ class RemoteFiles:
     def open_ranges(self, key: str, size: int) -> BinaryIO:
         """The object of `size` bytes, read by ranges on demand."""
         return io.BufferedReader(_Ranges(self, key, size), buffer_size=128 << 10)
+
+    def sweep(self, older_than: float) -> Iterator[FileInfo]:
+        for folder in (Path(tempfile.gettempdir()), cache_folder() / "folders"):
+            for path in folder.glob(f"{TEMPORARY}*"):
+                if info := sweep_temporary(path, older_than):
+                    yield info
 
     def _name(self, key: str) -> str:
         return f"{self.root}/{check_key(key)}"

@@ -23,12 +23,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.commit import PartWriter
+from storage.contents import again
 from storage.errors import DamagedError, StoreURLError
 from storage.files import FileInfo, LocalFiles
 from storage.manifest import Manifest, manifest_key
 from storage.names import check_key, check_name, public_url
-from storage.parts import PartKey, without_secrets
-from storage.read import PartReader, cache_folder
+from storage.parts import PartKey, dump_checksummed, load_checksummed
+from storage.processes import cache_folder
+from storage.read import PartReader
 from storage.remote import RemoteFiles
 
 __all__ = ["Store"]
@@ -98,7 +100,7 @@ class Store(PartWriter, PartReader):
         if any(part.rejects for part in manifest.parts):
             rejects = pa.concat_tables(self.read_rejects(part) for part in manifest.parts)
             sink = pa.BufferOutputStream()
-            pq.write_table(rejects, sink, compression="zstd")
+            pq.write_table(rejects, sink, compression="zstd", write_page_checksum=True)
             self.files.write(manifest.rejects_key, sink.getvalue().to_pybytes())
         data = manifest.to_file()
         self.files.write(manifest.key, data)
@@ -108,28 +110,44 @@ class Store(PartWriter, PartReader):
         """An artifact's manifest; None where the artifact is not complete."""
         key = manifest_key(stage, fingerprint)
         try:
-            return Manifest.from_file(self.files.read(key), key)
+            return again(self.files, lambda: Manifest.from_file(self.files.read(key), key))
         except FileNotFoundError:
             return None
 
     def write_run(self, name: str, run: Mapping[str, Any]) -> None:
         """Write what a run produced so far to `runs/<name>.json`, replacing it."""
-        text = json.dumps(dict(run), indent=2, sort_keys=True, allow_nan=False)
-        self.files.write(_run_key(name), without_secrets(text.encode()) + b"\n")
+        self.files.write(_run_key(name), dump_checksummed(dict(run), indent=2))
 
     def run(self, name: str) -> dict[str, Any] | None:
         """What `write_run` wrote; None where there is no such run."""
         key = _run_key(name)
+
+        def read() -> dict[str, Any]:
+            data = self.files.read(key)
+            try:
+                value = json.loads(data)
+                if isinstance(value, dict):  # earlier versions wrote no checksum
+                    return load_checksummed(data, key) if "sha256" in value else value
+                found = f"is a JSON {type(value).__name__}, expected an object"
+            except ValueError as error:
+                found = f"is not JSON ({error})"
+            except DamagedError:
+                found = "was changed after it was written: its sha256 does not match"
+            raise DamagedError(
+                f"{key} {found}. Undo the edit, or let `qrpo verify --repair` set the file aside and run that "
+                "configuration again."
+            )
+
         try:
-            value = json.loads(self.files.read(key))
+            return again(self.files, read)
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise DamagedError(
-                f"{key} is not JSON ({error}). Undo the edit, or run that configuration again."
-            ) from None
-        assert isinstance(value, dict)
-        return value
+
+    def set_aside_run(self, name: str) -> None:
+        """Rename a damaged note to `runs/<name>.damaged`, so that the run can be noted anew."""
+        key = _run_key(name)
+        self.files.write(damaged_run(name), self.files.read(key))
+        self.files.delete(key)
 
     def runs(self) -> builtins.list[str]:
         """The names of all runs, by a listing."""
@@ -138,20 +156,40 @@ class Store(PartWriter, PartReader):
 
     # Scratch
 
-    def work_dir(self, key: PartKey) -> Path:
-        """A local folder that survives a kill, for training checkpoints of an unfinished part."""
+    def work_dir(self, key: PartKey, holder: str = "") -> Path:
+        """A local folder that survives a kill, for training checkpoints of an unfinished part.
+
+        The folder of a `holder` is named after it. A new holder gets the files of the one before by
+        one rename, so that no two write to one folder.
+        """
         folder = self._work_dir(key)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        mine = folder / f"{_HOLDER}{holder}" if holder else folder
+        if not mine.is_dir():
+            before = sorted(folder.glob(f"{_HOLDER}*"), key=lambda path: path.stat().st_mtime)
+            if before:
+                before[-1].rename(mine)
+            elif holder and folder.is_dir():  # written by an earlier release
+                folder.rename(written := folder.with_name(f"{folder.name}.{holder}"))
+                folder.mkdir()
+                written.rename(mine)
+        mine.mkdir(parents=True, exist_ok=True)
+        return mine
 
     def clear_work(self, key: PartKey) -> None:
         """Remove a part's scratch folder."""
         shutil.rmtree(self._work_dir(key), ignore_errors=True)
 
+    def work_folders(self) -> Iterator[tuple[str, str, Path]]:
+        """(stage, part's fingerprint, folder) of every scratch folder on this machine."""
+        for folder in sorted(self._work_root().glob("*/*")):
+            yield folder.parent.name, folder.name, folder
+
     def _work_dir(self, key: PartKey) -> Path:
-        local = self.files.path(f"work/{key.stage}/{key.fingerprint}")
+        return self._work_root() / key.stage / key.fingerprint
+
+    def _work_root(self) -> Path:
         name = hashlib.sha256(self.url.encode()).hexdigest()[:16]
-        return local or cache_folder() / "work" / name / key.stage / key.fingerprint
+        return self.files.path("work") or cache_folder() / "work" / name
 
     def listing(self, prefix: str = "") -> Iterator[FileInfo]:
         """Every file under a folder with its size and time. For housekeeping: a run lists nothing."""
@@ -162,8 +200,16 @@ class Store(PartWriter, PartReader):
         return [info.key for info in self.files.list(prefix)]
 
 
+_HOLDER = "holder-"
+
+
 def _run_key(name: str) -> str:
     return f"runs/{check_name(name, 'run name')}.json"
+
+
+def damaged_run(name: str) -> str:
+    """The key of a note that was set aside."""
+    return f"runs/{check_name(name, 'run name')}.damaged"
 
 
 def _remote(protocol: str, url: str, options: dict[str, Any]) -> RemoteFiles:

@@ -2,20 +2,23 @@
 
 Each fault is a `Finding` with the part or manifest to discard. `repair` discards these, and the next
 run computes only them again. Files are hashed in threads: hashing releases Python's lock.
+
+A part whose parent's file is altered is a fault too where its record does not say that the parent's
+bytes were checked when they were read (`PartRecord.checked`): it may have been computed from the
+altered bytes. Its own descendants then follow from its digest: they stay if it comes out the same.
 """
 
-import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.artifact import named_artifacts
+from storage.contents import open_checked
 from storage.errors import DamagedError, StoreError
-from storage.fingerprints import stream_digest
 from storage.manifest import Manifest, manifest_key
 from storage.parts import FileEntry, PartKey, PartRecord
 from storage.store import Store
@@ -24,10 +27,8 @@ from storage.table import REJECTS, Table
 __all__ = ["Finding", "repair", "verify"]
 
 Kind = Literal[
-    "missing", "truncated", "altered", "rows", "schema", "record", "manifest", "stale", "reference"
+    "missing", "truncated", "altered", "rows", "schema", "record", "manifest", "run", "stale", "reference"
 ]
-
-_IN_MEMORY = 64 << 20  # bytes: smaller files are hashed and parsed from one read
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,15 @@ def verify(
         yield from _check_runs(store)
     keys.update((record.key, None) for manifest in artifacts for record in manifest.parts)
     records: dict[PartKey, PartRecord] = {}
+    altered: set[str] = set()
     with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
         checks = [pool.submit(_check_part, store, key, tables.get(key.stage, Table())) for key in keys]
         for done, check in enumerate(as_completed(checks), start=1):
             record, findings = check.result()
             if record is not None:
                 records[record.key] = record
+                payload = {entry.key for entry in record.payload}
+                altered |= {record.fingerprint for fault in findings if fault.key in payload}
             yield from findings
             if progress is not None:
                 progress(done, len(checks))
@@ -83,7 +87,11 @@ def verify(
     for record in records.values():
         if record.is_stale(digests):
             message = f"{record.key} was computed from other bytes of a parent part than the store has now."
-            yield Finding("stale", record.key.record, message, part=record.key)
+        elif not record.checked and (suspect := altered.intersection(record.parents)):
+            message = f"{record.key} may have been computed from the altered bytes of part {min(suspect)}."
+        else:
+            continue
+        yield Finding("stale", record.key.record, message, part=record.key)
     for manifest in artifacts:
         yield from _check_manifest(store, manifest, records)
         if all(record.key in records for record in manifest.parts):
@@ -93,7 +101,8 @@ def verify(
 def repair(store: Store, findings: Iterable[Finding]) -> list[str]:
     """Discard the parts and manifests that the findings name, and every manifest of such a part.
 
-    The next run computes only these again. Returns the names of what was discarded.
+    The next run computes only these again. A damaged note of a run is set aside. Returns the names of
+    what was discarded.
     """
     findings = list(findings)
     parts = dict.fromkeys(finding.part for finding in findings if finding.part is not None)
@@ -105,7 +114,10 @@ def repair(store: Store, findings: Iterable[Finding]) -> list[str]:
         store.delete(name)
     for key in parts:
         store.discard_part(key)
-    return [str(key) for key in parts] + list(manifests)
+    notes = [finding.key for finding in findings if finding.kind == "run"]
+    for note in notes:
+        store.set_aside_run(note.removeprefix("runs/").removesuffix(".json"))
+    return [*map(str, parts), *manifests, *notes]
 
 
 def _all_manifests(store: Store) -> Iterator[Finding | Manifest]:
@@ -137,7 +149,7 @@ def _check_runs(store: Store) -> Iterator[Finding]:
         try:
             run = store.run(name) or {}
         except StoreError as error:
-            yield Finding("record", f"runs/{name}.json", str(error))
+            yield Finding("run", f"runs/{name}.json", str(error))
             continue
         for stage, artifact in named_artifacts(run).items():
             key = manifest_key(stage, artifact)
@@ -154,39 +166,32 @@ def _check_part(store: Store, key: PartKey, table: Table) -> tuple[PartRecord | 
         return None, [Finding("missing", key.record, f"{key}: its record {key.record} is missing.", part=key)]
     faults = ((entry, _file_fault(store, record, entry, table)) for entry in record.files)
     return record, [
-        Finding(fault[0], entry.key, f"{key}: {entry.key} {fault[1]}", part=key)
-        for entry, fault in faults
-        if fault is not None
+        Finding(fault[0], entry.key, fault[1], part=key) for entry, fault in faults if fault is not None
     ]
 
 
 def _file_fault(store: Store, record: PartRecord, entry: FileEntry, table: Table) -> tuple[Kind, str] | None:
-    size = store.files.size(entry.key)
-    if size is None:
-        return "missing", "is missing."
-    if size != entry.bytes:
-        return "truncated", f"has {size} bytes, {entry.bytes} were committed."
-    with store.open_input(entry.key) as file:
-        content: BinaryIO = io.BytesIO(file.read()) if size <= _IN_MEMORY else file
-        digest = stream_digest(content)
-        if digest != entry.sha256:
-            return "altered", f"has the sha256 {digest}, {entry.sha256} was committed."
-        if entry == record.rejects_file:
-            expected_rows, schema = record.rejects, REJECTS
-        elif entry == record.table:
-            expected_rows, schema = record.rows, table.schema
-        else:
-            return None
-        content.seek(0)
-        try:
-            with pq.ParquetFile(content) as opened:
-                rows, found = opened.metadata.num_rows, opened.schema_arrow
-        except (pa.ArrowInvalid, OSError) as error:
-            return "altered", f"is not readable as Parquet: {error}."
+    try:
+        file = open_checked(store.files, entry, record)
+    except DamagedError as error:
+        size = store.files.size(entry.key)
+        kind: Kind = "missing" if size is None else "altered" if size == entry.bytes else "truncated"
+        return kind, str(error)
+    if entry == record.rejects_file:
+        expected_rows, schema = record.rejects, REJECTS
+    elif entry == record.table:
+        expected_rows, schema = record.rows, table.schema
+    else:
+        return None
+    try:
+        with pq.ParquetFile(file) as opened:
+            rows, found = opened.metadata.num_rows, opened.schema_arrow
+    except (pa.ArrowInvalid, OSError) as error:
+        return "altered", f"{record.key}: {entry.key} is not readable as Parquet: {error}."
     if rows != expected_rows:
-        return "rows", f"has {rows} rows, its record says {expected_rows}."
+        return "rows", f"{record.key}: {entry.key} has {rows} rows, its record says {expected_rows}."
     if difference := _schema_difference(found, schema):
-        return "schema", f"does not fit the stage's schema: {difference}."
+        return "schema", f"{record.key}: {entry.key} does not fit the stage's schema: {difference}."
     return None
 
 
@@ -252,7 +257,7 @@ def _check_references(store: Store, manifest: Manifest, tables: Mapping[str, Tab
         try:
             rows, parents = (store.scan(each.parts).select(columns) for each in (manifest, parent))
             orphans = rows.join(parents, on=columns, how="anti").unique().head(1).collect()
-        except (pl.exceptions.PolarsError, OSError):
+        except (pl.exceptions.PolarsError, DamagedError):
             continue  # reported by `_check_part`
         if orphans.height:
             message = (

@@ -28,11 +28,10 @@ class StoredAnswers:
         """All answers of a group, by key."""
         answers: dict[str, str] = {}
         for name, data in self._store.files.read_many(self._store.list(f"answers/{group}")).items():
-            try:
-                table = pq.read_table(pa.BufferReader(data), columns=["key", "answer"])
-            except (pa.ArrowInvalid, OSError) as error:
-                log.warning("%s cannot be read and is passed over: %s", self._store.url_of(name), error)
+            if name != _key(group, data) and name != _key(group, data := self._store.read_bytes(name)):
+                log.warning("%s was altered and is passed over", self._store.url_of(name))
                 continue
+            table = pq.read_table(pa.BufferReader(data), columns=["key", "answer"])
             answers |= zip(table["key"].to_pylist(), table["answer"].to_pylist(), strict=True)
         return answers
 
@@ -42,4 +41,8 @@ class StoredAnswers:
         sink = pa.BufferOutputStream()
         pq.write_table(pa.table(columns), sink, compression="zstd")
         data = sink.getvalue().to_pybytes()
-        self._store.write_bytes(f"answers/{group}/{hashlib.sha256(data).hexdigest()[:32]}.parquet", data)
+        self._store.write_bytes(_key(group, data), data)
+
+
+def _key(group: str, data: bytes) -> str:
+    return f"answers/{group}/{hashlib.sha256(data).hexdigest()[:32]}.parquet"

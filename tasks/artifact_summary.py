@@ -1,6 +1,5 @@
 """Facts about an artifact that the views and Prefect's UI both show: reject reasons, metrics, numbers, model comparisons."""
 
-import io
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,11 +44,8 @@ def reject_reasons(store: Store, manifest: Manifest, limit: int = 10) -> dict[st
 
 def training_metrics(store: Store, manifest: Manifest) -> pl.DataFrame | None:
     """What a training run logged, one row per logged step. None for an artifact without `metrics.parquet`."""
-    for part in manifest.parts:
-        for file in part.payload:
-            if file.name == "metrics.parquet":
-                return pl.read_parquet(io.BytesIO(store.read_bytes(file.key)))
-    return None
+    data = store.read_file(manifest.parts[0], "metrics.parquet") if manifest.parts else None
+    return None if data is None else pl.read_parquet(data)
 
 
 def numbers_of(values: pl.Series) -> dict[str, Any] | None:

@@ -5,6 +5,8 @@ file are taken from the current folder, as in a shell.
 """
 
 import difflib
+import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -13,11 +15,12 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from qrpo.config import Section, is_execution_option
+from qrpo.config import Section, Seed, is_execution_option
 from qrpo.data.prompts import PromptsConfig
 from qrpo.errors import ConfigError
 from qrpo.rewards import RewardConfig
 from qrpo.training.settings import PolicyConfig
+from tasks.config_yaml import read_yaml, write_yaml
 from tasks.sections import CompareConfig, RoundsConfig, RunConfig
 from tasks.stages import STAGES
 from tasks.stages.completions import CompletionsConfig
@@ -36,7 +39,7 @@ class PipelineConfig(Section):
         "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", json_schema_extra={"fingerprint": False}
     )
     """The run's name: `runs/<name>.json` in the store says what it produced."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything random: sampling, splits, shuffles, training."""
     prompts: PromptsConfig
     """Where the prompts come from."""
@@ -65,6 +68,18 @@ class PipelineConfig(Section):
     def subject(self) -> str:
         """Which prompts and which model, in a few words: run names say it."""
         return f"{self.prompts.name}, {self.reference.model.path.rstrip('/').rsplit('/', 1)[-1]}"
+
+    @model_validator(mode="after")
+    def _trainable(self) -> "PipelineConfig":
+        for name, section in (("policy", self.policy), ("reference.sft", self.reference.sft)):
+            if section is not None and section.needs_check:
+                from qrpo.training.trainer_arguments import check_arguments
+
+                try:
+                    check_arguments(section)
+                except ConfigError as error:
+                    raise ValueError(f"{name}: {error}") from None
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> "PipelineConfig":
@@ -122,7 +137,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> PipelineConf
     Raises ConfigError naming the key's path for anything unknown, missing or impossible.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = read_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file (looked in {Path.cwd()})") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -133,15 +148,24 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> PipelineConf
         raise ConfigError(
             f"{path}: expected a mapping of sections (prompts, reference, ...), got {type(raw).__name__}"
         )
-    return parse_config(apply_overrides(raw, overrides), where=str(path))
+    try:
+        return parse_config(apply_overrides(raw, overrides), where=str(path))
+    except RecursionError:
+        raise ConfigError(f"{path}: a value contains itself, through an alias: remove the alias") from None
 
 
 def parse_config(raw: Mapping[str, Any], where: str = "configuration") -> PipelineConfig:
-    """Validate a plain mapping; ConfigError lists every bad key with its path and the remedy."""
+    """Validate a plain mapping; ConfigError lists every bad key with its path and the remedy.
+
+    Types are strict, as in JSON: no text for a number, no number for a switch.
+    """
     try:
-        return PipelineConfig.model_validate(raw)
-    except ValidationError as error:
-        lines = [_explain(dict(item)) for item in error.errors()]
+        return PipelineConfig.model_validate_json(json.dumps(raw, default=str), strict=True)
+    except ValueError as error:
+        if not isinstance(error, ValidationError):
+            raise ConfigError(f"{where}: {error}") from None
+        found = [dict(item) for item in error.errors() if item["type"] != "too_short" or item["input"] == []]
+        lines = [_explain(item) for item in found]
         raise ConfigError(f"{where}: " + "\n  ".join(lines)) from None
 
 
@@ -153,9 +177,10 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[st
         if not equals or not path:
             raise ConfigError(f"--set {override}: expected key.path=value, such as --set policy.beta=0.1")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {override}: the value is not valid YAML") from None
+            value = read_yaml(text)
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"--set {override}: the value is not valid YAML: {reason}") from None
         _assign(result, path.split("."), value, override)
     return result
 
@@ -187,9 +212,18 @@ def _explain(item: dict[str, Any]) -> str:
     message = str(item["msg"]).removeprefix("Value error, ")
     if not path:
         return message
-    if location[-1] in ("api_key_env", "hub_token"):  # the value may be a secret
-        return f"{path}: {message}"
-    return f"{path}: {message}, got {item['input']!r}"
+    got = f", got {item['input']!r}" if _may_be_shown(item) else ""
+    remedy = "; write it in quotes" if item["type"] == "string_type" and got else ""
+    return f"{path}: {message}{got}{remedy}"
+
+
+def _may_be_shown(item: Mapping[str, Any]) -> bool:
+    """Whether a refused value cannot be a secret: a number, or a word where the choices are known or a number is expected."""
+    given = item["input"]
+    word_expected = item["type"] == "literal_error" or re.match(r"(int|float|bool)_", item["type"])
+    return (
+        given is None or isinstance(given, (int, float)) or (isinstance(given, str) and bool(word_expected))
+    )
 
 
 def _known_keys(path: list[Any]) -> list[str]:
@@ -263,11 +297,11 @@ def _dump_section(section: BaseModel, indent: int) -> list[str]:
                 lines += [f"{pad}  - {first.lstrip()}", *rest]
         else:
             plain = section.model_dump(mode="json", include={name})[name]
-            text = yaml.safe_dump(plain, default_flow_style=True, width=10_000, allow_unicode=True)
+            text = write_yaml(plain, default_flow_style=True, width=10_000)
             value_text = text.strip().removesuffix("...").strip()
             lines.append(f"{pad}{name}: {value_text}{comment}")
     for name, value in (section.model_extra or {}).items():
-        text = yaml.safe_dump({name: value}, default_flow_style=True, width=10_000, allow_unicode=True)
+        text = write_yaml({name: value}, default_flow_style=True, width=10_000)
         lines.append(f"{pad}{text.strip()[1:-1]}")
     return lines
 

@@ -54,18 +54,20 @@ def compute_missing(
     with ExitStack() as stack:
         reporter = stack.enter_context(reporting(plan.stage, len(parts)))
         stack.callback(close_engine)
-        size, compute = _computing(plan.stage, config, store, len(parts), reporter, stack)
+        whole = replace(stage.work(config, store), holder=leases.holder)
+        size, compute = _computing(whole, config, len(parts), reporter, stack)
         groups = [parts[start : start + size] for start in range(0, len(parts), size)]
 
         def ours() -> Iterator[Group]:
             for number, group in enumerate(groups, start=1):
-                mine, others = _share(leases, group)
-                theirs.update({part.key: part for part in others})
+                _, keys, others = leases.share((part.key for part in group), present)
+                mine = [part for part in group if part.key in keys]
+                theirs.update({part.key: part for part in group if part.key in others})
                 if mine:
                     yield f"{plan.stage} {number}/{len(groups)}", mine
 
         def taken_over() -> Iterator[Group]:
-            for key, record in leases.wait(theirs, patience=config.run.lease_patience):
+            for key, record in leases.wait(theirs, config.run.lease_patience, known=present):
                 if record is None:
                     yield f"{plan.stage} taken over {key.fingerprint[:8]}", [theirs[key]]
 
@@ -79,11 +81,9 @@ def compute_missing(
 
 
 def _computing(
-    stage: str, config: PipelineConfig, store: Store, parts: int, reporter: Reporter, stack: ExitStack
+    whole: Work[Any], config: PipelineConfig, parts: int, reporter: Reporter, stack: ExitStack
 ) -> tuple[int, Callable[[Iterable[Group]], Iterator[Group]]]:
     """How many parts a group should have, and what computes groups, giving each back when it is done: here, or on workers."""
-
-    whole = STAGES[stage].work(config, store)
 
     def work(group: Group) -> Work[Any]:
         return whole.only(group[1])
@@ -99,7 +99,10 @@ def _computing(
 
     if not uses_workers(config, parts):
         return config.run.parts_per_task, here
-    workers = stack.enter_context(WorkerPool(config, store.url, uses_gpu=STAGES[stage].uses_gpu))
+    of = STAGES[whole.stage]
+    workers = stack.enter_context(
+        WorkerPool(config, whole.store.url, uses_gpu=of.uses_gpu, need=of.gpus(whole.settings))
+    )
 
     def arguments(group: Group) -> dict[str, Any]:
         return {"label": group[0], "work": RemoteWork(work(group), workers.setup)}
@@ -110,15 +113,6 @@ def _computing(
             yield group
 
     return workers.group_size(parts, config.run.parts_per_task), spread
-
-
-def _share(leases: Leases, group: Sequence[PartPlan]) -> tuple[list[PartPlan], list[PartPlan]]:
-    """Which parts of the group are ours to compute now, and which another run is working on."""
-    _, mine, others = leases.share(part.key for part in group if not part.replace)
-    return (
-        [part for part in group if part.replace or part.key in mine],
-        [part for part in group if part.key in others],
-    )
 
 
 @task(
@@ -143,7 +137,7 @@ def compute_parts(label: str, work: Work[Any] | RemoteWork, reporter: Reporter |
     ]  # a retry comes here again
     before = reporter.done + len(work.parts) - len(todo)
     committed: list[str] = []
-    for item in _items(work.only(todo)) if todo else ():
+    for item in _checked(work.only(todo)) if todo else ():
         if isinstance(item, Progress):
             reporter.update(item.done, item.message, total=item.total)
         else:
@@ -153,6 +147,16 @@ def compute_parts(label: str, work: Work[Any] | RemoteWork, reporter: Reporter |
                 before + len(committed), total=reporter.parts
             )  # a part may have counted its steps
     return committed
+
+
+def _checked(work: Work[Any]) -> Iterator[PartRecord | Progress]:
+    """What the stage yields; where it fails because another run has taken over, that is the error."""
+    try:
+        yield from _items(work)
+    except Exception:
+        for part in work.parts:
+            work.check_lease(part)
+        raise
 
 
 def _items(work: Work[Any]) -> Iterator[PartRecord | Progress]:

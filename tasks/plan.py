@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qrpo.errors import ConfigError
-from storage import PartKey, PartRecord, Store, artifact_fingerprint, fingerprint
+from storage import Manifest, PartKey, PartRecord, Store, artifact_fingerprint, fingerprint
 
 __all__ = [
     "PartPlan",
@@ -28,6 +28,7 @@ __all__ = [
     "make_family",
     "part_key",
     "previous_policy",
+    "short",
     "single_part",
 ]
 
@@ -66,6 +67,8 @@ class StagePlan:
     """The digest of the parents' rows together, where the part must have been made from exactly these in any cut."""
     known: bool = True
     """False until the prompts have been read: the parts are not known yet."""
+    manifest: Manifest | None = None
+    """The artifact's manifest, where the store had it and these are its parts."""
 
     @property
     def fingerprint(self) -> str:
@@ -105,12 +108,16 @@ class StagePlan:
         made from the present bytes of present parts. A record whose parent holds other bytes now is ignored, so its part is
         computed again.
         """
-        manifest = store.manifest(self.stage, self.fingerprint) if keep_cut else None
+        manifest = (self.manifest or store.manifest(self.stage, self.fingerprint)) if keep_cut else None
+        digests = {
+            **digests,
+            **{part.fingerprint: part.digest for part in (manifest.parts if manifest else ())},
+        }
         if manifest is not None and all(_is_current(record, digests) for record in manifest.parts):
             planned = {part.key: part for part in self.parts}
             kept = [planned.get(record.key, _as_planned(record)) for record in manifest.parts]
             records = {record.fingerprint: record for record in manifest.parts}
-            return replace(self, parts=tuple(kept), records=records)
+            return replace(self, parts=tuple(kept), records=records, manifest=manifest)
         found = store.find_parts([part.key for part in self.parts])
         fresh = {
             name: record
@@ -118,7 +125,7 @@ class StagePlan:
             if not record.is_stale(digests)
             and (self.reads is None or record.metadata.get("reads", self.reads) == self.reads)
         }
-        return replace(self, records=fresh)
+        return replace(self, records=fresh, manifest=None)
 
 
 @dataclass(frozen=True)
@@ -208,6 +215,12 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
         for name, item in items
         for key, leaf in flat(item, f"{path}.{name}" if path else name).items()
     }
+
+
+def short(value: Any) -> str:
+    """A setting's value in at most 60 characters."""
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:28]}…{text[-28:]}"
 
 
 def _is_current(record: PartRecord, digests: Mapping[str, str]) -> bool:

@@ -12,23 +12,36 @@ from typing import Any
 
 from qrpo.errors import ConfigError
 from storage import PartRecord, Store
+from storage.artifact import named_artifacts, run_versions
 from tasks.config import PipelineConfig
 from tasks.plan import PartPlan, StagePlan, Upstream, previous_policy
 from tasks.stages import STAGE_NAMES, STAGES
 
-__all__ = ["Planner", "plan_pipeline", "planner_of", "planning"]
+__all__ = ["Planner", "noted_prompts", "plan_pipeline", "planner_of", "planning"]
 
 
 class Planner:
-    """The plans of one configuration on one store."""
+    """The plans of one configuration on one store.
 
-    def __init__(self, config: PipelineConfig, store: Store) -> None:
+    `prompts` is a plan of prompts to keep to, whatever their source holds by now; `policy` the policy that a later round
+    starts from, by default the one that the run `rounds.from_run` notes.
+    """
+
+    def __init__(
+        self,
+        config: PipelineConfig,
+        store: Store,
+        prompts: StagePlan | None = None,
+        policy: PartRecord | None = None,
+    ) -> None:
         self.config = config
         self.store = store
+        self.prompts = prompts
         self.uncommitted: dict[str, list[dict[str, Any]]] = {}
         """Rows of the source that were read for a plan, by the fingerprint of their part."""
         self._plans: dict[str, StagePlan] = {}
-        self._previous = previous_policy(config.rounds.from_run, store)
+        self._checked: set[str] = set()  # by `check_files`
+        self._previous = policy or previous_policy(config.rounds.from_run, store)
 
     def plan(self, stage: str, *, read_source: bool = False) -> StagePlan:
         """The plan of a stage, with what the store has of it; stages before it are planned first.
@@ -39,6 +52,15 @@ class Planner:
         for name in STAGE_NAMES[len(self._plans) : STAGE_NAMES.index(stage) + 1]:
             self._plans[name] = self._make(name, read_source)
         return self._plans[stage]
+
+    def following(self, config: PipelineConfig) -> "Planner":
+        """The planner of a later round or another candidate, on the prompts that this one read and from its policy."""
+        prompts, policy = self._plans.get("prompts"), self._plans.get("policy")
+        same = config.prompts == self.config.prompts and prompts is not None and prompts.complete
+        before = None
+        if policy is not None and config.rounds.from_run == self.config.name:
+            before = next(iter(policy.records.values()), None)
+        return Planner(config, self.store, prompts if same else None, before)
 
     def cut_anew(self, stage: str) -> StagePlan:
         """The plan of a stage in parts of the configured size, also where a finished artifact has another cut."""
@@ -78,6 +100,13 @@ class Planner:
                     f"Run it first: `qrpo run CONFIG --until {parent}`"
                 )
 
+    def check_files(self, stage: str) -> None:
+        """Raise DamagedError where a file of `stage`, or of a stage before it, is gone or has another size."""
+        for name in STAGE_NAMES[: STAGE_NAMES.index(stage) + 1]:
+            if name not in self._checked:
+                self.store.check_sizes(self.plan(name).records.values())
+                self._checked.add(name)
+
     def _forget(self, stage: str) -> None:
         for name in STAGE_NAMES[STAGE_NAMES.index(stage) :]:
             self._plans.pop(name, None)
@@ -85,7 +114,10 @@ class Planner:
     def _make(self, name: str, read_source: bool = False, keep_cut: bool = True) -> StagePlan:
         stage = STAGES[name]
         settings = stage.settings_of(self.config)
-        plan = stage.plan(settings, Upstream(self._plans, self.store, self._previous))
+        if name == "prompts" and self.prompts is not None:
+            plan = self.prompts
+        else:
+            plan = stage.plan(settings, Upstream(self._plans, self.store, self._previous))
         if stage.read is not None and not plan.known and read_source:
             parts = []
             for part, rows in stage.read(settings):
@@ -129,9 +161,28 @@ def planning(planner: Planner) -> Iterator[Planner]:
         _active.reset(token)
 
 
-def planner_of(config: PipelineConfig, store_url: str) -> Planner:
-    """The planner of the block for this configuration and store, or a new one."""
-    active = _active.get()
-    if active is not None and active.config == config and active.store.url == Store(store_url).url:
+def planner_of(config: PipelineConfig, store_url: str, first: str = STAGE_NAMES[0]) -> Planner:
+    """The planner of the block for this configuration and store, or a new one.
+
+    A new one reads the source as it is now only to run the stage of prompts; from a later stage `first`, it keeps to the
+    prompts of the run's note.
+    """
+    active, store = _active.get(), Store(store_url)
+    if active is not None and active.config == config and active.store.url == store.url:
         return active
-    return Planner(config, Store(store_url))
+    return Planner(config, store, None if first == STAGE_NAMES[0] else noted_prompts(config, store))
+
+
+def noted_prompts(config: PipelineConfig, store: Store) -> StagePlan | None:
+    """The plan of the prompts that this run noted last for these settings; None where it noted none."""
+    for version in run_versions(store.run(config.name) or {}):
+        artifact = named_artifacts(version).get("prompts")
+        same = version.get("config", {}).get("prompts") == config.prompts.model_dump(mode="json")
+        manifest = store.manifest("prompts", artifact) if artifact and same else None
+        if manifest is not None:
+            parts = tuple(PartPlan(record.key, (), record.metadata) for record in manifest.parts)
+            settings, outside = dict(manifest.config), dict(manifest.inputs)
+            return StagePlan(
+                "prompts", manifest.family, settings, outside, parts, {}, artifact=artifact, manifest=manifest
+            )
+    return None

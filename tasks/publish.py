@@ -49,7 +49,11 @@ def publish_stage(result: StageResult, config: "PipelineConfig", store_url: str)
         return
     store = Store(store_url)
     manifest = store.manifest(result.stage, result.fingerprint)
-    assert manifest is not None, f"{result.stage}: its manifest was just committed"
+    if manifest is None:
+        log.warning(
+            "%s is done, but its manifest cannot be read, so Prefect's UI does not show it", result.stage
+        )
+        return
     parents = [_url(store, stage, fingerprint) for stage, fingerprint in manifest.parents.items()]
     task = _publish.with_options(
         task_run_name=f"publish {result.stage}",

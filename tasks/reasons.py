@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from storage import Manifest
-from tasks.plan import StagePlan, flat
+from storage.artifact import named_artifacts, run_versions
+from tasks.plan import StagePlan, flat, short
 from tasks.planner import Planner
 from tasks.reuse import RowCount
 from tasks.stages import STAGES
@@ -12,8 +13,13 @@ from tasks.stages import STAGES
 __all__ = ["reasons"]
 
 
-def reasons(plan: StagePlan, planner: Planner, noted: Mapping[str, Any], count: RowCount | None) -> list[str]:
-    """The causes in words, none for a complete stage. `noted` is what the run noted of itself (`Store.run`)."""
+def reasons(
+    plan: StagePlan, planner: Planner, noted: Mapping[str, Any], counts: Mapping[str, RowCount | None]
+) -> list[str]:
+    """The causes in words, none for a complete stage. `noted` is what the run noted of itself (`Store.run`).
+
+    `counts` says what this stage and those before it cost.
+    """
     stage, config, store = STAGES[plan.stage], planner.config, planner.store
     if not plan.known:
         if stage.read is not None:
@@ -21,8 +27,9 @@ def reasons(plan: StagePlan, planner: Planner, noted: Mapping[str, Any], count: 
         return ["the prompts are not known yet"]
     if plan.complete:
         return [] if plan.parts else [stage.why_empty]
-    entry = noted.get("stages", {}).get(plan.stage) or noted.get("earlier", {}).get(plan.stage)
-    previous = store.manifest(plan.stage, entry["fingerprint"]) if entry else None
+    artifacts = (named_artifacts(version).get(plan.stage) for version in run_versions(noted))
+    artifact = next(filter(None, artifacts), None)
+    previous = store.manifest(plan.stage, artifact) if artifact else None
     words: list[str] = []
     if previous is not None:
         words += _changed_settings(previous, plan, planner, noted)
@@ -38,7 +45,12 @@ def reasons(plan: StagePlan, planner: Planner, noted: Mapping[str, Any], count: 
             words.append("the source or how it is read changed: only parts with other prompts are new")
     for parent in stage.parents:
         before = planner.plan(parent)
-        if not before.complete:
+        cost = counts.get(parent)
+        if not before.complete and cost is not None and cost.reuse and not cost.compute:
+            words.append(
+                f"{parent} is written anew ({cost.reuse:,} of {cost.reuse:,} {cost.unit} are reused)"
+            )
+        elif not before.complete:
             words.append(f"{parent} is computed anew")
         elif previous is not None and previous.parents.get(parent, before.fingerprint) != before.fingerprint:
             words.append(f"{parent} changed")
@@ -50,6 +62,7 @@ def reasons(plan: StagePlan, planner: Planner, noted: Mapping[str, Any], count: 
             words.append("the prompts or their columns changed")
     if not words:
         words.append("never computed" if previous is None else "parts are missing from the store")
+    count = counts.get(plan.stage)
     if count is not None and count.reuse:
         words.append(f"{count.reuse:,} of {count.compute + count.reuse:,} {count.unit} are reused")
     return words
@@ -67,16 +80,11 @@ def _changed_settings(
         old = {key: known.get(key, value) for key, value in new.items()}
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
-            yield f"{key} changed from {_short(old.get(key))} to {_short(new.get(key))}"
+            yield f"{key} changed from {short(old.get(key))} to {short(new.get(key))}"
 
 
 def _changed_inputs(previous: Manifest, plan: StagePlan) -> Iterator[str]:
     old, new = flat(previous.inputs), flat(plan.outside)
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
-            yield f"{plan.stage}.{key} changed from {_short(old.get(key))} to {_short(new.get(key))}"
-
-
-def _short(value: Any) -> str:
-    text = "nothing" if value is None else str(value)
-    return text if len(text) <= 60 else f"{text[:28]}…{text[-28:]}"
+            yield f"{plan.stage}.{key} changed from {short(old.get(key))} to {short(new.get(key))}"

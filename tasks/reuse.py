@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from storage import PartKey, PartRecord, Store
-from storage.fingerprints import canonical_json
+from storage import DamagedError, PartKey, PartRecord, Store
+from storage.parts import dump_checksummed, load_checksummed
 from tasks.plan import PartPlan, StagePlan
 from tasks.stage import RowReuse, Stage
 from tasks.work import Work
@@ -26,7 +26,15 @@ from tasks.work import Work
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["RowCount", "count_rows", "note_family", "noted_family", "reusable_rows", "with_candidates"]
+__all__ = [
+    "RowCount",
+    "count_rows",
+    "family_names",
+    "note_family",
+    "noted_family",
+    "reusable_rows",
+    "with_candidates",
+]
 
 Name = tuple[Any, ...]
 
@@ -44,20 +52,29 @@ def note_family(store: Store, stage: Stage[Any], plan: StagePlan) -> None:
     """Write what a family's name is the hash of, before its first part: `families/<stage>/<family>.json`."""
     key = _family_key(stage.name, plan.family)
     if not store.exists(key):
-        store.write_bytes(key, canonical_json(_family_of(stage, plan)))
+        store.write_bytes(key, dump_checksummed(_family_of(stage, plan)))
 
 
 @lru_cache(256)
 def noted_family(store: Store, stage: str, family: str) -> dict[str, Any] | None:
     """What a family's name is the hash of: `version`, `settings`, `outside`.
 
-    None for a family without a note: an earlier version wrote it, and no artifact of it was finished.
+    None for a family without a sound note and without a finished artifact.
     """
+    key = _family_key(stage, family)
     try:
-        noted: dict[str, Any] = json.loads(store.read_bytes(_family_key(stage, family)))
-    except FileNotFoundError:
+        data = store.read_bytes(key)
+        noted: dict[str, Any] = json.loads(data)
+        return load_checksummed(data, key) if "sha256" in noted else noted  # earlier versions wrote none
+    except (FileNotFoundError, ValueError, DamagedError):
         return _families_of_manifests(store, stage).get(family)
-    return noted
+
+
+def family_names(store: Store, stage: str) -> set[str]:
+    """The families of a stage that the store can describe (`noted_family`)."""
+    prefix = f"families/{stage}"
+    names = {key.removeprefix(f"{prefix}/").removesuffix(".json") for key in store.list(prefix)}
+    return names | _families_of_manifests(store, stage).keys()
 
 
 @lru_cache(16)
@@ -111,7 +128,7 @@ def reusable_rows(work: Work[Any], part: PartPlan, on: Sequence[str]) -> "pl.Dat
     if not records:
         return pl.DataFrame()
     frames = [work.store.scan([record]).with_columns(family=pl.lit(record.family)) for record in records]
-    rows = pl.concat(frames, how="diagonal")
+    rows = pl.concat(frames, how="diagonal_relaxed")  # parts of an earlier version may hold float32
     if not set(on) <= set(rows.collect_schema().names()):  # parts of an earlier version lack a column
         return pl.DataFrame()
     return rows.unique(subset=["family", *on], keep="first", maintain_order=True).collect()
@@ -221,12 +238,10 @@ def _servants(
 def _serving_families(store: Store, stage: Stage[Any], plan: StagePlan) -> set[str]:
     assert stage.reuse is not None
     ours = _family_of(stage, plan)
-    prefix = f"families/{stage.name}"
-    names = {key.removeprefix(f"{prefix}/").removesuffix(".json") for key in store.list(prefix)}
     found = set()
-    for family in names | _families_of_manifests(store, stage.name).keys():
+    for family in family_names(store, stage.name):
         theirs = noted_family(store, stage.name, family)
-        same_code = theirs is not None and theirs["version"] in (None, stage.version)
+        same_code = theirs is not None and theirs["version"] in (None, stage.version, *stage.reuse.versions)
         if theirs is not None and same_code and stage.reuse.serves(theirs, ours):
             found.add(family)
     return found

@@ -11,17 +11,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qrpo.errors import DataError
-from storage import Manifest, PartRecord, Store, manifest_of
-from storage.artifact import named_artifacts
+from storage import DamagedError, Manifest, PartRecord, Store, manifest_of
 from storage.leases import Leases
-from storage.manifest import manifest_key, now
+from storage.manifest import manifest_key
 from tasks.config import PipelineConfig
-from tasks.plan import StagePlan
+from tasks.plan import StagePlan, make_family
 from tasks.planner import Planner, planner_of
 from tasks.progress import reporting
 from tasks.reuse import note_family
+from tasks.run_note import is_noted, note_artifact, note_families
 from tasks.stage import Stage
-from tasks.stages import STAGE_NAMES, STAGES
+from tasks.stages import STAGES
 
 __all__ = ["StageResult", "run_stage"]
 
@@ -54,21 +54,31 @@ def run_stage(
     DataError where the stage loses more rows than `run.max_reject_fraction`; every part that was committed stays.
     """
     started = time.monotonic()
-    planner = planner or planner_of(config, store_url)
+    planner = planner or planner_of(config, store_url, first=stage)
     store = planner.store
     of = STAGES[stage]
     plan = planner.plan(stage)
     planner.require_parents(stage)
-    if not force and plan.complete and _is_named(config, store, plan):
-        manifest, result = _finish(of, plan, (), config, store, started)
+    if of.read is not None and planner.prompts is not None:
+        force = False  # the run has read them
+    if not force and plan.complete and is_noted(planner, plan):
+        planner.check_files(stage)
+        manifest = _commit_manifest(of, plan, config, store, 0.0)
+        result = _result(plan, manifest, (), started)
     else:
         with Leases(store, config.run.lease_ttl) as leases:
             if force and of.read is None:
                 plan = planner.cut_anew(stage)
             plan, computed = _compute(of, plan, planner, force, leases)
-            manifest, result = _finish(of, plan, computed, config, store, started)
+            manifest = _commit_manifest(of, plan, config, store, time.monotonic() - started)
+            result = _result(plan, manifest, computed, started)
+            _note(planner, result, leases)
     log.info("%s", _line(result))
+    if note := manifest.metadata.get("note"):
+        log.info("%-12s %s", stage, note)
     _check_rejects(of, manifest, config, store)
+    if of.remark and (remark := of.remark(manifest)):
+        log.warning("%s: %s", stage, remark)
     return result
 
 
@@ -78,37 +88,37 @@ def _compute(
     """Protect the plan's parts from gc and compute what is missing: the complete plan, and the parts that are new."""
     config, store = planner.config, planner.store
     families = sorted({plan.family, *(part.key.family for part in plan.parts)})
+    if stage.read is not None:  # of its parts, which are not known before they are read
+        families.append(make_family(stage.name, stage.version, {}, {}))
     leases.protect(*families)
-    if not force and plan.complete and not _has_manifest(store, plan):
+    if not force and plan.complete and not store.exists(manifest_key(plan.stage, plan.fingerprint)):
         plan = planner.computed(plan)  # gc may have removed parts before it saw that they are protected
     if not force and plan.complete:
         return plan, ()
-    _note_families(config, store, plan.stage, families)
     if stage.read is not None:
         return _read(stage, plan, planner)
     from tasks.groups import compute_missing
 
+    note_families(planner, plan.stage, families, leases)
     note_family(store, stage, plan)
     done = compute_missing(plan, config, store, force, leases)
     plan = planner.computed(plan)  # another run may have computed all of it
     if not plan.complete:  # gc removed parts of the plan before it saw that they are protected
         done += compute_missing(plan, config, store, False, leases)
         plan = planner.computed(plan)
-    assert plan.complete, f"{plan.stage}: {len(plan.missing)} parts are missing after they were computed"
+    if not plan.complete:
+        raise DamagedError(
+            f"{plan.stage}: {len(plan.missing)} parts are missing after they were computed, the first is "
+            f"{plan.missing[0].key.record}. Another program deletes files of this store, or the store answers with "
+            "an old state: start the same command again, or run `qrpo verify --repair`."
+        )
     return plan, tuple(plan.records[key.fingerprint] for key in dict.fromkeys(done))
 
 
-def _finish(
-    stage: Stage[Any],
-    plan: StagePlan,
-    computed: tuple[PartRecord, ...],
-    config: PipelineConfig,
-    store: Store,
-    started: float,
-) -> tuple[Manifest, StageResult]:
-    """Commit the manifest and name it in the run's note."""
-    manifest = _commit_manifest(stage, plan, config, store, time.monotonic() - started)
-    result = StageResult(
+def _result(
+    plan: StagePlan, manifest: Manifest, computed: tuple[PartRecord, ...], started: float
+) -> StageResult:
+    return StageResult(
         stage=plan.stage,
         fingerprint=plan.fingerprint,
         rows=manifest.rows,
@@ -119,8 +129,11 @@ def _finish(
         rows_reused=sum(record.metadata.get("reused", 0) for record in computed),
         seconds=round(time.monotonic() - started, 3),
     )
-    _note_run(config, store, result)
-    return manifest, result
+
+
+def _note(planner: Planner, result: StageResult, leases: Leases) -> None:
+    names = ("fingerprint", "seconds", "parts_computed", "parts_cached")
+    note_artifact(planner, result.stage, {name: getattr(result, name) for name in names}, leases)
 
 
 def _line(result: StageResult) -> str:
@@ -134,9 +147,14 @@ def _read(stage: Stage[Any], plan: StagePlan, planner: Planner) -> tuple[StagePl
     """Run a stage that finds its parts by reading: its plan, and the parts that are new."""
     config, store = planner.config, planner.store
     work = stage.work(config, store)
-    records, new = [], []
+    records: list[PartRecord] = []
+    new: list[PartRecord] = []
     with reporting(stage.name, 0) as reporter:
-        for record, is_new in stage.compute(work):
+        for item in stage.compute(work):
+            if isinstance(item, StagePlan):
+                plan = item  # the source may have changed since it was planned
+                continue
+            record, is_new = item
             records.append(record)
             new += [record] if is_new else []
             rows = sum(known.rows for known in records)
@@ -151,9 +169,8 @@ def _commit_manifest(
     stage: Stage[Any], plan: StagePlan, config: PipelineConfig, store: Store, seconds: float
 ) -> Manifest:
     records = tuple(plan.records[part.key.fingerprint] for part in plan.parts)
-    existing = store.manifest(plan.stage, plan.fingerprint)
-    if existing is not None and existing.parts == records:
-        return existing
+    if plan.manifest is not None and plan.manifest.parts == records:
+        return plan.manifest
     described = stage.describe(stage.settings_of(config), store, plan) if stage.describe else {}
     manifest = manifest_of(
         plan.stage,
@@ -166,61 +183,6 @@ def _commit_manifest(
         metadata={**described, "version": stage.version, "reads": stage.read_values(config)},
     )
     return store.commit_manifest(replace(manifest, fingerprint=plan.fingerprint))
-
-
-def _is_named(config: PipelineConfig, store: Store, plan: StagePlan) -> bool:
-    """Whether the run's note names this finished artifact, so that gc keeps it."""
-    named = named_artifacts(store.run(config.name) or {})
-    return named.get(plan.stage) == plan.fingerprint and _has_manifest(store, plan)
-
-
-def _has_manifest(store: Store, plan: StagePlan) -> bool:
-    return store.exists(manifest_key(plan.stage, plan.fingerprint))
-
-
-def _note_families(config: PipelineConfig, store: Store, stage: str, families: Sequence[str]) -> None:
-    """Note in `runs/<name>.json` which families an unfinished stage computes: gc keeps their parts."""
-    new: dict[str, Any] = {"name": config.name, "config": config.model_dump(mode="json"), "stages": {}}
-    noted = store.run(config.name) or new
-    before = noted.get("families", {})
-    if before.get(stage) != list(families):
-        begun = {**before, stage: list(families)}
-        store.write_run(config.name, {**noted, "families": begun, "updated": now()})
-
-
-def _note_run(config: PipelineConfig, store: Store, result: StageResult) -> None:
-    """Name the artifact in `runs/<name>.json`.
-
-    Its manifest protects the stage's parts from gc from now on, so the note of its families ends.
-    Later stages keep what was noted for them only while it belongs to this configuration and was made from this artifact.
-    """
-    noted = store.run(config.name) or {}
-    settings = config.model_dump(mode="json")
-    before: dict[str, Any] = noted.get("stages", {})
-    same = (
-        noted.get("config") == settings
-        and before.get(result.stage, {}).get("fingerprint") == result.fingerprint
-    )
-    order = list(STAGE_NAMES)
-    kept = order if same else order[: order.index(result.stage)]
-    stages = {name: entry for name, entry in before.items() if name in kept}
-    stages[result.stage] = {
-        "fingerprint": result.fingerprint,
-        "seconds": result.seconds,
-        "parts_computed": result.parts_computed,
-        "parts_cached": result.parts_cached,
-    }
-    unfinished = {
-        name: families for name, families in noted.get("families", {}).items() if name != result.stage
-    }
-    run: dict[str, Any] = {"name": config.name, "config": settings, "stages": stages}
-    replaced = {name: entry for name, entry in before.items() if name not in stages}
-    if earlier := {**noted.get("earlier", {}), **replaced}:
-        run["earlier"] = earlier  # `qrpo plan` compares with these artifacts
-    if unfinished:
-        run["families"] = unfinished
-    if run != {key: value for key, value in noted.items() if key != "updated"}:
-        store.write_run(config.name, {**run, "updated": now()})
 
 
 def _check_rejects(stage: Stage[Any], manifest: Manifest, config: PipelineConfig, store: Store) -> None:

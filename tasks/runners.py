@@ -120,7 +120,10 @@ class WorkerPool:
     Raises ConfigError if the runner's package is not installed, its cluster does not answer, or the store is in this process's memory.
     """
 
-    def __init__(self, config: PipelineConfig, store_url: str, *, uses_gpu: bool) -> None:
+    def __init__(
+        self, config: PipelineConfig, store_url: str, *, uses_gpu: bool, need: int | None = None
+    ) -> None:
+        """`need` is the number of GPUs of a worker, by default the engine's."""
         run, engine, gpus = config.run, config.completions.engine, _gpus()
         if store_url.startswith("memory://"):
             raise ConfigError(
@@ -131,7 +134,7 @@ class WorkerPool:
         if uses_gpu and run.gpus_per_worker is not None:
             self.gpus_per_worker = run.gpus_per_worker
         elif uses_gpu and gpus:
-            self.gpus_per_worker = engine.tensor_parallel_size * engine.pipeline_parallel_size
+            self.gpus_per_worker = engine.gpus if need is None else need
         default = len(gpus) // self.gpus_per_worker if self.gpus_per_worker else os.cpu_count() or 1
         self.count = run.workers or (0 if run.cluster else max(1, default))
         local = self.kind != "ray" and run.cluster is None

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from qrpo.config import Section, execution_option
+from qrpo.config import Section, Seed, execution_option
 
 __all__ = ["CompareConfig", "RoundsConfig", "RunConfig"]
 
@@ -32,7 +32,7 @@ class RunConfig(Section):
     """Seconds after which one task is taken to hang: its engine is killed and started again, the parts that it committed stay."""
     lease_ttl: float = execution_option(60.0, gt=0.0)
     """Seconds of silence after which another run on the same store takes over what this one was working on."""
-    lease_patience: float = execution_option(86_400.0, gt=0.0)
+    lease_patience: float = execution_option(86_400.0, gt=0.0, allow_inf_nan=True)
     """Longest wait, in seconds, for a part that another run works on."""
     max_reject_fraction: float = execution_option(0.1, ge=0.0, le=1.0)
     """A stage that loses more than this share of its rows stops the run."""
@@ -63,7 +63,7 @@ class CompareConfig(Section):
 
     methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Name -> settings by dotted key; a list is tried value by value: `dpo: {policy.loss: dpo, policy.beta: [0.1, 0.3]}`."""
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
     """Training seeds of every setting."""
     select_by: Literal["reward", "quantile_reward", "win_rate"] = "reward"
     """Each method's best setting is the one with the highest mean of this on one half of the held-out prompts."""

@@ -64,6 +64,8 @@ class RowReuse(Generic[S]):
     """The rows of a part, given its prompts as prompt_id -> number of the dataset's own completions."""
     columns: Sequence[str]
     """Columns of the stage's table that name a row: scalars, or lists of one length beside a scalar `prompt_id`."""
+    versions: Sequence[int] = ()
+    """Earlier versions of the stage's code whose rows may serve."""
     unless: str | None = None
     """A column that must be null in a row that serves."""
     serves: Callable[[Mapping[str, Any], Mapping[str, Any]], bool] = lambda theirs, ours: theirs == ours
@@ -103,14 +105,18 @@ class Stage(Generic[S]):
     trains: bool = False
     """Whether it saves a checkpoint when it is told to end, and so gets time to."""
     uses_gpu: bool = True
+    gpus: Callable[[S], int] = lambda settings: 1
+    """GPUs that a worker needs, where it uses one."""
     reuse: RowReuse[S] | None = None
     read: Callable[[S], Iterator[tuple[PartPlan, list[dict[str, Any]]]]] | None = None
     """For the stage that reads outside data: its parts and their rows, without committing anything. Its `compute` yields (record, whether it
-    is new) for every part."""
+    is new) for every part, and the plan of what it read."""
     lost_rows: Callable[[Manifest, Store], tuple[int, int]] = _rejects
     """(rows lost, rows there would be)."""
     describe: Callable[[S, Store, StagePlan], dict[str, Any]] | None = None
     """What the manifest says of the artifact beyond its parts."""
+    remark: Callable[[Manifest], str | None] | None = None
+    """A warning about the artifact as a whole, or None."""
     why_empty: str = "no prompt reaches this stage"
     chart: str | None = None
     """`module:function` that draws the artifact's chart (see `tasks.charts`), loaded only to draw."""

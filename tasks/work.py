@@ -7,16 +7,20 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 
 from qrpo.processes.preemption import noting_sigterm
-from storage import PartKey, PartRecord, Store
+from storage import DamagedError, PartKey, PartRecord, Store
+from storage.contents import again
+from storage.leases import check_claim
 from storage.read import cache_folder
 from storage.table import Table, rejects_table
+from tasks.checkpoints import clear_checkpoints, fetch_checkpoints, keep_checkpoints
 from tasks.plan import PartPlan
 from tasks.sections import RunConfig
 
@@ -44,6 +48,10 @@ class Work(Generic[S]):
     run_name: str
     store: Store
     parts: tuple[PartPlan, ...]
+    holder: str = ""
+    """Who holds the leases of these parts (`Leases.holder`); empty where nobody shares the store."""
+    read: dict[PartKey, PartRecord] = field(default_factory=dict, repr=False, compare=False)
+    """The records that were used: what is computed was made from these bytes, whatever the store has later."""
 
     @property
     def log(self) -> Path:
@@ -57,6 +65,29 @@ class Work(Generic[S]):
         """The same work for fewer parts."""
         return replace(self, parts=tuple(parts))
 
+    def check_lease(self, part: PartPlan) -> None:
+        """Raise LeaseLostError where another run has taken over this part. Called before each checkpoint and commit."""
+        if self.holder:
+            check_claim(self.store, part.key, self.holder)
+
+    def folder(self, part: PartPlan) -> Path:
+        """The local folder of an unfinished part, for its checkpoints; it survives a kill, and belongs to one holder."""
+        self.check_lease(part)
+        return self.store.work_dir(part.key, self.holder)
+
+    def resume(self, part: PartPlan) -> Path:
+        """The part's folder, with the newest checkpoints of the part."""
+        folder = self.folder(part)
+        fetch_checkpoints(self.store, part.key, folder)
+        return folder
+
+    @contextmanager
+    def saving(self, part: PartPlan) -> Iterator[None]:
+        """Around the writing of a checkpoint: by the holder of the part alone, and into the store too."""
+        folder = self.folder(part)
+        yield
+        keep_checkpoints(self.store, part.key, folder)
+
     def input(self, part: PartPlan, stage: str) -> PartRecord:
         """The record of the one parent part that comes from `stage`."""
         (record,) = self.inputs(part, stage)
@@ -64,18 +95,28 @@ class Work(Generic[S]):
 
     def inputs(self, part: PartPlan, stage: str) -> list[PartRecord]:
         """The records of the parent parts that come from `stage`, in the plan's order."""
-        keys = [key for key in part.inputs if key.stage == stage]
-        found = self.store.find_parts(keys)
-        assert len(found) == len(set(keys)), (
-            f"{self.stage} was started before its parents from {stage} were committed"
-        )
-        return [found[key.fingerprint] for key in keys]
+        return self.records([key for key in part.inputs if key.stage == stage])
 
     def record(self, key: PartKey) -> PartRecord:
         """The record of a part that must be there by now."""
-        record = self.store.part(key)
-        assert record is not None, f"{self.stage} was started before its parent part {key} was committed"
-        return record
+        return self.records([key])[0]
+
+    def records(self, keys: Sequence[PartKey]) -> list[PartRecord]:
+        """The records of parts that must be there by now; raises DamagedError."""
+
+        def find() -> None:
+            self.read.update(
+                (record.key, record)
+                for record in self.store.find_parts(key for key in keys if key not in self.read).values()
+            )
+            if missing := [key for key in keys if key not in self.read]:
+                raise DamagedError(
+                    f"{self.stage}: {missing[0].record} is missing, one of {len(missing)} parts that it is made "
+                    "from. `qrpo verify --repair` computes only these again."
+                )
+
+        again(self.store.files, find)
+        return [self.read[key] for key in keys]
 
     def commit(
         self,
@@ -88,6 +129,7 @@ class Work(Generic[S]):
         metadata: Mapping[str, Any] | None = None,
     ) -> PartRecord:
         """Commit one part's rows with the digests of its parents; `table` is the stage's, `started` from `time.monotonic`."""
+        self.check_lease(part)
         return self.store.commit_part(
             part.key,
             rows,
@@ -99,9 +141,27 @@ class Work(Generic[S]):
             seconds=time.monotonic() - started,
         )
 
+    def commit_folder(
+        self, part: PartPlan, folder: Path, *, rows: int, started: float, metadata: Mapping[str, Any]
+    ) -> PartRecord:
+        """Commit a model folder, then remove the part's work folder."""
+        self.check_lease(part)
+        record = self.store.commit_folder(
+            part.key,
+            folder,
+            rows=rows,
+            parents=self.parent_digests(part),
+            metadata=metadata,
+            replace=part.replace,
+            seconds=time.monotonic() - started,
+        )
+        self.store.clear_work(part.key)
+        clear_checkpoints(self.store, part.key)
+        return record
+
     def parent_digests(self, part: PartPlan) -> dict[str, str]:
         """The digest of every parent part, by fingerprint."""
-        return {name: record.digest for name, record in self.store.find_parts(part.inputs).items()}
+        return {record.fingerprint: record.digest for record in self.records(part.inputs)}
 
     def _rejects(self, rejects: Sequence[Mapping[str, Any]]) -> pa.Table:
         texts = [

@@ -29,13 +29,13 @@ BETAS = {"small": 0.1, "large": 0.3}
 def findings(report: dict[str, Any]) -> str:
     """The report's findings on the paper's claims; the wording follows the numbers."""
     methods, reference = report["methods"], report["reference"]
-    lines = [f"- **Reward at each method's best setting.** {_leads(methods, reference['reward'])}"]
+    lines = [f"- **Reward at each method's best setting.** {_leads(report)}"]
     for name, beta in BETAS.items():
         few, many = (methods[f"n{n}-{name}-beta"]["scores"]["reward"] for n in (1, 50))
         apart = few["high"] < many["low"] or many["high"] < few["low"]
         gain = many["mean"] - few["mean"]
         below = (
-            " Both are below the reference (over all held-out prompts)."
+            f" Both are below the reference ({_reference_prompts(report)})."
             if max(few["mean"], many["mean"]) < reference["reward"]
             else ""
         )
@@ -46,7 +46,7 @@ def findings(report: dict[str, Any]) -> str:
     over = {name: methods[name]["scores"]["length"]["mean"] - reference["length"] for name in OFFLINE}
     shown = ", ".join(f"{name} {value:+.2f}" for name, value in over.items())
     lines.append(
-        f"- **The dataset's pairs.** Tokens above the reference ({reference['length']:.2f} over all held-out prompts): {shown}. "
+        f"- **The dataset's pairs.** Tokens above the reference ({reference['length']:.2f} {_reference_prompts(report)}): {shown}. "
         "This does not compare the methods' length bias: `qrpo-offline` trains on rewards that do not depend on length, the "
         "others on the choices of a judge that likes length."
     )
@@ -55,12 +55,19 @@ def findings(report: dict[str, Any]) -> str:
         promised = summary(settings.get("policy.transform", "identity"), settings["policy.beta"], 50)
         lines.append(
             f"- **The optimum, `{name}` at beta {settings['policy.beta']}.** Predicted: win rate {promised['win_rate']:.3f} for "
-            f"{promised['kl']:.2f} nats. Measured: {scores['win_rate']['mean']:.3f} for {scores['kl']['mean']:.2f}."
+            f"{promised['kl']:.2f} nats. Measured: {scores['win_rate']['mean']:.3f} (quantile reward "
+            f"{scores['quantile_reward']['mean']:.3f}) for {scores['kl']['mean']:.2f}."
         )
     return "\n".join(lines) + "\n"
 
 
-def _leads(methods: dict[str, Any], reference: float) -> str:
+def _reference_prompts(report: dict[str, Any]) -> str:
+    """The prompts of the reference's scores. Reports of version 0.1.0 do not say: all that are held out."""
+    return "over the same prompts" if "reference_prompts" in report else "over all held-out prompts"
+
+
+def _leads(report: dict[str, Any]) -> str:
+    methods, reference = report["methods"], report["reference"]["reward"]
     told = []
     for name in MAIN[1:]:
         behind = methods[name]["behind"]
@@ -71,10 +78,10 @@ def _leads(methods: dict[str, Any], reference: float) -> str:
     said = (
         f"`qrpo` has {_shown(methods['qrpo']['scores']['reward'])}. Relative to it, " + "; ".join(told) + "."
     )
-    if lost := [name for name in MAIN if max(one["reward"] for one in methods[name]["tried"]) < reference]:
+    if lost := [name for name in MAIN if methods[name]["scores"]["reward"]["mean"] < reference]:
         names = ", ".join(f"`{name}`" for name in lost)
         said += (
-            f" On the half that chooses, no setting in the grid of {names} reaches the reference (over all held-out prompts): "
+            f" The best setting in the grid of {names} does not reach the reference ({_reference_prompts(report)}): "
             "the grid may be the reason."
         )
     return said
@@ -89,21 +96,23 @@ def tables(report: dict[str, Any]) -> str:
     lines = [
         f"{judged}; mean and nominal 95% interval over seeds and prompts.",
         "With 3 seeds such intervals cover 77 to 89%.",
-        "The row `reference` is over all held-out prompts, those that choose settings included.",
+        f"The row `reference` is {_reference_prompts(report)}.",
         "",
         "| method | best settings | reward | win rate | quantile reward | KL | tokens | behind `qrpo` |",
         "|---|---|---|---|---|---|---|---|",
         _reference_row(reference),
         *(_row(name, report["methods"][name]) for name in MAIN),
         "",
-        "| n | " + " | ".join(f"beta {beta}: reward | win rate" for beta in BETAS.values()) + " |",
-        "|---|---|---|---|---|",
+        "| n | "
+        + " | ".join(f"beta {beta}: reward | win rate | quantile reward" for beta in BETAS.values())
+        + " |",
+        "|---|---|---|---|---|---|---|",
     ]
     for n in NUM_REF:
         cells = [
             _shown(report["methods"][f"n{n}-{beta}-beta"]["scores"][score])
             for beta in BETAS
-            for score in ("reward", "win_rate")
+            for score in ("reward", "win_rate", "quantile_reward")
         ]
         lines.append(f"| {n} | {' | '.join(cells)} |")
     lines += [
@@ -143,7 +152,10 @@ def plot(report: dict[str, Any], path: Path) -> None:
             NUM_REF, [one["mean"] for one in rewards], yerr=[low, high], label=f"beta {value}", marker="o"
         )
     right.axhline(
-        report["reference"]["reward"], color="grey", linestyle=":", label="reference, all held-out prompts"
+        report["reference"]["reward"],
+        color="grey",
+        linestyle=":",
+        label=f"reference, {_reference_prompts(report)}",
     )
     right.set(
         xscale="log",

@@ -63,6 +63,12 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: --set policy.beta=0.1"),
 ]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust", help="Run code that a configuration in the store names, such as a reward function."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for programs.")]
 Cron = Annotated[
     str | None, typer.Option("--cron", metavar="'M H D M W'", help="Schedule of the pipeline. Default: none.")

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli.app import AsJson, RunName, StoreUrl, command, err, out, print_json
+from flows.cli.app import AsJson, RunName, StoreUrl, Trust, command, err, out, print_json
 
 
 @command()
@@ -18,20 +18,29 @@ def theory(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Also plot it into this file (png, svg, pdf).")
     ] = None,
+    run: Annotated[
+        str | None,
+        typer.Option("--run", help="Count this run's prompts whose reference rewards are all equal."),
+    ] = None,
+    store: StoreUrl = "artifacts",
     as_json: AsJson = False,
 ) -> None:
     """Compute the optimum for a transform and beta, before any GPU time is spent.
 
     Example: qrpo theory --beta 0.1 --transform identity --num-ref 50 --plot theory.png
     """
-    from flows.views.theory import print_theory
+    from flows.views.theory import equal_rewards, print_theory
     from qrpo.method.theory import plot_theory, summary, theory_table
+    from storage import Store
 
     promised, by_num_ref = summary(transform, beta, num_ref), theory_table(transform, beta)
+    equal = equal_rewards(Store(store), run) if run is not None else {}
     if as_json:
-        print_json({**promised, "by_num_ref": by_num_ref})
+        print_json({**promised, "by_num_ref": by_num_ref, **equal})
     else:
         print_theory(promised, by_num_ref, out)
+        if equal:
+            out.print(equal["note"])
     if plot is not None:
         plot_theory(plot, transform, beta, num_ref)
         err.print(f"drawn: {plot}")
@@ -94,6 +103,7 @@ def evaluate(
     folder: Annotated[
         Path | None, typer.Option("--out", help="Folder for the suite's files. Default: SUITE-RUN-MODEL.")
     ] = None,
+    trust: Trust = False,
     store: StoreUrl = "artifacts",
     as_json: AsJson = False,
 ) -> None:
@@ -114,13 +124,13 @@ def evaluate(
 
       qrpo evaluate my-run --suite leetcode --data LeetCodeDataset-test.jsonl --samples 4
     """
-    from flows.evaluate import named_models, run_config
+    from flows.evaluate import is_file, named_models, require_trust, run_config
     from storage import Store
 
     opened, more = Store(store), named_models(models or ())
     if suite is None:
         configs = {name: run_config(opened, name, more, checkpoints or (), samples) for name in names}
-        _evaluate_runs(configs, opened, as_json)
+        _evaluate_runs(configs, opened, as_json, trust)
         return
     if len(names) != 1 or data is None:
         raise typer.BadParameter("--suite takes one run, and the suite's file with --data")
@@ -129,6 +139,8 @@ def evaluate(
     if suite not in SUITES:
         raise typer.BadParameter(f"no suite {suite!r}; the suites are {', '.join(SUITES)}")
     config = run_config(opened, names[0], more)
+    if not is_file(names[0]):
+        require_trust(config.model_copy(update={"rewards": ()}), f"run {names[0]}", trust)
     request = SuiteRequest(
         opened,
         config,
@@ -163,14 +175,17 @@ def report(
     print_json(written) if as_json else out.print(f"{written['report']} ({written['bytes'] / 1024:.0f} KiB)")
 
 
-def _evaluate_runs(configs: dict[str, Any], store: Any, as_json: bool) -> None:
+def _evaluate_runs(configs: dict[str, Any], store: Any, as_json: bool, trust: bool) -> None:
     """Print the evaluation of each run, computed if the store does not have it, and of several runs together."""
-    from flows.evaluate import across_runs, print_comparison
+    from flows.evaluate import across_runs, is_file, print_comparison, require_trust
     from flows.pipeline_run import run_pipeline
     from qrpo.errors import DataError
+    from tasks.planner import planner_of
 
     answer: dict[str, Any] = {"runs": {}}
     for name, config in configs.items():
+        if not is_file(name) and not planner_of(config, store.url, "evaluation").plan("evaluation").complete:
+            require_trust(config, f"run {name}", trust)
         result = run_pipeline(config, store.url, first="evaluation", console=err)
         if "evaluation" not in result:
             raise DataError(

@@ -5,7 +5,18 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.app import AsJson, RunName, StageName, StoreUrl, command, err, out, print_json, print_result
+from flows.cli.app import (
+    AsJson,
+    RunName,
+    StageName,
+    StoreUrl,
+    Trust,
+    command,
+    err,
+    out,
+    print_json,
+    print_result,
+)
 
 
 @command("ls")
@@ -101,14 +112,12 @@ def inspect(
 
 @command()
 def browse(
-    host: Annotated[
-        str, typer.Option("--host", help="Address to listen on; all but loopback require a token.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8421,
     token: Annotated[
         str | None,
         typer.Option(
-            "--token", envvar="QRPO_BROWSE_TOKEN", help="The token to require; generated if needed."
+            "--token", envvar="QRPO_BROWSE_TOKEN", help="The token to require. Default: a generated one."
         ),
     ] = None,
     store: StoreUrl = "artifacts",
@@ -128,6 +137,7 @@ def verify(
             "--repair", help="Delete damaged parts and let the runs that need them compute them again."
         ),
     ] = False,
+    trust: Trust = False,
     store: StoreUrl = "artifacts",
     as_json: AsJson = False,
 ) -> None:
@@ -142,13 +152,15 @@ def verify(
     from flows.housekeeping import check_store
     from storage import Store
 
-    checked = check_store(Store(store), err, mend=repair)
+    checked = check_store(Store(store), err, mend=repair, trust=trust)
     left = checked["left"] if "left" in checked else checked["findings"]
     if as_json:
         print_json(checked)
     else:
         for finding in checked["findings"]:
             out.print(f"{finding['kind']}: {finding['message']}")
+        for line in checked.get("left", []):
+            out.print(f"left: {line}")
         repaired = f", {len(checked['dropped'])} repaired" if "dropped" in checked else ""
         out.print(f"{len(checked['findings'])} faults in {checked['store']}{repaired}")
     if left:
@@ -163,6 +175,12 @@ def gc(
     newest: Annotated[int | None, typer.Option("--newest", min=0, help="Keep the N newest runs.")] = None,
     days: Annotated[
         float | None, typer.Option("--days", min=0.0, help="Keep runs younger than N days.")
+    ] = None,
+    versions: Annotated[
+        int | None,
+        typer.Option(
+            "--versions", min=1, help="Of a run whose configuration changed, keep the N newest versions."
+        ),
     ] = None,
     grace: Annotated[float, typer.Option("--grace", min=0.0, help="Keep files younger than N hours.")] = 1.0,
     unfinished: Annotated[
@@ -188,8 +206,16 @@ def gc(
     from storage import Store
 
     max_age = None if days is None else days * 86_400
-    rules = {"keep_runs": keep or (), "newest": newest, "max_age": max_age, "grace": grace * 3600}
-    planned = clean_store(Store(store), remove=yes, unfinished=unfinished, **rules)
+    planned = clean_store(
+        Store(store),
+        remove=yes,
+        keep_runs=keep or (),
+        newest=newest,
+        max_age=max_age,
+        grace=grace * 3600,
+        unfinished=unfinished,
+        versions=versions,
+    )
     if as_json:
         print_json({**describe_gc(planned), "removed": yes})
     else:

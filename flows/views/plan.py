@@ -11,7 +11,7 @@ from storage import Store
 from tasks.config import PipelineConfig
 from tasks.planner import Planner
 from tasks.reasons import reasons
-from tasks.reuse import count_rows
+from tasks.reuse import RowCount, count_rows
 from tasks.rounds import round_configs
 from tasks.stages import STAGES
 
@@ -46,15 +46,17 @@ def _preview(config: PipelineConfig, store: Store) -> dict[str, Any]:
     planner = Planner(config, store)
     noted = store.run(config.name) or {}
     stages = {}
+    counts: dict[str, RowCount | None] = {}
     for name, stage in STAGES.items():
         plan = planner.plan(name, read_source=not config.prompts.source.startswith("hf://"))
         settings = stage.settings_of(config)
         count = count_rows(store, stage, settings, plan, planner.uncommitted) if plan.known else None
+        counts[name] = count
         stages[name] = {
             "parts_total": len(plan.parts) if plan.known else None,
             "parts_cached": len(plan.records) if plan.known else None,
             "rows": asdict(count) if count is not None else None,
-            "reasons": reasons(plan, planner, noted, count),
+            "reasons": reasons(plan, planner, noted, counts),
         }
     return {"run": config.name, "store": store.url, "stages": stages}
 

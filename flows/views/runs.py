@@ -8,6 +8,7 @@ from typing import Any
 
 from qrpo.errors import ConfigError, DataError
 from storage import Manifest, PartRecord, Store
+from storage.artifact import named_artifacts, run_versions
 from tasks.stages import STAGE_NAMES
 
 __all__ = ["RunArtifacts", "find_manifest", "flatten", "part_urls", "run_name", "size_text"]
@@ -43,9 +44,11 @@ class RunArtifacts:
         entry = self.stages.get(stage)
         manifest = self.artifact(stage, entry["fingerprint"]) if entry else None
         if manifest is None:
+            former = any(stage in named_artifacts(version) for version in run_versions(self.noted)[1:])
+            other = f". Another configuration of this run made one: run that again to see its {stage}"
             raise DataError(
                 f"run {self.run!r} has no {stage} yet; its stages: {', '.join(self.stages) or 'none'}. "
-                f"`qrpo run CONFIG --until {stage}` makes it"
+                f"`qrpo run CONFIG --until {stage}` makes it{other if former else ''}"
             )
         return manifest
 

@@ -5,20 +5,31 @@ from typing import Any
 from rich.table import Table
 
 from flows.views.runs import RunArtifacts, part_urls, run_name, size_text
-from storage import Store
+from storage import Store, StoreError
 
 __all__ = ["artifact_table", "describe", "list_runs", "runs_table"]
 
 
 def list_runs(store: Store) -> dict[str, Any]:
     """Every run with its artifacts: fingerprint, rows, bytes, rejects and parts by stage."""
-    runs = {}
+    runs: dict[str, Any] = {}
     for name in sorted(store.runs()):
-        run = RunArtifacts(store, name)
+        try:
+            run = RunArtifacts(store, name)
+            manifests = run.manifests
+        except (
+            StoreError,
+            AttributeError,
+            KeyError,
+            TypeError,
+            ValueError,
+        ) as error:  # one bad file hides no other run
+            runs[name] = {"updated": None, "stages": {}, "damaged": str(error) or type(error).__name__}
+            continue
         stages = {
             stage: {key: getattr(manifest, key) for key in ("fingerprint", "rows", "bytes", "rejects")}
             | {"parts": len(manifest.parts)}
-            for stage, manifest in run.manifests.items()
+            for stage, manifest in manifests.items()
         }
         runs[name] = {"updated": run.noted.get("updated"), "stages": stages}
     return {"store": store.url, "runs": runs}
@@ -31,6 +42,8 @@ def runs_table(listing: dict[str, Any]) -> Table | str:
     headers = ["run", "stage", "rows", "rejects", "parts", "size", "fingerprint"]
     table = Table(*headers, title=listing["store"], title_justify="left")
     for name, run in listing["runs"].items():
+        if "damaged" in run:
+            table.add_row(name, f"damaged: {run['damaged']}")
         for number, (stage, entry) in enumerate(run["stages"].items()):
             counts = (f"{entry[key]:,}" for key in ("rows", "rejects", "parts"))
             size = size_text(entry["bytes"])

@@ -6,7 +6,21 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["print_theory"]
+from flows.views.runs import RunArtifacts
+from storage import Store
+
+__all__ = ["equal_rewards", "print_theory"]
+
+
+def equal_rewards(store: Store, run: str) -> dict[str, Any]:
+    """The run's prompts whose reference rewards are all equal: the theory holds for those with ranks."""
+    manifest = RunArtifacts(store, run).manifest("quantiles")
+    known = {name: manifest.metadata.get(name) for name in ("equal_rewards", "num_excluded", "note")}
+    if known["equal_rewards"] is None:
+        note = "unknown: an earlier version made its quantiles. Run it again"
+        return known | {"prompts": manifest.rows, "note": f"equal reference rewards: {note}"}
+    none = f"no prompt of {manifest.rows:,} has reference rewards that are all equal"
+    return known | {"prompts": manifest.rows, "note": known["note"] or none}
 
 
 def print_theory(promised: dict[str, Any], by_num_ref: Sequence[dict[str, Any]], console: Console) -> None:

@@ -1,12 +1,14 @@
 """Messages to token ids by the model's chat template, for all stages.
 
 A prompt's ids end where the assistant's turn begins. A completion's ids follow them, up to and
-including the token that ends the turn, as an engine samples them. Prompt and completion are encoded
-separately and concatenated, never sliced from one encoding, because a tokenizer may merge text
-across the boundary. Only the template adds a beginning-of-sequence token.
+including the token that ends the turn, as an engine samples them. They are the end of one encoding
+of the whole conversation, since many tokenizers put a space token before text that is encoded
+alone. Only where a token crosses the border are the completion's ids encoded apart from the
+prompt's. Only the template adds a beginning-of-sequence token.
 """
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from qrpo.errors import DataError, ModelError
@@ -18,14 +20,21 @@ __all__ = [
     "encode_conversation",
     "encode_conversations",
     "encode_prompt",
+    "encode_text",
+    "end_of_turn",
     "foreign_tokens",
     "load_tokenizer",
 ]
 
 _MARKER = "QRPO-ends-here"  # a text that occurs in no template
 
-Messages = Sequence[Mapping[str, str]]
-"""A conversation: mappings with `role` and `content`."""
+_SCORED_ON = datetime(2024, 7, 26)  # the day that Llama's templates fall back to
+
+Messages = Sequence[Mapping[str, Any]]
+"""A conversation: mappings with `role` and `content`, and maybe `tool_calls` and the like."""
+
+Tools = Sequence[Mapping[str, Any]] | None
+"""JSON schemas of the functions that the assistant may call, as templates take them."""
 
 
 def load_tokenizer(model: ModelConfig | str, *, chat_template: bool = True) -> Any:
@@ -56,6 +65,16 @@ def load_tokenizer(model: ModelConfig | str, *, chat_template: bool = True) -> A
             f"the tokenizer of {model.path} has no chat template, so messages cannot become a prompt: put a "
             "`chat_template.jinja` into the folder, preferably the one that the model was trained with"
         )
+    if (
+        chat_template
+        and isinstance(tokenizer.chat_template, dict)
+        and "default" not in tokenizer.chat_template
+    ):
+        names = ", ".join(sorted(tokenizer.chat_template))
+        raise ModelError(
+            f"the tokenizer of {model.path} has chat templates with the names {names}, and none named `default`: save the "
+            "one to use as `chat_template.jinja` in the folder"
+        )
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {model.path} has no end-of-sequence token: set `eos_token` and save it"
@@ -63,23 +82,24 @@ def load_tokenizer(model: ModelConfig | str, *, chat_template: bool = True) -> A
     return tokenizer
 
 
-def encode_prompt(tokenizer: Any, messages: Messages) -> list[int]:
+def encode_prompt(tokenizer: Any, messages: Messages, tools: Tools = None) -> list[int]:
     """Token ids of the conversation so far, up to the beginning of the assistant's turn."""
-    return _encode(tokenizer, _render(tokenizer, messages, generation=True))
+    return _encode(tokenizer, _render(tokenizer, messages, tools, generation=True))
 
 
-def encode_completion(tokenizer: Any, messages: Messages, text: str) -> list[int]:
-    """Token ids that follow `encode_prompt(tokenizer, messages)` if the assistant answers `text`,
-    end token included.
+def encode_completion(tokenizer: Any, messages: Messages, text: str, tools: Tools = None) -> list[int]:
+    """Token ids that follow `encode_prompt(tokenizer, messages, tools)` if the assistant answers
+    `text`, end token included.
 
     The end token is the first special token after the text in the rendered conversation. If the
     template ends the turn without one, the tokenizer's end-of-sequence token is added, since it
-    ends sampled completions. Checks that prompt and completion ids together decode to the rendered
-    conversation up to the end token. Raises DataError if they do not, if the text contains the end
-    token, or if the template does not render the prompt as the conversation's beginning.
+    ends sampled completions. Raises DataError if the text contains the end token, if the template
+    does not render the prompt as the conversation's beginning, or if no tokens follow the prompt's
+    that decode to the rendered conversation.
     """
-    prompt = _render(tokenizer, messages, generation=True)
-    whole = _render(tokenizer, [*messages, {"role": "assistant", "content": text}], generation=False)
+    now = datetime.now().strftime
+    prompt = _render(tokenizer, messages, tools, generation=True, strftime_now=now)
+    whole = _render(tokenizer, [*messages, {"role": "assistant", "content": text}], tools, strftime_now=now)
     if not whole.startswith(prompt):
         raise DataError(
             f"the chat template renders the prompt differently once it is answered: expected {prompt[-80:]!r} to begin "
@@ -87,29 +107,80 @@ def encode_completion(tokenizer: Any, messages: Messages, text: str) -> list[int
             "assistant turns"
         )
     answer = whole[len(prompt) :]
-    tail = _after_completion(tokenizer, messages)
+    tail = _after_completion(tokenizer, messages, tools, strftime_now=now)
     end = len(answer) - len(tail)
     if not answer.endswith(tail) or not answer[:end].endswith(
         (text, text.strip())
     ):  # many templates strip the text
         raise DataError(f"the chat template changes the completion: got {answer[:200]!r}")
-    body_ids = _encode(tokenizer, answer[:end])
-    tail_ids = _encode(tokenizer, tail)
     special = _special_ids(tokenizer)
-    end_index = next((index for index, token_id in enumerate(tail_ids) if token_id in special), None)
-    tail_ids = [tokenizer.eos_token_id] if end_index is None else tail_ids[: end_index + 1]
-    if ends := {tail_ids[-1], tokenizer.eos_token_id} & set(body_ids):
+    end_id = next((token_id for token_id in _encode(tokenizer, tail) if token_id in special), None)
+    if end_id is None:
+        ids = [*_following(tokenizer, prompt, answer[:end]), tokenizer.eos_token_id]
+    else:
+        end_text = tokenizer.convert_ids_to_tokens(end_id)
+        before_end = tail.partition(end_text)[0]
+        ids = _following(tokenizer, prompt, answer[:end] + before_end + end_text)
+    if ends := {ids[-1], tokenizer.eos_token_id} & set(ids[:-1]):
         token = tokenizer.convert_ids_to_tokens(ends.pop())
         raise DataError(f"the completion's text contains the end token {token!r}: remove it from the data")
-    ids = body_ids + tail_ids
-    rendered = prompt + answer[:end] + _decode(tokenizer, tail_ids)
-    decoded = _decode(tokenizer, _encode(tokenizer, prompt) + ids)
-    if decoded != rendered and _decode(tokenizer, _encode(tokenizer, rendered)) != decoded:
-        raise DataError(
-            f"the completion's tokens do not decode to what the chat template renders: got {decoded[-80:]!r}, "
-            f"expected {rendered[-80:]!r}"
-        )
     return ids
+
+
+def end_of_turn(tokenizer: Any) -> int:
+    """The token that ends the assistant's turn, as in `encode_completion`."""
+    try:
+        tail = _after_completion(tokenizer, [{"role": "user", "content": _MARKER}])
+    except (DataError, ValueError):  # no template, or one that requires other messages
+        return int(tokenizer.eos_token_id)
+    special = _special_ids(tokenizer)
+    return next((i for i in _encode(tokenizer, tail) if i in special), int(tokenizer.eos_token_id))
+
+
+def encode_text(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+    """Token ids of a plain prompt and of its continuation, which ends with one end-of-sequence
+    token.
+
+    The prompt gets the special tokens that the tokenizer puts before a text, not those behind.
+    Raises DataError if a completion goes on after the end-of-sequence token.
+    """
+    encoded = tokenizer(prompt, return_special_tokens_mask=True)
+    added = list(zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True))
+    first = next((index for index, (_, is_added) in enumerate(added) if not is_added), len(added))
+    prompt_ids = [
+        token_id for index, (token_id, is_added) in enumerate(added) if index < first or not is_added
+    ]
+    ids, end_id = _following(tokenizer, prompt, completion), tokenizer.eos_token_id
+    if ids[-1:] == [end_id]:
+        del ids[-1]
+    if end_id in ids:
+        token = tokenizer.convert_ids_to_tokens(end_id)
+        raise DataError(f"the completion's text contains the end token {token!r}: remove it from the data")
+    return prompt_ids, [*ids, end_id]
+
+
+def _following(tokenizer: Any, before: str, text: str) -> list[int]:
+    """The ids of `text` where it follows the ids of `before`; DataError if there are none."""
+    before_ids = _encode(tokenizer, before)
+    ids, ends = _encode_with_ends(tokenizer, before + text)
+    size = len(before_ids)
+    if ids[:size] == before_ids and ends[:size][-1:] <= [len(before)]:
+        return ids[size:]
+    # A token crosses the border. The text alone, or after a line break, may give tokens without the
+    # space that some tokenizers put first.
+    rendered = before + text
+    expected = (rendered, _decode(tokenizer, ids))
+    for anchor in ("", "\n"):
+        ids, ends = _encode_with_ends(tokenizer, anchor + text)
+        anchor_ids = _encode(tokenizer, anchor)
+        first = len(anchor_ids)
+        decoded = _decode(tokenizer, before_ids + ids[first:])
+        if ids[:first] == anchor_ids and decoded in expected and ends[:first][-1:] <= [len(anchor)]:
+            return ids[first:]
+    raise DataError(
+        f"the completion's tokens do not decode to what the chat template renders: got {decoded[-80:]!r}, "
+        f"expected {rendered[-80:]!r}"
+    )
 
 
 def foreign_tokens(tokenizer: Any, prompt_token_ids: Sequence[int]) -> str | None:
@@ -125,7 +196,8 @@ def foreign_tokens(tokenizer: Any, prompt_token_ids: Sequence[int]) -> str | Non
     if max(ids) >= len(tokenizer):
         return f"its token {max(ids)} comes from another tokenizer, this one has {len(tokenizer)}"
     text = _decode(tokenizer, ids)
-    if (again := _encode(tokenizer, text)) != ids:
+    again = _encode(tokenizer, text)
+    if again != ids and _encode(tokenizer, _decode(tokenizer, again)) == again:
         return f"its {len(ids)} tokens come from another tokenizer, this one encodes the same text as {len(again)} other tokens"
     if tokenizer.chat_template is None:
         return None
@@ -133,25 +205,32 @@ def foreign_tokens(tokenizer: Any, prompt_token_ids: Sequence[int]) -> str | Non
         prompt = _render(tokenizer, [{"role": "user", "content": _MARKER}], generation=True)
     except DataError:  # the template requires more than one user message
         return None
-    ending = prompt.rpartition(_MARKER)[2]
+    ending = _decode(tokenizer, _encode(tokenizer, prompt)).rpartition(_MARKER)[2]
     if not text.endswith(ending):
         return f"it comes from another chat template, this one's prompts end in {ending!r}, it in {text[-len(ending) :]!r}"
     return None
 
 
-def encode_conversation(tokenizer: Any, messages: Messages) -> list[int]:
-    """Token ids of a complete conversation as the template renders it; reward models read these."""
-    return _encode(tokenizer, _render(tokenizer, messages, generation=False))
+def encode_conversation(tokenizer: Any, messages: Messages, tools: Tools = None) -> list[int]:
+    """Token ids of a complete conversation as the template renders it; reward models read these.
+
+    A template that writes the date writes the same one every day, so a score does not change.
+    """
+    return _encode(tokenizer, _render(tokenizer, messages, tools, strftime_now=_SCORED_ON.strftime))
 
 
-def encode_conversations(tokenizer: Any, conversations: Sequence[Messages]) -> list[list[int] | DataError]:
+def encode_conversations(
+    tokenizer: Any, conversations: Sequence[Messages], tools: Sequence[Tools] | None = None
+) -> list[list[int] | DataError]:
     """`encode_conversation` of many, in one call of the tokenizer; DataErrors in place of refused
     ones."""
     rendered: dict[int, str] = {}
     results: dict[int, list[int] | DataError] = {}
     for row, messages in enumerate(conversations):
         try:
-            rendered[row] = _render(tokenizer, messages, generation=False)
+            rendered[row] = _render(
+                tokenizer, messages, tools[row] if tools else None, strftime_now=_SCORED_ON.strftime
+            )
         except DataError as error:
             results[row] = error
     if rendered:
@@ -160,26 +239,47 @@ def encode_conversations(tokenizer: Any, conversations: Sequence[Messages]) -> l
     return [results[row] for row in range(len(conversations))]
 
 
-def _render(tokenizer: Any, messages: Messages, *, generation: bool) -> str:
+def _render(
+    tokenizer: Any, messages: Messages, tools: Tools = None, *, generation: bool = False, **variables: Any
+) -> str:
     from jinja2 import TemplateError
 
-    try:
+    def apply(messages: Messages, tools: Tools) -> str:
         return tokenizer.apply_chat_template(  # type: ignore[no-any-return]
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=generation
+            [dict(message) for message in messages],
+            tools=[dict(tool) for tool in tools] if tools else None,
+            tokenize=False,
+            add_generation_prompt=generation,
+            **variables,
         )
-    except TemplateError as error:
+
+    try:
+        rendered = apply(messages, tools)
+        if tools and rendered == apply(messages, None):
+            raise DataError("the chat template ignores the tools: use one that shows them to the model")
+        without = [{key: value for key, value in m.items() if key != "tool_calls"} for m in messages]
+        if without != list(messages) and rendered == apply(without, tools):
+            raise DataError("the chat template ignores tool calls: use one that shows them to the model")
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         roles = " ".join(message["role"] for message in messages)
         raise DataError(f"the chat template refuses the messages (roles: {roles}): {error}") from error
+    return rendered
 
 
-def _after_completion(tokenizer: Any, messages: Messages) -> str:
+def _after_completion(tokenizer: Any, messages: Messages, tools: Tools = None, **variables: Any) -> str:
     """The text that the template appends to an assistant's answer."""
-    whole = _render(tokenizer, [*messages, {"role": "assistant", "content": _MARKER}], generation=False)
-    return whole.rpartition(_MARKER)[2]
+    answered = [*messages, {"role": "assistant", "content": _MARKER}]
+    return _render(tokenizer, answered, tools, **variables).rpartition(_MARKER)[2]
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _encode_with_ends(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """Token ids, and where in the text each token ends (nothing for a tokenizer that cannot say)."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+    return list(encoded["input_ids"]), [end for _, end in encoded.get("offset_mapping", ())]
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:

@@ -9,33 +9,55 @@
 | `messages` | up to the last user message | the answer, if there is one |
 
 As in TRL, if `prompt` is a string and `chosen` and `rejected` are messages, those messages contain
-the prompt. ShareGPT's `conversations` with `from` and `value` are read as `messages`. All other
-columns go into `metadata`, which reward functions receive. A row that cannot be used raises
+the prompt. ShareGPT's `conversations` with `from` and `value` are read as `messages`. Messages may
+also be written as text (JSON or Python, as CSV files have them) or as one mapping of lists.
+
+A column `tools` (JSON schemas, or their JSON text) and the messages' `tool_calls` belong to what
+the model sees. Keys of theirs that are null are dropped, because Arrow adds them. `tools` and all
+other columns go into `metadata`, which reward functions receive. A row that cannot be used raises
 DataError with the reason; the caller records it as a reject.
 """
 
+import ast
+import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from qrpo.config import Section, outside_input
-from qrpo.data.sources import read_rows
+from qrpo.data.sources import has_credentials, read_rows
 from qrpo.errors import DataError
 from qrpo.seeds import seeded_hash
 
-__all__ = ["Message", "Prompt", "PromptsConfig", "parse_row", "prompt_id", "read_rows", "split_of"]
+__all__ = [
+    "Message",
+    "Prompt",
+    "PromptsConfig",
+    "functions",
+    "parse_row",
+    "prompt_id",
+    "read_rows",
+    "split_of",
+]
 
-Message = dict[str, str]
-Column = Literal["prompt", "completion", "chosen", "rejected", "messages"]
+Message = dict[str, Any]
+Column = Literal["prompt", "completion", "chosen", "rejected", "messages", "tools"]
 
-_COLUMNS: tuple[Column, ...] = ("prompt", "completion", "chosen", "rejected", "messages")
+_COLUMNS: tuple[Column, ...] = ("prompt", "completion", "chosen", "rejected", "messages", "tools")
 _ROLES = {"system", "developer", "user", "assistant", "tool"}
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+_FURTHER_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
+_MESSAGES_AS_TEXT = re.compile(
+    r"""\s*(array\()?(\[\s*\{\s*['"](role|content|from|value|tool_calls)|\{\s*['"]role)['"]\s*:"""
+)
+_MAX_LEVELS = 100
 
 
 class PromptsConfig(Section):
@@ -47,8 +69,8 @@ class PromptsConfig(Section):
     source_name: str | None = None
     """Value of the `source` column; by default the last part of the source's path."""
     columns: dict[Column, str | None] = Field(default_factory=dict)
-    """The dataset's own names for `prompt`, `completion`, `chosen`, `rejected`, `messages`, as
-    `{prompt: question}`; null keeps a column of that name out of it (it stays in the metadata)."""
+    """The dataset's own names for `prompt`, `completion`, `chosen`, `rejected`, `messages`, `tools`,
+    as `{prompt: question}`; null keeps a column of that name out of it (it stays in the metadata)."""
     system_prompt: str | None = None
     """System message for conversations that have none."""
     limit: int | None = Field(None, ge=1)
@@ -57,6 +79,16 @@ class PromptsConfig(Section):
     """Share of prompts held out for evaluation, by a hash of the prompt: new prompts move none."""
     eval_source: str | None = outside_input(None)
     """A source whose prompts are all held out, instead of `eval_fraction`."""
+
+    @field_validator("source", "eval_source")
+    @classmethod
+    def _no_credentials(cls, source: str | None) -> str | None:
+        if source is not None and has_credentials(source):
+            raise ValueError(
+                "a URL with credentials, which rejects, logs and Prefect's database would show: set them in the environment "
+                "(AWS_ACCESS_KEY_ID, ...) or in fsspec's configuration file, or download the file"
+            )
+        return source
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> "PromptsConfig":
@@ -82,13 +114,17 @@ class Prompt:
     """From the completion, or chosen and rejected, in this order."""
     metadata: str
     """The other columns as a JSON object."""
+    tools: list[dict[str, Any]]
+    """JSON schemas of the functions that the assistant may call."""
 
 
-def prompt_id(messages: Sequence[Mapping[str, str]]) -> str:
-    """32 hex characters that depend only on roles and contents."""
-    canonical = json.dumps(
-        [[m["role"], m["content"]] for m in messages], ensure_ascii=False, separators=(",", ":")
-    )
+def prompt_id(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+    """32 hex characters that depend only on what the model sees: the messages and the tools."""
+    seen: Any = [
+        [m["role"], m["content"], *([further] if (further := _further(m)) else [])] for m in messages
+    ]
+    seen = [seen, list(tools)] if tools else seen
+    canonical = json.dumps(seen, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
@@ -101,6 +137,9 @@ def split_of(prompt_id: str, eval_fraction: float) -> Literal["train", "eval"]:
 def parse_row(row: Mapping[str, Any], config: PromptsConfig) -> Prompt:
     """The prompt in a row; DataError with the reason if the row cannot be used."""
     values, rest = _pick_columns(row, config)
+    for name in ("image", "images"):
+        if rest.get(name) and not isinstance(rest[name], (str, int, float)):
+            raise DataError(f"the row has {name!r}, and prompts are text alone: use rows without images")
     prompt, completions = _split_prompt(values)
     conversational = not isinstance(prompt, str)
     messages = prompt if not isinstance(prompt, str) else [{"role": "user", "content": prompt}]
@@ -116,11 +155,12 @@ def parse_row(row: Mapping[str, Any], config: PromptsConfig) -> Prompt:
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
     try:
         metadata = json.dumps(_jsonable(rest), ensure_ascii=False, allow_nan=False)
-        identity = prompt_id(messages)
+        tools = functions(values.get("tools"), "tools")
+        identity = prompt_id(messages, tools)
         (metadata.encode(), json.dumps(messages, ensure_ascii=False).encode(), "".join(completions).encode())
     except UnicodeEncodeError as error:
         raise DataError(f"text that is not valid Unicode (a lone surrogate): {error}") from error
-    return Prompt(identity, messages, conversational, completions, metadata)
+    return Prompt(identity, messages, conversational, completions, metadata, tools)
 
 
 def _pick_columns(row: Mapping[str, Any], config: PromptsConfig) -> tuple[dict[Column, Any], dict[str, Any]]:
@@ -136,7 +176,10 @@ def _pick_columns(row: Mapping[str, Any], config: PromptsConfig) -> tuple[dict[C
     values = {
         column: row[name] for column, name in names.items() if name is not None and row.get(name) is not None
     }
-    rest = {str(name): value for name, value in row.items() if name not in names.values()}
+    used = {name for column, name in names.items() if column != "tools"}
+    rest = {str(name): value for name, value in row.items() if name not in used}
+    if "tools" in values:
+        rest["tools"] = values["tools"]
     return values, rest
 
 
@@ -165,7 +208,7 @@ def _split_prompt(values: dict[Column, Any]) -> tuple[str | list[Message], list[
     messages = _text_or_messages(values, "messages")
     if isinstance(messages, list):
         if messages and messages[-1]["role"] == "assistant":
-            return messages[:-1], [messages[-1]["content"]]
+            return messages[:-1], [_completion_text(messages[-1:], "messages")]
         return messages, []
     raise DataError(
         "no prompt: expected a column 'prompt', 'chosen' and 'rejected', or 'messages'; name yours in prompts.columns, "
@@ -202,23 +245,48 @@ def _completion_text(completion: str | list[Message], column: str) -> str:
         raise DataError(
             f"{column!r} holds messages of roles [{roles}] after the prompt, expected [assistant]"
         )
-    return completion[0]["content"]
+    if "tool_calls" in completion[0]:
+        raise DataError(f"the completion in {column!r} calls tools, expected an answer in text")
+    return str(completion[0]["content"])
 
 
 def _text_or_messages(values: Mapping[Column, Any], column: Column) -> str | list[Message] | None:
     value = values.get(column)
     if value is None:
         return None
+    if isinstance(value, str) and _MESSAGES_AS_TEXT.match(value):
+        value = _parsed_text(value, column)
     if isinstance(value, str) and column != "messages":
         if not value.strip() and column == "prompt":
             raise DataError("the prompt is empty")
         return value
     if isinstance(value, Mapping):
-        value = [value]
+        keys, lists = list(value), list(value.values())
+        if (
+            all(isinstance(items, (list, tuple)) for items in lists)
+            and len({len(items) for items in lists}) == 1
+        ):
+            value = [dict(zip(keys, items, strict=True)) for items in zip(*lists, strict=True)]
+        else:
+            value = [value]
     if not isinstance(value, (list, tuple)):
         expected = "a list of messages" if column == "messages" else "a string or a list of messages"
         raise DataError(f"{column!r} is of type {type(value).__name__}, expected {expected}")
     return [_message(message, f"{column}[{index}]") for index, message in enumerate(value)]
+
+
+def _parsed_text(text: str, column: str) -> Any:
+    """The messages, tools or tool calls that a text holds, as JSON or as Python prints them."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            value = parse(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if isinstance(value, (list, dict)):
+            return value
+    raise DataError(
+        f"{column!r} is text that begins as {text[:40]!r}, expected it to be valid JSON throughout"
+    )
 
 
 def _message(message: Any, where: str) -> Message:
@@ -232,31 +300,74 @@ def _message(message: Any, where: str) -> Message:
         role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in _ROLES:
         raise DataError(f"{where} has role {role!r}, expected one of {', '.join(sorted(_ROLES))}")
+    further = {key: _without_nulls(_jsonable(value)) for key, value in _further(message).items()}
+    if "tool_calls" in further:
+        further["tool_calls"] = functions(further["tool_calls"], f"{where}.tool_calls")
+        content = "" if content is None else content
     if isinstance(content, (list, tuple)):
         content = _joined_text(content, where)
     if not isinstance(content, str):
         raise DataError(f"{where} has content of type {type(content).__name__}, expected a string")
-    return {"role": role, "content": content}
+    return {"role": role, "content": content, **further}
+
+
+def _further(message: Mapping[str, Any]) -> dict[str, Any]:
+    """What a message has besides role and content."""
+    return {key: message[key] for key in _FURTHER_KEYS if message.get(key)}
+
+
+def functions(value: Any, where: str) -> list[dict[str, Any]]:
+    """Tools or tool calls, as chat templates take them: every call's arguments as a mapping."""
+    if not value:
+        return []
+    value = _parsed_text(value, where) if isinstance(value, str) else value
+    functions = []
+    for index, item in enumerate(value if isinstance(value, (list, tuple)) else [value]):
+        item = _without_nulls(_jsonable(_parsed_text(item, where) if isinstance(item, str) else item))
+        function = item.get("function", item) if isinstance(item, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise DataError(f"{where}[{index}] names no function, expected {{'function': {{'name': ...}}}}")
+        if isinstance(function.get("arguments"), str):
+            function["arguments"] = _parsed_text(function["arguments"] or "{}", f"{where}[{index}].arguments")
+        functions.append(item)
+    return functions
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _joined_text(parts: Sequence[Any], where: str) -> str:
     texts = []
     for part in parts:
-        text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        text = part.get("text") if kind == "text" else None
         if not isinstance(text, str):
-            raise DataError(f"{where} has content that is not text, expected text alone")
+            raise DataError(f"{where} has content that is not text (of type {kind!r}), expected text alone")
         texts.append(text)
     return "".join(texts)
 
 
-def _jsonable(value: Any) -> Any:
-    """Plain JSON values; other types of Parquet (dates, decimals, bytes) become text."""
+def _jsonable(value: Any, levels: int = _MAX_LEVELS) -> Any:
+    """Plain JSON values. Of Parquet's other types, decimals become numbers or their digits, bytes the text that
+    they hold (`{"base64": ...}` where they hold none), dates and all others text."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if not levels:
+        raise DataError(f"a column is nested more than {_MAX_LEVELS} levels deep")
     if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
+        return {str(key): _jsonable(item, levels - 1) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):
-        return [_jsonable(item) for item in value]
+        return [_jsonable(item, levels - 1) for item in value]
+    if isinstance(value, Decimal) and value.is_finite():
+        return int(value) if value == value.to_integral_value() else format(value.normalize(), "f")
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        try:
+            return bytes(value).decode()
+        except UnicodeDecodeError:
+            return {"base64": base64.b64encode(value).decode()}
     return str(value)

@@ -1,6 +1,8 @@
 """Generation engines.
 
     sampling        the `Engine` protocol, requests, samples, `SamplingConfig`, seeds
+    decoding        stop tokens and the text of a completion, the same for every engine
+    options         further arguments for vLLM
     vllm            vLLM's offline engine
     transformers    plain transformers, where vLLM is not installed and for quick tests
 
@@ -10,14 +12,16 @@ closing it frees all memory, and the next call restarts an engine that died.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from qrpo.config import Section, execution_option
-from qrpo.engines.sampling import Engine, Sample, SampleRequest, SamplingConfig, length_problem
-from qrpo.errors import ConfigError, DataError
-from qrpo.models import Dtype, ModelConfig, context_length
+from qrpo.engines.options import VLLMOptions
+from qrpo.engines.sampling import Engine, Sample, SampleRequest, SamplingConfig
+from qrpo.errors import DataError, EngineError
+from qrpo.models import Dtype, ModelConfig
+from qrpo.models.limits import Limits, model_limits
 from qrpo.processes.child import Child
 
 __all__ = ["EngineConfig", "open_engine"]
@@ -32,7 +36,7 @@ class EngineConfig(Section):
     """Precision to sample in; `auto` uses the model's setting."""
     max_model_len: int | None = Field(None, ge=2)
     """Maximum tokens of prompt and completion together; by default the model's context length."""
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: VLLMOptions = Field(default_factory=dict)
     """More arguments for `vllm.LLM` (`quantization`, `kv_cache_dtype`, ...)."""
     max_num_seqs: int = execution_option(256, ge=1)
     """Completions that are generated at the same time."""
@@ -53,6 +57,13 @@ class EngineConfig(Section):
     """Let vLLM run its core in another process: slower to start, somewhat faster on a fast GPU."""
     device: str | None = execution_option(None)
     """Device of the transformers engine (`cpu`, `cuda:1`); by default the first GPU, if any."""
+    timeout: float = execution_option(3600.0, gt=0.0)
+    """Seconds without a finished prompt after which the engine is killed and started again."""
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of one engine."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
 def open_engine(
@@ -63,35 +74,30 @@ def open_engine(
     `env` holds more environment variables, such as CUDA_VISIBLE_DEVICES. Raises ModelError if the
     model's folder is unusable, ConfigError if max_model_len exceeds the model's context.
     """
-    context = context_length(model)
-    if config.max_model_len is not None and config.max_model_len > context:
-        raise ConfigError(
-            f"engine.max_model_len: got {config.max_model_len}, but {model.path} has a context of {context} tokens: "
-            "lower it"
-        )
+    limits = model_limits(model, config.max_model_len, "engine.max_model_len")
     if config.dtype != "auto":
         model = model.model_copy(update={"dtype": config.dtype})
     target = {
         "vllm": "qrpo.engines.vllm:VLLMEngine",
         "transformers": "qrpo.engines.transformers:TransformersEngine",
     }[config.kind]
-    max_model_len = config.max_model_len or context
     quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
     name = f"the {config.kind} engine of {model.path}"
-    child = Child(target, config, model, max_model_len, name=name, log=log, env={**quiet, **(env or {})})
-    return _ChildEngine(child, max_model_len)
+    child = Child(target, config, model, limits, name=name, log=log, env={**quiet, **(env or {})})
+    return _ChildEngine(child, limits, config.timeout)
 
 
 class _ChildEngine:
     """An `Engine` in a child process."""
 
-    def __init__(self, child: Child, max_model_len: int):
+    def __init__(self, child: Child, limits: Limits, timeout: float):
         self._child = child
-        self._max_model_len = max_model_len
+        self._timeout = timeout
+        self._limits = limits
 
     @property
     def max_model_len(self) -> int:
-        return self._max_model_len
+        return self._limits.max_length
 
     @property
     def pid(self) -> int | None:
@@ -106,9 +112,20 @@ class _ChildEngine:
             if request.key in keys:
                 raise DataError(f"two requests have the key {request.key!r}: make keys unique within a call")
             keys.add(request.key)
-            if reason := length_problem(request.prompt_token_ids, self._max_model_len, sampling.max_tokens):
+            if reason := self._limits.problem(request.prompt_token_ids, sampling.max_tokens):
                 raise DataError(f"request {request.key!r}: {reason}")
-        return self._child.stream("sample", requests, sampling) if requests else iter(())
+        return self._answers(requests, sampling) if requests else iter(())
+
+    def _answers(
+        self, requests: list[SampleRequest], sampling: SamplingConfig
+    ) -> Iterator[tuple[str, list[Sample]]]:
+        try:
+            yield from self._child.stream("sample", requests, sampling, timeout=self._timeout)
+        except TimeoutError:
+            raise EngineError(
+                f"{self._child.name} finished no prompt in {self._timeout:g} s (engine.timeout) and was killed. The next "
+                "call starts it again"
+            ) from None
 
     def close(self) -> None:
         self._child.close()

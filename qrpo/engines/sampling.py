@@ -9,14 +9,14 @@ all but one sample.)
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 from pydantic import Field
 
 from qrpo.config import Section
 from qrpo.seeds import seeded_hash
 
-__all__ = ["Engine", "Sample", "SampleRequest", "SamplingConfig", "length_problem", "sample_seed"]
+__all__ = ["Engine", "Sample", "SampleRequest", "SamplingConfig", "sample_seed"]
 
 
 class SamplingConfig(Section):
@@ -33,7 +33,15 @@ class SamplingConfig(Section):
     max_tokens: int = Field(1024, ge=1)
     """Maximum length of a completion in tokens, end token included."""
     stop: tuple[str, ...] = ()
-    """Strings that end a completion; the text excludes them, the tokens include them."""
+    """Strings that end a completion; the text excludes them, the tokens include them. A special
+    token ends a completion, too."""
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Token ids that end a completion, in addition to the end tokens of the tokenizer, of the
+    generation config and of the chat template's turns."""
+
+    def idle_fields(self) -> frozenset[str]:
+        """An empty `stop_token_ids` enters no fingerprint: earlier versions did not have it."""
+        return frozenset() if self.stop_token_ids else frozenset({"stop_token_ids"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +61,7 @@ class Sample:
 
     index: int
     text: str
-    """Without special tokens."""
+    """Without special tokens and without what ended it; the same for every engine."""
     token_ids: list[int]
     """With the end token if one was sampled."""
     finish_reason: Literal["stop", "length"]
@@ -77,7 +85,7 @@ class Engine(Protocol):
         """Yield (key, samples in the order requested) for every request as it finishes, so in any
         order.
 
-        Raises DataError before anything starts if a request does not fit (see `length_problem`),
+        Raises DataError before anything starts if a request does not fit (see `qrpo.models.limits`),
         EngineError if the engine dies: results already yielded stay valid, and the next call starts
         it again.
         """
@@ -91,20 +99,3 @@ class Engine(Protocol):
 def sample_seed(run_seed: int, prompt_id: str, sample_index: int, namespace: str = "reference") -> int:
     """The seed of one sample: 63 bits of a hash, so that no two samples of a run share one."""
     return int.from_bytes(seeded_hash(namespace, run_seed, prompt_id, sample_index)[:8], "big") >> 1
-
-
-def length_problem(prompt_token_ids: Sequence[int], max_model_len: int, max_tokens: int) -> str | None:
-    """Why an engine cannot answer the prompt in full; None if it can.
-
-    Checked before the call, because an engine refuses the whole call for one prompt that is too
-    long, and silently shortens the completion of a prompt that nearly is.
-    """
-    length = len(prompt_token_ids)
-    if length == 0:
-        return "the prompt has no tokens"
-    if length + max_tokens > max_model_len:
-        return (
-            f"the prompt's {length} tokens and {max_tokens} for the completion (max_tokens) exceed the engine's "
-            f"context of {max_model_len} tokens (max_model_len)"
-        )
-    return None

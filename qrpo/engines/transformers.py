@@ -15,9 +15,10 @@ import numpy as np
 
 from qrpo.data.chat import load_tokenizer
 from qrpo.engines import EngineConfig
+from qrpo.engines.decoding import completion_text, stop_strings, stop_token_ids
 from qrpo.engines.sampling import Sample, SampleRequest, SamplingConfig
-from qrpo.errors import DataError
 from qrpo.models import ModelConfig, load_causal_lm
+from qrpo.models.limits import Limits
 
 __all__ = ["TransformersEngine"]
 
@@ -37,32 +38,30 @@ class _Row:
 class TransformersEngine:
     """A loaded transformers model and its tokenizer."""
 
-    def __init__(self, config: EngineConfig, model: ModelConfig, max_model_len: int):
-        self._model = load_causal_lm(model, config.device)
+    def __init__(self, config: EngineConfig, model: ModelConfig, limits: Limits):
+        self._config, self._model = model, load_causal_lm(model, config.device)
         self._tokenizer = load_tokenizer(model, chat_template=False)
         self._batch_size = config.max_num_seqs
-        self._max_model_len = max_model_len
-        ends = self._model.generation_config.eos_token_id
-        self._end_ids = set(ends if isinstance(ends, list) else [ends]) | {self._tokenizer.eos_token_id}
+        self._stops: frozenset[int] = frozenset()
+        self._strings: list[str] = []
 
     def sample(
         self, requests: Sequence[SampleRequest], sampling: SamplingConfig
     ) -> Iterator[tuple[str, list[Sample]]]:
         """Yield (key, samples) of each request as its last sample finishes."""
-        vocabulary = self._model.get_input_embeddings().num_embeddings
-        rows: list[_Row] = []
-        for request in requests:
-            if not all(0 <= token_id < vocabulary for token_id in request.prompt_token_ids):
-                raise DataError(
-                    f"request {request.key!r}: a token id is outside the model's vocabulary of {vocabulary}"
-                )
-            rows.extend(_Row(request, index, np.random.default_rng(seed)) for index, seed in request.samples)
+        self._stops = stop_token_ids(self._tokenizer, self._config, sampling)
+        self._strings = stop_strings(self._tokenizer, sampling)
+        rows = [
+            _Row(request, index, np.random.default_rng(seed))
+            for request in requests
+            for index, seed in request.samples
+        ]
         left = {request.key: len(request.samples) for request in requests}
         finished: dict[str, dict[int, Sample]] = {request.key: {} for request in requests}
         for start in range(0, len(rows), self._batch_size):
             for row in self._run(rows[start : start + self._batch_size], sampling):
                 key = row.request.key
-                finished[key][row.index] = self._sample(row, sampling)
+                finished[key][row.index] = self._sample(row)
                 left[key] -= 1
                 if not left[key]:
                     samples = finished.pop(key)
@@ -114,28 +113,27 @@ class TransformersEngine:
             positions_BT = positions_BT[:, -1:] + 1
 
     def _finish(self, row: _Row, sampling: SamplingConfig) -> Literal["stop", "length"] | None:
-        if row.token_ids[-1] in self._end_ids:
+        if row.token_ids[-1] in self._stops:
             return "stop"
-        if sampling.stop and any(text in self._text(row) for text in sampling.stop):
-            return "stop"
+        if self._strings:
+            text = self._text(row, [])
+            if any(string in text for string in self._strings):
+                return "stop"
         return "length" if len(row.token_ids) == sampling.max_tokens else None
 
-    def _sample(self, row: _Row, sampling: SamplingConfig) -> Sample:
-        text = self._text(row)
-        cuts = [start for stop in sampling.stop if (start := text.find(stop)) >= 0]
+    def _sample(self, row: _Row) -> Sample:
         assert row.finish_reason is not None
         return Sample(
             index=row.index,
-            text=text[: min(cuts)] if cuts else text,
+            text=self._text(row, self._strings),
             token_ids=row.token_ids,
             finish_reason=row.finish_reason,
             sampled_logprob=row.logprob,
         )
 
-    def _text(self, row: _Row) -> str:
-        return self._tokenizer.decode(  # type: ignore[no-any-return]
-            row.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+    def _text(self, row: _Row, strings: Sequence[str]) -> str:
+        prompt = row.request.prompt_token_ids
+        return completion_text(self._tokenizer, prompt, row.token_ids, self._stops, strings)
 
 
 def _draw(

@@ -11,25 +11,37 @@ Runs in the child process that `qrpo.engines.open_engine` starts. Decisions and 
 
 import gc
 import os
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from qrpo.data.chat import load_tokenizer
 from qrpo.engines import EngineConfig
+from qrpo.engines.decoding import completion_text, stop_strings, stop_token_ids
 from qrpo.engines.sampling import Sample, SampleRequest, SamplingConfig
-from qrpo.errors import ConfigError, DataError, EngineError, ModelError
-from qrpo.models import ModelConfig, is_local, load_model_config, location
+from qrpo.errors import ConfigError, EngineError, ModelError
+from qrpo.models import ModelConfig, check_weights, is_local, load_model_config, location, saved_dtype
+from qrpo.models.limits import Limits
 
-__all__ = ["VLLMEngine", "cpu_kv_cache_bytes", "require_cpu_heads", "saved_dtype"]
+__all__ = [
+    "VLLMEngine",
+    "cpu_kv_cache_bytes",
+    "report_death",
+    "require_cpu_heads",
+    "require_gpu_memory",
+]
 
 
 class VLLMEngine:
     """A loaded vLLM model. Created once per child process; `sample` may be called many times."""
 
-    def __init__(self, config: EngineConfig, model: ModelConfig, max_model_len: int):
+    def __init__(self, config: EngineConfig, model: ModelConfig, limits: Limits):
         spread = config.tensor_parallel_size * config.pipeline_parallel_size > 1
         self._multiprocess = spread or config.separate_process
         if not self._multiprocess:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"  # `limits` are checked, contexts of YaRN included
         os.environ.setdefault("VLLM_LOGGING_COLOR", "0")
         try:
             import vllm
@@ -40,14 +52,16 @@ class VLLMEngine:
                 "engine.kind to transformers"
             ) from error
         gc.freeze()  # vLLM collects garbage several times at start: skip all modules loaded so far
+        self._model, self._tokenizer = model, load_tokenizer(model, chat_template=False)
+        check_weights(model)
         hf_config = load_model_config(model)
         on_cpu = current_platform.is_cpu()
         arguments: dict[str, Any] = {
             "model": location(model),
             "revision": None if is_local(model) else model.revision,
             "trust_remote_code": model.trust_remote_code,
-            "dtype": saved_dtype(hf_config) if model.dtype == "auto" else model.dtype,
-            "max_model_len": max_model_len,
+            "dtype": saved_dtype(model),
+            "max_model_len": limits.max_length,
             "max_num_seqs": config.max_num_seqs,
             "gpu_memory_utilization": config.gpu_memory_utilization,
             "tensor_parallel_size": config.tensor_parallel_size,
@@ -55,19 +69,23 @@ class VLLMEngine:
             "enforce_eager": on_cpu if config.enforce_eager is None else config.enforce_eager,
             "enable_prefix_caching": True,
             "logprobs_mode": "raw_logprobs",
-            "generation_config": "auto",  # for its end tokens; every request states all sampling settings
+            "generation_config": "vllm",  # every request states all sampling settings and end tokens
         }
+        if current_platform.is_cuda() and config.kv_cache_gib is None:
+            require_gpu_memory(config.gpu_memory_utilization)
         if on_cpu:
             require_cpu_heads(hf_config, model)
             arguments["enable_chunked_prefill"] = False
             arguments["kv_cache_memory_bytes"] = cpu_kv_cache_bytes(
-                hf_config, max_model_len, config.max_num_seqs
+                hf_config, limits.max_length, config.max_num_seqs
             )
         if config.kv_cache_gib is not None:
             arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
         if config.max_num_batched_tokens is not None:
             arguments["max_num_batched_tokens"] = config.max_num_batched_tokens
-        self._llm = vllm.LLM(**{**arguments, **config.options})
+        self._llm = vllm.LLM(**arguments, **config.options)
+        if self._multiprocess:
+            report_death(self._llm)
         self._ahead = config.max_num_seqs + max(16, config.max_num_seqs // 4)
         self._calls = 0  # makes request names unique across calls
 
@@ -78,12 +96,8 @@ class VLLMEngine:
         from vllm.inputs.engine import tokens_input
 
         engine = self._llm.llm_engine
-        vocabulary = self._llm.model_config.get_vocab_size()
-        for request in requests:
-            if not all(0 <= token_id < vocabulary for token_id in request.prompt_token_ids):
-                raise DataError(
-                    f"request {request.key!r}: a token id is outside the model's vocabulary of {vocabulary}"
-                )
+        stops = stop_token_ids(self._tokenizer, self._model, sampling)
+        strings = stop_strings(self._tokenizer, sampling)
         self._calls += 1
         todo = (
             (index, number, seed)
@@ -98,7 +112,7 @@ class VLLMEngine:
                 engine.add_request(
                     f"{self._calls}/{index}/{number}",
                     tokens_input(list(requests[index].prompt_token_ids)),
-                    _parameters(sampling, seed),
+                    _parameters(sampling, seed, stops, strings),
                 )
                 running += 1
             if not running:
@@ -109,7 +123,10 @@ class VLLMEngine:
                 running -= 1
                 _, index, number = map(int, output.request_id.split("/"))
                 request, samples = requests[index], collected[index]
-                samples[number] = _sample(request.samples[number][0], output.outputs[0], request.key)
+                completion = output.outputs[0]
+                prompt, token_ids = request.prompt_token_ids, list(completion.token_ids)
+                text = completion_text(self._tokenizer, prompt, token_ids, stops, strings)
+                samples[number] = _sample(request.samples[number][0], completion, text, request.key)
                 if len(samples) == len(request.samples):
                     collected[index] = {}
                     yield request.key, [samples[n] for n in range(len(samples))]
@@ -122,10 +139,31 @@ class VLLMEngine:
             shutdown()
 
 
-def saved_dtype(hf_config: Any) -> str:
-    """The saved dtype. (vLLM's own `auto` silently turns float32 into bfloat16.)"""
-    dtype = getattr(hf_config, "dtype", None) or getattr(hf_config.get_text_config(), "dtype", None)
-    return "auto" if dtype is None else str(dtype).removeprefix("torch.")
+def report_death(llm: Any) -> None:
+    """Let a step of vLLM raise an error if its core's process ends. (vLLM notices the end, but waits
+    for the core's answer without limit.)"""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    core = llm.llm_engine.engine_core
+
+    def watch() -> None:
+        while not core.resources.engine_dead:
+            time.sleep(0.5)
+        core.outputs_queue.put_nowait(EngineDeadError())
+
+    threading.Thread(target=watch, name="watch-engine-core", daemon=True).start()
+
+
+def require_gpu_memory(share: float) -> None:
+    """Raise EngineError if less than this share of the first GPU's memory is free."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    if free < share * total:
+        raise EngineError(
+            f"gpu_memory_utilization is {share:g} of the GPU's {total / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are "
+            "free: another process uses the GPU (`nvidia-smi` names it). End it, or lower gpu_memory_utilization"
+        )
 
 
 def cpu_kv_cache_bytes(hf_config: Any, max_model_len: int, max_num_seqs: int) -> int:
@@ -165,7 +203,7 @@ def _head_dim(hf_config: Any) -> int | None:
     return int(text.hidden_size) // int(heads) if heads else None
 
 
-def _parameters(sampling: SamplingConfig, seed: int) -> Any:
+def _parameters(sampling: SamplingConfig, seed: int, stops: frozenset[int], strings: list[str]) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -177,13 +215,15 @@ def _parameters(sampling: SamplingConfig, seed: int) -> Any:
         top_k=sampling.top_k,
         min_p=sampling.min_p,
         max_tokens=sampling.max_tokens,
-        stop=list(sampling.stop) or None,
+        stop=strings or None,
+        stop_token_ids=sorted(stops),
+        detokenize=bool(strings),  # only to find them
         logprobs=0,  # the sampled token's own: enough for cumulative_logprob
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
-def _sample(index: int, completion: Any, key: str) -> Sample:
+def _sample(index: int, completion: Any, text: str, key: str) -> Sample:
     if completion.finish_reason not in ("stop", "length"):
         raise EngineError(
             f"vLLM ended request {key!r} with {completion.finish_reason!r}, expected 'stop' or 'length'",
@@ -191,7 +231,7 @@ def _sample(index: int, completion: Any, key: str) -> Sample:
         )
     return Sample(
         index=index,
-        text=completion.text,
+        text=text,
         token_ids=list(completion.token_ids),
         finish_reason=completion.finish_reason,
         sampled_logprob=float(completion.cumulative_logprob),

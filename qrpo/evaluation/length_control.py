@@ -6,8 +6,8 @@
     reward gain at equal length d in reward = (one constant per prompt) + b length + d [policy]
     reward per token            the slope of reward on length among one model's samples of the same prompt
 
-Lengths are in tokens. Standard errors are clustered by prompt (sandwich estimator). They describe
-the fit, not whether length causes the reward.
+Lengths are in tokens. Standard errors are clustered by prompt (sandwich estimator), with t quantiles
+for the interval of the win rate. They describe the fit, not whether length causes the reward.
 """
 
 from dataclasses import asdict, dataclass
@@ -18,6 +18,8 @@ import numpy as np
 from qrpo.evaluation.statistics import Floats, Ints, sample_pairs
 
 __all__ = ["Slope", "compare_at_equal_length", "reward_per_token"]
+
+_SEPARATED = 12.0  # a larger log odds than any number of prompts can show
 
 
 @dataclass(frozen=True)
@@ -72,27 +74,41 @@ def reward_per_token(reward: Floats, length: Floats, prompt: Ints) -> Slope:
 def _win_rate(won: Floats, longer_by: Floats, prompt: Ints) -> dict[str, float]:
     """P(win) at equal length, by logistic regression with standard errors clustered by prompt.
 
-    An additional prompt, with a tie at each extreme of length, keeps the fit finite if a model
-    always wins.
+    Where the likelihood has no maximum (a model that always wins), an additional prompt with a tie at
+    each extreme of length keeps the fit finite. Elsewhere it would pull the slope to 0, and with few
+    prompts leave much of the effect of length in the win rate.
     """
+    from scipy.special import expit, stdtrit
+
     _, index, counts = np.unique(prompt, return_inverse=True, return_counts=True)
     spread = longer_by.std()
     x = np.tanh(longer_by / spread) if spread > 0 else np.zeros_like(longer_by)
-    x, won = np.append(x, [1.0, -1.0]), np.append(won, [0.5, 0.5])
-    weight = np.append(1 / counts[index], [0.5, 0.5])
-    index = np.append(index, [len(counts)] * 2)
+    weight = 1 / counts[index]
+    coefficients, error, finite = _logistic(x, won, weight, index)
+    if not finite:
+        x, won = np.append(x, [1.0, -1.0]), np.append(won, [0.5, 0.5])
+        weight, index = np.append(weight, [0.5, 0.5]), np.append(index, [len(counts)] * 2)
+        coefficients, error, _ = _logistic(x, won, weight, index)
+    t = stdtrit(max(len(counts) - 1, 1), 0.975)
+    low, mean, high = (float(expit(coefficients[0] + z * error)) for z in (-t, 0.0, t))
+    return {"mean": mean, "low": low, "high": high, "confidence": 0.95}
+
+
+def _logistic(x: Floats, won: Floats, weight: Floats, index: Ints) -> tuple[Floats, float, bool]:
+    """Intercept and slope of won on x, the intercept's error, and whether the likelihood has a maximum."""
+    from scipy.special import expit
+
     design = np.stack([np.ones_like(x), x], axis=1)
     coefficients = np.zeros(2)
-    for _ in range(50):
-        chance = 1 / (1 + np.exp(-design @ coefficients))
+    for _ in range(100):
+        chance = expit(design @ coefficients)
         curvature = (design * (weight * chance * (1 - chance))[:, None]).T @ design
-        step = np.linalg.solve(curvature, design.T @ (weight * (won - chance)))
-        coefficients += step
-        if np.abs(step).max() < 1e-10:
+        step = np.linalg.pinv(curvature) @ (design.T @ (weight * (won - chance)))
+        coefficients += step * min(1.0, 2.0 / max(np.abs(step).max(), 1e-300))  # far steps overshoot
+        if np.abs(step).max() < 1e-10 or np.abs(coefficients).max() > _SEPARATED:
             break
-    error = _clustered_errors(design, weight * (won - chance), curvature, index)[0]
-    low, mean, high = (1 / (1 + np.exp(-(coefficients[0] + z * error))) for z in (-1.96, 0.0, 1.96))
-    return {"mean": float(mean), "low": float(low), "high": float(high), "confidence": 0.95}
+    error = _clustered_errors(design, weight * (won - expit(design @ coefficients)), curvature, index)[0]
+    return coefficients, float(error), bool(np.abs(coefficients).max() <= _SEPARATED)
 
 
 def _within_prompts(values: Floats, regressors: Floats, prompt: Ints) -> tuple[Floats, Floats]:

@@ -18,6 +18,8 @@ would count itself in #{s <= r}, and its quantile could never be below 1/n. It i
 leaves n - 1 references, unless `self_exclusion=False` selects the research code's inclusive count.
 """
 
+import numbers
+from decimal import Decimal
 from typing import Literal
 
 import numpy as np
@@ -165,6 +167,10 @@ def quantile_bounds(
 def _flat(what: str, values: ArrayLike, offsets: ArrayLike | None) -> tuple[Floats, Integers]:
     """Values as a flat float32 or float64 array, and P + 1 offsets into it."""
     array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        array = np.asarray([_number(what, number, item) for number, item in enumerate(array.flat)]).reshape(
+            array.shape
+        )
     if array.dtype not in (np.float32, np.float64):
         array = array.astype(np.float64)
     if offsets is None:
@@ -192,6 +198,12 @@ def _flat(what: str, values: ArrayLike, offsets: ArrayLike | None) -> tuple[Floa
             f"{what}: prompt {prompt} has a NaN; reject unscored completions before taking quantiles"
         )
     return array, bounds
+
+
+def _number(what: str, place: int, value: object) -> float:
+    if isinstance(value, (numbers.Real, Decimal)):
+        return float(value)
+    raise DataError(f"{what}: item {place} is {value!r:.40}, expected a number; reject unscored completions")
 
 
 def _membership(

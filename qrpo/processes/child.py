@@ -21,6 +21,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -42,6 +43,8 @@ _BOOT = (
     "import json, sys; boot = json.loads(sys.argv[1]); sys.path[:] = boot['path'];"
     "from qrpo.processes.serving import serve; serve(boot['connection'], boot['parent'])"
 )
+# The last line of a traceback, in a log perhaps behind a process and a time.
+_ERROR = re.compile(r"^(?:\(.*?\) )?(?:ERROR .*?\] )?((?:\w+\.)*\w*(?:Error|Exception): .+)$", re.MULTILINE)
 
 
 class Child:
@@ -82,9 +85,10 @@ class Child:
         with contextlib.closing(self._exchange(method, args, timeout, streaming=False)) as answers:
             return next(answers)
 
-    def stream(self, method: str, *args: Any) -> Iterator[Any]:
-        """Yield a generator method's items as they arrive. Closing the iterator kills the child."""
-        return self._exchange(method, args, None, streaming=True)
+    def stream(self, method: str, *args: Any, timeout: float | None = None) -> Iterator[Any]:
+        """Yield a generator method's items as they arrive; TimeoutError, and the child is killed, if
+        none does in `timeout` seconds. Closing the iterator kills the child."""
+        return self._exchange(method, args, timeout, streaming=True)
 
     def close(self, grace: float = 5.0) -> None:
         """Give the child `grace` seconds to clean up, then kill its group. A call restarts it."""
@@ -140,7 +144,7 @@ class Child:
 
     def _error(self, process: "_Process", error: QRPOError | str, trace: str) -> QRPOError:
         if isinstance(error, str):
-            error = EngineError(f"{self.name} failed: {error}. {process.where()}")
+            error = EngineError(f"{self.name} failed: {error}{process.cause(error)}. {process.where()}")
         error.add_note(f"In the child process:\n{trace}")
         return error
 
@@ -167,6 +171,7 @@ class _Process:
         else:
             log.parent.mkdir(parents=True, exist_ok=True)
             self._output = log.open("ab+")
+        self._begin = self._output.seek(0, os.SEEK_END)
         self.connection, child_end = Pipe()
         boot = {"connection": child_end.fileno(), "parent": os.getpid(), "path": list(map(str, sys.path))}
         try:
@@ -221,6 +226,13 @@ class _Process:
                 raise self._ended()
             if time.monotonic() >= deadline:
                 raise TimeoutError(f"no answer within {timeout:g} s")
+
+    def cause(self, error: str) -> str:
+        """The first error in the output, if it is another one: that of a process which the child
+        started."""
+        self._output.seek(self._begin)
+        found = _ERROR.search(self._output.read(16 << 20).decode(errors="replace"))
+        return "" if found is None or found[1] in error else f". Cause: {found[1]}"
 
     def where(self) -> str:
         """The log's path, or the last lines of output if there is no log."""

@@ -8,6 +8,7 @@
     grades         how a judge's answer becomes a score
     chat_client    requests to the judge's server, with retries
     answer         kind `answer`: comparison with the right answer, as mathematics or as text
+    mathematics    how right answers are read and compared as mathematics
     code           kind `code`: the share of tests that the completion's code passes in the sandbox
     worker_pool    child processes for code that may hang or crash
 

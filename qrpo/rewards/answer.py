@@ -1,16 +1,20 @@
 """Verifiable rewards: whether a completion gives the right answer, which is in the dataset.
 
-`math` lets `math-verify` find the last answer in the completion (LaTeX, `\\boxed`, fractions,
-percentages, sets, plain numbers) and compare it as mathematics: 1/2 equals 0.5. `exact` compares
-text, for choices and words.
+`math` compares as mathematics: 1/2 equals 0.5 (`qrpo.rewards.mathematics`). `exact` compares text,
+for choices and words. docs/rewards.md lists the forms of right answers that both read; a row with
+another one is rejected.
 
 Runs in child processes (`qrpo.rewards.worker_pool`): some expressions never end in computer
 algebra.
 """
 
+import contextlib
 import importlib.metadata
+import json
+import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +26,9 @@ from qrpo.errors import ConfigError, RewardError
 from qrpo.rewards.protocol import Answers, Columns, Reward, Score
 from qrpo.rewards.worker_pool import WorkerSection
 
-__all__ = ["AnswerReward", "AnswerRewardConfig"]
+__all__ = ["AnswerReward", "AnswerRewardConfig", "answer_text"]
 
-_SECONDS = 5  # limit for parsing one expression and for comparing two; an answer that takes longer is wrong
+_READING = 2  # raised where the reward of a row may change
 
 
 class AnswerRewardConfig(WorkerSection):
@@ -33,7 +37,8 @@ class AnswerRewardConfig(WorkerSection):
     kind: Literal["answer"] = "answer"
     """Says that this reward compares with the right answer."""
     column: str = Field("answer", min_length=1)
-    """The column with the right answer; the reward does not apply where it is null."""
+    """The column with the right answer, or `column.field` of a struct, such as `reward_model.ground_truth`. The
+    reward does not apply where it is null."""
     match: Literal["math", "exact"] = "math"
     """`math`: equal as mathematics. `exact`: equal as text, ignoring case and spaces."""
     answer_after: str | None = Field(None, min_length=1)
@@ -45,16 +50,18 @@ class AnswerRewardConfig(WorkerSection):
     wrong: float = Field(0.0, allow_inf_nan=False)
     """Reward of any other."""
     digits: int = Field(6, ge=0)
-    """Decimal places in which numbers must agree (`math`)."""
+    """Decimal places in which numbers must agree (`math`); a right answer that has zeros alone there is compared
+    to 3 significant digits."""
     batch_size: int = execution_option(64, ge=1)
     """Completions per call."""
 
     def identity(self) -> dict[str, Any]:
-        """The versions of the packages that compare; ConfigError if they are not installed."""
+        """How answers are read, and the packages that compare; ConfigError if they are not installed."""
         if self.match == "exact":
-            return {}
+            return {"reading": _READING}
         try:
-            return {name: importlib.metadata.version(name) for name in ("math-verify", "sympy")}
+            versions = {name: importlib.metadata.version(name) for name in ("math-verify", "sympy")}
+            return {"reading": _READING, **versions}
         except importlib.metadata.PackageNotFoundError as error:
             raise ConfigError(
                 "the answer reward with `match: math` needs math-verify: pip install 'qrpo-pipeline[math]', or set "
@@ -71,40 +78,67 @@ class AnswerReward:
 
     def __init__(self, config: AnswerRewardConfig):
         self._config = config
-        self._matches = _math_matcher(config.digits) if config.match == "math" else _same_text
+        self._is_right = _math_matcher(config) if config.match == "math" else _same_text
 
     def columns(self) -> set[str]:
         """The one column that is needed."""
-        return {self._config.column}
+        return {self._config.column, self._config.column.partition(".")[0]}
 
     def call(
         self, prompts: Sequence[Messages], completions: Sequence[str], columns: Columns, conversational: bool
     ) -> list[Score]:
         """One score per completion; RewardError where the dataset has no such column."""
-        if self._config.column not in columns:
+        column = self._config.column
+        name, *fields = [column] if column in columns else column.split(".")
+        if name not in columns:
             raise RewardError(
-                f"the data has no column {self._config.column!r} with the right answer: set the reward's `column`"
+                f"the data has no column {name!r} with the right answer: set the reward's `column`"
             )
-        return [
-            self._score(completion, right)
-            for completion, right in zip(completions, columns[self._config.column], strict=True)
-        ]
+        rows = zip(completions, columns[name], strict=True)
+        return [self._score(completion, value, fields) for completion, value in rows]
 
-    def _score(self, completion: str, right: Any) -> Score:
-        if right is None:
-            return Score(None)
-        mark = self._config.answer_after
-        wanted = _after(str(right), mark)
-        if wanted is None or not wanted.strip():
-            return Score(
-                None, f"the right answer {str(right)[-60:]!r} " + (f"has no {mark!r}" if mark else "is empty")
-            )
+    def _score(self, completion: str, value: Any, fields: Sequence[str]) -> Score:
         given = _after(completion, self._config.completion_after)
         try:
-            matches = given is not None and self._matches(wanted, given)
+            for field in fields:
+                if value is not None and not isinstance(value, Mapping):
+                    raise ValueError(f"is no struct, so it has no field {field!r}")
+                value = None if value is None else value.get(field)
+            if value is None:
+                return Score(None)
+            wanted = _after(text := answer_text(value), self._config.answer_after)
+            if wanted is None:
+                raise ValueError(f"has no {self._config.answer_after!r}")
+            if not wanted.strip():
+                raise ValueError("is empty")
+            is_right = given is not None and self._is_right(value if wanted == text else wanted, given)
         except ValueError as error:
-            return Score(None, str(error))
-        return Score(self._config.right if matches else self._config.wrong)
+            return Score(
+                None, f"the right answer {str(value)[-60:]!r} {error}. Fix {self._config.column!r} of the row"
+            )
+        return Score(self._config.right if is_right else self._config.wrong)
+
+
+def answer_text(value: Any) -> str:
+    """The text of a value that JSON, Parquet or `datasets` gave; ValueError for one that is no answer."""
+    if isinstance(value, str):
+        if value.strip().startswith('["'):  # a list that the dataset keeps as JSON text
+            with contextlib.suppress(json.JSONDecodeError):
+                return answer_text(json.loads(value))
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:.0f}" if value.is_integer() and abs(value) < 1e16 else repr(value)
+    if isinstance(value, (bool, int)):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        if len(value) == 1:
+            return answer_text(value[0])
+        raise ValueError(f"is a list of {len(value)} items, expected one answer")
+    if isinstance(value, Mapping):
+        raise ValueError(
+            f"has the fields {', '.join(value)}, expected one answer: set `column` to COLUMN.FIELD"
+        )
+    raise ValueError(f"is of type {type(value).__name__}, expected text or a number")
 
 
 def _after(text: str, mark: str | None) -> str | None:
@@ -115,23 +149,23 @@ def _after(text: str, mark: str | None) -> str | None:
     return rest if found else None
 
 
-def _same_text(right: str, given: str) -> bool:
+def _same_text(right: Any, given: str) -> bool:
+    """Equal as text; a number of the data also as a number, since 72 may be stored as 72.0."""
+
     def plain(text: str) -> str:
         return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
-    return plain(right) == plain(given)
+    if isinstance(right, (int, float)) and not isinstance(right, bool):
+        with contextlib.suppress(InvalidOperation):
+            return Decimal(answer_text(right)) == Decimal(given.strip().replace(",", ""))
+    return plain(answer_text(right)) == plain(given)
 
 
-def _math_matcher(digits: int) -> Any:
-    from math_verify import parse, verify
+def _math_matcher(config: AnswerRewardConfig) -> Callable[[Any, str], bool]:
+    from qrpo.rewards.mathematics import is_right, read_right
 
-    def matches(right: str, given: str) -> bool:
-        wanted = parse(right, parsing_timeout=_SECONDS)
-        if not wanted:
-            raise ValueError(
-                f"math-verify can read no answer in {right[-60:]!r}: fix the data, or set answer_after"
-            )
-        found = parse(given, parsing_timeout=_SECONDS)
-        return bool(found) and bool(verify(wanted, found, float_rounding=digits, timeout_seconds=_SECONDS))
+    def matches(right: Any, given: str) -> bool:
+        marked = config.completion_after is not None
+        return is_right(read_right(answer_text(right)), given, config.digits, marked=marked)
 
     return matches

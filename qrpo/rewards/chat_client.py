@@ -1,8 +1,9 @@
 """An asynchronous client of an OpenAI-compatible server that retries with limits.
 
-Retried are lost connections, time-outs, and the statuses that mean "later" or "server error". Waits
-double and have jitter. Where the server sends Retry-After, no request at all goes out before that
-time. Other statuses are not retried. The API key is sent in the request's header and removed from
+Retried are lost connections, time-outs, answers without choices, and the statuses that mean "later"
+or "server error", also where a router sends them in the body of a 200. Waits double and have
+jitter. Where the server sends Retry-After, no request at all goes out before that time. Other
+statuses are not retried. The API key is sent in the request's header and removed from
 every error message.
 
 The `openai` package is not used: its waits between attempts are private constants (0.5 to 8 s,
@@ -11,9 +12,12 @@ where `backoff` is a setting here), and its Retry-After delays one request, not 
 
 import asyncio
 import contextlib
+import math
 import random
+import re
 import time
 from collections.abc import Mapping
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -85,25 +89,21 @@ class ChatClient:
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"
                 continue
-            if response.status_code != 200:
-                problem = self._retryable_problem(response)
-                continue
-            with contextlib.suppress(ValueError):
-                if isinstance(answer := response.json(), dict):
-                    return answer
-            problem = "the answer is not a JSON object"
+            status, answer = _status_and_answer(response)
+            if status == 200 and answer.get("choices"):
+                return answer
+            problem = self._retryable_problem(status, response)
         raise RequestFailed(
             f"the judge did not answer in {self._attempts} attempts; the last: {self._without_key(problem)}",
             refused=False,
         )
 
-    def _retryable_problem(self, response: httpx.Response) -> str:
-        """Describe a refusal that another attempt may overcome; raise for any other."""
-        status = response.status_code
+    def _retryable_problem(self, status: int, response: httpx.Response) -> str:
+        """Describe a failure that another attempt may overcome; raise for any other."""
         problem = self._without_key(f"HTTP {status} {' '.join(response.text.split())[:300]}".strip())
         if status in _MISCONFIGURED:
             raise RewardError(f"{self._url}: {_MISCONFIGURED[status]} ({problem}). Fix the reward's settings")
-        if status not in (408, 409, 425, 429, 500, 502, 503, 504, 529):
+        if status not in (200, 408, 409, 425, 429, 500, 502, 503, 504, 529):
             raise RequestFailed(f"the judge refused the request: {problem}", refused=True)
         wait = _retry_after(response.headers.get("retry-after", ""))
         if wait > _MAX_RETRY_AFTER:
@@ -120,7 +120,26 @@ class ChatClient:
 def _retry_after(value: str) -> float:
     """Seconds to wait, from a Retry-After header in seconds or as a date; 0 where there is none."""
     with contextlib.suppress(ValueError):
-        return float(value)
+        return seconds if math.isfinite(seconds := float(value)) else 0.0
     with contextlib.suppress(ValueError, TypeError):
-        return parsedate_to_datetime(value).timestamp() - time.time()
+        date = parsedate_to_datetime(
+            value
+        )  # without a zone where that is -0000 or missing: HTTP dates are UTC
+        return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - time.time()
     return 0.0
+
+
+def _status_and_answer(response: httpx.Response) -> tuple[int, dict[str, Any]]:
+    """The status, also one that a router reports in the body of a 200, and the answer ({} if it has another form)."""
+    try:
+        answer = response.json()
+    except ValueError:
+        answer = None
+    if response.status_code != 200 or not isinstance(answer, dict):
+        return response.status_code, {}
+    choices = answer.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    if not (error := answer.get("error") or first.get("error")):
+        return 200, answer
+    codes = [error.get(name) for name in ("code", "status", "status_code")] if isinstance(error, dict) else []
+    return next((int(str(code)) for code in codes if re.fullmatch(r"[45]\d\d", str(code))), 502), {}

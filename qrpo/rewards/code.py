@@ -1,8 +1,9 @@
 """The code reward: the share of tests that a completion's code passes in `qrpo.sandbox`.
 
-The tests are in columns of the dataset: `check(candidate)` as in LeetCodeDataset and HumanEval, or
-inputs and expected outputs of a program that reads standard input. A completion without code has
-reward 0; a row with broken tests has an error. `run_tests` returns the verdicts themselves.
+The tests are in columns of the dataset: assertions, pytest or unittest tests about functions and
+classes, as in LeetCodeDataset, HumanEval and MBPP, or inputs and expected outputs of a program that
+reads standard input, as in APPS, TACO and Codeforces. A completion without code has reward 0; a row
+whose tests are not understood has an error. `run_tests` returns the verdicts themselves.
 """
 
 import importlib.metadata
@@ -14,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from qrpo.config import execution_option
 from qrpo.data.chat import Messages
 from qrpo.errors import DataError
@@ -21,12 +24,11 @@ from qrpo.rewards.protocol import Answers, Columns, RewardSection, Score
 from qrpo.sandbox import CheckTests, Limits, ProgramTests, Sandbox, Verdict
 from qrpo.sandbox.isolator import find_packages
 
-__all__ = ["CodeReward", "CodeRewardConfig", "fenced_code", "run_tests"]
+__all__ = ["CodeReward", "CodeRewardConfig", "code_blocks", "fenced_code", "run_tests"]
 
-_VERSION = 1  # increase it when the verdict on the same code and tests could change
+_VERSION = 2  # increase it when the verdict on the same code and tests could change
 
-_FENCE = re.compile(r"[ \t]*(?P<mark>`{3,}|~{3,})[ \t]*(?P<language>[\w+.#-]*)[^`]*")
-_PYTHON = {"python", "python3", "py", ""}
+_PYTHON = {"python", "py", "pypy", "cpython"}
 
 
 class CodeRewardConfig(RewardSection):
@@ -35,17 +37,26 @@ class CodeRewardConfig(RewardSection):
     kind: Literal["code"] = "code"
     """Says that this reward runs code."""
     tests: Literal["check", "stdio"] = "check"
-    """`check`: assertions about a function; `stdio`: a program's outputs for its inputs."""
+    """`check`: tests of functions and classes, see `qrpo.sandbox.inside.suite`; `stdio`: a program's
+    outputs for its inputs."""
     test: str = "test"
-    """The column with the source of the assertions (a string, or a list of them)."""
+    """The column with the source of the tests (a string, or a list of them)."""
     entry_point: str = "entry_point"
-    """The column with the expression that they call, such as `add` or `Solution().twoSum`."""
+    """The column with the expression that they call, such as `add` or `Solution().twoSum`. Empty
+    where the tests name what they use."""
     preamble: str | None = None
     """The column with source that precedes solution and tests; LeetCodeDataset's is `prompt`."""
     inputs: str = "inputs"
-    """The column with a program's inputs: a string or a list of strings."""
+    """The column with a program's inputs: a string or a list of strings. Or with inputs and outputs,
+    as an object or its JSON: `{"inputs": [...], "outputs": [...]}` or a list of
+    `{"input": ..., "output": ...}`."""
     outputs: str = "outputs"
     """The column with the expected output for each input."""
+    compare: Literal["tokens", "lines"] = "tokens"
+    """How a program's output is compared: `tokens`, word by word, with a tolerance for decimal
+    numbers; `lines`, every character but spaces at line ends and empty lines at the end."""
+    tolerance: float = Field(1e-6, ge=0.0)
+    """Absolute and relative tolerance of decimal numbers in `tokens`."""
     limits: Limits = Limits()
     """What one solution may use."""
     packages: tuple[str, ...] = ()
@@ -65,33 +76,53 @@ class CodeRewardConfig(RewardSection):
         return CodeReward(self)
 
 
-def fenced_code(text: str, mention: str = "") -> str | None:
-    """The code in the text's last fenced Python block that contains `mention`, or else its last;
-    None without one.
+def code_blocks(text: str, mention: str = "") -> list[str]:
+    """The fenced Python blocks of a text, in order.
 
-    Blocks without a language count as Python. A block without a closing fence extends to the end of
-    the text.
+    Blocks without a language count where no Python block contains `mention`. A fence that is
+    indented deeper than the block's own, in a docstring, does not close it. A block without a
+    closing fence extends to the end of the text.
     """
-    blocks: list[str] = []
+    blocks: list[tuple[bool, str]] = []
     lines: list[str] = []
-    closing, wanted = "", False
-    for line in text.splitlines():
-        if not closing:
-            if (match := _FENCE.fullmatch(line)) is not None:
-                closing, lines, wanted = match["mark"], [], match["language"].lower() in _PYTHON
-        elif line.strip().startswith(closing) and not line.strip().strip(closing[0]):
-            if wanted:
-                blocks.append(textwrap.dedent("\n".join(lines)))
-            closing = ""
+    mark, indent, language, quotes = "", 0, "", 0
+    for line in [*text.replace("\r\n", "\n").split("\n"), None]:
+        stripped = "" if line is None else line.strip(" \t")
+        fence = (
+            stripped[: len(stripped) - len(stripped.lstrip(stripped[0]))]
+            if stripped[:1] in ("`", "~")
+            else ""
+        )
+        depth = 0 if line is None else len(line) - len(line.lstrip(" \t"))
+        if not mark:
+            info = stripped[len(fence) :].strip()
+            if len(fence) >= 3 and fence[0] not in info:
+                mark, indent, lines, quotes = fence, depth, [], 0
+                language = (info.split() or [""])[0].strip("{}.").lower().rstrip("0123456789.")
+        elif line is None or (
+            fence == stripped
+            and fence.startswith(mark)
+            and depth <= indent + 3
+            and (depth <= indent or quotes % 2 == 0)  # else it is in a docstring
+        ):
+            if language in _PYTHON or not language:
+                blocks.append((bool(language), textwrap.dedent("\n".join(lines))))
+            mark = ""
         else:
             lines.append(line)
-    if closing and wanted:
-        blocks.append(textwrap.dedent("\n".join(lines)))
-    with_mention = (
-        [block for block in blocks if re.search(rf"\b{re.escape(mention)}\b", block)] if mention else []
-    )
-    found = with_mention or blocks
-    return found[-1] if found else None
+            quotes += line.count('"""')
+    python = [block for tagged, block in blocks if tagged]
+    return python if any(_mentions(block, mention) for block in python) else [block for _, block in blocks]
+
+
+def fenced_code(text: str, mention: str = "") -> str | None:
+    """The last of `code_blocks` that contains `mention`, or else its last; None without one."""
+    blocks = code_blocks(text, mention)
+    return next((b for b in reversed(blocks) if _mentions(b, mention)), blocks[-1] if blocks else None)
+
+
+def _mentions(block: str, name: str) -> bool:
+    return re.search(rf"\b{re.escape(name)}\b" if name else "", block) is not None
 
 
 class CodeReward:
@@ -116,14 +147,16 @@ class CodeReward:
     ) -> list[Score]:
         """One score per completion, in order: the share of its tests that pass."""
         return [
-            Score(None, str(tested)) if isinstance(tested, DataError) else Score(tested.share)
+            Score(None, str(tested))
+            if isinstance(tested, DataError)
+            else Score(tested.share, note=tested.note)
             for tested in self.verdicts(completions, columns)
         ]
 
     def verdicts(self, completions: Sequence[str], columns: Columns) -> list[Verdict | DataError]:
         """The verdict on each completion; a DataError if the row's tests cannot be used."""
         results: dict[int, Verdict | DataError] = {}
-        solutions: dict[int, tuple[str, CheckTests | ProgramTests]] = {}
+        solutions: dict[int, tuple[Sequence[str], CheckTests | ProgramTests]] = {}
         for row, completion in enumerate(completions):
             values = {name: column[row] for name, column in columns.items()}
             try:
@@ -132,11 +165,11 @@ class CodeReward:
                 results[row] = error
                 continue
             called = re.match(r"\w*", tests.entry_point) if isinstance(tests, CheckTests) else None
-            code = fenced_code(completion, called[0] if called else "")
-            if code is None:
-                results[row] = Verdict((False,), "no fenced code")
+            blocks = code_blocks(completion, called[0] if called else "")
+            if blocks:
+                solutions[row] = (blocks, tests)
             else:
-                solutions[row] = (code, tests)
+                results[row] = Verdict((False,), "no fenced code")
         judged = self._sandbox.judge(list(solutions.values()))
         results |= zip(solutions, judged, strict=True)
         return [results[row] for row in range(len(completions))]
@@ -169,25 +202,65 @@ def _version(name: str) -> str | None:
 
 def _tests_of(values: Mapping[str, Any], config: CodeRewardConfig) -> CheckTests | ProgramTests:
     if config.tests == "stdio":
-        inputs, outputs = _texts(values, config.inputs), _texts(values, config.outputs)
+        inputs, outputs = _programs(values, config)
         if len(inputs) != len(outputs) or not inputs:
             raise DataError(
                 f"got {len(inputs)} inputs and {len(outputs)} outputs, expected the same number, not 0"
             )
-        return ProgramTests(inputs, outputs)
+        return ProgramTests(inputs, outputs, config.compare, config.tolerance)
     test = "\n".join(_texts(values, config.test))
-    entry_point = _texts(values, config.entry_point)[0]
+    entry_point = "" if values.get(config.entry_point) is None else _texts(values, config.entry_point)[0]
     preamble = "" if config.preamble is None else "\n".join(_texts(values, config.preamble))
     return CheckTests(test, entry_point, preamble)
 
 
+def _programs(values: Mapping[str, Any], config: CodeRewardConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Inputs and outputs: from one column that has both, or from two."""
+    both = _parsed(values.get(config.inputs))
+    if isinstance(both, Mapping):
+        if both.get("fn_name"):
+            raise DataError(
+                f"column {config.inputs!r} holds the calls of a function {both['fn_name']!r}, expected a program's inputs"
+            )
+        for names in (("inputs", "outputs"), ("input", "output")):
+            if both.keys() >= {*names}:
+                return _texts(both, names[0]), _texts(both, names[1])
+        raise DataError(
+            f"column {config.inputs!r} has the keys {', '.join(both)}, expected inputs and outputs"
+        )
+    if isinstance(both, list) and both and all(isinstance(one, Mapping) for one in both):
+        return tuple(_texts(one, "input")[0] for one in both), tuple(_texts(one, "output")[0] for one in both)
+    return _texts(values, config.inputs), _texts(values, config.outputs)
+
+
+def _parsed(value: Any) -> Any:
+    """The object or list in a column, which may hold it as JSON text."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
 def _texts(values: Mapping[str, Any], column: str) -> tuple[str, ...]:
+    """The texts in a column: one, a list, or the JSON of a list. A list of lines is one text."""
     value = values.get(column)
     if value is None:
         raise DataError(
             f"the code reward finds nothing in column {column!r}; the row has {', '.join(map(repr, values)) or 'no other column'}"
         )
-    texts = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    parsed = _parsed(value)
+    listed = isinstance(parsed, (list, tuple)) and all(isinstance(one, str) for one in parsed)
+    texts = parsed if listed else value if isinstance(value, (list, tuple)) else (value,)
+    texts = ["\n".join(text) if _is_lines(text) else text for text in texts]
+    texts = [str(text) if type(text) is int else text for text in texts]
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise DataError(f"column {column!r} holds {json.dumps(value)[:80]}, expected text or a list of texts")
-    return texts
+        raise DataError(
+            f"column {column!r} holds {json.dumps(value, default=str)[:80]}, expected text or a list of texts"
+        )
+    return tuple(texts)
+
+
+def _is_lines(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(line, str) for line in value)

@@ -4,8 +4,8 @@
 
 The function gets a batch: prompts and completions as strings, or as lists of messages where the
 dataset's prompts are messages; the sampled `completion_ids`; and the dataset's other columns by
-name. Parameters that it does not need may be omitted, `**columns` included. It may be `async`. None
-means "does not apply".
+name. Parameters that it does not need may be omitted, `**columns` included. It may be `async`. It
+returns a sequence or a one-dimensional array of real numbers; None means "does not apply".
 
 It runs in child processes (`qrpo.rewards.worker_pool`), with the folder of its file on `sys.path`.
 """
@@ -15,7 +15,8 @@ import inspect
 import math
 import numbers
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,12 +100,12 @@ class FunctionReward:
         except (Exception, SystemExit) as error:
             traceback.print_exception(error)  # into the log
             raise RewardError(f"{self._target} raised {_last_line(error)}") from error
-        try:
-            values = values.tolist() if hasattr(values, "tolist") else list(values)
-        except TypeError as error:
+        if not _is_list(values):
             raise RewardError(
-                f"{self._target} returned {type(values).__name__}, expected a list with one number per completion"
-            ) from error
+                f"{self._target} returned {type(values).__name__}, expected a list or array with one number per "
+                "completion"
+            )
+        values = list(values)
         if len(values) != len(completions):
             raise RewardError(
                 f"{self._target} returned {len(values)} rewards for {len(completions)} completions, expected as many"
@@ -127,16 +128,37 @@ def _as_given(prompt: Messages, conversational: bool) -> Any:
     return [dict(message) for message in prompt] if conversational else prompt[-1]["content"]
 
 
+def _is_list(values: Any) -> bool:
+    """Whether these are values in an order that the function chose: a sequence, a NumPy array, a tensor, a column.
+
+    The order of a set is none, a mapping iterates over its keys, and the items of text and bytes are no rewards.
+    """
+    if isinstance(values, (str, bytes, bytearray, memoryview, Mapping, Set)):
+        return False
+    is_column = (
+        any(hasattr(values, name) for name in ("tolist", "to_list")) and getattr(values, "ndim", 1) == 1
+    )
+    return isinstance(values, Sequence) or is_column
+
+
 def _checked(value: Any) -> Score:
     if value is None:
         return Score(None)
-    if hasattr(value, "item"):  # a NumPy or torch scalar
+    name = type(value).__name__
+    is_time = getattr(getattr(value, "dtype", None), "kind", "") in ("m", "M")
+    if hasattr(value, "item") and not getattr(value, "ndim", 0):  # a scalar of NumPy, torch or JAX
         value = value.item()
-    if not isinstance(value, numbers.Real):
-        return Score(None, f"the reward is of type {type(value).__name__}, expected a number or None")
-    if not math.isfinite(value):
-        return Score(None, f"the reward is {float(value)}, expected a finite number")
-    return Score(float(value))
+    elif hasattr(value, "as_py"):  # of Arrow
+        value = value.as_py()
+    if is_time or not isinstance(value, (numbers.Real, Decimal)):
+        return Score(None, f"the reward is of type {name}, expected a number or None")
+    try:
+        reward = float(value)
+    except (OverflowError, ValueError):  # an integer above 1e308, a signalling NaN
+        reward = math.inf
+    if not math.isfinite(reward):
+        return Score(None, f"the reward is {value!s:.40}, expected a finite number")
+    return Score(reward)
 
 
 def _last_line(error: BaseException) -> str:

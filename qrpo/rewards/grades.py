@@ -1,4 +1,11 @@
-"""A judge's grade: the mean over the grades' token probabilities, or read from the text."""
+"""A judge's grade: the mean over the grades' token probabilities, or read from the text.
+
+A text gives its grade in one of these forms; any other is the row's error, never a guess:
+
+    Grade: 2, "score": 2, rating is 2, [[2]]    marked; all marks must agree, those of a final or overall grade win
+    2 on the first or last line alone           also **2**, 2/5, 2 out of 5
+    I rate it 2 out of 5.                       the only number, in a sentence that rates
+"""
 
 import math
 import re
@@ -12,6 +19,15 @@ from qrpo.rewards.protocol import RewardSection, Score
 
 __all__ = ["GradeSection"]
 
+_UNFINISHED = ("length", "max_tokens", "content_filter", "error", "abort")
+_AROUND = " \t.,;:!*_`'\"[](){}#"  # punctuation and markup around a grade
+_MARK = re.compile(
+    r"(?i)\b(?:(final|overall)(?:\s+(?:grade|score|rating|verdict))?|grade|score|rating|verdict)\b"
+    r"[\"'*_\s]*(?:\([^()]*\)\s*)?(?::|=|>|\bis\b|\bof\b|\s[-\u2013\u2014]\s)"
+    r"[\"'*_\[({\s]*((?:[^\s\"'*_\])},;<]|,(?=\d))+)|(?:\[\[|\\boxed\{)([^\[\]{}]+)(?:\]\]|\})"
+)
+_RATES = r"(?is)^(?!.*(?:\bnot\b|n't)).*\b(?:rat|giv|grad|scor|award|assign|deserv)\w*[^.!?\n]*\d"
+
 
 class GradeSection(RewardSection):
     """The settings that say which grades there are and how an answer is read."""
@@ -24,10 +40,14 @@ class GradeSection(RewardSection):
     """The mean over the grades' token probabilities, or the grade that the text names."""
     pattern: str | None = None
     """Where the grade is in a longer answer: a regular expression whose one group is the grade; its
-    last match counts. By default the answer's first token (probabilities), or the last grade that
-    the text names."""
+    last match counts. By default the answer's first token (probabilities), or a form of the text
+    that says clearly which grade it gives (`qrpo.rewards.grades`)."""
     min_probability: float = Field(0.5, ge=0.0, le=1.0)
     """Minimum probability of all grades together; with less, the row fails."""
+
+    max_tokens: int | None = Field(None, ge=1)
+    """Maximum length of an answer; by default 1 token where that is the grade, else 1024. A longer
+    answer that is cut off is the row's error."""
 
     @field_validator("grades", mode="before")
     @classmethod
@@ -57,12 +77,19 @@ class GradeSection(RewardSection):
                 raise ValueError(f"pattern: expected one group, the grade, got {groups}")
         return self
 
+    @property
+    def reads_first_token(self) -> bool:
+        """Whether the grade is the answer's first token, so that nothing after it matters."""
+        return self.max_tokens == 1 or (self.read == "probabilities" and self.pattern is None)
+
     def extract(self, response: Mapping[str, Any]) -> dict[str, Any]:
-        """What is stored of a response: text, alternatives of the grade's token, tokens used."""
+        """What is stored of a response: text, alternatives of the grade's token, tokens used, why it ended."""
         usage = response.get("usage") or {}
         try:
             choice = response["choices"][0]
             text = choice["message"].get("content") or ""
+            if not isinstance(text, str):
+                text = "".join(part.get("text") or "" for part in text)
             steps = (choice.get("logprobs") or {}).get("content") or []
             index = self._grade_token([str(step["token"]) for step in steps])
             top = (
@@ -72,10 +99,18 @@ class GradeSection(RewardSection):
             raise RequestFailed(
                 f"the judge's answer has an unknown form ({error!r})", refused=True
             ) from error
-        return {"text": text, "top": top, "tokens": int(usage.get("total_tokens") or 0)}
+        tokens = int(usage.get("total_tokens") or 0)
+        return {"text": text, "top": top, "tokens": tokens, "finish": choice.get("finish_reason")}
 
     def score(self, answer: Mapping[str, Any]) -> Score:
         """The score in what `extract` returned, or the reason why there is none."""
+        finish = str(answer.get("finish")).casefold()
+        if not self.reads_first_token and finish in _UNFINISHED:
+            return Score(
+                None,
+                f"the judge's answer is unfinished (finish_reason {finish}): raise max_tokens; "
+                f"it ends {answer['text'][-80:]!r}",
+            )
         return self._from_text(answer["text"]) if self.read == "text" else self._from_probabilities(answer)
 
     def _grade_token(self, tokens: Sequence[str]) -> int | None:
@@ -114,9 +149,41 @@ class GradeSection(RewardSection):
         return Score(mean / total)
 
     def _from_text(self, text: str) -> Score:
-        labels = "|".join(re.escape(label) for label in sorted(self.grades, key=len, reverse=True))
-        found = re.findall(self.pattern or rf"(?<!\w)({labels})(?!\w)", text)
-        grade = found[-1].strip() if found else None
+        if self.pattern is not None:
+            found = re.findall(self.pattern, text)
+            grade = found[-1].strip() if found else None
+        else:
+            grade = self._named(text.rpartition("</think>")[2].partition("<think>")[0])
         if grade not in self.grades:
-            return Score(None, f"the judge named no grade; it said {text[-80:]!r}")
+            return Score(None, f"the judge named no grade, or not clearly one; it said {text[-80:]!r}")
         return Score(self.grades[grade])
+
+    def _named(self, text: str) -> str | None:
+        """The one grade that a text gives; None where it gives none or several."""
+        text = re.sub(r"(?<=\d)\s*(?:[-\u2013\u2014]|or|to)\s*(?=\d)", "-", text)  # a range is one token
+        text = re.sub(r"(?<=\d)\s*(?:/|(?:out )?of)\s*(?=\d)", "/", text)
+        scale = re.escape(list(self.grades)[-1])
+        text = re.sub(rf"(?<=\d)(?:/{scale}(?![\w/-]|\.\d))?(?: (?:star|point)s?\b)?", "", text)
+        marks = [(match[1], self._label(match[2] or match[3])) for match in _MARK.finditer(text)]
+        given = {label for _, label in marks if label is not None}
+        finals = {label for final, label in marks if final and label is not None}
+        if given:
+            return _only(finals or given)
+        lines = [line.strip(_AROUND) for line in text.strip().splitlines() if line.strip(_AROUND)]
+        given = {line for line in (*lines[:1], *lines[-1:]) if self._label(line)}
+        numbers = set(re.findall(r"[-+]?\d[\w.,/:%+-]*", text))
+        if not given and re.search(_RATES, text) and (only := _only(numbers)) is not None:
+            given = {self._label(only) or ""}
+        return self._label(_only(given) or "")
+
+    def _label(self, token: str) -> str | None:
+        """The grade in a token; "" for a number that is no grade, None for another word."""
+        token = token.strip(_AROUND)
+        whole = re.sub(r"(?<=\d)\.0+$", "", token)
+        if found := next((label for label in (token, whole) if label in self.grades), None):
+            return found
+        return "" if re.match(r"[-+]?\d", token) else None
+
+
+def _only(found: set[str]) -> str | None:
+    return next(iter(found)) if len(found) == 1 else None

@@ -9,6 +9,7 @@ For a model that combines several objectives itself (as ArmoRM does), its `score
 runs out, the batch size is halved permanently. vLLM runs the same models: `qrpo.rewards.pooling`.
 """
 
+import json
 import logging
 import math
 import os
@@ -21,8 +22,11 @@ from pydantic import Field, model_validator
 
 from qrpo.config import execution_option
 from qrpo.data.chat import Messages, encode_conversations, load_tokenizer
+from qrpo.data.prompts import functions
+from qrpo.engines.options import VLLMOptions
 from qrpo.errors import DataError, ModelError
-from qrpo.models import ModelConfig, context_length, load_reward_model, model_identity
+from qrpo.models import ModelConfig, dtype_setting, is_local, load_reward_model, location, model_identity
+from qrpo.models.limits import Limits, model_limits
 from qrpo.processes.child import Child
 from qrpo.rewards.protocol import Answers, Columns, Reward, RewardSection, Score
 
@@ -45,7 +49,7 @@ class ModelRewardConfig(RewardSection):
     """The model; use float32 if memory allows, since bfloat16 reverses the order of some pairs."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """The library that runs it. Scores differ by rounding, so it is part of fingerprints."""
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: VLLMOptions = Field(default_factory=dict)
     """More arguments for `vllm.LLM` (`quantization`, ...); only with `engine: vllm`."""
     max_length: int | None = Field(None, ge=1)
     """Maximum tokens of a conversation, by default the model's context; longer ones fail."""
@@ -65,8 +69,15 @@ class ModelRewardConfig(RewardSection):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """The digest of the model's files, or its hub id and revision."""
-        return {"model": model_identity(self.model)}
+        """The digest of the model's files, or its hub id and revision; and where an earlier version
+        scored this model's folder in another precision or at another token, that as well."""
+        found: dict[str, Any] = {"model": model_identity(self.model)}
+        transformers = self.engine == "transformers"
+        if (dtype := dtype_setting(self.model, unstated_is_saved=transformers)) != self.model.dtype:
+            found["dtype"] = dtype
+        if transformers and _pads_with_end(self.model):
+            found["pooled"] = "last token"
+        return found
 
     def open(self, log: Path | None, answers: Answers | None) -> Reward:
         """The model in a child process."""
@@ -78,7 +89,7 @@ class ModelReward:
 
     def __init__(self, config: ModelRewardConfig):
         self._tokenizer = load_tokenizer(config.model)
-        self._max_length = config.max_length or context_length(config.model)
+        self._limits = model_limits(config.model, config.max_length, "max_length")
         self.model = load_reward_model(config.model, config.device)
         self._path = config.model.path
         # a model with custom code may have several labels and one score: checked when it runs
@@ -91,27 +102,39 @@ class ModelReward:
         """The current budget: the configured one, or less after memory ran out."""
         return self._batch_tokens
 
-    def score(self, prompts: Sequence[Messages], completions: Sequence[str]) -> list[Score]:
+    def score(
+        self, prompts: Sequence[Messages], completions: Sequence[str], tools: Sequence[Any] = ()
+    ) -> list[Score]:
         """One score per completion; too long rows, and those the template refuses, have an error."""
-        encoded, scores = encode_rows(self._tokenizer, prompts, completions, self._max_length)
-        # longest first: if it fits into memory, all others do
-        waiting = sorted(encoded, key=lambda row: len(encoded[row]), reverse=True)
-        while waiting:
-            batch = waiting[: _batch_rows([len(encoded[row]) for row in waiting], self._batch_tokens)]
-            rewards = self._forward([encoded[row] for row in batch])
-            if rewards is None:
-                self._halve(len(batch), len(encoded[batch[0]]))
-                continue
-            scores |= zip(batch, map(as_score, rewards), strict=True)
-            del waiting[: len(batch)]
+        encoded, scores = encode_rows(self._tokenizer, prompts, completions, self._limits, tools)
+        rewards = self.score_ids(list(encoded.values()))
+        scores |= zip(encoded, map(as_score, rewards), strict=True)
         return [scores[row] for row in range(len(completions))]
 
-    def _forward(self, ids: list[list[int]]) -> list[float] | None:
-        """The model's scores for one padded batch; None if memory ran out."""
+    def score_ids(self, ids: Sequence[list[int]]) -> list[float]:
+        """The model's scores of rows of token ids, each at its last token."""
+        found: dict[int, float] = {}
+        # longest first: if it fits into memory, all others do
+        waiting = sorted(range(len(ids)), key=lambda row: len(ids[row]), reverse=True)
+        while waiting:
+            batch = waiting[: _batch_rows([len(ids[row]) for row in waiting], self._batch_tokens)]
+            pad = self._padding([ids[row] for row in batch])
+            while pad is None and len(batch) > 1:
+                batch = batch[: len(batch) // 2]
+                pad = self._padding([ids[row] for row in batch])
+            rewards = self._forward([ids[row] for row in batch], pad or 0)
+            if rewards is None:
+                self._halve(len(batch), len(ids[batch[0]]))
+                continue
+            found |= zip(batch, rewards, strict=True)
+            del waiting[: len(batch)]
+        return [found[row] for row in range(len(ids))]
+
+    def _forward(self, ids: list[list[int]], pad: int) -> list[float] | None:
+        """The model's scores for one batch, padded with `pad`; None if memory ran out."""
         import torch
 
         longest = max(map(len, ids))
-        pad = self._padding(ids)
         input_ids_BT = torch.full((len(ids), longest), pad, dtype=torch.long)
         mask_BT = torch.zeros((len(ids), longest), dtype=torch.long)
         for row, sequence in enumerate(ids):
@@ -145,21 +168,18 @@ class ModelReward:
         self._batch_tokens = longest * max(1, rows // 2)
         logger.warning("reward model out of memory: batch_tokens is now %d", self._batch_tokens)
 
-    def _padding(self, ids: list[list[int]]) -> int:
-        """The padding id. Models score the last token that differs from it.
+    def _padding(self, ids: list[list[int]]) -> int | None:
+        """Set the padding id to one that occurs in none of the rows; None if all ids occur.
 
-        A model without a padding id scores the last token of single sequences. Padding with an id
-        that occurs in none of the sequences gives the same result.
+        transformers reads the score at the last token that is not the padding id, so with a free id
+        that is the last token, as in vLLM. With the model's own, often its end token, it would be
+        one before.
         """
         text_config = self.model.config.get_text_config()
-        if text_config.pad_token_id is not None and not getattr(self, "_pads_freely", False):
-            return int(text_config.pad_token_id)
-        self._pads_freely = True
         used = {token_id for sequence in ids for token_id in sequence}
-        text_config.pad_token_id = next(
-            token_id for token_id in range(text_config.vocab_size) if token_id not in used
-        )
-        return int(text_config.pad_token_id)
+        free = next((token_id for token_id in range(text_config.vocab_size) if token_id not in used), None)
+        text_config.pad_token_id = free
+        return free
 
 
 class _ChildModel:
@@ -186,7 +206,9 @@ class _ChildModel:
         """One score per completion, in order."""
         if not completions:
             return []
-        scores: list[Score] = self._child.call("score", list(prompts), list(completions))
+        scores: list[Score] = self._child.call(
+            "score", list(prompts), list(completions), list(columns.get("tools", ()))
+        )
         return scores
 
     def close(self) -> None:
@@ -207,22 +229,29 @@ def load_in_child(config: ModelRewardConfig) -> ModelReward:
 
 
 def encode_rows(
-    tokenizer: Any, prompts: Sequence[Messages], completions: Sequence[str], max_length: int
+    tokenizer: Any,
+    prompts: Sequence[Messages],
+    completions: Sequence[str],
+    limits: Limits,
+    tools: Sequence[Any] = (),
 ) -> tuple[dict[int, list[int]], dict[int, Score]]:
-    """Token ids of the rows that can be scored, by index, and the errors of the others."""
+    """Token ids of the rows that can be scored, by index, and the errors of the others.
+
+    `tools` is the dataset's column of that name, if there is one.
+    """
     encoded: dict[int, list[int]] = {}
     refused: dict[int, Score] = {}
     conversations = [
         [*prompt, {"role": "assistant", "content": completion}]
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
-    for row, ids in enumerate(encode_conversations(tokenizer, conversations)):
+    for row, ids in enumerate(
+        encode_conversations(tokenizer, conversations, [functions(given, "tools") for given in tools])
+    ):
         if isinstance(ids, DataError):
             refused[row] = Score(None, str(ids))
-        elif len(ids) > max_length:
-            refused[row] = Score(
-                None, f"the conversation has {len(ids)} tokens, but the reward model reads {max_length}"
-            )
+        elif problem := limits.problem(ids):
+            refused[row] = Score(None, problem)
         else:
             encoded[row] = ids
     return encoded, refused
@@ -239,6 +268,25 @@ def _batch_rows(lengths: Sequence[int], budget: int) -> int:
     return next(
         (rows for rows in range(1, min(most, len(lengths))) if lengths[rows] < 0.8 * lengths[0]), most
     )
+
+
+def _pads_with_end(model: ModelConfig) -> bool:
+    """Whether a conversation can end in the padding token of the model's folder: then transformers
+    alone would score the token before."""
+    if not is_local(model):
+        return False
+
+    def read(name: str) -> dict[str, Any]:
+        path = Path(location(model), name)
+        return json.loads(path.read_bytes()) if path.is_file() else {}
+
+    pad, settings = read("config.json").get("pad_token_id"), read("tokenizer_config.json")
+    texts = [
+        token["content"] for token in read("tokenizer.json").get("added_tokens", ()) if token["id"] == pad
+    ]
+    jinja = Path(location(model), "chat_template.jinja")
+    template = jinja.read_text() if jinja.is_file() else str(settings.get("chat_template"))
+    return any(text in template or text in str(settings.get("eos_token")) for text in texts)
 
 
 def not_one_score(path: str, got: int) -> str:

@@ -7,7 +7,7 @@ the kinds.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -29,8 +29,10 @@ class Score:
     reward: float | None
     """None if `error` is set or the reward does not apply to the row."""
     error: str | None = None
-    components: tuple[tuple[str, float], ...] = ()
-    """(name, value) of each reward in a weighted sum."""
+    components: tuple[tuple[str, float | None], ...] = ()
+    """(name, value) of each reward that applies; None where a reward of weight 0 failed."""
+    note: str = field(default="", compare=False)
+    """What a person should know about the value, such as why a test failed."""
 
 
 @runtime_checkable
@@ -80,7 +82,8 @@ class RewardSection(Section):
     name: str = Field("reward", min_length=1)
     """The name of its values among the components of a sum."""
     weight: float = Field(1.0, allow_inf_nan=False)
-    """Its factor in a sum of several rewards; 0 only records its value as a component."""
+    """Its factor in a sum of several rewards; 0 only records its value as a component: whether it applies
+    or fails changes nothing."""
 
     def identity(self) -> dict[str, Any]:
         """What could change a score and is not a setting: the source of a function, the files of a
@@ -101,24 +104,27 @@ def combine(scores: Sequence[tuple[str, float, Sequence[Score]]]) -> list[Score]
     """The weighted sum of several rewards' scores, given as (name, weight, scores), row by row.
 
     As in TRL, a reward that does not apply to a row (None) is excluded from its sum. A row fails if
-    one reward fails on it or none applies.
+    one reward fails on it or none applies. A reward of weight 0 is recorded and decides nothing.
     """
     return [_combine_row(scores, row) for row in range(len(scores[0][2]))]
 
 
 def _combine_row(scores: Sequence[tuple[str, float, Sequence[Score]]], row: int) -> Score:
-    components = []
-    total = 0.0
+    components: list[tuple[str, float | None]] = []
+    terms = []
     for name, weight, column in scores:
         score = column[row]
-        if score.error is not None:
+        if score.error is not None and weight:
             return Score(None, f"{name}: {score.error}")
-        if score.reward is not None:
+        if score.error is not None or score.reward is not None:
             components.append((name, score.reward))
-            total += weight * score.reward
-    if not components:
-        names = ", ".join(name for name, _, _ in scores)
+        if weight and score.reward is not None:
+            terms.append(weight * score.reward)
+    if not terms:
+        names = ", ".join(name for name, weight, _ in scores if weight)
         return Score(None, f"no reward applies: {names} returned None")
+    total = sum(terms)
     if not math.isfinite(total):
         return Score(None, f"the weighted sum is {total}", tuple(components))
-    return Score(total, None, tuple(components))
+    notes = [f"{name}: {column[row].note}" for name, _, column in scores if column[row].note]
+    return Score(total, None, tuple(components), "; ".join(notes))

@@ -4,8 +4,9 @@ run.
 The jail has its own namespaces (users, processes, mounts, network, IPC, host name, control groups),
 an empty environment, and a root with a few read-only folders: this interpreter without its
 site-packages, the system's shared libraries, three devices, and the code in `inside`. It has no
-/proc, no /etc and no home folder. The zygote keeps one capability, CAP_SYS_ADMIN in its own user
-namespace, to isolate each process that it forks; those processes have none.
+/proc, no /etc and no home folder. The zygote keeps CAP_SYS_ADMIN in its own user namespace, to
+isolate each process that it forks; those processes have no capability. Where root runs the pipeline
+it keeps three more, to make them another user's.
 
 bubblewrap is the only supported isolation backend.
 """
@@ -13,6 +14,7 @@ bubblewrap is the only supported isolation backend.
 import importlib.metadata
 import importlib.util
 import os
+import pwd
 import shutil
 import sys
 import sysconfig
@@ -22,13 +24,19 @@ from pathlib import Path
 
 from qrpo.errors import RewardError
 
-__all__ = ["PACKAGES", "bare_command", "find_bubblewrap", "find_packages", "jail_command"]
+__all__ = ["PACKAGES", "bare_command", "find_bubblewrap", "find_packages", "jail_command", "map_users"]
 
 PACKAGES = "/packages"
 """The folder in the jail that holds the packages that solutions may import."""
 
+SOLUTION_USER = 1000
+"""The user in the jail that solutions run as."""
+
 _INSIDE = Path(__file__).with_name("inside")
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from inside.zygote import main; main(int(sys.argv[2]), sys.argv[3])"
+_AS_VICTIM = (
+    'echo 1000 2>/dev/null >/proc/self/oom_score_adj; exec "$@"'  # if memory ends, it ends here first
+)
 _LIBRARIES = ("/lib", "/lib32", "/lib64", "/libx32", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libx32")
 
 
@@ -66,13 +74,36 @@ def _libraries(name: str, package: Path) -> list[Path]:
     return [package.parent / folder for folder in sorted(folders)]
 
 
-def jail_command(control: int, settings: str, packages: Mapping[str, Path]) -> list[str]:
-    """The command that starts the zygote in a jail, with its socket at descriptor `control`."""
+def map_users(process: int) -> None:
+    """Give a new user namespace root, as 0, and a user that no account has, as `SOLUTION_USER`.
+
+    The kernel does not count the threads of root, so solutions run as the other one.
+    """
+    taken = {entry.pw_uid for entry in pwd.getpwall()}
+    unused = next(number for number in range(65533, 0, -1) if number not in taken)
+    for name in ("uid_map", "gid_map"):
+        Path(f"/proc/{process}/{name}").write_text(f"0 0 1\n{SOLUTION_USER} {unused} 1\n")
+
+
+def jail_command(
+    control: int, settings: str, packages: Mapping[str, Path], users: tuple[int, int] | None
+) -> list[str]:
+    """The command that starts the zygote in a jail, with its socket at descriptor `control`.
+
+    `users`: descriptors where it writes its process and waits until `map_users` has been called; by
+    default it has one user.
+    """
+    user = ("--uid", str(SOLUTION_USER), "--gid", str(SOLUTION_USER))
+    if users is not None:
+        user = ("--info-fd", str(users[0]), "--userns-block-fd", str(users[1]))
+    capabilities = ("CAP_SYS_ADMIN", *(("CAP_SETUID", "CAP_SETGID", "CAP_KILL") if users else ()))
     return [
-        find_bubblewrap(),
-        *("--unshare-all", "--unshare-user", "--uid", "1000", "--gid", "1000", "--hostname", "sandbox"),
-        *("--new-session", "--clearenv", "--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN"),
+        *("/bin/sh", "-c", _AS_VICTIM, "sh", find_bubblewrap()),
+        *("--unshare-all", "--unshare-user", *user, "--hostname", "sandbox"),
+        *("--new-session", "--clearenv", "--cap-drop", "ALL"),
+        *(part for name in capabilities for part in ("--cap-add", name)),
         *_file_system(),
+        *(("--dir", PACKAGES) if packages else ()),
         *(
             part
             for name, package in packages.items()
@@ -102,12 +133,15 @@ _distributions = cache(importlib.metadata.packages_distributions)
 @cache
 def _file_system() -> Sequence[str]:
     arguments: list[str] = []
+    # bubblewrap makes folders that it is not told of for their owner alone
+    folders = ["/dev", "/lib", "/python", "/python/bin", "/sandbox", "/usr", "/usr/lib"]
     machine = str(sysconfig.get_config_var("MULTIARCH"))
     for folder in map(Path, _LIBRARIES):
         if folder.is_symlink():
             arguments += ["--symlink", os.readlink(folder), str(folder)]
         elif folder.is_dir():  # Debian and its derivatives keep shared libraries in a folder per architecture
             shared = folder / machine if (folder / machine).is_dir() else folder
+            folders += [str(folder)] if shared != folder else []
             arguments += ["--ro-bind", str(shared), str(shared)]
     stdlib = Path(sysconfig.get_path("stdlib")).resolve()
     library = f"/python/{sys.platlibdir}"
@@ -116,7 +150,9 @@ def _file_system() -> Sequence[str]:
     hidden = [stdlib / "site-packages", stdlib / "dist-packages", stdlib.parent / "python3" / "dist-packages"]
     for folder in hidden:
         if folder.is_dir():
-            arguments += ["--tmpfs", f"{library}/{folder.relative_to(stdlib.parent)}"]
+            covered = f"{library}/{folder.relative_to(stdlib.parent)}"
+            arguments += ["--tmpfs", covered, "--remount-ro", covered]
     for device in ("/dev/null", "/dev/zero", "/dev/urandom"):
         arguments += ["--dev-bind", device, device]
-    return (*arguments, "--ro-bind", str(_INSIDE), "/sandbox/inside", "--tmpfs", "/tmp")
+    made = (part for folder in folders if not Path(folder).is_symlink() for part in ("--dir", folder))
+    return (*made, *arguments, "--ro-bind", str(_INSIDE), "/sandbox/inside", "--tmpfs", "/tmp")

@@ -8,25 +8,31 @@ zygote, which foreign code cannot reach, reports how the job's process exited.
 import contextlib
 import json
 import os
+import re
 import select
+import signal
 import socket
 import subprocess
 import tempfile
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qrpo.errors import EngineError
-from qrpo.sandbox.inside.framing import complete_frames, frame
-from qrpo.sandbox.inside.zygote import BUSY_SHARE, EXIT_RECORD
-from qrpo.sandbox.isolator import PACKAGES, bare_command, find_packages, jail_command
+from qrpo.sandbox.inside.framing import HEADER, frame, frame_end
+from qrpo.sandbox.inside.zygote import CLOCK, EXIT_RECORD
+from qrpo.sandbox.isolator import PACKAGES, bare_command, find_packages, jail_command, map_users
 from qrpo.sandbox.limits import Limits
 
-__all__ = ["Exit", "Jail", "Job"]
+__all__ = ["Exit", "Jail", "Job", "Spent", "StartError"]
 
 _START_SECONDS = 120.0
 _PATIENCE_SECONDS = 0.005
-_GRACE_SECONDS = 60.0  # after all limits, until the zygote counts as hung
+_CHECK_SECONDS = 0.1  # between two looks at a process's processor time
+_GRACE_SECONDS = 60.0  # without an answer of the zygote, until it counts as hung
+_BUSY_SHARE = 0.05  # a process with a smaller share of a core sleeps
+_STARVED = 4.0  # wall seconds for a second of processor time on a busy machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +42,26 @@ class Exit:
     status: int
     """Exit code, or minus the signal."""
     reason: str
-    """Why it was killed: "wall time" or "output"; else empty."""
+    """Why the host killed it: "wall time", "processor time: ..." or "output"; else empty."""
     cpu_seconds: float
+
+    @property
+    def timed_out(self) -> bool:
+        """Whether it exceeded a limit on time."""
+        return "time" in self.reason
+
+
+class StartError(EngineError):
+    """No jail can be created on this machine."""
+
+
+@dataclass(slots=True)
+class Spent:
+    """What a solution has used, in all its processes."""
+
+    cpu_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    """Only while the host waited for it."""
 
 
 class Jail:
@@ -57,8 +81,8 @@ class Jail:
     def __exit__(self, *raised: object) -> None:
         self.close()
 
-    def start(self, *messages: bytes | str) -> "Job":
-        """Start a job in a new process; EngineError if the jail cannot be created."""
+    def start(self, *messages: bytes | str, spent: Spent | None = None) -> "Job":
+        """Start a job in a new process; StartError if the jail cannot be created."""
         control = self._running()
         job_read, job_write = os.pipe()
         answer_read, answer_write = os.pipe()
@@ -76,7 +100,7 @@ class Jail:
             os.close(answer_write)
         os.set_blocking(job_write, False)
         os.set_blocking(answer_read, False)
-        job = Job(self, control, job_write, answer_read)
+        job = Job(self, control, job_write, answer_read, spent or Spent())
         job.send(*messages)
         return job
 
@@ -104,24 +128,35 @@ class Jail:
         self._folder = tempfile.TemporaryDirectory(prefix="qrpo-sandbox-")
         path = [str(package.parent) for package in self._packages.values()] if self._bare else [PACKAGES]
         importable = {"packages": list(self._packages), "path": path}
-        settings = json.dumps({**self.limits.plain(), **importable, "bare": self._bare})
+        as_root = os.geteuid() == 0 and not self._bare
+        pipes = [*os.pipe(), *os.pipe()] if as_root else []
+        users = (pipes[1], pipes[2]) if as_root else None
+        settings = json.dumps(
+            {**self.limits.plain(), **importable, "bare": self._bare, "other_user": as_root}
+        )
         command = (
             bare_command(zygote_end.fileno(), settings)
             if self._bare
-            else jail_command(zygote_end.fileno(), settings, self._packages)
+            else jail_command(zygote_end.fileno(), settings, self._packages, users)
         )
-        with zygote_end, tempfile.TemporaryFile() as output:
+        with zygote_end, tempfile.TemporaryFile() as output, contextlib.ExitStack() as ends:
+            for end in (pipes[0], pipes[3]) if as_root else ():
+                ends.callback(os.close, end)
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                pass_fds=(zygote_end.fileno(),),
+                pass_fds=(zygote_end.fileno(), *(users or ())),
                 cwd=self._folder.name,
                 env={"PYTHONHASHSEED": "0", "LANG": "C.UTF-8"},
             )
             self._control = control
             zygote_end.close()
+            if as_root:
+                os.close(pipes[1])
+                os.close(pipes[2])
+                _map_users(pipes[0], pipes[3])
             control.settimeout(_START_SECONDS)
             with contextlib.suppress(TimeoutError, ConnectionError):
                 if control.recv(1) == b"S":
@@ -130,27 +165,53 @@ class Jail:
             self.close()
             output.seek(0)
             printed = output.read().decode(errors="replace").strip() or "it printed nothing"
-            raise EngineError(
+            raise StartError(
                 f"bubblewrap could not create a jail: {printed}. It needs user namespaces: where a container or the system "
                 "forbids them (kernel.apparmor_restrict_unprivileged_userns, user.max_user_namespaces, docker without "
                 "`--security-opt seccomp=unconfined`), allow them"
             )
 
 
-class Job:
-    """A job in its process: the output so far, and how it exited."""
+def _map_users(info: int, block: int) -> None:
+    """Map the users of a jail as soon as bubblewrap tells its process, and let it go on."""
+    told = re.search(rb'"child-pid": (\d+)', os.read(info, 4096))
+    if told is None:  # bubblewrap has ended, and said why
+        return
+    try:
+        map_users(int(told[1]))
+        os.write(block, b"1")
+    except OSError as error:
+        os.kill(int(told[1]), signal.SIGKILL)
+        raise StartError(
+            f"root runs the sandbox, and solutions cannot run as another user: {error}. Run the pipeline as a user that "
+            "is not root, or give the container the capabilities SETUID and SETGID"
+        ) from error
 
-    def __init__(self, jail: Jail, control: socket.socket, job: int, answer: int):
+
+class Job:
+    """A job in its process: the output so far, its messages, and how it exited."""
+
+    def __init__(self, jail: Jail, control: socket.socket, job: int, answer: int, spent: Spent):
         self._jail = jail
         self._control = control
         self._job: int | None = job
         self._answer = answer
         self._pending = bytearray()
-        self._limit = int(jail.limits.output_mb * (1 << 20))
         self._reading = True
-        longest = 2 * jail.limits.wall_seconds + jail.limits.cpu_seconds / BUSY_SHARE
-        self._deadline = time.monotonic() + longest + _GRACE_SECONDS
+        self._ordered = ""  # why it was ordered to be killed
+        self._cpu = self._cpu_before = 0.0
+        self._mark: tuple[int, float, float] | None = (
+            0,
+            0.0,
+            0.0,
+        )  # messages, CPU and wall time at the last one
+        self._parsed = self._messages = self._received = 0
+        self._asked: float | None = None  # since when the zygote owes the processor time
+        self._next_check = time.monotonic() + _CHECK_SECONDS
+        self.spent = spent
         self.output = bytearray()
+        self.frames: deque[bytes] = deque()
+        """Messages that `next_frame` has not returned."""
         self.exit: Exit | None = None
 
     def send(self, *messages: bytes | str) -> None:
@@ -158,6 +219,13 @@ class Job:
         for message in messages:
             data = message.encode("utf-8", "surrogatepass") if isinstance(message, str) else message
             self._pending += frame(data)
+
+    def begin(self, spent: Spent | None = None) -> None:
+        """Count time and output from here: what follows is another request."""
+        self._mark, self._received = None, 0
+        self._next_check = time.monotonic() + _CHECK_SECONDS
+        if spent is not None:
+            self.spent, self._cpu_before = spent, self._cpu
 
     def finish(self) -> Exit:
         """Wait for the exit of the process, and keep its whole answer in `output`."""
@@ -168,15 +236,26 @@ class Job:
         finally:
             self._close()
 
-    def next_frame(self, count: int) -> bytes | None:
-        """Message number `count` of the answer; None if the process exited before it."""
+    def next_frame(self) -> bytes | None:
+        """The next message of the answer; None if the process exited before it."""
         while True:
-            frames = complete_frames(self.output, count + 1)
-            if len(frames) > count:
-                return frames[count]
+            if not self.frames:
+                self.parse()
+            if self.frames:
+                return self.frames.popleft()
             if self.exit is not None:
                 return None
             self._exchange(closing=False)
+
+    def parse(self) -> None:
+        """Move the complete messages from `output` to `frames`."""
+        while (end := frame_end(self.output, self._parsed)) is not None:
+            self.frames.append(bytes(self.output[self._parsed + HEADER : end]))
+            self._parsed = end
+            self._messages += 1
+        if self._parsed > 1 << 16:
+            del self.output[: self._parsed]
+            self._parsed = 0
 
     def kill(self) -> None:
         """Kill the process now."""
@@ -188,11 +267,12 @@ class Job:
 
     def _exchange(self, *, closing: bool) -> None:
         """Wait for one or several events, and handle them."""
+        started = time.monotonic()
         if closing and not self._pending:
             self._close_job()
             # most processes exit soon and their answer fits the pipe: then one read is enough
             if select.select([self._control], [], [], _PATIENCE_SECONDS)[0]:
-                self._read_exit()
+                self._read_control()
                 return
         poller = select.poll()
         poller.register(self._control, select.POLLIN)
@@ -200,7 +280,9 @@ class Job:
             poller.register(self._answer, select.POLLIN)
         if self._pending and self._job is not None:
             poller.register(self._job, select.POLLOUT)
-        ready = {fd for fd, _ in poller.poll(max(0.0, self._deadline - time.monotonic()) * 1000)}
+        ready = {fd for fd, _ in poller.poll(1000 * _CHECK_SECONDS)}
+        now = time.monotonic()
+        self.spent.wall_seconds += now - started
         if self._answer in ready:
             self._read()
         if self._job in ready and self._job is not None:
@@ -209,35 +291,72 @@ class Job:
             except BrokenPipeError:
                 self._pending.clear()
         if self._control.fileno() in ready:
-            self._read_exit()
-        elif not ready:
-            self._fail("did not answer in time")
+            self._read_control()
+        elif self._asked is not None:
+            if now - self._asked > _GRACE_SECONDS:
+                self._fail("did not answer in time")
+        elif now >= self._next_check:
+            self._control.sendall(b"C")
+            self._asked = now
 
     def _read(self) -> None:
         with contextlib.suppress(BlockingIOError):
             data = os.read(self._answer, 1 << 16)
             self._reading = bool(data)
             self.output += data
-        if len(self.output) > self._limit and self._reading:
+            self._received += len(data)
+        if self._received > self._jail.limits.output_mb * (1 << 20) and self._reading:
             self._reading = False
-            self._control.sendall(b"K")
+            self._order_kill("output")
 
-    def _read_exit(self) -> None:
+    def _read_control(self) -> None:
+        if self._control_message(1) == b"C":
+            (self._cpu,) = CLOCK.unpack(self._control_message(CLOCK.size))
+            self._asked, self._next_check = None, time.monotonic() + _CHECK_SECONDS
+            self._check()
+            return
+        status, self._cpu = EXIT_RECORD.unpack(self._control_message(EXIT_RECORD.size))
+        self.spent.cpu_seconds += self._cpu - self._cpu_before
+        while self._reading:  # all writers have exited: read the rest
+            before = self._received
+            self._read()
+            if self._received == before:
+                break
+        self.exit = Exit(os.waitstatus_to_exitcode(status), self._ordered, self._cpu)
+
+    def _control_message(self, size: int) -> bytes:
         message = b""
-        while len(message) < 1 + EXIT_RECORD.size:
-            data = self._control.recv(1 + EXIT_RECORD.size - len(message))
+        while len(message) < size:
+            data = self._control.recv(size - len(message))
             if not data:
                 self._fail("died")
             message += data
-        status, reason, cpu = EXIT_RECORD.unpack(message[1:])
-        while self._reading:  # all writers have exited: read the rest
-            before = len(self.output)
-            self._read()
-            if len(self.output) == before:
-                break
-        why = "output" if len(self.output) > self._limit else "wall time" if reason == b"w" else ""
-        self.exit = Exit(os.waitstatus_to_exitcode(status), why, cpu)
-        del self.output[self._limit :]
+        return message
+
+    def _check(self) -> None:
+        """Order the kill of a process that exceeds a limit on time."""
+        limits, spent = self._jail.limits, self.spent
+        self.parse()
+        cpu, wall = spent.cpu_seconds + self._cpu - self._cpu_before, spent.wall_seconds
+        if self._mark is None or self._mark[0] != self._messages:
+            self._mark = (self._messages, cpu, wall)
+        test_cpu, test_wall = cpu - self._mark[1], wall - self._mark[2]
+        total = max(limits.total_cpu_seconds, limits.cpu_seconds)
+        asleep = wall > limits.wall_seconds and cpu < _BUSY_SHARE * wall
+        if test_cpu > limits.cpu_seconds:
+            self._order_kill(f"processor time: more than {limits.cpu_seconds:g} s in one test")
+        elif cpu > total:
+            self._order_kill(f"processor time: more than {total:g} s in all tests")
+        elif (
+            asleep
+            or test_wall > limits.wall_seconds + _STARVED * limits.cpu_seconds
+            or wall > limits.wall_seconds + _STARVED * total
+        ):
+            self._order_kill("wall time")
+
+    def _order_kill(self, reason: str) -> None:
+        self._ordered = self._ordered or reason
+        self._control.sendall(b"K")
 
     def _fail(self, how: str) -> None:
         self._jail.close()

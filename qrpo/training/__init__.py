@@ -2,16 +2,23 @@
 
 - `arguments`: the training settings, each declared once
 - `settings`: the YAML sections `policy` and `reference.sft`
-- `trainer`: `QRPOTrainer` and `QRPOConfig`
+- `trainer_arguments`: `QRPOConfig`, and the trainer's arguments for a YAML section
+- `trainer`: `QRPOTrainer`
 - `objectives`: each loss: the completions it uses, its terms, its metrics
 - `rows`: training rows, and datasets in TRL's formats as such rows
 - `loader`: which rows each process trains on at each step
-- `batches`: micro-batches of similar length within a token budget
+- `batches`: forward passes within a token budget
+- `packing`: rows of many conversations without padding, and their attention
+- `compiling`: compiled decoder layers
+- `memory`: the memory that training needs, and what follows for checkpointing
 - `logprobs`: log-probabilities of completions, for training and scoring
 - `head`: the output layer and softmax in chunks
 - `callbacks`: stopping or skipping bad steps, early stopping
 - `initial_check`: the policy equals its reference before the first step
 - `adapters`: LoRA
+- `model_check`: models that cannot be trained on completions
+- `sharding`: FSDP2, and checkpoints that fit any number of processes
+- `saved_model`: saved models in a precision that keeps what training changed
 - `checkpoints`: complete checkpoints, written atomically
 - `throughput`: tokens per second, MFU, remaining time
 - `runs`: training runs of the pipeline, with resume and progress

@@ -6,6 +6,7 @@ fine-tuning. Checkpoints hold the adapters only. The trained policy is saved mer
 weights, an ordinary model folder that vLLM loads without PEFT.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,13 +19,13 @@ from qrpo.training.settings import LoraConfig
 __all__ = ["adapters_off", "merged", "with_lora"]
 
 
-def with_lora(model: Any, config: LoraConfig, seed: int) -> Any:
+def with_lora(model: Any, config: LoraConfig, seed: int, section: str = "policy") -> Any:
     """The model with new adapters without effect, drawn from the seed; its weights are frozen."""
     try:
         import peft
     except ImportError:
         raise ConfigError(
-            "policy.lora needs PEFT, which is not installed: pip install 'qrpo-pipeline[peft]'"
+            f"{section}.lora needs PEFT, which is not installed: pip install 'qrpo-pipeline[peft]'"
         ) from None
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -33,12 +34,21 @@ def with_lora(model: Any, config: LoraConfig, seed: int) -> Any:
         lora_dropout=config.dropout,
         target_modules=list(config.target_modules) or "all-linear",
     )
-    with torch.random.fork_rng():
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # refused below
         torch.manual_seed(seed)
         try:
-            return peft.get_peft_model(model, settings)
+            adapted = peft.get_peft_model(model, settings)
         except ValueError as error:  # no layer has such a name
-            raise ConfigError(f"policy.lora.target_modules: {error}") from None
+            raise ConfigError(f"{section}.lora.target_modules: {error}") from None
+    if tied and (model.get_output_embeddings() is not head or model.get_input_embeddings() is not embedding):
+        raise ConfigError(
+            f"{section}.lora.target_modules: it names the head or the embedding, which have one weight in this model: merged, the adapter "
+            "of one would change the other too. Leave them out of target_modules"
+        )
+    return adapted
 
 
 @contextmanager

@@ -7,13 +7,14 @@ repeated here: the YAML sections use its names.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_type_hints
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from qrpo.config import execution_option
+from qrpo.errors import ConfigError
 
-__all__ = ["CompletionSettings", "QRPOSettings", "setting"]
+__all__ = ["CompletionSettings", "QRPOSettings", "check_settings", "setting"]
 
 T = TypeVar("T")
 
@@ -38,15 +39,26 @@ def settings(cls: type[T]) -> type[T]:
 class CompletionSettings:
     """Settings of any training on whole completions."""
 
-    token_budget: int = setting(
-        8192,
-        "Maximum tokens of one forward pass, padding included. Bounds the memory.",
+    token_budget: int | None = setting(
+        None,
+        "Maximum tokens of one forward pass, padding included. Bounds the memory. Null: 16384 on a GPU with at least 40 GiB, "
+        "else 8192.",
         option=True,
         ge=1,
     )
+    packing: bool = setting(
+        True,
+        "Compute conversations end to end in one row, without padding, where the model supports it.",
+        option=True,
+    )
     share_prompts: bool = setting(
         True,
-        "Compute a prompt once for all its completions, where the model supports it and it saves a tenth of the tokens.",
+        "Compute a prompt once for all its completions, where rows are packed and it saves 30% of the tokens; never on CUDA.",
+        option=True,
+    )
+    compile_layers: bool | None = setting(
+        None,
+        "Compile the decoder layers with `torch.compile`; null compiles on CUDA if the run has at least 100 steps.",
         option=True,
     )
     bad_step: Literal["stop", "skip"] = setting(
@@ -113,4 +125,18 @@ class QRPOSettings(CompletionSettings):
         "explains in the training precision, `.inf` everything.",
         option=True,
         gt=0,
+        allow_inf_nan=True,
     )
+
+
+def check_settings(config: CompletionSettings) -> None:
+    """Raise ConfigError for the first of these settings that is not what its section of the YAML
+    file would take."""
+    finite = ConfigDict(allow_inf_nan=False)
+    kind = QRPOSettings if isinstance(config, QRPOSettings) else CompletionSettings
+    for name, annotation in get_type_hints(kind, include_extras=True).items():
+        value = getattr(config, name)
+        try:
+            TypeAdapter(annotation, config=finite).validate_python(value, strict=True)
+        except ValidationError as error:
+            raise ConfigError(f"{name}: {error.errors()[0]['msg']}, got {value!r}") from None

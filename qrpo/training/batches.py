@@ -1,20 +1,20 @@
-"""Batches of rows of similar length within a token budget, so that little is padded and memory is
-bounded.
+"""Forward passes within a token budget, so that memory is bounded and little is padded.
 
-With shared prompts a row holds a prompt once and several of its completions (see
-`qrpo.training.logprobs`). Attention then runs over a longer, mostly masked row, so rows stay within
-the budget, and prompts that save little are not shared.
+Packed rows (`qrpo.training.packing`) are filled by first fit, longest conversation first. Padded
+rows are sorted, so that a batch has rows of similar length.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-__all__ = ["length_sorted_batches", "saved_tokens", "shared_batches", "worth_sharing"]
+__all__ = ["Layout", "cut_batches", "length_sorted_batches", "saved_tokens"]
+
+Layout = Literal["padded", "packed", "shared"]
 
 # A batch with this many tokens does not gain from rows shorter than this fraction of its longest.
 BUSY_TOKENS, SIMILAR_LENGTH = 2048, 0.8
-WORTH_SHARING = 0.1
-"""Minimum fraction of all tokens to save: masked attention takes some of it back."""
+WORTH_SHARING = 0.3
+"""Minimum fraction of all tokens to save."""
 
 
 def length_sorted_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
@@ -40,36 +40,77 @@ def length_sorted_batches(lengths: Sequence[int], token_budget: int) -> list[lis
     return batches
 
 
-def shared_batches(
-    prompts: Sequence[Any], completions: Sequence[Any], token_budget: int, group: int = 1
-) -> list[list[int]]:
-    """As `length_sorted_batches`, of rows that each hold one prompt and as many of its completions
-    as the budget allows.
+def cut_batches(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    token_budget: int,
+    layout: Layout,
+    group: int = 1,
+    window: int | None = None,
+) -> tuple[list[list[int]], Layout]:
+    """Cut conversations into forward passes: indices of each, longest first, and the layout that
+    they are for.
 
-    `group` neighbouring completions stay in one row.
+    Completions of a prompt are neighbours with the same list object as prompt. `group` neighbours
+    stay together. The layout is `layout`, or a simpler one where that does not pay, or where a
+    conversation is longer than `window`, the model's attention window.
     """
-    rows: list[list[int]] = []
-    lengths: list[int] = []
-    for start in range(0, len(prompts), group):
-        indices = list(range(start, start + group))
-        added = sum(len(completions[index]) for index in indices)
-        same = rows and prompts[start] is prompts[rows[-1][0]]
-        if same and lengths[-1] + added <= token_budget:
-            rows[-1] += indices
-            lengths[-1] += added
+    if token_budget < 1:
+        raise ValueError(f"expected a token budget of at least 1, got {token_budget}")
+    lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+    if window is not None and max(lengths, default=0) > window:
+        layout = "padded"
+    if layout == "shared" and saved_tokens(prompts) < WORTH_SHARING * sum(lengths):
+        layout = "packed"
+    units = [list(range(start, start + group)) for start in range(0, len(prompts), group)]
+    if layout == "padded":
+        longest = [max(lengths[i] for i in unit) for unit in units]
+        batches = length_sorted_batches(longest, max(1, token_budget // group))
+    else:
+        if layout == "shared":
+            units = _joined(units, prompts, lengths, token_budget)
+        sizes = [sum(lengths[i] for i in unit) for unit in units]
+        if layout == "shared":
+            sizes = [
+                size - len(prompts[unit[0]]) * (len(unit) - 1)
+                for unit, size in zip(units, sizes, strict=True)
+            ]
+        batches = _first_fit(sizes, token_budget)
+    return [[i for unit in batch for i in units[unit]] for batch in batches], layout
+
+
+def _joined(
+    units: list[list[int]], prompts: Sequence[Any], lengths: Sequence[int], token_budget: int
+) -> list[list[int]]:
+    """Join the units of a prompt as long as they fit into the budget together."""
+    joined: list[list[int]] = []
+    size = 0
+    for unit in units:
+        prompt = prompts[unit[0]]
+        added = sum(lengths[i] - len(prompt) for i in unit)
+        if joined and prompt is prompts[joined[-1][0]] and size + added <= token_budget:
+            joined[-1] += unit
+            size += added
         else:
-            rows.append(indices)
-            lengths.append(len(prompts[start]) + added)
-    return [
-        [index for row in batch for index in rows[row]]
-        for batch in length_sorted_batches(lengths, token_budget)
-    ]
+            joined.append(list(unit))
+            size = len(prompt) + added
+    return joined
 
 
-def worth_sharing(prompts: Sequence[Any], completions: Sequence[Any]) -> bool:
-    """Whether sharing saves enough tokens; completions of a prompt are neighbours with the same
-    list object as prompt."""
-    return saved_tokens(prompts) >= WORTH_SHARING * (sum(map(len, prompts)) + sum(map(len, completions)))
+def _first_fit(sizes: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Indices of sizes in packs of at most `token_budget`, largest first; a larger one is a pack by itself."""
+    packs: list[list[int]] = []
+    rooms: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        for number, room in enumerate(rooms):
+            if sizes[index] <= room:
+                packs[number].append(index)
+                rooms[number] -= sizes[index]
+                break
+        else:
+            packs.append([index])
+            rooms.append(token_budget - sizes[index])
+    return packs
 
 
 def saved_tokens(prompts: Sequence[Any]) -> int:

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 
 from qrpo.errors import TrainingError
 
-__all__ = ["EarlyStopping", "StepGuard"]
+__all__ = ["EarlyStopping", "StepGuard", "mean_loss"]
 
 log = logging.getLogger("qrpo")
 
@@ -102,6 +102,17 @@ class StepGuard(TrainerCallback):  # type: ignore[misc]
         names = [name for name, loss in ranked if math.isinf(loss)] or [name for name, _ in ranked]
         more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         return ", ".join(names[:_NAMED]) + more
+
+
+def mean_loss(history: list[dict[str, float]]) -> float:
+    """The mean loss of all logged steps; a logged loss is the mean since the log before it. NaN
+    without a log."""
+    total, last = 0.0, 0.0
+    for entry in history:
+        if "loss" in entry:
+            total += entry["loss"] * (entry["step"] - last)
+            last = entry["step"]
+    return total / last if last else math.nan
 
 
 class EarlyStopping(TrainerCallback):  # type: ignore[misc]

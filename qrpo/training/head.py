@@ -6,18 +6,35 @@ time.
 
 All chunks use the same block of memory, and the softmax and its gradient are computed in place. A
 new block for each chunk costs a CPU as much time as the arithmetic, because the kernel zeroes its
-pages, and fragments the heap. A head that is not a plain linear layer, or whose logits are capped,
-uses the same chunks with `torch.utils.checkpoint`.
+pages, and fragments the heap.
+
+Architectures scale, shift or cap their logits in many ways, under many names. So the formula is
+used only for a model whose own logits it gives on a few tokens (`choose_head`). For any other model
+the chunks are logits of the model's own forward, with `torch.utils.checkpoint`.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["token_logprobs"]
+from qrpo.errors import ModelError
+
+__all__ = ["choose_head", "inside_forward", "probe_tokens", "token_logprobs"]
+
+
+class _Formula(NamedTuple):
+    """Logits of a linear head, scaled, then capped: cap * tanh(scale * (W h + b) / cap)."""
+
+    scale: float
+    cap: float | None
+
+
+_choices: "WeakKeyDictionary[Any, _Formula | type]" = WeakKeyDictionary()
 
 
 def token_logprobs(
@@ -28,44 +45,108 @@ def token_logprobs(
 
     At most `chunk_elements` logits, and at least one position's, exist at a time.
     """
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    chunk = max(1, chunk_elements // int(config.vocab_size))
-    # Some architectures scale (Cohere, Granite) or cap (Gemma) their logits after the head.
+    head, choice = model.get_output_embeddings(), choose_head(model)
+    chunk = max(1, chunk_elements // int(model.config.get_text_config().vocab_size))
+    if isinstance(choice, _Formula) and type(head) is torch.nn.Linear and not choice.cap:
+        logprob_M: torch.Tensor = _LinearHead.apply(
+            hidden_MD, head.weight, head.bias, targets_M, choice.scale, chunk
+        )
+        return logprob_M
+
+    def compute(hidden_CD: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
+        logits_CV = _logits(model, choice, hidden_CD)
+        return logits_CV.gather(1, targets_C[:, None]).squeeze(1) - logits_CV.logsumexp(dim=1)
+
+    if torch.is_grad_enabled():
+        compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat(list(map(compute, hidden_MD.split(chunk), targets_M.split(chunk))))
+
+
+def choose_head(model: Any, known: _Formula | type | None = None) -> _Formula | type:
+    """How the logits of this causal language model follow from its hidden states: by the formula of
+    its linear head, or, given the type of its backbone's output, by its own forward.
+
+    Decided once a model, by a comparison with its own logits on a few tokens, or given as `known`.
+    Raises ModelError if neither gives them.
+    """
+    if known is not None:
+        _choices[model] = known
+    if model not in _choices:
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                _choices[model] = _compare_heads(model)
+        finally:
+            model.train(training)
+    return _choices[model]
+
+
+def probe_tokens(model: Any) -> list[int]:
+    """Token ids to try a model on."""
+    return [token % model.config.get_text_config().vocab_size for token in (11, 7, 5, 13, 3, 17, 2, 19)]
+
+
+def _compare_heads(model: Any) -> _Formula | type:
+    config = model.config.get_text_config()
+    ids_1T = torch.tensor([probe_tokens(model)], device=next(model.parameters()).device)
+    own_TV = model.forward(input_ids=ids_1T, use_cache=False).logits[0]
+    output = model.base_model(input_ids=ids_1T, use_cache=False)
+    # Cohere multiplies by its scale, Granite divides; Gemma caps.
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
         getattr(config, "logits_scaling", None) or 1.0
     )
-    cap: float | None = getattr(config, "final_logit_softcapping", None)
-    if type(head) is torch.nn.Linear and not cap:
-        logprob_M: torch.Tensor = _LinearHead.apply(
-            hidden_MD, head.weight, head.bias, targets_M, scale, chunk
-        )
-        return logprob_M
-    pieces = [
-        _any_head(head, scale, cap, hidden_CD, targets_C)
-        for hidden_CD, targets_C in zip(hidden_MD.split(chunk), targets_M.split(chunk), strict=True)
-    ]
-    return torch.cat(pieces)
-
-
-def _any_head(
-    head: Callable[[torch.Tensor], torch.Tensor],
-    scale: float,
-    cap: float | None,
-    hidden_CD: torch.Tensor,
-    targets_C: torch.Tensor,
-) -> torch.Tensor:
-    def compute(hidden_CD: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
-        logits_CV = scale * _wide(head(hidden_CD))
-        if cap:
-            logits_CV = cap * torch.tanh(logits_CV / cap)
-        return logits_CV.gather(1, targets_C[:, None]).squeeze(1) - logits_CV.logsumexp(dim=1)
-
-    if not torch.is_grad_enabled():
-        return compute(hidden_CD, targets_C)
-    result: torch.Tensor = checkpoint(
-        compute, hidden_CD, targets_C, use_reentrant=False, preserve_rng_state=False
+    formula = _Formula(scale, getattr(config, "final_logit_softcapping", None))
+    rounding = 1e-5 if own_TV.device.type == "cpu" else 2e-3  # a GPU may multiply in TF32
+    rounding = 1e-2 if own_TV.dtype in (torch.bfloat16, torch.float16) else rounding
+    differences = []
+    for choice in (formula, type(output)):
+        difference_TV = _logits(model, choice, output.last_hidden_state[0]) - own_TV
+        differences.append(difference_TV.abs().max().item())
+        if differences[-1] <= rounding * own_TV.abs().max().item():
+            return choice
+    raise ModelError(
+        f"{type(model).__name__}: its logits do not follow from its backbone's last hidden states; by its linear head they "
+        f"differ by up to {differences[0]:.3g}, by its own forward by {differences[1]:.3g}. Log-probabilities would be "
+        "wrong: use another model"
     )
-    return result
+
+
+def _logits(model: Any, choice: _Formula | type, hidden_CD: torch.Tensor) -> torch.Tensor:
+    """Logits (C, V), at least float32."""
+    if isinstance(choice, _Formula):
+        logits_CV = choice.scale * _wide(model.get_output_embeddings()(hidden_CD))
+        return choice.cap * torch.tanh(logits_CV / choice.cap) if choice.cap else logits_CV
+
+    def backbone(*_: Any, **__: Any) -> Any:
+        return choice(last_hidden_state=hidden_CD[None])
+
+    ids_1C = torch.zeros((1, len(hidden_CD)), dtype=torch.long, device=hidden_CD.device)
+    return _wide(inside_forward(model.forward, model.base_model, backbone, ids_1C).logits[0])
+
+
+def inside_forward(
+    model: Callable[..., Any], inner: torch.nn.Module, compute: Callable[..., Any], *arguments: Any
+) -> Any:
+    """Call `compute` in place of the next forward of `inner`, inside a call of `model`, so that DDP,
+    which wraps `inner`, and FSDP, which hooks into it, work."""
+
+    def forward(*given: Any, **named: Any) -> Any:
+        restore()
+        return compute(*given, **named)
+
+    def restore() -> None:
+        if original is None:
+            inner.__dict__.pop("forward", None)
+        else:
+            inner.forward = original
+
+    original = inner.__dict__.get("forward")
+    inner.forward = forward
+    try:
+        return model(*arguments)
+    finally:
+        restore()
 
 
 class _LinearHead(torch.autograd.Function):  # type: ignore[misc]

@@ -18,7 +18,7 @@ from itertools import islice, repeat
 from typing import Any, Protocol
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from qrpo.training.rows import collate_rows
 
@@ -69,7 +69,11 @@ def held_out(prompt_id: str, fraction: float, seed: int) -> bool:
 def step_loader(
     reader: RowReader, batch_size: int, rank: int, world_size: int, *, drop_last: bool
 ) -> "StepLoader":
-    """A data loader of this process's micro-batches of at most `batch_size` collated rows."""
+    """A data loader of this process's micro-batches of at most `batch_size` collated rows; `reader`
+    may also be an iterable dataset."""
+    if isinstance(reader, IterableDataset):
+        share = _RankShare(reader, batch_size, rank, world_size, drop_last)
+        return StepLoader(share, batch_size=None, collate_fn=collate_rows)
     shared = batch_size * world_size
     count = len(reader) // shared if drop_last else -(-len(reader) // shared)
     return StepLoader(
@@ -89,7 +93,29 @@ class StepLoader(DataLoader):  # type: ignore[misc]
 
     def set_epoch(self, epoch: int) -> None:
         """Read this epoch's order from the next iteration on."""
-        self.batch_sampler.set_epoch(epoch)
+        (self.batch_sampler or self.dataset).set_epoch(epoch)
+
+
+class _RankShare(IterableDataset):  # type: ignore[misc]
+    """One process's micro-batches of an iterable dataset, which is read in its own order."""
+
+    def __init__(self, rows: Any, batch_size: int, rank: int, world_size: int, drop_last: bool) -> None:
+        self._rows, self._drop_last = rows, drop_last
+        self._shared, self._rank, self._world_size = batch_size * world_size, rank, world_size
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self._rows, "set_epoch"):
+            self._rows.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        count = len(self._rows)
+        return count // self._shared if self._drop_last else -(-count // self._shared)
+
+    def __iter__(self) -> Iterator[Sequence[Any]]:
+        rows = iter(self._rows)
+        while batch := list(islice(rows, self._shared)):
+            if len(batch) == self._shared or not self._drop_last:
+                yield batch[self._rank :: self._world_size] or [{**batch[-1], IDLE: True}]
 
 
 class _MicroBatchSampler(Sampler):  # type: ignore[misc]

@@ -8,19 +8,16 @@ the memory. Here the backbone runs once, and only the hidden states that predict
 are kept. The head and its softmax (`qrpo.training.head`) run on them in chunks, and again in the
 backward pass, so at most one chunk of logits exists.
 
-Rows are padded on the right, and no attention mask is given: attention is causal, so no position
-that counts sees the padding, and attention kernels take their fast path. The reference and the
-policy are scored by these same functions, so before the first step their log ratio is zero up to
-rounding.
+Three layouts of the rows of a forward pass:
 
-Shared prompts: a row can hold a prompt once and several of its completions.
+- `padded`: one conversation a row, padded on the right. No attention mask is given: attention is
+  causal, so no position that counts sees the padding, and attention kernels take their fast path.
+- `packed`: one row of all conversations, without padding (`qrpo.training.packing`).
+- `shared`: as `packed`, and a prompt is computed once for several of its completions.
 
-    row        prompt | completion 1 | completion 2 | ...
-    positions  0..p-1 | p, p+1, ...  | p, p+1, ...  | ...
-    attention  causal, to the prompt and to a token's own completion
-
-Log-probabilities and gradients are those of separate rows up to rounding, and K - 1 of K forwards
-of the prompt are saved. The model must follow such a mask and such positions (`can_share`).
+Log-probabilities and gradients are the same up to rounding. The model must follow positions and a
+document's bounds for all but `padded` (`best_layout`). The reference and the policy are scored by
+these same functions, so before the first step their log ratio is zero up to rounding.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,16 +29,18 @@ import numpy.typing as npt
 import torch
 
 from qrpo.errors import DataError
-from qrpo.training.batches import length_sorted_batches, shared_batches, worth_sharing
-from qrpo.training.head import token_logprobs
+from qrpo.training.batches import Layout, cut_batches
+from qrpo.training.head import probe_tokens, token_logprobs
+from qrpo.training.packing import ATTENTION, attention_window, pack
 
 __all__ = [
-    "can_share",
+    "best_layout",
     "completion_logprobs",
     "completion_token_logprobs",
-    "inside_forward",
     "score_logprobs",
     "score_token_logprobs",
+    "set_layout",
+    "unwrapped",
 ]
 
 TokenIds = Sequence[int] | npt.NDArray[Any]
@@ -58,7 +57,7 @@ def completion_logprobs(
     prompt_token_ids: Sequence[TokenIds],
     completion_token_ids: Sequence[TokenIds],
     *,
-    share_prompts: bool = False,
+    layout: Layout = "padded",
     chunk_elements: int | None = None,
 ) -> torch.Tensor:
     """Log-probabilities (B,) of B completions given their prompts: the sums of
@@ -67,7 +66,7 @@ def completion_logprobs(
         model,
         prompt_token_ids,
         completion_token_ids,
-        share_prompts=share_prompts,
+        layout=layout,
         chunk_elements=chunk_elements,
     )
     return torch.stack([row_T.sum() for row_T in rows])
@@ -78,7 +77,7 @@ def completion_token_logprobs(
     prompt_token_ids: Sequence[TokenIds],
     completion_token_ids: Sequence[TokenIds],
     *,
-    share_prompts: bool = False,
+    layout: Layout = "padded",
     chunk_elements: int | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Log-probabilities (T,) of each token of B completions given their prompts, in float32
@@ -86,9 +85,9 @@ def completion_token_logprobs(
 
     `model` is a causal language model of transformers, on any device; the result carries gradients
     in grad mode. At most `chunk_elements` logits exist at a time; the default suits the device.
-    With `share_prompts`, neighbouring completions whose prompts are the same object share its
-    forward; the model must be one that `can_share`. Raises DataError for an empty prompt: nothing
-    predicts the first token.
+    In the layout `shared`, neighbouring completions whose prompts are the same object share its
+    forward. The model must allow the layout (`best_layout`). Raises DataError for an empty prompt:
+    nothing predicts the first token.
     """
     prompt_lengths = [len(ids) for ids in prompt_token_ids]
     completion_lengths = [len(ids) for ids in completion_token_ids]
@@ -101,40 +100,38 @@ def completion_token_logprobs(
             f"row {prompt_lengths.index(0)} has an empty prompt: at least one token must precede a completion"
         )
     device = next(model.parameters()).device
-    rows = _rows_of(prompt_token_ids, share_prompts)
-    width = max(prompt_lengths[row[0]] + sum(completion_lengths[i] for i in row) for row in rows)
-    tokens_BT = torch.zeros(len(rows), width, dtype=torch.long)
-    # A token's position in its own conversation, and the number of its completion: 0 for the
-    # prompt, -1 for padding.
-    positions_BT, segments_BT = torch.zeros_like(tokens_BT), torch.full_like(tokens_BT, -1)
-    predicting = []  # flat positions whose hidden state predicts a completion token
+    if device.type == "cuda":  # cuDNN's attention builds a plan for each new shape: half of a step's time
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    rows = _rows_of(prompt_token_ids, layout == "shared")
+    lengths = [p + c for p, c in zip(prompt_lengths, completion_lengths, strict=True)]
+    tokens, predicting, start = [], [], 0  # `predicting`: flat positions whose hidden state predicts a token
     for number, row in enumerate(rows):
-        p = end = prompt_lengths[row[0]]
-        tokens_BT[number, :p] = _tensor(prompt_token_ids[row[0]])
-        positions_BT[number, :p], segments_BT[number, :p] = torch.arange(p), 0
-        for segment, i in enumerate(row, start=1):
-            start, end = end, end + completion_lengths[i]
-            if start < end:
-                tokens_BT[number, start:end] = _tensor(completion_token_ids[i])
-                positions_BT[number, start:end] = torch.arange(p, p + end - start)
-                segments_BT[number, start:end] = segment
+        p = prompt_lengths[row[0]]
+        tokens.append(_tensor(prompt_token_ids[row[0]]))
+        if layout == "padded":
+            start = number * max(lengths)
+        end = start + p
+        for i in row:
+            tokens.append(_tensor(completion_token_ids[i]))
+            if length := completion_lengths[i]:
                 # The prompt's last token predicts each completion's first.
-                predicting += [
-                    number * width + p - 1,
-                    *range(number * width + start, number * width + end - 1),
-                ]
+                predicting += [start + p - 1, *range(end, end + length - 1)]
+            end += length
+        start = end
     predicting_M = torch.tensor(predicting, dtype=torch.long, device=device)
     targets_M = torch.cat([_tensor(ids) for ids in completion_token_ids]).to(device)
 
-    causal_lm = _unwrapped(model)
-    layout = {}
-    if len(rows) < len(prompt_lengths):
-        segments_BT = segments_BT.to(device)
-        visible_BTT = (segments_BT[:, None, :] == segments_BT[:, :, None]) | (segments_BT[:, None, :] == 0)
-        layout = {"attention_mask": visible_BTT.tril()[:, None], "position_ids": positions_BT.to(device)}
+    causal_lm = unwrapped(model)
     # The last token predicts nothing, but removing it would save less than the special case costs.
+    if layout == "padded":
+        conversations = list(torch.cat(tokens).split(lengths))
+        tokens_BT = torch.nn.utils.rnn.pad_sequence(conversations, batch_first=True)
+        arguments: dict[str, Any] = {}
+    else:
+        tokens_BT = torch.cat(tokens)[None]
+        arguments = pack(rows, prompt_lengths, completion_lengths).arguments(device, causal_lm.config)
     hidden_BTD = causal_lm.base_model(
-        input_ids=tokens_BT.to(device), use_cache=False, **layout
+        input_ids=tokens_BT.to(device), use_cache=False, **arguments
     ).last_hidden_state
     hidden_MD = hidden_BTD.flatten(0, 1).index_select(0, predicting_M)
     if chunk_elements is None:
@@ -145,37 +142,60 @@ def completion_token_logprobs(
     return scores
 
 
-def can_share(model: Any) -> bool:
-    """Whether this causal language model computes the same log-probabilities with and without
-    shared prompts.
+def best_layout(model: Any, share_prompts: bool = True) -> Layout:
+    """The layout that computes least and gives this causal language model's log-probabilities.
 
-    It needs torch's `scaled_dot_product_attention` in every layer, without a sliding window. A
-    comparison on a few tokens decides.
+    A model with torch's `scaled_dot_product_attention` is switched to the attention function for
+    packed rows, which is the same function for all other rows. A comparison on a few tokens decides
+    whether the model follows it: `padded` for state-space layers, positions that are not given, and
+    the like. With FlashAttention the model's own packed rows are used.
     """
-    config = model.config.get_text_config()
+    causal_lm = unwrapped(model)
+    config, attention = causal_lm.config.get_text_config(), causal_lm.config._attn_implementation
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if (
-        config._attn_implementation != "sdpa"
-        or kinds != {"full_attention"}
-        or getattr(config, "sliding_window", None)
+    flash = attention.startswith("flash_attention")
+    if not kinds <= {"full_attention", "sliding_attention"} or not (
+        flash or attention in ("sdpa", ATTENTION)
     ):
-        return False
-    ids = [token % config.vocab_size for token in (11, 7, 5, 13, 3, 17, 2, 19)]
-    prompt, completions = ids[:5], [ids[5:], ids[4:7], ids[2:6]]
+        return "padded"
     training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            separate, shared = (
-                completion_logprobs(model, [prompt] * 3, completions, share_prompts=share)
-                for share in (False, True)
-            )
-    except (TypeError, ValueError, RuntimeError):  # a model without positions, or with another kind of mask
-        return False
-    finally:
-        model.train(training)
-    rounding = 0.05 if next(model.parameters()).dtype in (torch.bfloat16, torch.float16) else 1e-4
-    return bool(torch.allclose(separate, shared, rtol=rounding, atol=rounding))
+    ids = probe_tokens(causal_lm)
+    prompts, completions = [ids[:5]] * 3, [ids[5:], ids[4:7], ids[2:6]]
+    weight = next(model.parameters())
+    half = weight.is_cuda or weight.dtype in (torch.bfloat16, torch.float16)
+    rounding = {"rtol": 0.02, "atol": 0.1} if half else {"rtol": 1e-6, "atol": 1e-4}
+    found: Layout = "padded"
+    with torch.random.fork_rng(), torch.no_grad(), _autocast_as_trained(model):
+        try:
+            model.eval()
+            expected = completion_logprobs(model, prompts, completions)
+            set_layout(causal_lm, "packed")
+            # On CUDA a prompt's keys would be copied for each completion: not measured to pay.
+            for layout in ("packed", "shared") if share_prompts and not weight.is_cuda else ("packed",):
+                model.train(training)  # dropout may be impossible
+                completion_logprobs(model, prompts, completions, layout=layout)
+                model.eval()
+                logprobs = completion_logprobs(model, prompts, completions, layout=layout)
+                if not torch.allclose(logprobs, expected, **rounding):
+                    break
+                found = layout
+        except (
+            TypeError,
+            ValueError,
+            RuntimeError,
+        ):  # the model has no such arguments, the kernel no such case
+            pass
+        finally:
+            model.train(training)
+    set_layout(causal_lm, found)
+    return found
+
+
+def set_layout(causal_lm: Any, layout: Layout) -> None:
+    """Let a model with torch's attention use the attention function that the layout needs."""
+    needed = {("padded", ATTENTION): "sdpa", ("packed", "sdpa"): ATTENTION, ("shared", "sdpa"): ATTENTION}
+    if change := needed.get((layout, causal_lm.config._attn_implementation)):
+        causal_lm.set_attn_implementation(change)
 
 
 def score_logprobs(
@@ -184,7 +204,7 @@ def score_logprobs(
     token_budget: int,
     *,
     dtype: torch.dtype | None = None,
-    share_prompts: bool = False,
+    layout: Layout = "padded",
 ) -> Iterator[npt.NDArray[np.float32]]:
     """Yield, for each row in order, the log-probabilities (K,) of its K completions, without
     gradients.
@@ -192,10 +212,10 @@ def score_logprobs(
     A row has `prompt_token_ids` and `completion_token_ids`, a list of K token lists. `token_budget`
     bounds the tokens of a forward pass, padding included; it changes results by rounding only. Rows
     are read in windows, so any number of them streams through. `dtype` bfloat16 computes as
-    mixed-precision training does. With `share_prompts`, a row's completions share its prompt's
-    forward if that saves enough.
+    mixed-precision training does. `layout` is the model's `best_layout`; a simpler one is used where
+    it does not pay.
     """
-    for scores in _score(completion_logprobs, model, rows, token_budget, dtype, share_prompts):
+    for scores in _score(completion_logprobs, model, rows, token_budget, dtype, layout):
         yield np.array(scores, dtype=np.float32)
 
 
@@ -205,11 +225,11 @@ def score_token_logprobs(
     token_budget: int,
     *,
     dtype: torch.dtype | None = None,
-    share_prompts: bool = False,
+    layout: Layout = "padded",
 ) -> Iterator[list[npt.NDArray[np.float32]]]:
     """As `score_logprobs`, with the log-probabilities (T,) of every token of each of the row's K
     completions."""
-    return _score(completion_token_logprobs, model, rows, token_budget, dtype, share_prompts)
+    return _score(completion_token_logprobs, model, rows, token_budget, dtype, layout)
 
 
 def _score(
@@ -218,18 +238,14 @@ def _score(
     rows: Iterable[Mapping[str, Any]],
     token_budget: int,
     dtype: torch.dtype | None,
-    share_prompts: bool,
+    layout: Layout,
 ) -> Iterator[list[npt.NDArray[np.float32]]]:
     """What `compute` returns for each completion of each row."""
     for window in _windows(rows, WINDOW_BATCHES * token_budget):
         prompts = [row["prompt_token_ids"] for row in window for _ in row["completion_token_ids"]]
         completions = [completion for row in window for completion in row["completion_token_ids"]]
-        lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-        share = share_prompts and worth_sharing(prompts, completions)
-        batches = (
-            shared_batches(prompts, completions, token_budget)
-            if share
-            else length_sorted_batches(lengths, token_budget)
+        batches, used = cut_batches(
+            prompts, completions, token_budget, layout, window=attention_window(model)
         )
         scores: dict[int, npt.NDArray[np.float32]] = {}
         was_training = model.training
@@ -241,12 +257,12 @@ def _score(
                         model,
                         [prompts[i] for i in batch],
                         [completions[i] for i in batch],
-                        share_prompts=share,
+                        layout=used,
                     )
                     scores.update(zip(batch, (score.float().cpu().numpy() for score in found), strict=True))
         finally:
             model.train(was_training)
-        index = iter(range(len(lengths)))
+        index = iter(range(len(prompts)))
         yield from [[scores[next(index)] for _ in row["completion_token_ids"]] for row in window]
 
 
@@ -264,31 +280,6 @@ def _windows(rows: Iterable[Mapping[str, Any]], tokens: int) -> Iterator[list[Ma
         yield window
 
 
-def inside_forward(
-    model: torch.nn.Module, inner: torch.nn.Module, compute: Callable[..., torch.Tensor], *arguments: Any
-) -> torch.Tensor:
-    """Call `compute` inside the forward of `model`, so that DDP, which wraps `inner`, and FSDP,
-    which hooks into it, work."""
-
-    def forward(*forwarded: Any) -> torch.Tensor:
-        restore()
-        return compute(*forwarded)
-
-    def restore() -> None:
-        if original is None:
-            inner.__dict__.pop("forward", None)
-        else:
-            inner.forward = original
-
-    original = inner.__dict__.get("forward")
-    inner.forward = forward
-    try:
-        result: torch.Tensor = model(*arguments)
-    finally:
-        restore()
-    return result
-
-
 def _autocast(model: torch.nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     """Mixed precision as the trainer uses it: float32 weights, matrix products in `dtype`; nothing
     for float32."""
@@ -296,6 +287,12 @@ def _autocast(model: torch.nn.Module, dtype: torch.dtype | None) -> AbstractCont
         return nullcontext()
     context: AbstractContextManager[Any] = torch.autocast(next(model.parameters()).device.type, dtype=dtype)
     return context
+
+
+def _autocast_as_trained(model: Any) -> AbstractContextManager[Any]:
+    """bfloat16 on CUDA for float32 weights, as mixed-precision training computes."""
+    weight = next(model.parameters())
+    return _autocast(model, torch.bfloat16 if weight.is_cuda and weight.dtype == torch.float32 else None)
 
 
 def _rows_of(prompts: Sequence[TokenIds], share: bool) -> list[list[int]]:
@@ -313,7 +310,7 @@ def _tensor(ids: TokenIds) -> torch.Tensor:
     return torch.as_tensor(np.asarray(ids, dtype=np.int64))
 
 
-def _unwrapped(model: torch.nn.Module) -> Any:
+def unwrapped(model: torch.nn.Module) -> Any:
     """The causal language model inside a PEFT model, else the model itself. LoRA's layers are
     inside it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

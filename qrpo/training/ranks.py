@@ -20,11 +20,23 @@ from typing import Any
 from qrpo.errors import EngineError, QRPOError
 from qrpo.processes.child import Child
 from qrpo.processes.preemption import noting_sigterm, sigterm_came
+from qrpo.training.settings import OptimizationConfig
 
-__all__ = ["stream_ranks"]
+__all__ = ["number_of_processes", "stream_ranks"]
 
 _POLL_SECONDS = 0.2  # between checks for a SIGTERM
 _CAUSE_SECONDS = 5.0  # when one rank fails, the others fail as a result, and may report it first
+
+
+def number_of_processes(config: OptimizationConfig) -> int:
+    """The processes to train with on this machine. `auto`: the most that GPUs are visible for and
+    that divide `prompts_per_step`."""
+    if config.processes != "auto":
+        return config.processes
+    import torch
+
+    gpus = range(1, torch.cuda.device_count() + 1)
+    return max((number for number in gpus if config.prompts_per_step % number == 0), default=1)
 
 
 def stream_ranks(target: str, *args: Any, processes: int, log: Path | None = None) -> Iterator[Any]:

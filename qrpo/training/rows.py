@@ -14,13 +14,14 @@ They come from shards on disk through a reader, or from a dataset in one of TRL'
 """
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from qrpo.data.chat import encode_completion, encode_prompt
+from qrpo.data.chat import encode_completion, encode_prompt, encode_text
 from qrpo.data.prompts import PromptsConfig, parse_row
 from qrpo.errors import DataError
 from qrpo.method.quantiles import quantile_rewards
@@ -30,6 +31,7 @@ __all__ = [
     "TrainingRow",
     "collate_rows",
     "flatten_rows",
+    "merge_columns",
     "take",
     "tensor_of",
     "training_rows",
@@ -83,6 +85,14 @@ def take(columns: Mapping[str, list[Any]], indices: Sequence[int]) -> dict[str, 
     return {name: [column[i] for i in indices] for name, column in columns.items()}
 
 
+def merge_columns(parts: Sequence[Mapping[str, list[Any]]]) -> dict[str, list[Any]]:
+    """The columns that all parts have, one part after the other; a prompt is one of its part."""
+    names = [name for name in parts[0] if all(name in part for part in parts)]
+    merged = {name: [value for part in parts for value in part[name]] for name in names}
+    merged["prompt_index"] = [(i, prompt) for i, part in enumerate(parts) for prompt in part["prompt_index"]]
+    return merged
+
+
 def tensor_of(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     """A column as a tensor (B,) with the dtype and device of `like`."""
     return torch.as_tensor(np.asarray(values, dtype=np.float64), dtype=like.dtype, device=like.device)
@@ -115,17 +125,16 @@ def _encode_row(row: TrainingRow, index: int, tokenizer: Any, needs: Sequence[st
         if not prompt.offline_completions:
             raise DataError("no completion to train on")
         columns = _reward_columns(json.loads(prompt.metadata), len(prompt.offline_completions), needs)
-        if prompt.conversational:
-            prompt_ids = encode_prompt(tokenizer, prompt.messages)
+        if prompt.conversational or prompt.tools:
+            prompt_ids = encode_prompt(tokenizer, prompt.messages, prompt.tools)
             completion_ids = [
-                encode_completion(tokenizer, prompt.messages, text) for text in prompt.offline_completions
-            ]
-        else:
-            prompt_ids = list(tokenizer(prompt.messages[-1]["content"])["input_ids"])
-            completion_ids = [
-                [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+                encode_completion(tokenizer, prompt.messages, text, prompt.tools)
                 for text in prompt.offline_completions
             ]
+        else:
+            text = prompt.messages[-1]["content"]
+            both = [encode_text(tokenizer, text, completion) for completion in prompt.offline_completions]
+            prompt_ids, completion_ids = both[0][0], [ids for _, ids in both]
     except DataError as error:
         raise DataError(f"row {index} of the training dataset: {error}") from error
     return {
@@ -143,9 +152,9 @@ def _reward_columns(given: Mapping[str, Any], completions: int, needs: Sequence[
     rewards = _rewards(given)
     if len(rewards) != completions:
         raise DataError(f"{len(rewards)} rewards for {completions} completions")
-    columns: dict[str, Any] = {"reward": np.asarray(rewards, dtype=np.float32)}
+    columns: dict[str, Any] = {"reward": np.asarray(rewards)}
     if "quantile_reward" in needs:
-        ref_rewards = given.get("ref_rewards")
+        ref_rewards = _numbers("ref_rewards", given.get("ref_rewards") or [])
         if not ref_rewards:
             raise DataError(
                 "no `ref_rewards`: expected the rewards of completions sampled from the reference"
@@ -159,7 +168,18 @@ def _reward_columns(given: Mapping[str, Any], completions: int, needs: Sequence[
 
 def _rewards(given: Mapping[str, Any]) -> list[float]:
     if "reward" in given:
-        return [float(reward) for reward in np.atleast_1d(given["reward"])]
+        return _numbers("reward", given["reward"])
     if "chosen_reward" in given and "rejected_reward" in given:
-        return [float(given["chosen_reward"]), float(given["rejected_reward"])]
+        return _numbers("chosen_reward", given["chosen_reward"]) + _numbers(
+            "rejected_reward", given["rejected_reward"]
+        )
     raise DataError(f"no `reward`: got the columns {', '.join(given) or 'none'} in addition to the text")
+
+
+def _numbers(column: str, value: Any) -> list[float]:
+    """A number, or a list of numbers, of a column."""
+    values = value if isinstance(value, list) else [value]
+    for item in values:
+        if not isinstance(item, (int, float)) or not abs(item) <= sys.float_info.max:
+            raise DataError(f"{column}: got {item!r}, expected finite numbers; fix or remove the row")
+    return [float(item) for item in values]

@@ -9,55 +9,32 @@ A run owns a folder:
     final/                the trained model and its tokenizer; renamed to this last, so it is always complete
 """
 
-import copy
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from qrpo.data.chat import load_tokenizer
+from qrpo.data.chat import end_of_turn, load_tokenizer
 from qrpo.errors import ConfigError, DataError, TrainingError
-from qrpo.models import ModelConfig, load_causal_lm, load_model_config
+from qrpo.models import ModelConfig, load_causal_lm
 from qrpo.processes.preemption import noting_sigterm, sigterm_came
-from qrpo.training.adapters import merged, with_lora
-from qrpo.training.checkpoints import UNFINISHED, latest_checkpoint, remove_broken_checkpoints, write_error
+from qrpo.training.adapters import with_lora
+from qrpo.training.checkpoints import UNFINISHED, latest_checkpoint, remove_broken_checkpoints
+from qrpo.training.logprobs import unwrapped
 from qrpo.training.objectives import SftObjective
+from qrpo.training.saved_model import ModelSaver
 from qrpo.training.settings import OptimizationConfig, PolicyConfig, SftConfig
-from qrpo.training.trainer import CompletionTrainer, CompletionTrainingArguments, QRPOConfig, QRPOTrainer
+from qrpo.training.trainer import CompletionTrainer, QRPOTrainer
+from qrpo.training.trainer_arguments import training_arguments
 
 __all__ = ["load_policy", "train_policy", "train_sft", "training_arguments"]
 
 OnProgress = Callable[[dict[str, Any]], None]
-
-
-def training_arguments(config: OptimizationConfig, output_dir: str | Path, seed: int = 0) -> Any:
-    """The arguments of the trainer for a YAML section: `QRPOConfig` for the policy. Fields of the
-    same name are passed on."""
-    kind = QRPOConfig if isinstance(config, PolicyConfig) else CompletionTrainingArguments
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.prompts_per_step % world_size:
-        raise ConfigError(
-            f"prompts_per_step is {config.prompts_per_step}, expected a multiple of the {world_size} processes"
-        )
-    names = {field.name for field in fields(kind)}
-    given = {name: value for name, value in config if name in names}
-    given |= {
-        "output_dir": str(output_dir),
-        "per_device_train_batch_size": config.prompts_per_step // world_size,
-        "max_steps": config.max_steps or -1,
-        "report_to": list(config.report_to) or "none",
-        "fsdp": given.get("fsdp") or None,
-        "seed": given.get("seed") if given.get("seed") is not None else seed,
-        "use_cpu": not torch.accelerator.is_available(),
-        "disable_tqdm": True,
-    }
-    return kind(**given)
+Saving = Callable[[], AbstractContextManager[None]]
 
 
 def train_policy(
@@ -70,6 +47,7 @@ def train_policy(
     eval_rows: Sequence[Mapping[str, Any]] | None = None,
     resume: bool = True,
     on_progress: OnProgress | None = None,
+    saving: Saving = nullcontext,
 ) -> Path:
     """Train the reference `model` into a policy on rows of shards; returns the folder
     `output_dir/final`.
@@ -77,42 +55,45 @@ def train_policy(
     `dataset` is what `QRPOTrainer` takes: rows, or a reader with `iterate(epoch, start)` and a
     length. `seed` is used if the section has none. `eval_rows` are held out for `eval_loss`. If the
     run is killed, the same call resumes from its newest complete checkpoint (`resume`) and ends
-    with the same weights. Writes `metrics.parquet` next to `final`, and `checkpoints/<step>` if
+    with the same weights. Each checkpoint is written within the context manager that `saving`
+    returns. Writes `metrics.parquet` next to `final`, and `checkpoints/<step>` if
     `config.checkpoint_steps` is set. Raises TrainingError if the reference does not match, or if
     the loss is not finite.
     """
     arguments = training_arguments(config, output_dir, seed)
     if eval_rows:
         arguments.eval_strategy = "steps"
-    policy = load_policy(model)
-    if config.lora is not None:
-        policy = with_lora(policy, config.lora, arguments.seed)
     require_rows(dataset)
+    policy = _model_to_train(model, config, arguments, "policy")
     trainer = QRPOTrainer(policy, arguments, dataset, _tokenizer(model), eval_dataset=eval_rows)
-    return run_training(trainer, model, Path(output_dir), resume, on_progress, config.checkpoint_steps)
+    trainer.around_save = saving
+    return run_training(
+        trainer, model, Path(output_dir), resume, on_progress, config.checkpoint_steps, config.save_dtype
+    )
 
 
 def train_sft(
     model: ModelConfig | str | Path,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Any,
     config: SftConfig,
     output_dir: str | Path,
     *,
     seed: int = 0,
     resume: bool = True,
     on_progress: OnProgress | None = None,
+    saving: Saving = nullcontext,
 ) -> Path:
     """Supervised fine-tuning of `model` on rows of `prompt_token_ids` and `completion_token_ids` (a
-    list of token lists).
+    list of token lists): a sequence, or a reader as for `train_policy`.
 
     Returns the folder `output_dir/final`; resumes and reports as `train_policy` does.
     """
     require_rows(rows)
     arguments = training_arguments(config, output_dir, seed)
-    trainer = CompletionTrainer(
-        load_policy(model), arguments, rows, SftObjective(), processing_class=_tokenizer(model)
-    )
-    return run_training(trainer, model, Path(output_dir), resume, on_progress)
+    policy = _model_to_train(model, config, arguments, "reference.sft")
+    trainer = CompletionTrainer(policy, arguments, rows, SftObjective(), processing_class=_tokenizer(model))
+    trainer.around_save = saving
+    return run_training(trainer, model, Path(output_dir), resume, on_progress, save_dtype=config.save_dtype)
 
 
 def load_policy(model: ModelConfig | str | Path, device: str | None = None) -> Any:
@@ -121,7 +102,22 @@ def load_policy(model: ModelConfig | str | Path, device: str | None = None) -> A
     Mixed precision needs float32 weights; a reference scored with them in the same autocast agrees
     with the policy at step 0. `device` defaults to the first GPU, or the CPU if there is none.
     """
-    return load_causal_lm(_model_config(model).model_copy(update={"dtype": "float32"}), device)
+    return load_causal_lm(_float32(model), device)
+
+
+def _model_to_train(
+    model: ModelConfig | str | Path, config: OptimizationConfig, arguments: Any, section: str
+) -> Any:
+    """The model on this rank's device. If it will be sharded, on the CPU, and on the ranks after
+    the first without weights: the trainer distributes those of the first."""
+    device = str(arguments.device)  # the first use selects this rank's device
+    if not arguments.fsdp:
+        policy = load_policy(model, device)
+    elif arguments.process_index == 0:
+        policy = load_policy(model, "cpu")
+    else:
+        policy = load_causal_lm(_float32(model), empty=True)
+    return policy if config.lora is None else with_lora(policy, config.lora, arguments.seed, section)
 
 
 def run_training(
@@ -131,23 +127,24 @@ def run_training(
     resume: bool,
     on_progress: OnProgress | None,
     checkpoint_steps: int | None = None,
+    save_dtype: str = "auto",
 ) -> Path:
     """Train to the end, from the newest complete checkpoint if `resume`; returns
     `output_dir/final`.
 
     Every `checkpoint_steps` steps the model is kept as `output_dir/checkpoints/<step>`.
     `on_progress` is called after each logged step with `step`, `total_steps`, `epoch`, `loss` and
-    the other metrics. The final weights are saved in the precision of the files of `model`. A
+    the other metrics. Models are saved in `save_dtype` (see `OptimizationConfig`). A
     SIGTERM saves a checkpoint after the current step, then raises TrainingError, as does a
     checkpoint that cannot be written. In a process that `torchrun` or `accelerate launch` started,
     this is one rank's part, and all ranks must call it.
     """
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    dtype = load_model_config(_model_config(model)).dtype
+    saver = ModelSaver(trainer, _model_config(model), output_dir, save_dtype, checkpoint_steps)
+    settle_generation_config(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class)
     trainer.add_callback(_ReportAndStop(trainer, on_progress))
-    if checkpoint_steps is not None:
-        trainer.add_callback(_KeepModels(trainer, output_dir, checkpoint_steps, dtype))
+    trainer.add_callback(saver)
     if trainer.args.should_save:
         remove_broken_checkpoints(output_dir)
         if not resume:
@@ -162,11 +159,35 @@ def run_training(
         raise TrainingError(
             f"stopped by SIGTERM after step {step} of {steps}; its checkpoint is saved, and the same command resumes from it"
         )
-    _save_model(trainer, output_dir, "final", dtype)
+    saver.save("final")
     if trainer.args.should_save:
         shutil.rmtree(output_dir / UNFINISHED)
     trainer.accelerator.wait_for_everyone()
     return output_dir / "final"
+
+
+def settle_generation_config(model: Any, tokenizer: Any) -> None:
+    """Make the model's generation config one that can be saved and that ends at the turn's end.
+
+    Sampling settings without `do_sample`, as Llama 2 has them, are taken to ask for sampling.
+    Raises ConfigError for what else transformers would refuse to save, before the training.
+    """
+    config = unwrapped(model).generation_config
+    ends = config.eos_token_id
+    ends = [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]
+    end = end_of_turn(tokenizer) if tokenizer is not None else None
+    if end is not None and end not in ends:
+        config.eos_token_id = [*ends, end] if ends else end
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        raise ConfigError(
+            f"generation_config.json of the model could not be saved after the training: {str(error).strip()}. Fix it first"
+        ) from None
 
 
 def require_rows(dataset: Any) -> None:
@@ -177,6 +198,10 @@ def require_rows(dataset: Any) -> None:
 
 def _model_config(model: ModelConfig | str | Path) -> ModelConfig:
     return model if isinstance(model, ModelConfig) else ModelConfig(path=str(model))
+
+
+def _float32(model: ModelConfig | str | Path) -> ModelConfig:
+    return _model_config(model).model_copy(update={"dtype": "float32"})
 
 
 def _tokenizer(model: ModelConfig | str | Path) -> Any:
@@ -197,80 +222,19 @@ class _ReportAndStop(TrainerCallback):  # type: ignore[misc]
         self.trainer = trainer
         self.on_progress = on_progress
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+        if best.is_dir():  # the Trainer notes its path, and the folder may have moved since
+            state.best_model_checkpoint = str(best)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         if _stopped(self.trainer):
             control.should_save = control.should_training_stop = True
-        if control.should_save or control.should_evaluate:  # a best evaluation saves a checkpoint
+        last = state.global_step >= state.max_steps
+        if control.should_save or control.should_evaluate or last:  # a best evaluation saves a checkpoint
             control.should_log = True
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:
         if self.on_progress is not None and state.is_world_process_zero and "loss" in logs:
             self.on_progress({"step": state.global_step, "total_steps": state.max_steps, **logs})
-
-
-class _KeepModels(TrainerCallback):  # type: ignore[misc]
-    """Keeps the model of every N-th step. It runs before the checkpoint of the same step, so a
-    resumed run misses none."""
-
-    def __init__(self, trainer: CompletionTrainer, output_dir: Path, every: int, dtype: Any) -> None:
-        self.trainer, self.output_dir, self.every, self.dtype = trainer, output_dir, every, dtype
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step % self.every == 0:
-            name = f"checkpoints/{state.global_step}"
-            _save_model(self.trainer, self.output_dir, name, self.dtype, keep=True)
-
-
-def _write_metrics(history: list[dict[str, float]], path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    by_step: dict[int, dict[str, float]] = {}
-    for entry in history:
-        by_step.setdefault(int(entry["step"]), {}).update(entry)
-    rows = [by_step[step] for step in sorted(by_step)]
-    names = dict.fromkeys(name for row in rows for name in row)
-    columns = {
-        name: pa.array([row.get(name) for row in rows], pa.int64() if name == "step" else pa.float64())
-        for name in ("step", *(name for name in names if name != "step"))
-    }
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.table(columns), temporary)
-    temporary.rename(path)
-
-
-def _save_model(
-    trainer: CompletionTrainer, output_dir: Path, name: str, dtype: Any, keep: bool = False
-) -> None:
-    """Write the model and its tokenizer to a temporary folder, then rename it.
-
-    Merges adapters and rounds weights to `dtype`; with `keep` in a copy, so that training can go
-    on, else with the run's metrics. All ranks must call it.
-    """
-    sharded = trainer.is_fsdp_enabled
-    weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
-    if trainer.args.should_save:
-        written, named = output_dir / UNFINISHED / name, output_dir / name
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        if keep and not sharded:
-            model = copy.deepcopy(model)
-        try:
-            if not keep:
-                _write_metrics(trainer.state.log_history, output_dir / "metrics.parquet")
-            shutil.rmtree(written, ignore_errors=True)
-            model = merged(model)
-            if weights is not None and isinstance(dtype, torch.dtype):
-                weights = {name: weight.to(dtype) for name, weight in weights.items()}
-                model.config.dtype = dtype
-            elif isinstance(dtype, torch.dtype):
-                model = model.to(dtype)
-            model.save_pretrained(written, state_dict=weights)
-            if trainer.processing_class is not None:
-                trainer.processing_class.save_pretrained(written)
-            shutil.rmtree(named, ignore_errors=True)
-            named.parent.mkdir(exist_ok=True)
-            written.rename(named)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise write_error(f"the model {name}", output_dir, error) from error
-    trainer.accelerator.wait_for_everyone()

@@ -11,10 +11,18 @@ from dataclasses import fields
 from enum import Enum
 from typing import Any, Literal, Self, get_args, get_type_hints
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from qrpo.config import Section, execution_option
+from qrpo.config import Section, Seed, execution_option
 from qrpo.errors import ConfigError
 from qrpo.method.transforms import get_transform
 from qrpo.training.arguments import CompletionSettings, QRPOSettings
@@ -37,7 +45,7 @@ REFUSED = {
     "set `eval_fraction` and `eval_steps` of the policy": "do_eval eval_strategy eval_steps eval_delay eval_on_start",
     "set `patience` of the policy": "load_best_model_at_end metric_for_best_model greater_is_better",
     "set the `seed` of the run or the policy": "seed data_seed",
-    "set `processes` and `fsdp` of the policy": "fsdp fsdp_config deepspeed parallelism_config accelerator_config local_rank use_cpu",
+    "set `processes` and `fsdp`": "fsdp fsdp_config deepspeed parallelism_config accelerator_config local_rank use_cpu",
     "the store holds models and checkpoints": "output_dir save_strategy save_only_model save_on_each_node resume_from_checkpoint "
     "ignore_data_skip restore_callback_states_from_checkpoint enable_jit_checkpoint push_to_hub hub_token hub_private_repo "
     "hub_model_id hub_strategy hub_always_push hub_revision",
@@ -67,7 +75,22 @@ EXECUTION_OPTIONS = frozenset(
         "dataloader_multiprocessing_context",
     ]
 )
+# Schedules that have no defaults for all of their arguments.
+NEED_ARGUMENTS = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")
 EXECUTION_PREFIXES = ("logging_", "log_", "ddp_", "trackio_")
+
+
+class LoraConfig(Section):
+    """Low-rank adapters to train instead of the weights."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of each adapter."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Adapters are scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout in front of the adapters."""
+    target_modules: tuple[str, ...] = ()
+    """Names of the layers to adapt; empty adapts all linear layers except the head."""
 
 
 class OptimizationConfig(Section, CompletionSettings):
@@ -105,26 +128,56 @@ class OptimizationConfig(Section, CompletionSettings):
     """Gradients with a larger norm are scaled down to it."""
     bf16: bool = False
     """Matrix products in bfloat16; weights, gradients and the optimizer stay in float32."""
-    gradient_checkpointing: bool = execution_option(False)
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    gradient_checkpointing: bool | Literal["auto"] = execution_option("auto")
+    """Recompute activations in the backward pass: less memory, a third more time. `auto` does so
+    where a GPU's memory is too small without."""
     save_steps: int = execution_option(50, ge=1)
     """Steps between checkpoints."""
     save_total_limit: int = execution_option(2, ge=1)
     """Number of newest checkpoints to keep."""
     logging_steps: int = execution_option(1, ge=1)
     """Steps between rows of metrics."""
+    processes: PositiveInt | Literal["auto"] = execution_option("auto")
+    """Processes of this machine to train with, one per GPU. `auto` uses every visible GPU, or fewer
+    if `prompts_per_step` is not a multiple of them; without a GPU, one process."""
+    fsdp: bool = execution_option(False)
+    """Shard weights, gradients and optimizer over the processes (FSDP) instead of DDP."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters (`pip install 'qrpo-pipeline[peft]'`) instead of the weights; the
+    model is saved merged, as an ordinary model folder. Null for full fine-tuning."""
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the saved weights, which are trained in float32. `auto` is that of the starting
+    model's files, or float32 if rounding would undo more than 5% of what training changed."""
     report_to: tuple[str, ...] = execution_option(())
     """Experiment trackers that transformers knows: `tensorboard`, `wandb`, `trackio`, ..."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _check_further(cls, given: Any) -> Any:
-        further = (
-            {key: given[key] for key in given if key not in cls.model_fields}
-            if isinstance(given, dict)
-            else {}
-        )
-        return {**given, **_further_arguments(cls.__name__, further)} if further else given
+    @model_validator(mode="after")
+    def _check_further(self) -> Self:
+        if self.model_extra:
+            further = _further_arguments(type(self).__name__, self.model_extra)
+            object.__setattr__(self, "__pydantic_extra__", further)
+        if self.warmup_steps > 1 and self.warmup_steps % 1:
+            raise ValueError(
+                f"warmup_steps: got {self.warmup_steps}, expected a fraction below 1 or whole steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.processes != "auto" and self.prompts_per_step % self.processes:
+            raise ValueError(
+                f"prompts_per_step is {self.prompts_per_step}, expected a multiple of the {self.processes} processes"
+            )
+        if self.lora is not None and self.fsdp:
+            raise ValueError(
+                "lora: cannot be merged from sharded weights; set fsdp to false, adapters need little memory"
+            )
+        return self
+
+    def idle_fields(self) -> frozenset[str]:
+        """Settings without an effect."""
+        used = {"lora": self.lora is not None, "save_dtype": self.save_dtype != "auto"}
+        return frozenset(name for name, is_used in used.items() if not is_used)
 
     @property
     def further(self) -> dict[str, Any]:
@@ -135,6 +188,12 @@ class OptimizationConfig(Section, CompletionSettings):
     def dtype(self) -> Literal["float32", "bfloat16", "float16"]:
         """Precision of the matrix products."""
         return "bfloat16" if self.bf16 else "float16" if self.further.get("fp16") else "float32"
+
+    @property
+    def needs_check(self) -> bool:
+        """Whether only the optimizer or the schedule can tell if they take these settings; see
+        `qrpo.training.trainer_arguments.check_arguments`."""
+        return bool(self.further) or self.lr_scheduler_type in NEED_ARGUMENTS
 
     def fingerprint_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The keys of earlier versions, so that their artifacts are found, and what else was set
@@ -155,33 +214,13 @@ class SftConfig(OptimizationConfig):
     """Peak learning rate."""
 
 
-class LoraConfig(Section):
-    """Low-rank adapters to train instead of the weights."""
-
-    rank: int = Field(default=16, ge=1)
-    """Rank of each adapter."""
-    alpha: float = Field(default=32.0, gt=0)
-    """Adapters are scaled by alpha / rank."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout in front of the adapters."""
-    target_modules: tuple[str, ...] = ()
-    """Names of the layers to adapt; empty adapts all linear layers except the head."""
-
-
 class PolicyConfig(OptimizationConfig, QRPOSettings):
     """How the policy is trained."""
 
     learning_rate: float = Field(default=1e-6, gt=0)
     """Peak learning rate."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Seed of the training; null for the run's seed. Another seed reuses the shards."""
-    processes: int = execution_option(1, ge=1)
-    """Processes of this machine to train with, one per GPU."""
-    fsdp: bool = execution_option(False)
-    """Shard weights, gradients and optimizer over the processes (FSDP) instead of DDP."""
-    lora: LoraConfig | None = None
-    """Train low-rank adapters (`pip install 'qrpo-pipeline[peft]'`) instead of the weights; the
-    policy is saved merged, as an ordinary model folder. Null for full fine-tuning."""
     eval_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of the training prompts to hold out, by a hash of the prompt, and to report the loss
     on (`eval_loss`) during training. The `evaluation` stage judges the policy on samples
@@ -196,10 +235,6 @@ class PolicyConfig(OptimizationConfig, QRPOSettings):
     def _check_together(self) -> Self:
         if self.patience is not None and not self.eval_fraction:
             raise ValueError("patience: needs a held-out loss, and eval_fraction is 0")
-        if self.lora is not None and self.fsdp:
-            raise ValueError(
-                "lora: cannot be merged from sharded weights; set fsdp to false, adapters need little memory"
-            )
         return self
 
     @field_validator("transform")
@@ -227,13 +262,12 @@ class PolicyConfig(OptimizationConfig, QRPOSettings):
             "pairs": self.loss != "qrpo",
             "rebel_reward": self.loss == "rebel",
             "gamma_beta_ratio": self.loss == "simpo",
-            "lora": self.lora is not None,
             "eval_fraction": self.eval_fraction > 0,
             "eval_steps": self.patience is not None,
             "patience": self.patience is not None,
             "checkpoint_steps": self.checkpoint_steps is not None,
         }
-        return frozenset(name for name, is_used in used.items() if not is_used)
+        return super().idle_fields() | {name for name, is_used in used.items() if not is_used}
 
     def columns(self) -> tuple[str, ...]:
         """The columns of a training shard that this loss reads."""
@@ -283,7 +317,7 @@ def _validated(annotation: Any, value: Any) -> Any:
     """A value of a field of `TrainingArguments` as plain YAML has it; names of an enumeration must
     be among its values."""
     enums = [kind for kind in get_args(annotation) if isinstance(kind, type) and issubclass(kind, Enum)]
-    checked = TypeAdapter(enums[0] if enums else annotation).validate_python(value)
+    checked = TypeAdapter(enums[0] if enums else annotation).validate_python(value, strict=not enums)
     return checked.value if isinstance(checked, Enum) else checked
 
 

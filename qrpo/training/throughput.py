@@ -36,7 +36,7 @@ class Meter:
         self._body = sum(_operations(p) for p in body)
         self._head = _operations(head)
         self._peak = _peak(next(model.parameters()).device, dtype)
-        self._tokens = 0
+        self._tokens = 0.0
         self._flops = 0.0
         self._since: tuple[float, int] | None = None
 
@@ -44,9 +44,9 @@ class Meter:
         """Start to count, unless it has started."""
         self._since = self._since or (time.perf_counter(), step)
 
-    def add(self, tokens: int, completion_tokens: int, saved: int = 0) -> None:
-        """Count the tokens of prompts and completions together, and of completions alone, that this
-        process trained on. `saved` of the former needed no forward, because completions shared
+    def add(self, tokens: float, completion_tokens: float, saved: float = 0) -> None:
+        """Count the tokens of prompts and completions together, and of completions alone, that a
+        process trained on, in the mean over processes. `saved` of the former needed no forward, because completions shared
         their prompt's."""
         self._tokens += tokens
         self._flops += (tokens - saved) * self._body + completion_tokens * self._head
@@ -62,7 +62,7 @@ class Meter:
             found["mfu"] = self._flops / seconds / self._peak
         if steps:
             found["eta_seconds"] = (last_step - step) * seconds / steps
-        self._tokens, self._flops, self._since = 0, 0.0, (now, step)
+        self._tokens, self._flops, self._since = 0.0, 0.0, (now, step)
         return found
 
 

@@ -17,75 +17,41 @@ rows.
 """
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import DistributedType, PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
-from transformers import Trainer, TrainingArguments
 
 from qrpo.errors import ConfigError, DataError
 from qrpo.method.transforms import get_transform
 from qrpo.training.adapters import adapters_off
-from qrpo.training.arguments import CompletionSettings, QRPOSettings
-from qrpo.training.batches import length_sorted_batches, saved_tokens, shared_batches, worth_sharing
-from qrpo.training.callbacks import EarlyStopping, StepGuard
+from qrpo.training.batches import Layout, cut_batches, saved_tokens
+from qrpo.training.callbacks import EarlyStopping, StepGuard, mean_loss
 from qrpo.training.checkpoints import UNFINISHED, commit_checkpoint, write_error
+from qrpo.training.compiling import MIN_STEPS, compile_layers
+from qrpo.training.head import choose_head, inside_forward
 from qrpo.training.initial_check import ROUNDING, check_reference
 from qrpo.training.loader import ShuffledRows, is_idle, step_loader
-from qrpo.training.logprobs import can_share, completion_logprobs, inside_forward, score_logprobs
+from qrpo.training.logprobs import best_layout, completion_logprobs, score_logprobs, set_layout, unwrapped
+from qrpo.training.memory import default_token_budget, needs_checkpointing
+from qrpo.training.model_check import check_model
 from qrpo.training.objectives import Objective, make_objective, select_completions
-from qrpo.training.rows import collate_rows, flatten_rows, take, training_rows
+from qrpo.training.packing import attention_window
+from qrpo.training.rows import PER_COMPLETION, collate_rows, flatten_rows, merge_columns, take, training_rows
+from qrpo.training.sharding import ShardingTrainer, reshard
 from qrpo.training.throughput import Meter
+from qrpo.training.trainer_arguments import CompletionTrainingArguments, QRPOConfig
 
 __all__ = ["CompletionTrainer", "CompletionTrainingArguments", "QRPOConfig", "QRPOTrainer"]
 
 
-@dataclass
-class CompletionTrainingArguments(CompletionSettings, TrainingArguments):  # type: ignore[misc]
-    """`TrainingArguments` of `CompletionTrainer`; a batch is counted in prompts."""
-
-    remove_unused_columns: bool = False
-    dataloader_pin_memory: bool = False
-    logging_nan_inf_filter: bool = False
-    save_total_limit: int | None = 2
-    ddp_find_unused_parameters: bool | None = False
-    accelerator_config: Any = None
-    data_seed: int | None = None
-
-    def __post_init__(self) -> None:
-        # Each rank reads its own rows, and their order is a function of the seed and the epoch.
-        if self.accelerator_config is None:
-            self.accelerator_config = {"dispatch_batches": False}
-        super().__post_init__()
-        if self.data_seed is None:
-            self.data_seed = self.seed
-
-
-@dataclass
-class QRPOConfig(QRPOSettings, CompletionTrainingArguments):
-    """Arguments of `QRPOTrainer`: those of `transformers.TrainingArguments` and
-    `qrpo.training.arguments.QRPOSettings`."""
-
-    learning_rate: float = 1e-6
-
-    def __post_init__(self) -> None:
-        if self.patience is not None:
-            self.metric_for_best_model, self.greater_is_better = "eval_loss", False
-        super().__post_init__()
-        # Set after transformers' check that save_steps fit eval_steps: every best evaluation is
-        # saved anyway.
-        if self.patience is not None:
-            self.load_best_model_at_end = True
-
-
-class CompletionTrainer(Trainer):  # type: ignore[misc]
+class CompletionTrainer(ShardingTrainer):
     """A `transformers.Trainer` that minimises an objective of completions' log-probabilities."""
 
     loss_is_scaled_for_ga = True
@@ -99,15 +65,27 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         """`options` are further arguments of `transformers.Trainer`, such as `eval_dataset`."""
+        check_model(model, args.learning_rate)
         super().__init__(
             model=model, args=args, data_collator=collate_rows, train_dataset=train_dataset, **options
         )
         self.objective = objective
         self.guard = StepGuard(self, args.bad_step, args.max_loss_growth)
         self.add_callback(self.guard)
+        self.around_save: Callable[[], AbstractContextManager[None]] = nullcontext
         self._saving = False
-        self._metrics: dict[str, tuple[float, int]] = {}  # sum over completions, number of completions
-        self._can_share = args.share_prompts and can_share(self.model)
+        # For each batch since the last log: (log-probabilities, columns) of this rank, None without rows.
+        self._seen: list[tuple[torch.Tensor, dict[str, Any]] | None] = []
+        self._layout = self._try_model()
+        args.token_budget = args.token_budget or default_token_budget(args.device)
+        if args.gradient_checkpointing == "auto":
+            shards = args.world_size if self.is_fsdp_enabled else 1
+            args.gradient_checkpointing = needs_checkpointing(
+                self.model, args.token_budget, args.device, shards
+            )
+        if self._compiles():
+            with self.accelerator.autocast():
+                compile_layers(self.model, self._layout, probe=not self.is_fsdp_enabled)
         self._meter = Meter(self.model, self.compute_dtype())
 
     def training_step(
@@ -128,7 +106,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         # gradients.
         empty = not rows
         columns = flatten_rows(inputs["placeholder"] if empty else rows)
-        micro_batches, share = self._micro_batches(columns, 1 if empty else objective.group)
+        micro_batches, layout = self._micro_batches(columns, 1 if empty else objective.group)
         number = self._largest_over_ranks(len(micro_batches))
         total = torch.zeros((), device=self.args.device)
         seen_B = torch.zeros(len(columns["length"]), device=self.args.device)
@@ -138,7 +116,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
             indices = micro_batches[-1 if repeated else position]
             batch = take(columns, indices)
             with self.accelerator.no_sync(model) if position < number - 1 else nullcontext():
-                logprob_B = self.logprobs(model, batch, share)
+                logprob_B = self.logprobs(model, batch, layout)
                 losses_U = 0 * logprob_B if empty or repeated else objective.loss(logprob_B, batch)
                 loss = losses_U.sum() * scale
                 self.accelerator.backward(loss)
@@ -146,17 +124,16 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
             total += loss.detach()
             seen_B[indices] = logprob_B.detach().to(seen_B.dtype)
         self.guard.note_loss(total)
-        if not empty:
-            with torch.no_grad():
-                self._add_metrics(objective.metrics(seen_B, columns), columns, share)
+        if self.args.logging_strategy != "no":
+            self._seen.append(None if empty else (seen_B.cpu(), _without_tokens(columns, layout)))
         return total
 
     def logprobs(
-        self, model: torch.nn.Module, batch: dict[str, Any], share_prompts: bool = False
+        self, model: torch.nn.Module, batch: dict[str, Any], layout: Layout = "padded"
     ) -> torch.Tensor:
         """log pi(y|x) (B,) of flattened rows, in the training precision."""
         inner = self.accelerator.unwrap_model(model)
-        compute = partial(completion_logprobs, inner, share_prompts=share_prompts)
+        compute = partial(completion_logprobs, inner, layout=layout)
         with self.accelerator.autocast():
             return inside_forward(
                 model, inner, compute, batch["prompt_token_ids"], batch["completion_token_ids"]
@@ -174,13 +151,14 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         total, seen_B = 0.0, torch.zeros(len(columns["length"]), device=self.args.device)
         self.model.eval()
         with torch.no_grad():
-            micro_batches, share = self._micro_batches(columns, self.objective.group)
+            micro_batches, layout = self._micro_batches(columns, self.objective.group)
             for indices in micro_batches:
                 batch = take(columns, indices)
-                logprob_B = self.logprobs(self.model_wrapped, batch, share)
+                logprob_B = self.logprobs(self.model_wrapped, batch, layout)
                 total += self.objective.loss(logprob_B, batch).sum().item()
                 seen_B[indices] = logprob_B.to(seen_B.dtype)
             found = self.objective.metrics(seen_B, columns)
+        reshard(self.model)
         metrics = {f"{metric_key_prefix}_{name}": value.item() for name, value in found.items()}
         metrics[f"{metric_key_prefix}_loss"] = total / self.objective.count(rows)
         self.log(metrics)
@@ -202,7 +180,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
                 "rows": []
                 if is_idle(batch["rows"])
                 else self.objective.select(self._usable(batch["rows"]), step),
-                "placeholder": [select_completions(row, [0]) for row in batch["rows"][:1]],
+                "placeholder": [_placeholder(batch["rows"])],
             }
             for batch in batches
         ]
@@ -210,15 +188,35 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         return batches, self.accelerator.reduce(count, "sum").clamp(min=1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means since the last log, over this rank's completions, to what the Trainer
-        reports."""
+        """Add the means since the last log, over the completions of all ranks, to what the Trainer
+        reports. All ranks must call it."""
         if "loss" in logs:
-            logs = logs | {name: total / weight for name, (total, weight) in self._metrics.items()}
+            logs = logs | self._means_since_last_log()
             logs |= self._meter.read(
                 self.state.global_step, self.state.max_steps, self.accelerator.num_processes
             )
-            self._metrics = {}
+        if "train_loss" in logs:  # the Trainer's own is over the steps since the last continuation
+            logs["train_loss"] = mean_loss(self.state.log_history)
         super().log(logs, start_time)
+
+    def _means_since_last_log(self) -> dict[str, float]:
+        ranks = gather_object([self._seen]) if self.accelerator.num_processes > 1 else [self._seen]
+        self._seen = []
+        sums: dict[str, tuple[float, int]] = {}
+        for of_ranks in zip(*ranks, strict=True):
+            if not (parts := [part for part in of_ranks if part is not None]):
+                continue
+            columns = merge_columns([columns for _, columns in parts])
+            found = self.objective.metrics(torch.cat([logprob_B for logprob_B, _ in parts]), columns)
+            count = len(columns["length"])
+            for name, value in found.items():
+                total, weight = sums.get(name, (0.0, 0))
+                if not math.isnan(scalar := value.item()):
+                    sums[name] = total + scalar * count, weight + count
+            completion_tokens = sum(map(len, columns["completion_token_ids"]))
+            counts = sum(columns["length"]), completion_tokens, sum(columns["saved"])
+            self._meter.add(*(number / len(ranks) for number in counts))
+        return {name: total / weight for name, (total, weight) in sums.items()}
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 operations per parameter and token (forward and backward), without attention's own."""
@@ -233,18 +231,45 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         dtype: torch.dtype = self.model.dtype
         return dtype if dtype in ROUNDING else torch.float32
 
-    def _micro_batches(self, columns: dict[str, Any], group: int) -> tuple[list[list[int]], bool]:
+    def _micro_batches(self, columns: dict[str, Any], group: int) -> tuple[list[list[int]], Layout]:
         """Indices into the columns, one list per forward pass within the token budget, `group`
-        neighbours together; and whether the completions of a prompt share its forward."""
+        neighbours together; and the layout of the passes."""
         prompts, completions = columns["prompt_token_ids"], columns["completion_token_ids"]
-        if self._can_share and worth_sharing(prompts, completions):
-            return shared_batches(prompts, completions, self.args.token_budget, group), True
-        longest = [max(columns["length"][start : start + group]) for start in range(0, len(prompts), group)]
-        batches = length_sorted_batches(longest, max(1, self.args.token_budget // group))
-        return [[unit * group + i for unit in batch for i in range(group)] for batch in batches], False
+        window = attention_window(self.model)
+        return cut_batches(prompts, completions, self.args.token_budget, self._layout, group, window)
+
+    def _try_model(self) -> Layout:
+        """How to compute the model's logits (`choose_head`) and its rows' layout. Rank 0 tries, since
+        only it has the weights of a model that will be sharded."""
+        inner, found = unwrapped(self.model), None
+        args = self.args
+        on_cuda = args.device.type == "cuda"
+        # The kernel for packed rows has no float32, and sharing was not measured to pay on CUDA.
+        packs = args.packing and not (on_cuda and self.compute_dtype() == torch.float32)
+        if self.accelerator.is_main_process:
+            head = choose_head(inner)
+            found = head, best_layout(self.model, args.share_prompts and not on_cuda) if packs else "padded"
+        if self.accelerator.num_processes > 1:
+            (found,) = broadcast_object_list([found])
+        assert found is not None
+        head, layout = found
+        choose_head(inner, head)
+        set_layout(inner, layout)
+        return layout
+
+    def _compiles(self) -> bool:
+        """Whether to compile the layers: as set, else on CUDA in a run that is long enough."""
+        args, dataset = self.args, self.train_dataset
+        if args.compile_layers is not None or args.device.type != "cuda":
+            return bool(args.compile_layers)
+        steps = args.max_steps
+        if steps <= 0 and hasattr(dataset, "__len__"):
+            steps = args.num_train_epochs * len(dataset) / (args.train_batch_size * args.world_size)
+        return bool(steps >= MIN_STEPS)
 
     def _usable(self, rows: Sequence[Any]) -> Sequence[Any]:
-        """The rows; DataError if a column that the loss needs is missing."""
+        """The rows that have completions; DataError if a column that the loss needs is missing."""
+        rows = [row for row in rows if len(row["completion_token_ids"])]
         for row in rows:
             if missing := [name for name in self.objective.needs if row.get(name) is None]:
                 raise DataError(
@@ -253,20 +278,11 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
                 )
         return rows
 
-    def create_accelerator_and_postprocess(self) -> None:
-        """Also set up FSDP on CPUs: torch can shard there, but accelerate only asks it to on
-        accelerators."""
-        if self.args.fsdp and self.args.use_cpu and self.args.world_size > 1:
-            PartialState().distributed_type = DistributedType.MULTI_GPU
-        super().create_accelerator_and_postprocess()
-
     def get_train_dataloader(self) -> Any:
         """This process's rows, in an order that depends on the seed and the epoch; an iterable
         dataset in its own order."""
         args, reader = self.args, self.train_dataset
-        if isinstance(reader, torch.utils.data.IterableDataset):
-            return super().get_train_dataloader()
-        if not hasattr(reader, "iterate"):
+        if not hasattr(reader, "iterate") and not isinstance(reader, torch.utils.data.IterableDataset):
             reader = ShuffledRows(reader, args.data_seed)
         return step_loader(
             reader,
@@ -281,6 +297,10 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         return str(Path(folder, UNFINISHED)) if self._saving else folder
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        with self.around_save() if self.args.should_save else nullcontext():
+            self._write_checkpoint(model, trial)
+
+    def _write_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write a checkpoint to a temporary folder, then rename it; raises TrainingError if it
         cannot be written."""
         state, folder = self.state, Path(self._get_output_dir(trial))
@@ -319,15 +339,6 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         if self.accelerator.num_processes == 1:
             return number
         return int(self.accelerator.gather(torch.tensor([number], device=self.args.device)).max())
-
-    def _add_metrics(self, metrics: dict[str, torch.Tensor], columns: dict[str, Any], share: bool) -> None:
-        count = len(columns["length"])
-        for name, value in metrics.items():
-            total, weight = self._metrics.get(name, (0.0, 0))
-            if not math.isnan(scalar := value.item()):
-                self._metrics[name] = total + scalar * count, weight + count
-        saved = saved_tokens(columns["prompt_token_ids"]) if share else 0
-        self._meter.add(sum(columns["length"]), sum(map(len, columns["completion_token_ids"])), saved)
 
 
 class QRPOTrainer(CompletionTrainer):
@@ -374,21 +385,19 @@ class QRPOTrainer(CompletionTrainer):
         args = self.args
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         with adapters_off(self.model):
-            scores = score_logprobs(
-                self.model, rows, args.token_budget, dtype=dtype, share_prompts=self._can_share
-            )
+            scores = score_logprobs(self.model, rows, args.token_budget, dtype=dtype, layout=self._layout)
             for row, ref_logprob_K in zip(rows, scores, strict=True):
                 row["ref_logprob"] = ref_logprob_K
 
     def before_first_step(self, rows: Sequence[Any]) -> None:
         """Compare the policy with the data's reference: before the first step they are the same
         model."""
-        if not rows or "ref_logprob" not in rows[0]:
+        if "ref_logprob" not in rows[0]:
             return
         limit = self.args.max_initial_log_ratio
         self.model.eval()
         with torch.no_grad():
-            metrics = check_reference(
+            mean, largest = check_reference(
                 rows,
                 partial(self.logprobs, self.model),
                 limit=ROUNDING[self.compute_dtype()] if limit is None else limit,
@@ -396,7 +405,27 @@ class QRPOTrainer(CompletionTrainer):
                 vocab_size=self.model.config.get_text_config().vocab_size,
                 tokenizer=self.processing_class,
             )
-        self.log(metrics)
+        if self.accelerator.num_processes > 1:
+            ranks = gather_object([(mean, largest)])
+            mean, largest = np.nanmean(ranks, axis=0)[0], np.nanmax(ranks, axis=0)[1]
+        self.log({"initial_log_ratio/mean_abs": float(mean), "initial_log_ratio/max_abs": float(largest)})
+
+
+def _placeholder(rows: Sequence[Any]) -> dict[str, Any]:
+    """A row with one completion, for a rank that has none to train on."""
+    for row in rows:
+        if len(row["completion_token_ids"]):
+            return select_completions(row, [0])
+    unknown = {name: [math.nan] for name in PER_COMPLETION if name in rows[0]}
+    return {**rows[0], **unknown, "completion_token_ids": [[0]]}
+
+
+def _without_tokens(columns: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    """What metrics need of the columns: lengths in place of tokens."""
+    prompts, completions = columns["prompt_token_ids"], columns["completion_token_ids"]
+    rest = {name: column for name, column in columns.items() if name not in ("prompt_token_ids", "prompt_id")}
+    saved = [saved_tokens(prompts) if layout == "shared" else 0]
+    return {**rest, "completion_token_ids": [range(len(ids)) for ids in completions], "saved": saved}
 
 
 def _mean_ref_std(rows: Any) -> float:

@@ -6,9 +6,10 @@ committed while the engine goes on with the next.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from pydantic import Field
@@ -16,10 +17,11 @@ from pydantic import Field
 from qrpo.config import Section, execution_option, keyed
 from qrpo.data.chat import encode_completion, encode_prompt, load_tokenizer
 from qrpo.engines import EngineConfig
-from qrpo.engines.sampling import Engine, Sample, SampleRequest, SamplingConfig, length_problem, sample_seed
+from qrpo.engines.sampling import Engine, Sample, SampleRequest, SamplingConfig, sample_seed
 from qrpo.errors import DataError
-from qrpo.models import ModelConfig
-from storage import Manifest, PartRecord, Store, fingerprint
+from qrpo.models import ModelConfig, dtype_setting
+from qrpo.models.limits import model_limits
+from storage import Manifest, PartKey, PartRecord, Store, fingerprint
 from storage.checks import at_least, finite, one_of
 from storage.table import Table, column
 from tasks.engines import engine_for
@@ -31,13 +33,19 @@ from tasks.stages.quantiles import TrainOn
 from tasks.stages.reference import model_for
 from tasks.work import Work
 
+if TYPE_CHECKING:
+    import polars as pl
+
 __all__ = [
     "STAGE",
     "TABLE",
     "CompletionsConfig",
     "compute",
+    "count_cut",
     "engine_settings",
     "plan",
+    "prompt_tokens",
+    "remark_on_cut",
     "sample_requests",
     "sample_row",
     "samples_of",
@@ -58,6 +66,7 @@ TABLE = Table(
             column("token_ids", pa.list_(pa.int32())),
             column("finish_reason", pa.string(), null=True),
             column("sampled_logprob", pa.float32(), null=True),
+            column("prompt_token_ids", pa.list_(pa.int32()), null=True),  # what it was sampled from
         ]
     ),
     key=("prompt_id", "origin", "sample_index"),
@@ -124,13 +133,14 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
         blocks = [("reference", family, inputs, section.num_ref)]
         if before is not None and split == "train":
             blocks.append(("policy", policy_family, (prompts.key, before.key), settings.policy_samples))
+        first: tuple[PartKey, ...] = ()
         for origin, of, sources, samples in blocks:
             for start in range(0, samples, section.samples_per_part):
                 stop = min(start + section.samples_per_part, samples)
                 key = part_key("completions", of, prompts.slice["ids"], start, stop)
-                parts.append(
-                    PartPlan(key, sources, {**common, "origin": origin, "start": start, "stop": stop})
-                )
+                span = {**common, "origin": origin, "start": start, "stop": stop}
+                parts.append(PartPlan(key, (*sources, *first), span))
+                first = first or (key,)  # what all samples of a prompt are drawn from
     sampled = [family, section.num_ref]
     rows = {
         "train": fingerprint(
@@ -149,7 +159,10 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
 
 def engine_settings(engine: EngineConfig, model: ModelConfig) -> dict[str, Any]:
     """The engine's settings for fingerprints, with the dtype that it really samples in."""
-    return {**keyed(engine), "dtype": engine.dtype if engine.dtype != "auto" else model.dtype}
+    dtype: str = engine.dtype
+    if dtype == "auto":
+        dtype = dtype_setting(model, unstated_is_saved=engine.kind == "transformers")
+    return {**keyed(engine), "dtype": dtype}
 
 
 def samples_of(part: PartPlan, prompts: Mapping[str, int]) -> list[tuple[str, str, int]]:
@@ -161,6 +174,25 @@ def samples_of(part: PartPlan, prompts: Mapping[str, int]) -> list[tuple[str, st
         for prompt_id, offline in prompts.items()
         for index in (range(offline) if span is None else span)
     ]
+
+
+def prompt_tokens(store: Store, records: Iterable[PartRecord]) -> dict[str, list[int]]:
+    """The token ids that the samples of these parts were drawn from, by prompt.
+
+    A template may render another prompt on another day (the date), so what was sampled from is kept
+    and not rendered again. Parts of earlier versions do not have it.
+    """
+    tokens: dict[str, list[int]] = {}
+    for record in records:
+        rows = store.scan([record])
+        if "prompt_token_ids" in rows.collect_schema():
+            tokens = _tokens_by_prompt(rows) | tokens
+    return tokens
+
+
+def _tokens_by_prompt(rows: "pl.LazyFrame") -> dict[str, list[int]]:
+    known = rows.select("prompt_id", "prompt_token_ids").drop_nulls()
+    return dict(known.unique("prompt_id", keep="first", maintain_order=True).collect().iter_rows())
 
 
 def compute(work: Work[Settings]) -> Iterator[PartRecord]:
@@ -176,13 +208,16 @@ def compute(work: Work[Settings]) -> Iterator[PartRecord]:
 
 def _encode_offline(work: Work[Settings], part: PartPlan) -> PartRecord:
     started = time.monotonic()
-    tokenizer = load_tokenizer(model_for(work, part, work.settings.model))
+    model = model_for(work, part, work.settings.model)
+    tokenizer, limits = load_tokenizer(model), model_limits(model)
     rows: list[dict[str, Any]] = []
     rejects = []
     for prompt in prompt_rows(work, part, "messages", "offline_completions").values():
         for index, text in enumerate(prompt["offline_completions"]):
             try:
-                token_ids = encode_completion(tokenizer, prompt["messages"], text)
+                token_ids = encode_completion(tokenizer, prompt["messages"], text, prompt["tools"])
+                if unknown := limits.unknown_token(token_ids):
+                    raise DataError(unknown)
             except DataError as error:
                 key = f"{prompt['prompt_id']}/offline/{index}"
                 rejects.append({"key": key, "reason": error, "prompt_id": prompt["prompt_id"]})
@@ -198,8 +233,17 @@ class _PartInProgress:
         self.part = part
         self.span = range(part.slice["start"], part.slice["stop"])
         self.prompts = prompt_rows(work, part, "messages")
-        reusable = reusable_rows(work, part, on=["prompt_id", "sample_index"]).to_dicts()
-        self.rows = [r for r in reusable if r["prompt_id"] in self.prompts and r["sample_index"] in self.span]
+        reusable = reusable_rows(work, part, on=["prompt_id", "sample_index"])
+        siblings = [key for key in part.inputs if key.stage == "completions"]
+        self.tokens = prompt_tokens(work.store, work.store.find_parts(siblings).values())
+        if "prompt_token_ids" in reusable.columns:
+            self.tokens |= _tokens_by_prompt(reusable.lazy())
+            reusable = reusable.drop("prompt_token_ids")
+        self.rows = [
+            row
+            for row in reusable.to_dicts()
+            if row["prompt_id"] in self.prompts and row["sample_index"] in self.span
+        ]
         self.reused = len(self.rows)
         self.rejects: list[dict[str, Any]] = []
         there = {(row["prompt_id"], row["sample_index"]) for row in self.rows}
@@ -216,7 +260,9 @@ def _sample(work: Work[Settings], origin: str) -> Iterator[PartRecord]:
     model = model_for(work, work.parts[0], work.settings.model, stage=origin)
     engine = engine_for(work.settings.section.engine, model, work.log)
     waiting: dict[str, list[_PartInProgress]] = {}
-    for part in [_PartInProgress(work, part) for part in work.parts]:
+    parts = [_PartInProgress(work, part) for part in work.parts]
+    tokens = {prompt_id: ids for part in reversed(parts) for prompt_id, ids in part.tokens.items()}
+    for part in parts:
         for prompt_id in part.waiting:
             waiting.setdefault(prompt_id, []).append(part)
         if not part.waiting:
@@ -224,7 +270,10 @@ def _sample(work: Work[Settings], origin: str) -> Iterator[PartRecord]:
     prompts = [parts[0].prompts[prompt_id] for prompt_id, parts in waiting.items()]
     wanted = {p: [index for part in parts for index in part.waiting[p]] for p, parts in waiting.items()}
     sampling, seed = work.settings.section.sampling, work.settings.seed
-    requests, refused = sample_requests(engine, model, prompts, wanted, sampling, seed, namespace=origin)
+    requests, refused = sample_requests(engine, model, prompts, wanted, sampling, seed, origin, tokens)
+    tokens |= {request.key: list(request.prompt_token_ids) for request in requests}
+    for part in parts:
+        part.tokens = tokens
     for prompt_id, reason in refused.items():
         for part in waiting[prompt_id]:
             part.rejects.append({"key": prompt_id, "reason": reason, "prompt_id": prompt_id})
@@ -249,10 +298,9 @@ def _done_with(
 
 
 def _commit(work: Work[Settings], part: _PartInProgress, started: float) -> PartRecord:
-    counts = {"computed": len(part.rows) - part.reused, "reused": part.reused}
-    return work.commit(
-        part.part, _table(part.rows), table=TABLE, started=started, rejects=part.rejects, metadata=counts
-    )
+    counts = {"computed": len(part.rows) - part.reused, "reused": part.reused, "cut": count_cut(part.rows)}
+    rows = _table(part.rows, part.tokens)
+    return work.commit(part.part, rows, table=TABLE, started=started, rejects=part.rejects, metadata=counts)
 
 
 def sample_requests(
@@ -263,18 +311,22 @@ def sample_requests(
     sampling: SamplingConfig,
     seed: int,
     namespace: str,
+    tokens: Mapping[str, Sequence[int]],
 ) -> tuple[list[SampleRequest], dict[str, str]]:
-    """Requests for the wanted sample indices of each prompt, and the prompts that cannot be asked with the reason."""
-    tokenizer = load_tokenizer(model)
+    """Requests for the wanted sample indices of each prompt, and the prompts that cannot be asked with the reason.
+
+    `tokens` has the token ids of prompts that were sampled from before; only the others are rendered.
+    """
+    tokenizer, limits = load_tokenizer(model), model_limits(model, engine.max_model_len)
     requests, refused = [], {}
     for prompt in prompts:
         prompt_id = prompt["prompt_id"]
         try:
-            token_ids = encode_prompt(tokenizer, prompt["messages"])
+            token_ids = tokens.get(prompt_id) or encode_prompt(tokenizer, prompt["messages"], prompt["tools"])
         except DataError as error:
             refused[prompt_id] = str(error)
             continue
-        problem = length_problem(token_ids, engine.max_model_len, sampling.max_tokens)
+        problem = limits.problem(token_ids, sampling.max_tokens)
         if problem:
             refused[prompt_id] = problem
             continue
@@ -289,9 +341,15 @@ def sample_row(prompt_id: str, sample: Sample, origin: str) -> dict[str, Any]:
     return _row(prompt_id, sample.index, origin, sample.text, sample.token_ids, sample.finish_reason, logprob)
 
 
-def _table(rows: list[dict[str, Any]]) -> pa.Table:
+def _table(
+    rows: list[dict[str, Any]], tokens: Mapping[str, Sequence[int]] = MappingProxyType({})
+) -> pa.Table:
+    rows.sort(key=lambda row: (row["prompt_id"], row["sample_index"]))
     table = pa.Table.from_pylist(rows, schema=TABLE.schema)
-    return table.sort_by([("prompt_id", "ascending"), ("sample_index", "ascending")])
+    place = {prompt_id: number for number, prompt_id in enumerate(tokens)}
+    places = pa.array([place.get(row["prompt_id"]) for row in rows], pa.int32())
+    sampled_from = pa.array(list(tokens.values()), pa.list_(pa.int32())).take(places)
+    return table.set_column(table.num_columns - 1, TABLE.schema.field("prompt_token_ids"), sampled_from)
 
 
 def _row(
@@ -321,6 +379,23 @@ def _lost_rows(manifest: Manifest, store: Store) -> tuple[int, int]:
     return lost, manifest.rows + lost
 
 
+def count_cut(rows: Sequence[Mapping[str, Any]]) -> int:
+    """How many completions ended by their length limit."""
+    return sum(row["finish_reason"] == "length" for row in rows)
+
+
+def remark_on_cut(manifest: Manifest) -> str | None:
+    """What to say if most completions ended by their length limit, as far as the parts counted them."""
+    counted = [part for part in manifest.parts if "cut" in part.metadata]
+    cut, rows = sum(part.metadata["cut"] for part in counted), sum(part.rows for part in counted)
+    if cut <= rows / 2:
+        return None
+    return (
+        f"{cut} of {rows} samples were cut at max_tokens. If they run on past the end of the answer, name the token that "
+        "ends it in completions.sampling.stop_token_ids; if not, raise completions.sampling.max_tokens"
+    )
+
+
 def _to_sample(settings: Settings, part: PartPlan, prompts: Mapping[str, int]) -> list[tuple[str, str, int]]:
     return samples_of(part, prompts) if part.slice["origin"] != "offline" else []  # these are only encoded
 
@@ -336,7 +411,9 @@ STAGE = Stage(
     table=TABLE,
     plan=plan,
     compute=compute,
+    gpus=lambda settings: settings.section.engine.gpus,
     reuse=RowReuse("completions to sample", _to_sample, ("prompt_id", "origin", "sample_index")),
     lost_rows=_lost_rows,
+    remark=remark_on_cut,
     chart="tasks.charts:completion_lengths",
 )

@@ -10,8 +10,8 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,19 +23,27 @@ from qrpo.config import Section, keyed
 from qrpo.data.chat import load_tokenizer
 from qrpo.engines import EngineConfig
 from qrpo.engines.sampling import SamplingConfig
-from qrpo.errors import ConfigError
 from qrpo.method.quantiles import quantile_rewards
-from qrpo.models import ModelConfig, model_identity
+from qrpo.models import ModelConfig
 from qrpo.rewards import RewardConfig
 from qrpo.training.settings import PolicyConfig
 from storage import PartRecord, Store, fingerprint
 from storage.checks import at_least, finite, in_range, lists_agree, rule
 from storage.table import Table, column
 from tasks.engines import close_engine, engine_for
+from tasks.models import known_identity
 from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key
 from tasks.reuse import reusable_rows
 from tasks.stage import RowReuse, Stage, setting
-from tasks.stages.completions import engine_settings, sample_requests, sample_row
+from tasks.stages.completions import (
+    count_cut,
+    engine_settings,
+    prompt_tokens,
+    remark_on_cut,
+    sample_requests,
+    sample_row,
+)
+from tasks.stages.policy import checkpoint_model
 from tasks.stages.prompts import prompt_rows
 from tasks.stages.reference import model_for
 from tasks.stages.rewards import (
@@ -43,13 +51,14 @@ from tasks.stages.rewards import (
     input_digest,
     known_scores,
     missing_rewards,
+    reward_gpus,
     reward_settings,
     sees_tokens,
 )
 from tasks.stages.shards import LogprobScorer
 from tasks.work import Work
 
-__all__ = ["STAGE", "TABLE", "EvaluationConfig", "checkpoint_model", "compute", "plan", "sample", "summary"]
+__all__ = ["STAGE", "TABLE", "EvaluationConfig", "compute", "plan", "sample", "summary"]
 
 VERSION = 3
 
@@ -62,7 +71,7 @@ TABLE = Table(
             column("text", pa.string()),
             column("token_ids", pa.list_(pa.int32())),
             column("finish_reason", pa.string(), null=True),
-            column("reward", pa.float32(), null=True),
+            column("reward", pa.float64(), null=True),
             column("quantile_reward", pa.float32(), null=True),
             column("model_logprob", pa.float32(), null=True),
             column("ref_logprob", pa.float32(), null=True),
@@ -122,7 +131,7 @@ class Settings:
 
 def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     """One part for every model and eval prompts part; none where no prompt is held out or nothing is trained."""
-    rewards, reward_identity = reward_settings(settings.rewards)
+    rewards, reward_identity = reward_settings(settings.rewards, upstream.store)
     hashed = {
         **keyed(settings.section),
         "seed": settings.seed,
@@ -134,17 +143,20 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     outside = {"model": upstream.reference_identity, "rewards": reward_identity}
     family = make_family("evaluation", VERSION, hashed, outside)
     policy = upstream["policy"]
-    others = {name: _identity(model) for name, model in settings.section.models.items()}
+    others = {name: _identity(model, upstream.store) for name, model in settings.section.models.items()}
     on_the_way = {f"step-{step}": [policy.fingerprint, step] for step in settings.section.checkpoints}
     models = {"policy": policy.fingerprint, "reference": None, **on_the_way, **others}
     quantiles_of = upstream["quantiles"].by_prompts()
+    completions_of = upstream["completions"].by_prompts()
     parts = []
     for name, identity in models.items() if policy.parts else ():
         for prompts in upstream.prompt_parts("eval"):
             (quantiles,) = quantiles_of[prompts.key.fingerprint]
             key = part_key("evaluation", family, name, identity, quantiles.key.fingerprint)
             trained = [part.key for part in policy.parts] if name == "policy" or name in on_the_way else []
-            inputs = (prompts.key, quantiles.key, *trained, *upstream.reference_inputs)
+            # the first completions part has the prompts' tokens; a model of its own has a template of its own
+            tokens = [part.key for part in completions_of[prompts.key.fingerprint][:1] if name not in others]
+            inputs = (prompts.key, quantiles.key, *tokens, *trained, *upstream.reference_inputs)
             common = {"prompts": prompts.key.fingerprint, "split": "eval", "model": name}
             parts.append(PartPlan(key, inputs, {**common, "identity": fingerprint([identity])}))
     rows = {"eval": fingerprint([family, models, upstream["quantiles"].rows["eval"]])}
@@ -152,8 +164,8 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     return StagePlan("evaluation", family, hashed, outside, tuple(parts), parents, rows)
 
 
-def _identity(model: ModelConfig) -> dict[str, Any]:
-    identity = model_identity(model)
+def _identity(model: ModelConfig, store: Store) -> dict[str, Any]:
+    identity = known_identity(model, store, "evaluation")
     return identity if model.dtype == "auto" else {**identity, "dtype": model.dtype}
 
 
@@ -210,11 +222,12 @@ def _draw(
     samples: Samples,
 ) -> None:
     settings = work.settings
-    part = next(part for part in work.parts if part.slice["model"] == name)
-    model = _model(work, part)
+    parts = _by_model(work)[name]
+    model = _model(work, parts[0])
     engine = engine_for(settings.engine, model, work.log)
+    known = prompt_tokens(work.store, [one for part in parts for one in work.inputs(part, "completions")])
     requests, reasons = sample_requests(
-        engine, model, prompts, wanted, settings.sampling, settings.seed, f"evaluation/{name}"
+        engine, model, prompts, wanted, settings.sampling, settings.seed, f"evaluation/{name}", known
     )
     samples.refused.update({(name, prompt_id): reason for prompt_id, reason in reasons.items()})
     tokens = {request.key: list(request.prompt_token_ids) for request in requests}
@@ -252,18 +265,6 @@ def _model(work: Work[Settings], part: PartPlan) -> ModelConfig:
     return checkpoint_model(model_for(work, part, work.settings.model, "policy"), int(step))
 
 
-def checkpoint_model(policy: ModelConfig, step: int) -> ModelConfig:
-    """The model of a step of the training that made the policy; ConfigError where its folder does not keep that one."""
-    folder = Path(policy.path) / "checkpoints"
-    if not (folder / str(step)).is_dir():
-        kept = ", ".join(sorted((path.name for path in folder.glob("*")), key=int)) or "none"
-        raise ConfigError(
-            f"evaluation.checkpoints: the policy keeps no checkpoint of step {step}; its checkpoints: {kept}. "
-            "policy.checkpoint_steps says which are kept, in a training run of their own"
-        )
-    return policy.model_copy(update={"path": str(folder / str(step))})
-
-
 def _score_logprobs(work: Work[Settings], rows: Sequence[dict[str, Any]]) -> None:
     """Log-probabilities of every sample and its tokens under the model that drew it and under the reference.
 
@@ -275,29 +276,28 @@ def _score_logprobs(work: Work[Settings], rows: Sequence[dict[str, Any]]) -> Non
     reference = model_for(work, work.parts[0], settings.model)
     vocabulary = load_tokenizer(reference).get_vocab()
     comparable: list[dict[str, Any]] = []
+
+    def score(model: ModelConfig, rows: Sequence[dict[str, Any]], column: str) -> None:
+        with closing(LogprobScorer(model, settings.policy.dtype, settings.token_budget)) as scorer:
+            scorer.score_tokens(rows, column)
+
     for name, parts in _by_model(work).items():
         own, model = [row for row in rows if row["model"] == name], _model(work, parts[0])
         if own and name in settings.section.models and load_tokenizer(model).get_vocab() != vocabulary:
             continue
         comparable += own
         if own and name != "reference":
-            LogprobScorer(model, settings.policy.dtype, settings.token_budget).score_tokens(
-                own, "model_token_logprobs"
-            )
+            score(model, own, "model_token_logprobs")
     if comparable:
-        LogprobScorer(reference, settings.policy.dtype, settings.token_budget).score_tokens(
-            comparable, "ref_token_logprobs"
-        )
+        score(reference, comparable, "ref_token_logprobs")
     for row in comparable:
         row.setdefault("model_token_logprobs", row["ref_token_logprobs"])
-        row["model_logprob"], row["ref_logprob"] = (
-            sum(row["model_token_logprobs"]),
-            sum(row["ref_token_logprobs"]),
-        )
+        row["model_logprob"] = sum(row["model_token_logprobs"])
+        row["ref_logprob"] = sum(row["ref_token_logprobs"])
 
 
 _COMPONENTS = pa.list_(
-    pa.struct([pa.field("name", pa.string(), nullable=False), pa.field("value", pa.float32())])
+    pa.struct([pa.field("name", pa.string(), nullable=False), pa.field("value", pa.float64())])
 )
 _SCHEMA = pa.schema(
     [*TABLE.schema, pa.field("components", _COMPONENTS), pa.field("input_digest", pa.string())]
@@ -348,17 +348,17 @@ def _score_part(
         table=TABLE,
         started=started,
         rejects=rejects,
-        metadata={"computed": total - reused, "reused": reused},
+        metadata={"computed": total - reused, "reused": reused, "cut": count_cut(rows)},
     )
 
 
 def _quantiles(rows: Sequence[Mapping[str, Any]], references: Mapping[str, Sequence[float]]) -> list[float]:
     """The quantile of every row's reward among its prompt's references; rows of one prompt stand together."""
     counts = Counter(row["prompt_id"] for row in rows)
-    refs = [np.asarray(references[prompt_id], dtype=np.float32) for prompt_id in counts]
+    refs = [references[prompt_id] for prompt_id in counts]
     quantiles = quantile_rewards(
-        np.array([row["reward"] for row in rows], dtype=np.float32),
-        np.concatenate([*refs, np.empty(0, dtype=np.float32)]),
+        np.array([row["reward"] for row in rows], dtype=np.float64),
+        np.concatenate([*refs, np.empty(0)]),
         offsets=np.cumsum([0, *counts.values()]),
         ref_offsets=np.cumsum([0, *map(len, refs)]),
         ties="mid",
@@ -375,7 +375,17 @@ def summary(settings: Settings, store: Store, stage_plan: StagePlan) -> dict[str
     parts = [stage_plan.records[part.key.fingerprint] for part in stage_plan.parts]
     table = store.scan(parts).select(COLUMNS).collect()
     promising = settings.policy if settings.policy.loss == "qrpo" else None
-    return {"summary": summarise(table.to_arrow(), promising, num_ref=settings.num_ref, seed=settings.seed)}
+    found = summarise(table.to_arrow(), promising, num_ref=settings.num_ref, seed=settings.seed)
+    plain, used = SamplingConfig(), settings.sampling
+    names = ("temperature", "top_p", "top_k", "min_p")
+    changed = {name: getattr(used, name) for name in names if getattr(used, name) != getattr(plain, name)}
+    if not changed:
+        return {"summary": found}
+    drawn = ", ".join(f"{name} {value:g}" for name, value in changed.items())
+    note = f"not the KL of the policy, which needs samples at temperature 1 without cuts: these have {drawn}"
+    for one in (found, *found.get("others", {}).values()):
+        one["kl"]["estimator"] += f"; {note}"
+    return {"summary": found, "note": f"the KL is {note}"}
 
 
 def _to_sample(settings: Settings, part: PartPlan, prompts: Mapping[str, int]) -> list[tuple[str, str, int]]:
@@ -424,6 +434,7 @@ STAGE = Stage(
     prepare=sample,
     compute=compute,
     in_child=True,
+    gpus=lambda settings: max(settings.engine.gpus, reward_gpus(settings.rewards)),
     reuse=RowReuse(
         "samples and scores",
         _to_sample,
@@ -434,5 +445,6 @@ STAGE = Stage(
     ),
     describe=summary,
     why_empty="no prompt is held out: set prompts.eval_fraction or prompts.eval_source",
+    remark=remark_on_cut,
     chart="tasks.charts:evaluation_rewards",
 )

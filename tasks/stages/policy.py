@@ -5,24 +5,26 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from qrpo.callables import source_digests
 from qrpo.config import keyed
 from qrpo.errors import ConfigError, DataError
 from qrpo.method.transforms import get_transform
 from qrpo.models import ModelConfig
 from qrpo.training.loader import held_out
-from qrpo.training.ranks import stream_ranks
+from qrpo.training.ranks import number_of_processes
 from qrpo.training.settings import PolicyConfig
 from storage import PartRecord, ShardReader, Store
 from tasks.plan import PartPlan, StagePlan, Upstream, add_digests, make_family, part_key, single_part
 from tasks.stage import Stage, setting
-from tasks.stages.reference import model_for
+from tasks.stages.reference import model_for, on_ranks, precision_settings
 from tasks.stages.shards import TABLE as SHARDS
 from tasks.training_files import training_files
 from tasks.work import Progress, Work, progress_of
 
-__all__ = ["STAGE", "compute", "plan", "train"]
+__all__ = ["STAGE", "checkpoint_model", "compute", "plan", "train"]
 
 VERSION = 4
 
@@ -44,8 +46,11 @@ class Settings:
 
 def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     """One part, the policy's folder, from all shards."""
-    hashed: dict[str, Any] = {**keyed(settings.section), "seed": settings.seed}
+    section = settings.section
+    hashed = {**keyed(section), **precision_settings(section, settings.model), "seed": settings.seed}
     outside = {"model": upstream.reference_identity}
+    if settings.section.uses_quantiles and ":" in settings.section.transform:
+        outside["transform"] = dict(source_digests(settings.section.transform))
     before = upstream.previous_policy
     if before is not None:
         outside["start"] = {"artifact": before.fingerprint}
@@ -82,6 +87,7 @@ def compute(work: Work[Settings]) -> Iterator[PartRecord | Progress]:
     """Train and commit the policy's folder. Runs in a child process; checkpoints lie in the store's work folder."""
     (part,) = work.parts
     started = time.monotonic()
+    work.resume(part)
     _, training, _ = _files(work, part)
     rows = sum(record.rows for record in training)
     if not rows:
@@ -89,30 +95,14 @@ def compute(work: Work[Settings]) -> Iterator[PartRecord | Progress]:
             "policy: no row is left to train on; `qrpo inspect RUN shards` and its rejects say why, and "
             "policy.eval_fraction how many are held out"
         )
-    processes = work.settings.section.processes
-    if processes == 1:
-        yield from train(work)
-    elif work.store.url.startswith("memory://"):
-        raise ConfigError(
-            f"policy.processes is {processes}, and a memory:// store is seen by one process only"
-        )
-    else:
-        yield from stream_ranks("tasks.stages.policy:train", work, processes=processes, log=work.log)
-    scratch = work.store.work_dir(part.key)
+    yield from on_ranks(train, work, work.settings.section)
+    scratch = work.folder(part)
     shutil.copy(scratch / "metrics.parquet", scratch / "final" / "metrics.parquet")
     if (scratch / "checkpoints").is_dir():
         shutil.copytree(scratch / "checkpoints", scratch / "final" / "checkpoints", dirs_exist_ok=True)
     reads = _row_sum(work.inputs(part, "shards"))
-    yield work.store.commit_folder(
-        part.key,
-        scratch / "final",
-        rows=rows,
-        parents=work.parent_digests(part),
-        metadata={"reads": reads} if reads else {},
-        seconds=time.monotonic() - started,
-        replace=part.replace,
-    )
-    work.store.clear_work(part.key)
+    metadata = {"reads": reads} if reads else {}
+    yield work.commit_folder(part, scratch / "final", rows=rows, started=started, metadata=metadata)
 
 
 def train(work: Work[Settings]) -> Iterator[Progress]:
@@ -141,11 +131,14 @@ def train(work: Work[Settings]) -> Iterator[Progress]:
     scaled = section.uses_quantiles and get_transform(section.transform).needs_scale
     if scaled and section.mean_ref_std is None:
         arguments = arguments.model_copy(update={"mean_ref_std": _mean_ref_std(work, part)})
-    folder = work.store.work_dir(part.key)
+    folder = work.folder(part)
+    options: dict[str, Any] = {
+        "seed": seed,
+        "eval_rows": eval_rows,
+        "saving": lambda: work.saving(part),
+    }
     yield from progress_of(
-        lambda report: train_policy(
-            model, reader, arguments, folder, seed=seed, eval_rows=eval_rows, on_progress=report
-        )
+        lambda report: train_policy(model, reader, arguments, folder, on_progress=report, **options)
     )
 
 
@@ -156,7 +149,7 @@ def _files(work: Work[Settings], part: PartPlan) -> tuple[Store, list[PartRecord
         work.store,
         work.inputs(part, "shards"),
         SHARDS,
-        work.store.work_dir(part.key) / "training-files",
+        work.folder(part) / "training-files",
         settings.seed,
         lambda prompt_id: held_out(prompt_id, settings.section.eval_fraction, settings.seed),
     )
@@ -166,6 +159,18 @@ def _mean_ref_std(work: Work[Settings], part: PartPlan) -> float:
     """The mean spread of reference rewards over all prompts, by which scaled transforms divide each prompt's own."""
     stds = work.store.scan(work.inputs(part, "shards")).select("ref_std").drop_nulls().collect()["ref_std"]
     return math.fsum(stds) / len(stds)  # exact, so the same in any order
+
+
+def checkpoint_model(policy: ModelConfig, step: int) -> ModelConfig:
+    """The model of a step of the training that made the policy; ConfigError where its folder does not keep that one."""
+    folder = Path(policy.path) / "checkpoints"
+    if not (folder / str(step)).is_dir():
+        kept = ", ".join(sorted((path.name for path in folder.glob("*")), key=int)) or "none"
+        raise ConfigError(
+            f"evaluation.checkpoints: the policy keeps no checkpoint of step {step}; its checkpoints: {kept}. "
+            "policy.checkpoint_steps says which are kept, in a training run of their own"
+        )
+    return policy.model_copy(update={"path": str(folder / str(step))})
 
 
 STAGE = Stage(
@@ -180,5 +185,6 @@ STAGE = Stage(
     compute=compute,
     in_child=True,
     trains=True,
+    gpus=lambda settings: number_of_processes(settings.section),
     chart="tasks.charts:training_loss",
 )

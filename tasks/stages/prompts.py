@@ -7,25 +7,31 @@ border, not all that follow.
 
 import hashlib
 import json
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 
 from qrpo.config import keyed
 from qrpo.data.prompts import Prompt, PromptsConfig, parse_row, read_rows, split_of
-from qrpo.data.sources import is_dataset, source_files
+from qrpo.data.sources import dataset_names, is_dataset, source_files
 from qrpo.errors import DataError
-from storage import PartKey, PartRecord, Store, file_digest, fingerprint
+from storage import PartKey, PartRecord, Store, file_digest, fingerprint, folder_digest
 from storage.checks import no_null_items, one_of
+from storage.names import TEMPORARY
 from storage.table import Table, column
 from tasks.plan import PartPlan, StagePlan, Upstream, add_digests, make_family
 from tasks.stage import Stage, setting
 from tasks.work import Work
 
-__all__ = ["STAGE", "TABLE", "compute", "content", "plan", "prompt_rows", "row_hash"]
+__all__ = ["STAGE", "TABLE", "compute", "content", "plan", "prompt_rows", "read_prompts", "row_hash"]
 
 VERSION = 1
 
@@ -47,6 +53,10 @@ TABLE = Table(
     key=("prompt_id",),
     checks=(one_of("split", ("train", "eval")), no_null_items("offline_completions")),
 )
+
+
+TOOL_USE = column("tool_use", pa.string(), null=True)
+"""Only in parts with tools: JSON of `messages` with their tool calls and of `tools`; null for a prompt without."""
 
 
 @dataclass(frozen=True)
@@ -72,21 +82,33 @@ class PromptsPart:
         ids = row_hash([row["prompt_id"] for row in self.rows])
         offline = row_hash([[row["prompt_id"], row["offline_completions"]] for row in self.rows])
         named = {"split": self.split, "rows": len(self.rows), "ids": ids, "offline": offline}
-        return PartPlan(key, (), {**named, **_content(self.rows)})
+        tools = {TOOL_USE.name: True} if any(TOOL_USE.name in row for row in self.rows) else {}
+        return PartPlan(key, (), {**named, **tools, **_content(self.rows)})
+
+    def table(self) -> pa.Table:
+        """The part's rows."""
+        uses_tools = any(TOOL_USE.name in row for row in self.rows)
+        return pa.Table.from_pylist(
+            self.rows, schema=TABLE.schema.append(TOOL_USE) if uses_tools else TABLE.schema
+        )
 
 
 def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     """The parts as an earlier run of the same source and settings cut them; none are known where there was none."""
-    section = keyed(settings.section)
-    outside = source_identity(settings.section)
-    family = make_family("prompts", VERSION, section, outside)
-    artifact = fingerprint(["prompts", family])
-    empty = StagePlan("prompts", family, section, outside, (), {}, artifact=artifact, known=False)
-    manifest = upstream.store.manifest("prompts", artifact)
+    empty = _unread(settings.section, source_identity(settings.section, {}))
+    manifest = upstream.store.manifest("prompts", empty.fingerprint)
     if manifest is None:
         return empty
     parts = tuple(PartPlan(record.key, (), record.metadata) for record in manifest.parts)
-    return replace(empty, parts=parts, known=True)
+    return replace(empty, parts=parts, known=True, manifest=manifest)
+
+
+def _unread(config: PromptsConfig, outside: dict[str, Any]) -> StagePlan:
+    """The plan without parts, for sources of this identity."""
+    section = keyed(config)
+    family = make_family("prompts", VERSION, section, outside)
+    artifact = fingerprint(["prompts", family])
+    return StagePlan("prompts", family, section, outside, (), {}, artifact=artifact, known=False)
 
 
 def content(upstream: Upstream, split: str, columns: str) -> str:
@@ -96,40 +118,79 @@ def content(upstream: Upstream, split: str, columns: str) -> str:
         if columns in part.slice:
             sums.append(part.slice[columns])
         else:  # written by an earlier version
-            record = upstream.store.part(part.key)
-            assert record is not None, f"{part.key} is in the plan, and not in the store"
+            record = upstream["prompts"].records[part.key.fingerprint]
             sums.append(_content(upstream.store.read_part(record).to_pylist())[columns])
     return add_digests(sums)
 
 
 def prompt_rows(work: Work[Any], part: PartPlan, *columns: str) -> dict[str, dict[str, Any]]:
-    """These columns of the prompts that `part` is made from, by prompt id, in the part's order."""
-    table = work.store.read_part(work.input(part, "prompts"), columns=["prompt_id", *columns])
-    return {row["prompt_id"]: row for row in table.to_pylist()}
+    """These columns of the prompts that `part` is made from, by prompt id, in the part's order.
+
+    With `messages` also `tools`, as chat templates take them.
+    """
+    return {row["prompt_id"]: row for row in read_prompts(work.store, work.input(part, "prompts"), *columns)}
 
 
-def source_identity(config: PromptsConfig) -> dict[str, Any]:
-    """What the sources are: the digests of their files, or a hub dataset's name as it is given."""
+def read_prompts(store: Store, record: PartRecord, *columns: str) -> list[dict[str, Any]]:
+    """These columns of a prompts part and the prompts' ids; with `messages` also `tools`."""
+    wanted = ["prompt_id", *columns]
+    if "messages" in columns and record.metadata.get(TOOL_USE.name):
+        wanted.append(TOOL_USE.name)
+    rows: list[dict[str, Any]] = store.read_part(record, columns=wanted).to_pylist()
+    for row in rows if "messages" in columns else ():
+        row |= {"tools": [], **json.loads(row.pop(TOOL_USE.name, None) or "{}")}
+    return rows
+
+
+def source_identity(config: PromptsConfig, copies: "Copies") -> dict[str, Any]:
+    """What the sources, or their copies, are: the digests of files, or a hub dataset's name as it is given."""
     named = {"source": config.source, "eval_source": config.eval_source}
-    return {
-        name: source if is_dataset(source) else [file_digest(url) for url in source_files(source)]
-        for name, source in named.items()
-        if source is not None
-    }
+    return {name: _identity(source, copies) for name, source in named.items() if source is not None}
 
 
-def _read_all(config: PromptsConfig) -> Iterator[tuple[str, str, Prompt | DataError]]:
+def _identity(source: str, copies: "Copies") -> Any:
+    if not is_dataset(source):
+        files = copies[source].values() if source in copies else source_files(source)
+        return [file_digest(file) for file in files]
+    folder, *which = dataset_names(source)
+    return {"which": which, "files": folder_digest(folder)} if os.path.isdir(folder) else source
+
+
+Copies = dict[str, dict[str, Path]]
+"""Source -> URL of each of its files -> a local copy."""
+
+
+def _copied(config: PromptsConfig, folder: Path) -> Copies:
+    """Copies of the sources' files as they are now: a source may grow or change while it is read."""
+    copies: Copies = {}
+    for source in (config.source, config.eval_source):
+        if source is None or is_dataset(source):
+            continue
+        copies[source] = {}
+        for number, url in enumerate(source_files(source)):
+            suffixes = "".join(PurePosixPath(url).suffixes[-2:])
+            copy = folder / f"{len(copies)}-{number}{suffixes}"
+            try:
+                with fsspec.open(url, "rb") as file, copy.open("xb") as written:
+                    shutil.copyfileobj(file, written)
+            except OSError as error:
+                raise DataError(f"cannot copy {url} into {folder} to read it: {error}") from error
+            copies[source][url] = copy
+    return copies
+
+
+def _read_all(config: PromptsConfig, copies: Copies) -> Iterator[tuple[str, str, Prompt | DataError]]:
     """(where, split, prompt or why there is none) for every row of the sources, in order."""
-    yield from _read_source(config, config.source, None)
+    yield from _read_source(config, config.source, None, copies)
     if config.eval_source is not None:
-        yield from _read_source(config, config.eval_source, "eval")
+        yield from _read_source(config, config.eval_source, "eval", copies)
 
 
-def cut(config: PromptsConfig, part_size: int) -> Iterator[PromptsPart]:
+def cut(config: PromptsConfig, part_size: int, copies: Copies) -> Iterator[PromptsPart]:
     """The parts of the sources, of about `part_size` prompts each; a repeated prompt is a reject."""
     parts = {split: PromptsPart(split) for split in ("train", "eval")}
     seen: dict[str, str] = {}
-    for where, split, prompt in _read_all(config):
+    for where, split, prompt in _read_all(config, copies):
         if isinstance(prompt, DataError):
             parts[split].rejects.append({"key": where, "reason": str(prompt)})
         elif prompt.prompt_id in seen:
@@ -146,28 +207,54 @@ def cut(config: PromptsConfig, part_size: int) -> Iterator[PromptsPart]:
             yield part
 
 
-def compute(work: Work[Settings]) -> Iterator[tuple[PartRecord, bool]]:
-    """Read the sources and commit every part that the store does not have: (record, whether it is new)."""
-    for part in cut(work.settings.section, work.settings.part_size):
-        started = time.monotonic()
-        planned = part.plan()
-        record = work.store.part(planned.key)
-        new = record is None
-        if record is None:
-            table = pa.Table.from_pylist(part.rows, schema=TABLE.schema)
-            record = work.commit(planned, table, table=TABLE, started=started, rejects=part.rejects)
-        yield record, new
+def compute(work: Work[Settings]) -> Iterator[tuple[PartRecord, bool] | StagePlan]:
+    """Read the sources as they are now and commit every part that the store does not have.
+
+    Yields (record, whether it is new) for each part, and the plan of what was read.
+    """
+    section = work.settings.section
+    place = work.store.local_path("work")
+    if place is not None:
+        place.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=TEMPORARY, dir=place) as folder:
+        copies = _copied(section, Path(folder))
+        yield _unread(section, source_identity(section, copies))
+        for part in cut(section, work.settings.part_size, copies):
+            started = time.monotonic()
+            planned = part.plan()
+            record = work.store.part(planned.key)
+            new = record is None
+            if record is None:
+                record = work.commit(
+                    planned, part.table(), table=TABLE, started=started, rejects=part.rejects
+                )
+            yield record, new
 
 
 def _read(settings: Settings) -> Iterator[tuple[PartPlan, list[dict[str, Any]]]]:
-    for part in cut(settings.section, settings.part_size):
+    for part in cut(settings.section, settings.part_size, {}):
         yield part.plan(), part.rows
 
 
+def _rows(source: str, copies: Copies) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+    """The rows of a source, from copies where it has some, each with its place in the source."""
+    if source not in copies:
+        yield from read_rows(source)
+        return
+    for url, copy in copies[source].items():
+        path = str(copy)
+        try:
+            for where, row in read_rows(path):
+                named = DataError(str(row).replace(path, url)) if isinstance(row, DataError) else row
+                yield where.replace(path, url, 1), named
+        except DataError as error:
+            raise DataError(str(error).replace(path, url)) from error
+
+
 def _read_source(
-    config: PromptsConfig, source: str, split: str | None
+    config: PromptsConfig, source: str, split: str | None, copies: Copies
 ) -> Iterator[tuple[str, str, Prompt | DataError]]:
-    for number, (where, row) in enumerate(read_rows(source)):
+    for number, (where, row) in enumerate(_rows(source, copies)):
         if config.limit is not None and number >= config.limit:
             return
         if isinstance(row, DataError):
@@ -188,9 +275,13 @@ def _ends_part(prompt_id: str, size: int, part_size: int) -> bool:
 
 
 def _row(prompt: Prompt, split: str, source: str) -> dict[str, Any]:
+    plain = [{"role": message["role"], "content": message["content"]} for message in prompt.messages]
+    tool_use = {"messages": prompt.messages, "tools": prompt.tools}
+    further = {TOOL_USE.name: json.dumps(tool_use, ensure_ascii=False)}
     return {
+        **(further if prompt.tools or plain != prompt.messages else {}),
         "prompt_id": prompt.prompt_id,
-        "messages": prompt.messages,
+        "messages": plain,
         "split": split,
         "source": source,
         "offline_completions": prompt.offline_completions,

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from qrpo.config import Section, keyed
 from qrpo.method.quantiles import quantile_bounds, quantile_rewards
-from storage import PartRecord, fingerprint
+from storage import PartRecord, Store, fingerprint
 from storage.checks import ascending, at_least, finite, in_range, length_equals, lists_agree, ordered
 from storage.table import Table, column
 from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key
@@ -32,7 +32,7 @@ VERSION = 1
 TRAINING_COLUMNS = (
     column("sample_index", pa.list_(pa.int32())),
     column("origin", pa.list_(pa.string())),
-    column("reward", pa.list_(pa.float32())),
+    column("reward", pa.list_(pa.float64())),
     column("quantile_reward", pa.list_(pa.float32())),
     column("quantile_low", pa.list_(pa.float32())),
     column("quantile_high", pa.list_(pa.float32())),
@@ -54,10 +54,11 @@ TABLE = Table(
     schema=pa.schema(
         [
             column("prompt_id", pa.string()),
-            column("ref_rewards", pa.list_(pa.float32())),
+            column("ref_rewards", pa.list_(pa.float64())),
             column("num_ref", pa.int32()),
-            column("ref_mean", pa.float32(), null=True),
-            column("ref_std", pa.float32(), null=True),
+            column("ref_mean", pa.float64(), null=True),
+            column("ref_std", pa.float64(), null=True),
+            column("num_excluded", pa.int32()),
             *TRAINING_COLUMNS,
         ]
     ),
@@ -71,7 +72,7 @@ TABLE = Table(
 )
 
 Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float64]
 
 
 TrainOn = Literal["reference", "offline", "both", "policy"]
@@ -89,6 +90,10 @@ class QuantilesConfig(Section):
     `num_completions`; null for all samples of the prompt but the completion itself. Shows what more samples are worth."""
     ties: Literal["weak", "strict", "mid", "randomized"] = "weak"
     """How equal rewards count: `weak` is the paper's P(s <= r)."""
+    equal_rewards: Literal["exclude", "keep"] = "exclude"
+    """A training completion whose reward equals every reference reward of its prompt has no rank: `ties` alone decides its
+    quantile, and `weak` raises the probability of each completion of such a prompt. `exclude` does not train on it; `keep`
+    is the paper's."""
     self_exclusion: bool = True
     """Leave a training completion that is itself a reference sample out of its own reference set."""
     confidence: float = Field(0.9, gt=0.0, lt=1.0)
@@ -142,7 +147,27 @@ def _compute_part(work: Work[Settings], part: PartPlan) -> PartRecord:
     table, rejects = quantile_table(
         prompts.combine_chunks(), rewards, work.settings.section, part.slice["split"], work.settings.seed
     )
-    return work.commit(part, table, table=TABLE, started=started, rejects=rejects)
+    equal = int(_all_equal(table["ref_rewards"].combine_chunks()).sum())
+    counts = {"equal_rewards": equal, "num_excluded": pc.sum(table["num_excluded"]).as_py() or 0}
+    return work.commit(part, table, table=TABLE, started=started, rejects=rejects, metadata=counts)
+
+
+def describe(settings: Settings, store: Store, plan: StagePlan) -> dict[str, Any]:
+    """How many prompts have reference rewards that are all equal, as numbers and in words."""
+    records = [plan.records[part.key.fingerprint] for part in plan.parts]
+    counts = {
+        name: sum(record.metadata[name] for record in records) for name in ("equal_rewards", "num_excluded")
+    }
+    if not counts["equal_rewards"]:
+        return counts
+    section = settings.section
+    effect = (
+        f"{counts['num_excluded']:,} training completions with the same reward are excluded"
+        if section.equal_rewards == "exclude"
+        else f"a training completion with the same reward keeps the quantile that `ties: {section.ties}` gives"
+    )
+    prompts = f"{counts['equal_rewards']:,} of {sum(record.rows for record in records):,} prompts"
+    return counts | {"note": f"the reference rewards of {prompts} are all equal; {effect}"}
 
 
 _THREADS = 2
@@ -165,7 +190,7 @@ def quantile_table(
     """
     prompt_B = _positions(rewards["prompt_id"], prompt_ids)
     origin_B = _positions(rewards["origin"], _origins())
-    reward_B = rewards["reward"].to_numpy()
+    reward_B = rewards["reward"].to_numpy().astype(np.float64)  # an earlier version stored float32
     scored_B = (prompt_B >= 0) & ~np.isnan(reward_B)
     sampled_B = scored_B & (origin_B == 1)
 
@@ -189,7 +214,16 @@ def quantile_table(
     scored_B &= usable_P[prompt_B]
     references_B = scored_B & sampled_B
     ref_prompt, ref_rewards = _sorted_within(prompt_B[references_B], reward_B[references_B], len(prompt_ids))
-    rows = np.flatnonzero(scored_B & _trained_on(origin_B, index_B, config, split))
+    trained_B = scored_B & _trained_on(origin_B, index_B, config, split)
+    excluded_B = np.zeros_like(trained_B)
+    if config.equal_rewards == "exclude":
+        lowest_P, highest_P = np.full((2, len(prompt_ids)), np.nan)
+        ends = np.cumsum(np.bincount(ref_prompt, minlength=len(prompt_ids)))
+        lowest_P[usable_P] = ref_rewards[np.append(0, ends[:-1])[usable_P]]
+        highest_P[usable_P] = ref_rewards[ends[usable_P] - 1]
+        excluded_B = trained_B & (reward_B == lowest_P[prompt_B]) & (reward_B == highest_P[prompt_B])
+    num_excluded_P = np.bincount(prompt_B[excluded_B], minlength=len(prompt_ids))
+    rows = np.flatnonzero(trained_B & ~excluded_B)
     rows = rows[np.lexsort((index_B[rows], origin_B[rows], prompt_B[rows]))]
     training = {
         "prompt": prompt_B[rows],
@@ -197,7 +231,9 @@ def quantile_table(
         "sample_index": index_B[rows],
         "reward": reward_B[rows],
     }
-    return _table(prompt_ids, ref_prompt, ref_rewards, training, usable_P, config, seed), rejects
+    return _table(
+        prompt_ids, ref_prompt, ref_rewards, training, num_excluded_P, usable_P, config, seed
+    ), rejects
 
 
 def _trained_on(origin_B: Ints, index_B: Ints, config: QuantilesConfig, split: str) -> npt.NDArray[np.bool_]:
@@ -218,6 +254,7 @@ def _table(
     ref_prompt: Ints,
     ref_rewards: Floats,
     training: dict[str, npt.NDArray[Any]],
+    num_excluded_P: Ints,
     usable_P: npt.NDArray[np.bool_],
     config: QuantilesConfig,
     seed: int,
@@ -242,7 +279,7 @@ def _table(
     low, high = quantile_bounds(quantiles, compared, confidence=config.confidence)
     num_ref = num_ref_P[usable_P]
     starts = ref_offsets[:-1][usable_P]
-    mean = np.add.reduceat(ref_rewards, starts, dtype=np.float64) / num_ref if len(starts) else np.empty(0)
+    mean = np.add.reduceat(ref_rewards, starts) / num_ref if len(starts) else np.empty(0)
     deviation = (ref_rewards - np.repeat(mean, num_ref)) ** 2
     variance = np.add.reduceat(deviation, starts) / np.maximum(num_ref - 1, 1) if len(starts) else np.empty(0)
     kept = np.append(usable_P, True)
@@ -252,6 +289,7 @@ def _table(
         "num_ref": num_ref,
         "ref_mean": mean,
         "ref_std": pa.array(np.sqrt(variance), mask=num_ref < 2),  # of a sample, as the published code has it
+        "num_excluded": num_excluded_P[usable_P],
         "sample_index": _lists(offsets[kept], training["sample_index"]),
         "origin": _lists(offsets[kept], _origins().take(pa.array(training["origin"]))),
         "reward": _lists(offsets[kept], training["reward"]),
@@ -261,6 +299,16 @@ def _table(
     }
     schema = TABLE.schema
     return pa.Table.from_arrays([pa.array(columns[f.name]).cast(f.type) for f in schema], schema=schema)
+
+
+def _all_equal(lists: pa.ListArray) -> npt.NDArray[np.bool_]:
+    """For every list of ascending values, none empty, whether they are all equal."""
+    values, ends = lists.flatten().to_numpy(), np.cumsum(pc.list_value_length(lists).to_numpy())
+    return (
+        np.asarray(values[np.append(0, ends[:-1]).astype(np.int64)] == values[ends - 1])
+        if len(ends)
+        else ends > 0
+    )
 
 
 def _positions(column: pa.ChunkedArray, values: pa.Array) -> Ints:
@@ -274,7 +322,7 @@ def _positions(column: pa.ChunkedArray, values: pa.Array) -> Ints:
 def _sorted_within(prompt: Ints, reward: Floats, prompts: int) -> tuple[Ints, Floats]:
     """Rewards ascending within their prompts, prompts ascending: prompts of one count are sorted as rows of a matrix."""
     order = np.argsort(prompt.astype(np.min_scalar_type(prompts)), kind="stable")
-    prompt, reward = prompt[order], reward[order] + np.float32(0.0)  # -0.0 becomes 0.0
+    prompt, reward = prompt[order], reward[order] + 0.0  # -0.0 becomes 0.0
     count_P = np.bincount(prompt, minlength=prompts)
     start_P = np.cumsum(count_P) - count_P
     for count in np.unique(count_P):
@@ -303,5 +351,6 @@ STAGE = Stage(
     plan=plan,
     compute=compute,
     uses_gpu=False,
+    describe=describe,
     chart="tasks.charts:training_quantiles",
 )

@@ -4,23 +4,39 @@ Without `reference.sft` there is no such stage: the given model is the reference
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pyarrow as pa
 
 from qrpo.config import Section, keyed
 from qrpo.data.chat import encode_completion, encode_prompt, load_tokenizer
-from qrpo.errors import DataError
-from qrpo.models import ModelConfig, model_identity
+from qrpo.errors import ConfigError, DataError
+from qrpo.models import ModelConfig, has_float32_files
+from qrpo.models.limits import model_limits
 from qrpo.seeds import seeded_hash
-from qrpo.training.settings import SftConfig
+from qrpo.training.ranks import number_of_processes, stream_ranks
+from qrpo.training.settings import OptimizationConfig, SftConfig
 from storage import PartRecord
+from tasks.models import known_identity
 from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key, single_part
 from tasks.stage import Stage, setting
-from tasks.stages.prompts import content
+from tasks.stages.prompts import content, read_prompts
 from tasks.work import Progress, Work, progress_of
 
-__all__ = ["STAGE", "ReferenceConfig", "compute", "model_for", "plan"]
+__all__ = [
+    "STAGE",
+    "ReferenceConfig",
+    "compute",
+    "model_for",
+    "on_ranks",
+    "plan",
+    "precision_settings",
+    "train",
+]
 
 VERSION = 2
 
@@ -46,8 +62,10 @@ class Settings:
 def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     """One part, the model folder; no part where no fine-tuning is asked for."""
     sft = settings.sft
-    hashed = {"sft": keyed(sft), "seed": settings.seed} if sft else {"sft": None}
-    outside = {"model": model_identity(settings.model)}
+    hashed: dict[str, Any] = {"sft": None}
+    if sft:
+        hashed = {"sft": keyed(sft) | precision_settings(sft, settings.model), "seed": settings.seed}
+    outside = {"model": known_identity(settings.model, upstream.store, "completions", "reference")}
     family = make_family("reference", VERSION, hashed, outside)
     parents = upstream.parents("prompts")
     if sft is None:
@@ -59,6 +77,12 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     key, artifact = single_part("reference", family, upstream.store, examples, earlier=earlier)
     parts = (PartPlan(key, tuple(part.key for part in prompts)),)
     return StagePlan("reference", family, hashed, outside, parts, parents, artifact=artifact)
+
+
+def precision_settings(section: OptimizationConfig, model: ModelConfig) -> dict[str, str]:
+    """What `save_dtype: auto` adds to a fingerprint: nothing where earlier versions, which always rounded, lost nothing."""
+    decides = section.save_dtype == "auto" and section.learning_rate < 1e-5
+    return {"save_dtype": "auto"} if decides and not has_float32_files(model) else {}
 
 
 def model_for(work: Work[Any], part: PartPlan, model: ModelConfig, stage: str = "reference") -> ModelConfig:
@@ -73,59 +97,108 @@ def model_for(work: Work[Any], part: PartPlan, model: ModelConfig, stage: str = 
 
 def compute(work: Work[Settings]) -> Iterator[PartRecord | Progress]:
     """Fine-tune and commit the model folder. Runs in a child process."""
-    from qrpo.training.runs import train_sft
-
     (part,) = work.parts
     sft = work.settings.sft
     assert sft is not None
     started = time.monotonic()
-    rows, unusable = _examples(work, part)
+    scratch = work.resume(part)
+    rows, unusable = _write_examples(work, part, scratch)
     if not rows:
         raise DataError(
             "reference.sft: no prompt has a chosen completion to learn from; "
             "give the data a `chosen` or `completion` column (prompts.columns maps names), or set reference.sft to null"
         )
-    scratch = work.store.work_dir(part.key)
-    model, seed = work.settings.model, work.settings.seed
-    yield from progress_of(lambda report: train_sft(model, rows, sft, scratch, seed=seed, on_progress=report))
-    yield work.store.commit_folder(
-        part.key,
-        scratch / "final",
-        rows=len(rows),
-        parents=work.parent_digests(part),
-        metadata={"rows": len(rows), "unusable": unusable},
-        seconds=time.monotonic() - started,
-        replace=part.replace,
+    yield from on_ranks(train, work, sft)
+    metadata = {"rows": rows, "unusable": unusable}
+    yield work.commit_folder(part, scratch / "final", rows=rows, started=started, metadata=metadata)
+
+
+def train(work: Work[Settings]) -> Iterator[Progress]:
+    """Fine-tune into the work folder: the whole run, or one rank's part of it where `qrpo.training.ranks` started this process."""
+    from qrpo.training.runs import train_sft
+
+    (part,) = work.parts
+    sft, model, seed = work.settings.sft, work.settings.model, work.settings.seed
+    assert sft is not None
+    folder = work.folder(part)
+    options: dict[str, Any] = {"seed": seed, "saving": lambda: work.saving(part)}
+    yield from progress_of(
+        lambda report: train_sft(model, _Examples(folder), sft, folder, on_progress=report, **options)
     )
-    work.store.clear_work(part.key)
 
 
-def _examples(work: Work[Settings], part: PartPlan) -> tuple[list[dict[str, Any]], int]:
-    """Every prompt with its first offline completion (the chosen one), and how many could not be encoded.
+def on_ranks(
+    train: Callable[[Work[Any]], Iterator[Progress]], work: Work[Any], section: OptimizationConfig
+) -> Iterator[Progress]:
+    """Run `train(work)` in as many processes as the section says; in this one if that is one."""
+    processes = number_of_processes(section)
+    if processes > 1 and work.store.url.startswith("memory://"):
+        raise ConfigError(
+            f"{work.stage}: {processes} training processes cannot see a memory:// store: set `processes` to 1, or use another store"
+        )
+    if processes == 1:
+        yield from train(work)
+    else:
+        target = f"{train.__module__}:{train.__qualname__}"
+        yield from stream_ranks(target, work, processes=processes, log=work.log)
 
-    In the order of a hash of seed and prompt, which no cut into parts changes.
+
+def _write_examples(work: Work[Settings], part: PartPlan, folder: Path) -> tuple[int, int]:
+    """Write every prompt with its first offline completion (the chosen one) as tokens; how many there are, and how many could not be encoded.
+
+    `_Examples` reads them in the order of a hash of seed and prompt, which no cut into parts changes.
     """
-    tokenizer = load_tokenizer(work.settings.model)
-    rows, unusable = [], 0
-    for record in work.inputs(part, "prompts"):
-        table = work.store.read_part(record, columns=["prompt_id", "messages", "offline_completions"])
-        for prompt in table.to_pylist():
-            for text in prompt["offline_completions"][:1]:
-                try:
-                    completion = encode_completion(tokenizer, prompt["messages"], text)
-                except DataError:
-                    unusable += 1
-                    continue
-                tokens = encode_prompt(tokenizer, prompt["messages"])
-                rows.append(
-                    {
-                        "prompt_id": prompt["prompt_id"],
-                        "prompt_token_ids": tokens,
-                        "completion_token_ids": [completion],
-                    }
+    tokenizer, limits = load_tokenizer(work.settings.model), model_limits(work.settings.model)
+    keys: list[bytes] = []
+    unusable = 0
+    with pa.ipc.new_file(folder / "examples.arrow", _EXAMPLE) as file:
+        for record in work.inputs(part, "prompts"):
+            rows = []
+            for prompt in read_prompts(work.store, record, "messages", "offline_completions"):
+                messages, tools = prompt["messages"], prompt["tools"]
+                for text in prompt["offline_completions"][:1]:
+                    try:
+                        completion = encode_completion(tokenizer, messages, text, tools)
+                    except DataError:
+                        unusable += 1
+                        continue
+                    tokens = encode_prompt(tokenizer, messages, tools)
+                    whole = [*tokens, *completion]
+                    if len(whole) > limits.max_length or limits.unknown_token(whole):
+                        unusable += 1
+                        continue
+                    rows.append((prompt["prompt_id"], tokens, [completion]))
+                    keys.append(seeded_hash("sft", work.settings.seed, prompt["prompt_id"]))
+            file.write(
+                pa.RecordBatch.from_pylist(
+                    [dict(zip(_EXAMPLE.names, row, strict=True)) for row in rows], _EXAMPLE
                 )
-    rows.sort(key=lambda row: seeded_hash("sft", work.settings.seed, row["prompt_id"]))
-    return rows, unusable
+            )
+    np.save(folder / "order.npy", np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64))
+    return len(keys), unusable
+
+
+_EXAMPLE = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("prompt_token_ids", pa.list_(pa.int32())),
+        ("completion_token_ids", pa.list_(pa.list_(pa.int32()))),
+    ]
+)
+
+
+class _Examples(Sequence[dict[str, Any]]):
+    """The rows of `_write_examples`, read from the file as they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._order = np.load(folder / "order.npy")
+        self._table = pa.ipc.open_file(pa.memory_map(str(folder / "examples.arrow"))).read_all()
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._table.slice(self._order[index], 1).to_pylist()[0]
 
 
 STAGE = Stage(
@@ -140,6 +213,7 @@ STAGE = Stage(
     compute=compute,
     in_child=True,
     trains=True,
+    gpus=lambda settings: number_of_processes(settings.sft) if settings.sft else 1,
     why_empty="reference.sft is null: the model is taken as it is",
     chart="tasks.charts:training_loss",
 )

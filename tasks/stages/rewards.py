@@ -5,24 +5,26 @@ committed on its own all the same.
 """
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from qrpo.config import keyed
+from qrpo.errors import EngineError, RewardError
 from qrpo.rewards import Reward, RewardConfig, Score, combine, identity, open_reward
 from storage import Manifest, PartRecord, Store, fingerprint
 from storage.checks import at_least, finite, one_of, rule
 from storage.table import Table, column
 from tasks.answers import StoredAnswers
 from tasks.engines import keep
+from tasks.models import known_identity
 from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key
 from tasks.reuse import noted_family, reusable_rows
 from tasks.stage import RowReuse, Stage
@@ -42,11 +44,12 @@ __all__ = [
     "known_scores",
     "missing_rewards",
     "plan",
+    "reward_gpus",
     "reward_settings",
     "sees_tokens",
 ]
 
-VERSION = 1
+VERSION = 2  # 1 rounded rewards to float32 and had no notes
 
 TABLE = Table(
     schema=pa.schema(
@@ -54,10 +57,10 @@ TABLE = Table(
             column("prompt_id", pa.string()),
             column("sample_index", pa.int32()),
             column("origin", pa.string()),
-            column("reward", pa.float32(), null=True),
+            column("reward", pa.float64(), null=True),
             column(
                 "components",
-                pa.list_(pa.struct([column("name", pa.string()), column("value", pa.float32(), null=True)])),
+                pa.list_(pa.struct([column("name", pa.string()), column("value", pa.float64(), null=True)])),
                 null=True,
             ),
             column("error", pa.string(), null=True),
@@ -75,6 +78,8 @@ TABLE = Table(
     ),
 )
 
+log = logging.getLogger("qrpo")
+
 Known = Mapping[str, float | None]
 """Values that one row's rewards had before, by the reward's name; None where the reward did not apply."""
 
@@ -88,7 +93,7 @@ class Settings:
 
 def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     """One part for every completions part."""
-    hashed, outside = reward_settings(settings.rewards)
+    hashed, outside = reward_settings(settings.rewards, upstream.store)
     family = make_family("rewards", VERSION, hashed, outside)
     completions = upstream["completions"]
     prompts = {part.key.fingerprint: part.key for part in upstream.prompt_parts()}
@@ -107,11 +112,26 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     return StagePlan("rewards", family, hashed, outside, parts, upstream.parents("completions"), rows)
 
 
-def reward_settings(rewards: Sequence[RewardConfig]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of the rewards, and the identity of what they call: a function's source, a model's files."""
-    return {reward.name: keyed(reward) for reward in rewards}, {
-        reward.name: identity(reward) for reward in rewards
+def reward_gpus(rewards: Sequence[RewardConfig]) -> int:
+    """GPUs that the largest reward model needs."""
+    return max((getattr(reward, "tensor_parallel_size", 1) for reward in rewards), default=1)
+
+
+def reward_settings(
+    rewards: Sequence[RewardConfig], store: Store | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of the rewards, and the identity of what they call: a function's source, a model's files as `store` knows them.
+
+    A model's scores are float32. All other rewards are float64, and version 1 rounded them, so its values may not serve.
+    """
+    outside = {
+        reward.name: {**identity(reward), **({} if reward.kind == "model" else {"precision": "float64"})}
+        for reward in rewards
     }
+    for reward in rewards:
+        if reward.kind == "model" and store is not None:
+            outside[reward.name]["model"] = known_identity(reward.model, store, "rewards", "evaluation")
+    return {reward.name: keyed(reward) for reward in rewards}, outside
 
 
 def reward_identities(settings: Mapping[str, Any], outside: Mapping[str, Any]) -> dict[str, str]:
@@ -141,6 +161,7 @@ class Scorer:
         self._rewards = [open_reward(reward, log=log, answers=answers) for reward in rewards]
         self._names = [reward.name for reward in rewards]
         self._weights = [reward.weight for reward in rewards]
+        self._watched = {reward.name for reward in rewards if not reward.weight}
 
     def __enter__(self) -> Self:
         return self
@@ -164,9 +185,8 @@ class Scorer:
 
         def ask(reward: Reward, name: str) -> list[Score]:
             fresh = [row for row, values in zip(rows, known, strict=True) if name not in values]
-            scores = iter(_ask(reward, fresh) if fresh else ())
-            column = [Score(values[name]) if name in values else next(scores) for values in known]
-            return [_as_stored(score) for score in column]
+            scores = iter(_ask(reward, fresh, name in self._watched) if fresh else ())
+            return [Score(values[name]) if name in values else next(scores) for values in known]
 
         if len(self._rewards) == 1:
             scores = [ask(self._rewards[0], self._names[0])]
@@ -176,18 +196,21 @@ class Scorer:
         return combine(list(zip(self._names, self._weights, scores, strict=True)))
 
 
-def _as_stored(score: Score) -> Score:
-    """A value as its column holds it, so that a sum is the same from stored values as from fresh ones."""
-    return score if score.reward is None else replace(score, reward=float(np.float32(score.reward)))
-
-
-def _ask(reward: Reward, rows: Sequence[Mapping[str, Any]]) -> list[Score]:
+def _ask(reward: Reward, rows: Sequence[Mapping[str, Any]], watched: bool) -> list[Score]:
+    """One score a row; a reward that is only watched fails on rows instead of ending the stage."""
     columns = _columns([json.loads(row["metadata"]) for row in rows])
     if "token_ids" in rows[0]:
         columns["completion_ids"] = [row["token_ids"] for row in rows]  # TRL's name
     prompts = [row["messages"] for row in rows]
     texts = [row["text"] for row in rows]
-    return reward.score(prompts, texts, columns, conversational=[row["conversational"] for row in rows])
+    forms = [row["conversational"] for row in rows]
+    try:
+        return reward.score(prompts, texts, columns, conversational=forms)
+    except (RewardError, EngineError) as error:
+        if not watched:
+            raise
+        log.warning("a reward of weight 0 failed on %d completions and is left out: %s", len(rows), error)
+        return [Score(None, str(error))] * len(rows)
 
 
 _TOGETHER = 4096  # minimum completions per call, except in the last one
@@ -256,21 +279,24 @@ def _committed_scores(
 ) -> dict[str, dict[str, float | None]]:
     """Values of these rewards by `input_digest` and the reward's present name.
 
-    A row that failed says nothing. In the others, a component that is missing did not apply.
+    A row that failed says nothing. In the others, a component that is missing did not apply, and one that is null
+    failed.
     """
     known: dict[str, dict[str, float | None]] = {}
     if rows.is_empty():
         return known
-    ours = reward_identities(*reward_settings(rewards))
-    scored = rows.filter(rows["error"].is_null()) if "error" in rows.columns else rows
-    for (family,), group in scored.group_by("family"):
+    ours = reward_identities(*reward_settings(rewards, store))
+    usable = rows.filter(rows["error"].is_null()) if "error" in rows.columns else rows
+    for (family,), group in usable.group_by("family"):
         noted = noted_family(store, stage, str(family)) or {}
         theirs = reward_identities(*_rewards_of(noted)) if noted else ours
         names = {name: [other for other, value in theirs.items() if value == ours[name]] for name in ours}
         for row in group.select("input_digest", "components").iter_rows(named=True):
             values = {item["name"]: item["value"] for item in row["components"] or ()}
             found = known.setdefault(row["input_digest"], {})
-            found |= {name: values.get(others[0]) for name, others in names.items() if others}
+            scored = {name: other[0] for name, other in names.items() if other}
+            failed = {name for name, value in values.items() if value is None}
+            found |= {name: values.get(other) for name, other in scored.items() if other not in failed}
     return known
 
 
@@ -289,6 +315,7 @@ def _score_parts(work: Work[Settings], parts: Sequence[_Part], scorer: Scorer) -
 
 def _commit(work: Work[Settings], part: _Part, scores: Sequence[Score]) -> PartRecord:
     table, rejects = [], []
+    _warn_of_broken_tests(part.rows, scores)
     for row, score in zip(part.rows, scores, strict=True):
         table.append(_row(row, score))
         if score.error is not None:
@@ -305,7 +332,24 @@ def _commit(work: Work[Settings], part: _Part, scores: Sequence[Score]) -> PartR
     )
 
 
-_SCHEMA = TABLE.schema.append(column("input_digest", pa.string()))
+def _warn_of_broken_tests(rows: Sequence[Mapping[str, Any]], scores: Sequence[Score]) -> None:
+    """Name the prompts whose completions all have one reward that the dataset's own answer fails for."""
+    prompts: dict[str, list[tuple[str, Score]]] = {}
+    for row, score in zip(rows, scores, strict=True):
+        prompts.setdefault(row["prompt_id"], []).append((row["origin"], score))
+    for prompt_id, scored in prompts.items():
+        failed = next((score.note for origin, score in scored if origin == "offline" and score.note), "")
+        rewards = {score.reward for _, score in scored}
+        if failed and len(rewards) == 1 and len(scored) > 1:
+            logging.getLogger("qrpo").warning(
+                f"prompt {prompt_id}: all {len(scored)} completions have the reward {rewards.pop()}. The reference solution "
+                f"fails its own tests: {failed}"
+            )
+
+
+_SCHEMA = TABLE.schema.append(column("input_digest", pa.string())).append(
+    column("note", pa.string(), null=True)
+)
 
 
 def _inputs(work: Work[Settings], part: PartPlan) -> list[dict[str, Any]]:
@@ -345,6 +389,7 @@ def _row(row: Mapping[str, Any], score: Score) -> dict[str, Any]:
         "reward": score.reward,
         "components": [{"name": name, "value": value} for name, value in score.components],
         "error": score.error,
+        "note": score.note or None,
         "input_digest": row["input_digest"],
     }
 
@@ -364,11 +409,13 @@ STAGE = Stage(
     table=TABLE,
     plan=plan,
     compute=compute,
+    gpus=lambda settings: reward_gpus(settings.rewards),
     reuse=RowReuse(
         "scores",
         lambda settings, part, prompts: samples_of(part, prompts),
         ("prompt_id", "origin", "sample_index"),
         unless="error",
+        versions=(1,),  # `reward_settings` tells which of its values may
         serves=lambda theirs, ours: missing_rewards(ours, theirs) < missing_rewards(ours, None),
         matches=lambda part, metadata: metadata.get("samples") in (None, part.slice["samples"]),
         costs=lambda ours, theirs, same: missing_rewards(ours, theirs if same else None),

@@ -17,6 +17,7 @@ from pydantic import Field
 from qrpo.config import Section, execution_option, keyed
 from qrpo.data.chat import encode_prompt, load_tokenizer
 from qrpo.models import ModelConfig
+from qrpo.models.limits import Limits, model_limits
 from qrpo.seeds import seeded_hash
 from storage import Manifest, PartRecord, Store, fingerprint, row_digest
 from storage.checks import at_least, finite, lists_agree
@@ -26,6 +27,7 @@ from tasks.engines import keep
 from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key
 from tasks.reuse import reusable_rows
 from tasks.stage import RowReuse, Stage, setting
+from tasks.stages.completions import prompt_tokens
 from tasks.stages.prompts import prompt_rows
 from tasks.stages.quantiles import TRAINING_CHECKS, TRAINING_COLUMNS, QuantilesConfig
 from tasks.stages.reference import model_for
@@ -44,8 +46,8 @@ TABLE = Table(
             *TRAINING_COLUMNS,
             column("ref_logprob", pa.list_(pa.float32())),
             column("num_ref", pa.int32()),
-            column("ref_mean", pa.float32(), null=True),
-            column("ref_std", pa.float32(), null=True),
+            column("ref_mean", pa.float64(), null=True),
+            column("ref_std", pa.float64(), null=True),
         ]
     ),
     key=("prompt_id",),
@@ -77,6 +79,7 @@ class Settings:
     quantiles: QuantilesConfig = setting("quantiles")
     model: ModelConfig = setting("reference.model")
     dtype: str = setting("policy.dtype", key="policy.bf16")
+    packing: bool = setting("policy.packing")
     share_prompts: bool = setting("policy.share_prompts")
     seed: int = setting("seed")
     num_ref: int = setting("completions.num_ref")
@@ -97,7 +100,13 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
             part for part in completions_of[prompts.key.fingerprint] if _trained_on(part, settings.quantiles)
         ]
         key = part_key("shards", family, quantiles.key.fingerprint)
-        inputs = (prompts.key, quantiles.key, *(part.key for part in sources), *upstream.reference_inputs)
+        sampled = [
+            part for part in completions_of[prompts.key.fingerprint] if part.slice["origin"] != "offline"
+        ]
+        read = dict.fromkeys(
+            part.key for part in (*sampled[:1], *sources)
+        )  # the first has the prompts' tokens
+        inputs = (prompts.key, quantiles.key, *read, *upstream.reference_inputs)
         samples = fingerprint(sorted({part.key.family for part in sources}))
         common = {"prompts": prompts.key.fingerprint, "split": "train", "samples": samples}
         parts.append(PartPlan(key, inputs, common))
@@ -110,16 +119,20 @@ def compute(work: Work[Settings]) -> Iterator[PartRecord]:
     """Compute the group part by part. Runs in a child process, since it loads the reference model, and keeps it."""
     settings = work.settings
     model_config = model_for(work, work.parts[0], settings.model)
-    tokenizer = load_tokenizer(model_config)
+    tokenizer, limits = load_tokenizer(model_config), model_limits(model_config)
 
     def scorer() -> LogprobScorer:
         return LogprobScorer(
-            model_config, settings.dtype, settings.section.token_budget, share_prompts=settings.share_prompts
+            model_config,
+            settings.dtype,
+            settings.section.token_budget,
+            packing=settings.packing,
+            share_prompts=settings.share_prompts,
         )
 
     for part in work.parts:
         started = time.monotonic()
-        rows, rejects = _rows(work, part, tokenizer)
+        rows, rejects = _rows(work, part, tokenizer, limits)
         known = _known_logprobs(work, part)
         reused = sum(_take(row, known) for row in rows)
         unknown = [row for row in rows if None in row["ref_logprob"]]
@@ -159,15 +172,21 @@ class LogprobScorer:
     """A model loaded as training loads it, to score rows with the forward that training uses."""
 
     def __init__(
-        self, model: ModelConfig, dtype: str, token_budget: int, *, share_prompts: bool = False
+        self,
+        model: ModelConfig,
+        dtype: str,
+        token_budget: int,
+        *,
+        packing: bool = True,
+        share_prompts: bool = True,
     ) -> None:
         import torch
 
-        from qrpo.training.logprobs import can_share
+        from qrpo.training.logprobs import best_layout
         from qrpo.training.runs import load_policy
 
         self._model = load_policy(model)
-        self._share = share_prompts and can_share(self._model)
+        self._layout = best_layout(self._model, share_prompts) if packing else "padded"
         self._dtype = getattr(torch, dtype)
         self._token_budget = token_budget
 
@@ -175,9 +194,7 @@ class LogprobScorer:
         """Set `column` of each row to the log-probabilities (K,) of its `completion_token_ids`."""
         from qrpo.training.logprobs import score_logprobs
 
-        scores = score_logprobs(
-            self._model, rows, self._token_budget, dtype=self._dtype, share_prompts=self._share
-        )
+        scores = score_logprobs(self._model, rows, self._token_budget, dtype=self._dtype, layout=self._layout)
         for row, scores_K in zip(rows, scores, strict=True):
             row[column] = scores_K.tolist()
 
@@ -185,13 +202,22 @@ class LogprobScorer:
         """Set `column` of each row to the log-probabilities (T,) of the tokens of its one completion."""
         from qrpo.training.logprobs import score_token_logprobs
 
-        scores = score_token_logprobs(self._model, rows, self._token_budget, dtype=self._dtype)
+        scores = score_token_logprobs(
+            self._model, rows, self._token_budget, dtype=self._dtype, layout=self._layout
+        )
         for row, (scores_T,) in zip(rows, scores, strict=True):
             row[column] = scores_T.tolist()
 
     def close(self) -> None:
-        """Let the model go."""
+        """Free the memory of the model, also on the GPU."""
+        import gc
+
+        import torch
+
         del self._model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _trained_on(part: PartPlan, section: QuantilesConfig) -> bool:
@@ -209,54 +235,74 @@ _PER_COMPLETION = ("origin", "sample_index", "reward", "quantile_reward", "quant
 
 
 def _rows(
-    work: Work[Settings], part: PartPlan, tokenizer: Any
+    work: Work[Settings], part: PartPlan, tokenizer: Any, limits: Limits
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The part's rows without their log-probabilities, and the rejects."""
     prompts = prompt_rows(work, part, "messages")
-    tokens = _completion_tokens(work, part)
+    prompt_ids, tokens = _tokens(work, part)
     rows, rejects = [], []
-    columns = ["prompt_id", "num_ref", "ref_mean", "ref_std", *_PER_COMPLETION]
+    columns = ["prompt_id", "num_ref", "ref_mean", "ref_std", "num_excluded", *_PER_COMPLETION]
     for group in work.store.read_part(work.input(part, "quantiles"), columns=columns).to_pylist():
-        prompt_token_ids = encode_prompt(tokenizer, prompts[group["prompt_id"]]["messages"])
-        row, refused = _row(work.settings, group, prompt_token_ids, tokens)
+        if group["num_excluded"] and not group["sample_index"]:
+            continue  # all its completions have the reward of every reference (`quantiles.equal_rewards`)
+        prompt_id = group["prompt_id"]
+        prompt = prompts[prompt_id]
+        prompt_token_ids = prompt_ids.get(prompt_id) or encode_prompt(
+            tokenizer, prompt["messages"], prompt["tools"]
+        )
+        row, refused = _row(work.settings, group, prompt_token_ids, tokens, limits)
         rejects += refused
         rows += [row] if row is not None else []
     return rows, rejects
 
 
-def _completion_tokens(work: Work[Settings], part: PartPlan) -> dict[tuple[str, str, int], list[int]]:
-    """Token ids of the completions that are trained on, by prompt, origin and sample index."""
+def _tokens(
+    work: Work[Settings], part: PartPlan
+) -> tuple[dict[str, list[int]], dict[tuple[str, str, int], list[int] | None]]:
+    """The token ids that each prompt was sampled from; those of the completions that are trained on, by prompt, origin and
+    sample index, None where a completion was sampled from others."""
     keep = work.settings.quantiles.num_completions
     trained = pc.field("origin") != "reference"
     trained |= pc.scalar(True) if keep is None else pc.field("sample_index") < keep
     columns = ["prompt_id", "origin", "sample_index", "token_ids"]
-    return {
-        (row["prompt_id"], row["origin"], row["sample_index"]): row["token_ids"]
-        for record in work.inputs(part, "completions")
-        for row in work.store.read_part(record, columns=columns).filter(trained).to_pylist()
-    }
+    prompts: dict[str, list[int]] = {}
+    completions: dict[tuple[str, str, int], list[int] | None] = {}
+    for record in work.inputs(part, "completions"):
+        own = prompt_tokens(work.store, [record])
+        prompts = own | prompts
+        for row in work.store.read_part(record, columns=columns).filter(trained).to_pylist():
+            prompt_id = row["prompt_id"]
+            same = own.get(prompt_id) in (None, prompts.get(prompt_id))
+            completions[prompt_id, row["origin"], row["sample_index"]] = row["token_ids"] if same else None
+    return prompts, completions
 
 
 def _row(
     settings: Settings,
     group: Mapping[str, Any],
     prompt_token_ids: list[int],
-    tokens: Mapping[tuple[str, str, int], list[int]],
+    tokens: Mapping[tuple[str, str, int], list[int] | None],
+    limits: Limits,
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """One prompt's row, without the completions that are empty or too long; None where none is left."""
-    prompt_id, limit = group["prompt_id"], settings.section.max_length
+    prompt_id = group["prompt_id"]
+    limit, name = settings.section.max_length, "shards.max_length is"
+    if limits.max_length < limit:
+        limit, name = limits.max_length, "the model's context is"
     keep, rejects = [], []
     for k, (origin, index) in enumerate(zip(group["origin"], group["sample_index"], strict=True)):
         completion = tokens[prompt_id, origin, index]
-        length = len(prompt_token_ids) + len(completion)
-        if completion and length <= limit:
+        length = len(prompt_token_ids) + len(completion or ())
+        reason = limits.unknown_token([*prompt_token_ids, *(completion or ())])
+        if completion is None:
+            reason = "it was sampled when the chat template rendered this prompt as other tokens"
+        elif length > limit:
+            reason = f"prompt and completion have {length} tokens, {name} {limit}"
+        elif not completion:
+            reason = "no tokens"
+        if reason is None:
             keep.append(k)
             continue
-        reason = (
-            f"prompt and completion have {length} tokens, shards.max_length is {limit}"
-            if completion
-            else "no tokens"
-        )
         rejects.append({"key": f"{prompt_id}/{origin}/{index}", "reason": reason, "prompt_id": prompt_id})
     if not keep:
         rejects.append(
@@ -264,13 +310,13 @@ def _row(
         )
         return None, rejects
     section = settings.quantiles
-    left_out = section.self_exclusion and section.train_on == "reference" and section.num_ref is None
+    own = section.self_exclusion and section.train_on == "reference" and section.num_ref is None
     row = {
         "prompt_id": prompt_id,
         "prompt_token_ids": prompt_token_ids,
         "ref_mean": group["ref_mean"],
         "ref_std": group["ref_std"],
-        "num_ref": group["num_ref"] - left_out,  # rewards that each quantile was taken among
+        "num_ref": group["num_ref"] - own,  # rewards that each quantile was taken among
         **{name: [group[name][k] for k in keep] for name in _PER_COMPLETION},
     }
     named = zip(row["origin"], row["sample_index"], strict=True)

@@ -9,7 +9,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from storage import Store
-from tests.support.views import CHROMIUM, PROMPT, browsing, chromium, write_artifacts
+from tests.support.views import CHROMIUM, PROMPT, TOKEN, browsing, chromium, write_artifacts
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,8 +33,8 @@ def address(
 ) -> Iterator[str]:
     """Where `qrpo browse` serves the store."""
     log = tmp_path_factory.mktemp("log") / "browse.log"
-    with browsing(log, folder, r"http://\S+/") as found:
-        yield found.group().rstrip("/")
+    with browsing(log, folder, r"(http://\S+)/\?token=", "--token", TOKEN) as found:
+        yield found.group(1)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,7 @@ def new_page(browser: Any, address: str) -> Iterator[Callable[..., Any]]:
 
     def make(width: int = 1280, height: int = 900, scheme: str = "light") -> Any:
         context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+        context.add_cookies([{"name": "qrpo_browse", "value": TOKEN, "url": address}])
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(120_000)

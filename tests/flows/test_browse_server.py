@@ -11,8 +11,10 @@ import uvicorn
 
 import storage
 from flows.views.browse.server import Guard, browse_app
+from flows.views.browse.server import serve as start_browsing
+from qrpo.errors import ConfigError
 from storage import Store
-from tests.support.views import ask, browsing, commit, row, table, write_artifacts
+from tests.support.views import TOKEN, ask, browsing, commit, row, table, write_artifacts
 
 
 @pytest.fixture
@@ -20,9 +22,8 @@ def serve() -> Iterator[Callable[..., int]]:
     """Serve a store in this process as `qrpo browse` does; the port."""
     running: list[tuple[Any, threading.Thread]] = []
 
-    def start(store: Store, token: str | None = None) -> int:
-        hosts = None if token else ("localhost", "127.0.0.1", "[::1]")
-        app = Guard(browse_app(store), token=token, hosts=hosts)
+    def start(store: Store) -> int:
+        app = Guard(browse_app(store), token=TOKEN, hosts=("localhost", "127.0.0.1", "[::1]"))
         listening = socket.create_server(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", ws="none"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -87,19 +88,43 @@ def test_another_sites_name_does_not_lead_here(port: int) -> None:
         assert ask(port, "/", Host=f"{name}:{port}")[0] == 200
 
 
-def test_opened_wider_it_asks_for_the_token(serve: Callable[..., int], memory: Store) -> None:
-    port = serve(memory, token="a-secret-token")
-
+def test_every_page_asks_for_the_token(port: int) -> None:
     for path in ("/", "/runs/one", "/static/style.css", "/?token=wrong", "/?token=", "/?token=%C3%A9"):
-        status, _, body = ask(port, path)
+        status, _, body = ask(port, path, Cookie="")
         assert (status, "one" in body.split()) == (401, False), path
-    status, headers, _ = ask(port, "/runs/one?token=a-secret-token&x=1")
+    status, headers, _ = ask(port, f"/runs/one?token={TOKEN}&x=1", Cookie="")
     assert (status, headers["location"]) == (303, "/runs/one?x=1"), "the token leaves the address"
     assert {"HttpOnly", "SameSite=lax"} <= {part.strip() for part in headers["set-cookie"].split(";")}
     assert ask(port, "/runs/one", Cookie=headers["set-cookie"].partition(";")[0])[0] == 200
     assert ask(port, "/runs/one", Cookie="qrpo_browse=wrong")[0] == 401
-    away = ask(port, "//other.example/?token=a-secret-token")[1]["location"]
+    away = ask(port, f"//other.example/?token={TOKEN}")[1]["location"]
     assert away.startswith("/other"), "no redirect to another host"
+
+
+def test_a_page_elsewhere_starts_no_search_here(port: int) -> None:
+    search = "/runs/one/rewards?where=reward+%3E+0"
+    assert ask(port, search, **{"Sec-Fetch-Site": "cross-site"})[0] == 403
+    assert ask(port, search, **{"Sec-Fetch-Site": "same-origin"})[0] == 200
+    assert ask(port, f"{search}&q={'x' * 9000}")[0] == 414
+
+
+@pytest.mark.parametrize("token", ["", "short"])
+def test_a_token_that_can_be_guessed_is_refused(memory: Store, token: str) -> None:
+    with pytest.raises(ConfigError, match="expected at least 16"):
+        start_browsing(memory, host="0.0.0.0", port=0, token=token, say=print)
+
+
+@pytest.mark.parametrize("noted", [b"[]", b"{", b'{"stages": 3}', b'{"stages": {"rewards": 1}}'])
+def test_a_damaged_run_hides_no_other(serve: Callable[..., int], tmp_path: Path, noted: bytes) -> None:
+    store = Store(tmp_path)
+    write_artifacts(store, "one")
+    (tmp_path / "runs" / "two.json").write_bytes(noted)
+
+    status, _, body = ask(serve(store), "/")
+
+    assert status == 200
+    assert "/runs/one" in body
+    assert "damaged" in body
 
 
 @pytest.mark.parametrize(
@@ -174,7 +199,7 @@ def test_command_says_where_it_serves_and_makes_up_a_token(tmp_path: Path) -> No
     said = r"http://0\.0\.0\.0:(\d+)/\?token=(\S+)"
     with browsing(tmp_path / "log", tmp_path / "store", said, "--host", "0.0.0.0") as found:
         port, token = int(found.group(1)), found.group(2)
-        assert ask(port, "/")[0] == 401
+        assert ask(port, "/", Cookie="")[0] == 401
         assert ask(port, "/", Cookie=f"qrpo_browse={token}")[0] == 200
         assert "There are no runs here yet" in ask(port, "/", Cookie=f"qrpo_browse={token}")[2]
 

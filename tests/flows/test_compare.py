@@ -98,7 +98,10 @@ def test_methods_share_their_samples_and_are_judged_on_the_same_half(
     # by hand: dpo, on the half that reports
     table = storage.open(store, "tiny.dpo-1.seed-0", "evaluation").dataset.to_table()
     prompt_ids, scores = prompt_scores(table, "reward")
-    expected = scores["policy"][~selection_half(prompt_ids)].mean()
+    reports = ~selection_half(prompt_ids)
+    assert report["reference_prompts"] == report["prompts"] == reports.sum()
+    assert report["reference"]["reward"] == pytest.approx(scores["reference"][reports].mean())
+    expected = scores["policy"][reports].mean()
     assert report["methods"]["dpo"]["scores"]["reward"]["mean"] == pytest.approx(expected)
     assert report["methods"]["dpo"]["scores"]["reward"]["standard_error"] is None, "of a single seed"
 

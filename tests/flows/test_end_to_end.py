@@ -49,7 +49,7 @@ def finished(
         folder / "task",
         prompts=PROMPTS,
         prompts__eval_fraction=0.3,
-        reference__sft={"learning_rate": 5e-3, "num_train_epochs": 2, "prompts_per_step": 8},
+        reference__sft={"learning_rate": 5e-3, "num_train_epochs": 2, "prompts_per_step": 8, "processes": 2},
         completions__engine={"kind": "vllm", "max_num_seqs": 32},
         quantiles__num_completions=3,
         evaluation__num_samples=NUM_SAMPLES,

@@ -26,7 +26,7 @@ def runs(
     (folder / "store").symlink_to(copy_of(trained))
     other = ("--set", "policy.seed=1", "--set", "name=seed-1", "--until", "policy")
     also = ("--checkpoint", "all", "--model", f"same={base_model}")
-    for arguments in (("run", trained / "config.yaml", *other), ("evaluate", "seed-1", *also)):
+    for arguments in (("run", trained / "config.yaml", *other), ("evaluate", "seed-1", "--trust", *also)):
         done = qrpo(*arguments, "--store", folder / "store")
         assert done.exit_code == 0, done.stderr
     (folder / "said.txt").write_text(done.stdout)
@@ -102,6 +102,9 @@ def test_checkpoints_are_compared_as_models_of_their_own_and_the_last_one_is_the
     assert set(steps) == {"1", "2"}
     assert steps["1"] != steps["2"] == (folder / "model.safetensors").read_bytes()
 
+    untrusted = qrpo("evaluate", "seed-1", "--samples", "3", "--store", runs / "store")
+    assert untrusted.exit_code == 2
+    assert "runs code (rewards.0.function" in untrusted.stderr
     missing = qrpo("evaluate", "seed-1", "--checkpoint", "7", "--store", runs / "store")
     assert missing.exit_code == 2
     assert "no checkpoint of step 7; its checkpoints: 1, 2" in missing.stderr

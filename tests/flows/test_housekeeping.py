@@ -2,18 +2,21 @@
 
 import json
 import os
+import random
+import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 import storage
-from storage import Store
+from storage import DamagedError, Store
 from storage.crashpoints import on_crash_point
 from storage.gc import collect, plan_gc
-from tests.support.flows import QRPO, clean_environment
+from tests.support.flows import QRPO, clean_environment, copy_store
 from tests.support.pipeline import TinyPipeline
 from tests.support.processes import descendants, eventually, running, survivors
 
@@ -54,7 +57,7 @@ def test_damage_is_named_and_repair_computes_only_that_again(
     (store / "parts" / damaged).write_bytes(content)
 
     found = qrpo("verify", "--store", store)
-    repaired = qrpo("verify", "--repair", "--store", store, "--json")
+    repaired = qrpo("verify", "--repair", "--trust", "--store", store, "--json")
     clean = qrpo("verify", "--store", store)
 
     assert found.exit_code == 1
@@ -65,6 +68,112 @@ def test_damage_is_named_and_repair_computes_only_that_again(
     assert {key for key in before if after[key][0] != before[key][0]} == {damaged}
     assert after[damaged][1] == before[damaged][1]
     assert clean.exit_code == 0
+
+
+@pytest.mark.parametrize("harm", ["delete the rows", "cut the rows", "delete the record"])
+def test_a_cached_run_names_what_its_result_lacks(
+    finished: tuple[Path, Path], qrpo: Callable[..., Any], tmp_path: Path, harm: str
+):
+    config, store = finished[0], tmp_path / "store"
+    shutil.copytree(finished[1], store)
+    table = next((store / "parts" / "completions").rglob("*.parquet"))
+    match harm:
+        case "delete the rows":
+            table.unlink()
+        case "cut the rows":
+            table.write_bytes(table.read_bytes()[:-1])
+        case "delete the record":
+            table.with_suffix(".json").unlink()
+
+    done = qrpo("run", config, "--store", store, "--until", "quantiles")
+
+    assert done.exit_code == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert table.stem in line
+    assert "qrpo verify --repair" in line
+
+
+def test_a_damaged_note_is_set_aside_and_the_next_run_notes_it_anew(
+    finished: tuple[Path, Path], qrpo: Callable[..., Any], tmp_path: Path
+):
+    config, store = finished[0], tmp_path / "store"
+    shutil.copytree(finished[1], store)
+    run = ("run", config, "--store", store, "--until", "quantiles", "--json")
+    (store / "runs" / "tiny.json").write_text("[]")
+
+    blocked = qrpo(*run)
+    repaired = qrpo("verify", "--repair", "--store", store, "--json")
+    again = qrpo(*run)
+
+    assert blocked.exit_code == 1
+    assert "qrpo verify --repair" in blocked.stderr
+    assert repaired.exit_code == 0
+    assert json.loads(repaired.stdout)["dropped"] == ["runs/tiny.json"]
+    assert {stage["parts_computed"] for stage in json.loads(again.stdout)["stages"].values()} == {0}
+    assert set(Store(store).run("tiny")["stages"]) == set(json.loads(again.stdout)["stages"])
+    assert qrpo("verify", "--store", store).exit_code == 0
+
+
+def read_all(store: Store, artifacts: dict[str, str]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Every reader of the product on every artifact: (stage, what reads)."""
+    for stage, fingerprint in artifacts.items():
+        manifest = store.manifest(stage, fingerprint)
+        assert manifest is not None
+        yield stage, lambda manifest=manifest: store.manifest(manifest.stage, manifest.fingerprint)
+        tables = [part for part in manifest.parts if part.table is not None and part.rows]
+        if tables:
+            yield stage, lambda tables=tables: store.scan(tables).collect()
+            yield stage, lambda tables=tables: store.dataset(tables).to_table()
+        for part in manifest.parts:
+            yield stage, lambda part=part: store.part(part.key)
+            yield stage, lambda part=part: store.read_rejects(part)
+            if part.table is None:
+                yield stage, lambda part=part: storage.folder_digest(store.fetch_folder(part))
+                yield stage, lambda part=part: store.read_file(part, "metrics.parquet")
+            else:
+                yield stage, lambda part=part: store.read_part(part)
+                yield stage, lambda part=part: store.read_rows(part, 0, 1)
+                yield (
+                    stage,
+                    lambda part=part: list(store.read_groups(part, store.footer(part).schema.names[:1])),
+                )
+
+
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_a_flipped_bit_in_any_file_of_any_stage_never_changes_what_is_read(
+    base_model: Path, prefect_server: str, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pipeline = TinyPipeline.create(tmp_path / "task", base_model, prompts=12)
+    pipeline.run(pipeline.config({"run.part_size": 16}))
+    store = pipeline.store if kind == "memory" else Store(tmp_path / "store")
+    if kind == "local":
+        copy_store(pipeline.store, store)
+    artifacts = {stage: noted["fingerprint"] for stage, noted in store.run("tiny")["stages"].items()}
+    sound = [(stage, read, read()) for stage, read in read_all(store, artifacts)]
+    dice = random.Random(0)
+    errors: list[tuple[str, str, str]] = []
+
+    for key in [key for key in store.list() if key.startswith(("parts/", "rejects/", "artifacts/"))]:
+        content = bytearray(store.read_bytes(key))
+        content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+        before = store.read_bytes(key)
+        store.write_bytes(key, bytes(content))
+        stage = key.split("/")[1]
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        for of, read, expected in sound:
+            if of != stage:
+                continue
+            try:
+                found = read()
+            except (DamagedError, pl.exceptions.ComputeError) as error:
+                errors.append((stage, key, str(error)))
+            else:
+                assert found.equals(expected) if hasattr(found, "equals") else found == expected
+        store.write_bytes(key, before)
+
+    assert {stage for stage, _, _ in errors} == set(artifacts)
+    assert all(key in error and "qrpo verify --repair" in error for _, key, error in errors)
 
 
 def test_gc_removes_what_no_run_needs_and_only_when_told_to(
@@ -79,11 +188,14 @@ def test_gc_removes_what_no_run_needs_and_only_when_told_to(
         return {path.stem for path in (store / "parts").rglob("*.parquet")}
 
     everything = parts()
-    planned = qrpo("gc", "--store", store, "--grace", "0", "--json")
+    kept = qrpo("gc", "--store", store, "--grace", "0", "--yes", "--json")
+    assert json.loads(kept.stdout)["bytes"] == 0  # what the run's former configuration made is kept too
+    versions = ("--versions", "1", "--grace", "0")
+    planned = qrpo("gc", "--store", store, *versions, "--json")
     assert parts() == everything
-    young = qrpo("gc", "--store", store, "--yes", "--json")
+    young = qrpo("gc", "--store", store, "--versions", "1", "--yes", "--json")
     assert json.loads(young.stdout)["bytes"] == 0  # all of it is younger than the hour that is left alone
-    removed = qrpo("gc", "--store", store, "--grace", "0", "--yes", "--json")
+    removed = qrpo("gc", "--store", store, *versions, "--yes", "--json")
 
     assert json.loads(planned.stdout)["keys"] == json.loads(removed.stdout)["keys"]
     assert 0 < len(parts()) < len(everything)

@@ -104,13 +104,13 @@ def test_only_the_parts_of_the_prompt_are_read(url: str, monkeypatch: pytest.Mon
     from storage import read as module
 
     opened: list[str] = []
-    real = module.open_table
+    real = module.open_checked
 
-    def watched(files: Any, record: Any, **options: Any) -> Any:
+    def watched(files: Any, entry: Any, record: Any) -> Any:
         opened.append(record.fingerprint)
-        return real(files, record, **options)
+        return real(files, entry, record)
 
-    monkeypatch.setattr(module, "open_table", watched)
+    monkeypatch.setattr(module, "open_checked", watched)
     asked(url, "--prompt-id", PROMPT)
 
     assert {name for name in opened if not name.startswith("prompts")} == {
@@ -154,6 +154,23 @@ def test_export_holds_the_rows_of_the_condition_in_their_order(url: str, tmp_pat
     first = read["components"][0]
     value = json.loads(first) if ending == "csv" else first.to_list()
     assert value == [{"name": "right", "value": pytest.approx(11.5)}]
+
+
+def test_a_spreadsheet_runs_no_text_of_an_export(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    texts = ["=1+1", "+1", "-1", "@SUM(A1)", "plain"]
+    rows = [row("completions", f"p{number}", text=text) for number, text in enumerate(texts)]
+    commit(store, "completions", [table("completions", rows)])
+
+    asked(store.url, "--export", tmp_path / "all.csv", "--columns", "text", stage="completions")
+
+    assert pl.read_csv(tmp_path / "all.csv")["text"].to_list() == [
+        "'=1+1",
+        "'+1",
+        "'-1",
+        "'@SUM(A1)",
+        "plain",
+    ]
 
 
 def test_export_of_everything_is_everything(url: str, tmp_path: Path) -> None:

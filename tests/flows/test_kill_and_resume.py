@@ -1,6 +1,7 @@
 """`qrpo run` killed with SIGKILL in the middle of a stage: nothing survives it, nothing whole is lost, the result is the same."""
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +57,7 @@ def killed_twice(
     seen: dict[str, Any] = {"store": store}
     middles = {
         "completions": "parts/completions/*/*.json",
-        "policy": "work/policy/*/checkpoint-*/whole.json",
+        "policy": "work/policy/*/*/checkpoint-*/whole.json",
     }
     for stage, middle in middles.items():
         log = folder / f"{stage}.log"
@@ -156,3 +157,38 @@ def test_nothing_half_written_is_left_in_sight(killed_twice: dict[str, Any]) -> 
         assert (
             pl.scan_parquet(killed_twice["store"] / "parts" / stage / "*" / "*.parquet").collect().height > 0
         )
+
+
+def test_a_run_that_slept_past_its_lease_stops_and_the_other_ends_right(
+    tmp_path: Path, config: Path, uninterrupted: tuple[Path, dict[str, Any]], prefect_server: str
+) -> None:
+    command = [QRPO, "run", config, "--store", tmp_path / "store", "--until", "policy"]
+    command += ["--set", "run.lease_ttl=2"]
+    checkpoints = "store/work/policy/*/*/checkpoint-*/whole.json"
+    environment = clean_environment() | {"PREFECT_API_URL": prefect_server}
+    logs = tmp_path / "slept.log", tmp_path / "other.log"
+    with running(command, logs[0], env=environment) as slept:
+        eventually(
+            lambda: any(tmp_path.glob(checkpoints)), checkpoints, every=0.01, log=logs[0], process=slept
+        )
+        asleep = [slept.pid, *(one.pid for one in descendants(slept.pid))]
+        for pid in asleep:
+            os.kill(pid, signal.SIGSTOP)
+        (before,) = {path.parents[1] for path in tmp_path.glob(checkpoints)}
+        with running(command, logs[1], env=environment) as other:
+            eventually(lambda: not before.exists(), "the take-over", every=0.01, log=logs[1], process=other)
+            for pid in asleep:
+                os.kill(pid, signal.SIGCONT)
+            assert slept.wait(timeout=300) == 1
+            assert other.wait(timeout=300) == 0, logs[1].read_text()[-3000:]
+
+    said = logs[0].read_text()
+    assert re.search(r"policy part \w+ was taken over by (process \d+ on|another run)", said), said[-3000:]
+    assert "disk space" not in said
+    assert not list(tmp_path.glob("store/work/policy/*/*"))
+    weights = [
+        {path.read_bytes() for path in folder.glob("parts/policy/*/*/*/model.safetensors")}
+        for folder in (tmp_path / "store", uninterrupted[0])
+    ]
+    assert weights[0] == weights[1]
+    assert len(weights[0]) == 1

@@ -76,3 +76,13 @@ class Counter:
 
 def refuse_to_start() -> None:
     raise RewardError("cannot be made")
+
+
+def fail_in_another_process() -> None:
+    sys.stdout.write(
+        "(EngineCore pid=7) ERROR 11-27 23:00:00 [core.py:9] Traceback (most recent call last):\n"
+    )
+    sys.stdout.write(
+        "(EngineCore pid=7) ERROR 11-27 23:00:00 [core.py:9] ValueError: no memory for the cache\n"
+    )
+    raise RuntimeError("the engine core failed, see above")

@@ -260,6 +260,12 @@ HOGS = {
     "loops": "def f(x):\n    while True: pass",
     "loops when it is defined": "while True: pass",
     "sleeps": "import time\ndef f(x): time.sleep(1000)",
+    "polls": "import time\ndef f(x):\n    while True: time.sleep(0.0001)",
+    "polls and says that it goes on": """
+import os, time
+def f(x):
+    while True: time.sleep(0.01); os.write(3, bytes(4))
+""",
     "waits for a lock": "import threading\ndef f(x):\n    l = threading.Lock(); l.acquire(); l.acquire()",
     "ignores every signal and sleeps": """
 import signal, time
@@ -385,6 +391,14 @@ PROBES = {
         "writes to the root": "open('/note', 'w')",
         "writes to the library": "open('/python/lib/note', 'w')",
         "writes to the sandbox's program": "open('/sandbox/inside/judge.py', 'a')",
+        "writes to the packages' place": "import sys; open(next(p for p in sys.path if 'python' in p) + '/site-packages/note', 'w')",
+        "takes a lease": "import fcntl; fcntl.fcntl(os.open('/sandbox/inside/codec.py', os.O_RDONLY), 1024, 0)",
+        "locks a file": "import fcntl; fcntl.flock(os.open('/sandbox/inside/codec.py', os.O_RDONLY), fcntl.LOCK_EX)",
+        "locks a part of a file": "import fcntl; fcntl.lockf(os.open('/tmp/x', os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX)",
+        "makes a pipe larger": "import fcntl; fcntl.fcntl(os.pipe()[0], 1031, 1 << 20)",
+        "clones with its own files": "call(56, 0x3D0B00, 0, 0, 0, 0)",
+        "starts a thousand threads": "import threading, time; threading.stack_size(32768); [threading.Thread(target=time.sleep, args=(1,), daemon=True).start() for _ in range(1000)]",
+        "dumps its memory": "import resource; assert resource.getrlimit(resource.RLIMIT_CORE) != (1, 1)",
         "makes a device": "os.mknod('/tmp/sda', 0o060660, os.makedev(8, 0))",
         "writes to shared memory": "open('/dev/shm/note', 'w')",
         "makes hidden memory": "os.memfd_create('m')",

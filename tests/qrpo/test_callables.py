@@ -1,5 +1,8 @@
 """Objects named by a string, and the source that they stand on."""
 
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -37,6 +40,40 @@ def test_imports_are_followed_through_packages_and_circles(
         "pack/first.py",
         "pack/third.py",
     ]
+
+
+def test_imports_from_elsewhere_count_and_installed_ones_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = package(tmp_path / "library")
+    monkeypatch.syspath_prepend(root)
+    (tmp_path / "main.py").write_text("import numpy, json, sys, qrpo.seeds\nfrom pack.third import THREE\n")
+    before = source_digests(f"{tmp_path}/main.py:f")
+    assert list(before) == [
+        *(f"elsewhere/{name}" for name in ("beside.py", "pack/__init__.py", "pack/deep/second.py")),
+        *(f"elsewhere/{name}" for name in ("pack/first.py", "pack/third.py")),
+        "main.py",
+    ]
+    (root / "beside.py").write_text("VALUE = 5\n")
+    after = source_digests(f"{tmp_path}/main.py:f")
+    assert {name for name in after if after[name] != before[name]} == {"elsewhere/beside.py"}
+
+
+def test_a_package_of_an_import_hook_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `pip install -e` makes importable some projects."""
+    root = package(tmp_path)
+
+    class Finder:
+        @staticmethod
+        def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+            if name != "pack":
+                return None
+            return spec_from_file_location(
+                name, root / "pack/__init__.py", submodule_search_locations=[str(root / "pack")]
+            )
+
+    monkeypatch.setattr("sys.meta_path", [*sys.meta_path, Finder])
+    assert "pack/first.py" in source_digests("pack.first:one")
 
 
 def test_imports_inside_functions_count(tmp_path: Path) -> None:

@@ -247,6 +247,16 @@ def test_an_object_that_cannot_be_made_says_why() -> None:
     child.close()
 
 
+def test_an_error_names_its_cause_in_another_process(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("ValueError: of an earlier start\n")
+    child = Child(f"{TARGETS}:fail_in_another_process", name="the engine", log=tmp_path / "log")
+    with pytest.raises(
+        EngineError,
+        match=r"RuntimeError: the engine core failed.* Cause: ValueError: no memory for the cache\. its log",
+    ):
+        child.call("anything")
+
+
 def test_calls_from_several_threads_are_served_one_after_another(counter: Child) -> None:
     answers: list[list[int]] = []
     threads = [

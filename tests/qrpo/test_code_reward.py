@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from pydantic import TypeAdapter
 from qrpo.config import keyed
 from qrpo.errors import DataError, RewardError
 from qrpo.rewards import CodeRewardConfig, RewardConfig, Score, identity, open_reward
-from qrpo.rewards.code import fenced_code, run_tests
+from qrpo.rewards.code import code_blocks, fenced_code, run_tests
 from qrpo.sandbox import CheckTests, Limits, ProgramTests, Sandbox, Verdict
 from qrpo.sandbox.jail import Jail
 from tests.support.rewards import LEETCODE, needs_bubblewrap
@@ -27,9 +28,10 @@ def sandbox() -> Iterator[Sandbox]:
         yield sandbox
 
 
-def passed(sandbox: Sandbox, code: str, test: str, preamble: str = "") -> tuple[bool, ...]:
-    (verdict,) = sandbox.judge([(code, CheckTests(test, "f", preamble))])
+def passed(sandbox: Sandbox, code: str, test: str, preamble: str = "", entry: str = "f") -> tuple[bool, ...]:
+    (verdict,) = sandbox.judge([(code, CheckTests(test, entry, preamble))])
     assert isinstance(verdict, Verdict), verdict
+    assert bool(verdict.note) is not verdict.all_passed
     return verdict.passed
 
 
@@ -50,6 +52,13 @@ def passed(sandbox: Sandbox, code: str, test: str, preamble: str = "") -> tuple[
         ("```python\ndef f():\n    return 1", "def f():\n    return 1"),
         ("no code, but `f` and ```inline```", None),
         ("```json\n{}\n```", None),
+        ("```python3.11\nf = 1\n```\n```\n2\n```", "f = 1"),
+        ("```{.python}\nf = '\u2028'\n```", "f = '\u2028'"),
+        (
+            '```python\ndef f():\n    """\n    ```\n    f()\n    ```\n    """\n```',
+            'def f():\n    """\n    ```\n    f()\n    ```\n    """',
+        ),
+        ('```python\ndef f():\n  """\n  ```\n  """\n```', 'def f():\n  """\n  ```\n  """'),
         ("", None),
     ],
 )
@@ -110,6 +119,73 @@ def test_a_program_that_fails_after_the_right_output_has_failed(sandbox: Sandbox
     assert [v.all_passed for v in verdicts if isinstance(v, Verdict)] == [False, False, True]
 
 
+ROUND = "```python\nprint(round(float(input()), {digits}))\n```"
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    ("columns", "answers"),
+    [
+        ({"inputs": ["0.3333333", "2"], "outputs": ["0.33333333333", "2"]}, (True, True)),
+        ({"inputs": ["0.34", "10000001"], "outputs": ["0.35", "10000002"]}, (False, False)),
+        ({"inputs": '{"inputs": ["1", "2"], "outputs": ["1\\n", "3"]}'}, (True, False)),
+        ({"inputs": {"input": ["1"], "output": [["1"]]}}, (True,)),
+        ({"inputs": '[{"input": "1", "output": "1.0"}]'}, (True,)),
+        ({"inputs": '["1", "2"]', "outputs": '["1", "2"]'}, (True, True)),
+        ({"inputs": "1\n", "outputs": 1}, (True,)),
+        ({"inputs": '{"fn_name": "f", "inputs": [[1]], "outputs": [2]}'}, "'f'"),
+        ({"inputs": '{"in": []}'}, "'in'|keys in"),
+        ({"inputs": ["1"], "outputs": [None]}, "expected text"),
+    ],
+)
+def test_inputs_and_outputs_are_read_as_their_datasets_write_them(
+    columns: dict[str, Any], answers: tuple[bool, ...] | str
+) -> None:
+    config = CodeRewardConfig(tests="stdio", workers=1)
+    (verdict,) = run_tests(
+        [ROUND.format(digits=7)], {name: [value] for name, value in columns.items()}, config
+    )
+    if isinstance(answers, str):
+        assert isinstance(verdict, DataError)
+        assert re.search(answers, str(verdict))
+    else:
+        assert verdict == Verdict(answers)
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    ("completion", "printed"),
+    [
+        ("```python\nprint(1)\nexit()\n```", "1"),
+        ("```python\nimport sys\nprint(1)\nquit()\n```\nOutput:\n```\n1 2\n```", "1"),
+        ("```python\ndef one(): return 1\n```\nRead:\n```python\nprint(one(), input())\n```", "1 5"),
+        ("```python\nprint(input())\n```\nUse it:\n```python\nx = 3\n```", "5"),
+        ("```python\nimport os\nprint(os.path.basename(__file__), __name__)\n```", "main.py __main__"),
+    ],
+)
+def test_honest_programs_run(sandbox: Sandbox, completion: str, printed: str) -> None:
+    tests = ProgramTests(("5",), (printed,))
+    assert sandbox.judge([(code_blocks(completion), tests)]) == [Verdict((True,))]
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "```python\ndef f(x): return 2 * x\nexit()\n```",
+        "```python\ndef f(x): return 2 * x\n```\n```python\nassert f(1) == 3, f(no)\n```",
+        "```python\ndef f(x): return 0\n```\nBetter:\n```python\ndef f(x): return 2 * x\n```\n```\n2\n```",
+        "```python\nfrom math import prod\nTWO = 2\n```\n```python\ndef f(x): return prod([TWO, x])\n```",
+        "```python\ndef f(x): return g(x)\n```\n```python\ndef g(x): return 2 * x\nprint(f(none))\n```",
+        "```python\ndef f(x: broken\n```\n```python\nif True:\n    def f(x): return 2 * x\n```",
+        "```py3\nf = lambda x: 2 * x\nassert __file__\n```",
+    ],
+)
+def test_the_block_that_defines_the_entry_point_is_run(completion: str) -> None:
+    columns = {"test": [CHECK], "entry_point": ["f"]}
+    assert run_tests([completion], columns, CodeRewardConfig(workers=1)) == [Verdict((True, True))]
+
+
 # ------------------------------------------------------------------------------------------- tests
 
 
@@ -155,6 +231,267 @@ def test_a_program_that_fails_after_the_right_output_has_failed(sandbox: Sandbox
 )
 def test_each_assertion_is_a_test(sandbox: Sandbox, code: str, test: str, expected: tuple[bool, ...]) -> None:
     assert passed(sandbox, code, test) == expected
+
+
+DOUBLE = "def f(x): return 2 * x"
+STACK = """
+class Empty(LookupError): pass
+class Stack:
+    LIMIT = 9
+    def __init__(self, items=()): self.items = list(items)
+    def push(self, item): self.items.append(item); return self
+    def pop(self):
+        if not self.items: raise Empty("empty")
+        return self.items.pop()
+    def __len__(self): return len(self.items)
+    def __eq__(self, other): return self.items == other.items
+    def __iter__(self): return iter(self.items)
+def counter():
+    n = 0
+    def step():
+        nonlocal n; n += 1; return n
+    return step
+"""
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    ("code", "entry", "test", "expected"),
+    [
+        # pytest
+        (
+            DOUBLE,
+            "f",
+            "def test_a():\n    assert f(1) == 2\ndef test_b():\n    x = f(2)\n    assert x == 5",
+            (True, False),
+        ),
+        (DOUBLE, "", "from my_module import f as g\ndef test_a(): assert g(1) == 2\ntest_a()", (True,)),
+        (
+            DOUBLE,
+            "f",
+            "import solution\nclass TestF:\n    def setup_method(self): self.x = 1\n    def test_a(self): assert solution.f(self.x) == 2",
+            (True,),
+        ),
+        (
+            DOUBLE,
+            "f",
+            "import pytest\n@pytest.mark.parametrize('x, y', [(1, 2), pytest.param(2, 3)])\ndef test_f(x, y): assert f(x) == pytest.approx(y)",
+            (True, False),
+        ),
+        (
+            STACK,
+            "Stack",
+            "import pytest\n@pytest.fixture\ndef s(): return Stack([1])\ndef test_a(s): assert s.pop() == 1\ndef test_b(s):\n    s.pop()\n    with pytest.raises(LookupError, match='emp') as e: s.pop()\n    assert str(e.value) == 'empty'",
+            (True, True),
+        ),
+        # unittest
+        (
+            STACK,
+            "Stack",
+            "import unittest\nfrom solution import Stack, Empty\nclass T(unittest.TestCase):\n    def setUp(self): self.s = Stack([1, 2])\n    def test_a(self): self.assertEqual(self.s.pop(), 2)\n    def test_b(self): self.assertEqual(len(self.s), 3)\n    def test_c(self):\n        with self.assertRaises(Empty): Stack().pop()\nif __name__ == '__main__': unittest.main()",
+            (True, False, True),
+        ),
+        # several names, classes, methods
+        (
+            STACK,
+            "",
+            "s = Stack()\nassert s.push(1).push(2).pop() == 2\nassert Stack.LIMIT == 9\nassert Stack([1]) == s\nassert list(s) == [1]\nassert isinstance(s, Stack)\nstep = counter()\nassert [step(), step()] == [1, 2]",
+            (True,) * 6,
+        ),
+        (
+            "class Solution:\n    def __init__(self): self.n = 0\n    def m(self, x): self.n += 1; return x + self.n",
+            "Solution().m",
+            "assert Solution().m(1) == 2\nassert Solution().m(1) == 2",
+            (True, True),
+        ),
+        (
+            "class Solution:\n    def m(self, x): return x",
+            "Solution().m",
+            "assert m(1) == 1\nassert candidate(2) == 2",
+            (True, True),
+        ),
+        ("if 1:\n    def f(x): return 2 * x", "f", CHECK + "check(f)", (True, True)),
+        (DOUBLE, "", CHECK + "check(f)", (True, True)),
+        # HumanEval's constant assertions are no tests; helpers that assert are
+        (
+            DOUBLE,
+            "f",
+            "def check(c):\n    assert True, 'prints if it fails'\n    assert c(1) == 2\n    assert True",
+            (True,),
+        ),
+        (DOUBLE, "f", "def same(x, y):\n    assert f(x) == y\nsame(1, 2)\nsame(2, 5)", (True, False)),
+        (
+            DOUBLE,
+            "f",
+            "def check(c):\n    for x in range(3):\n        if c(x) != 2 * x:\n            raise AssertionError(x)",
+            (True,),
+        ),
+        (DOUBLE, "f", "class T:\n    def test_a(self): assert math.isclose(f(1), 2)", (True,)),
+        # functions and iterators as arguments and results
+        (
+            "def f(g, xs): return map(g, xs)",
+            "f",
+            "seen = []\nassert list(f(lambda x: seen.append(x) or x + 1, iter([1, 2]))) == [2, 3]\nassert seen == [1, 2]\nassert list(f(len, ['ab'])) == [2]",
+            (True, True, True),
+        ),
+        (
+            "def f():\n    n = 0\n    while True: yield n; n += 1",
+            "f",
+            "from itertools import islice\nassert list(islice(f(), 3)) == [0, 1, 2]",
+            (True,),
+        ),
+        (
+            "def f(x):\n    from fractions import Fraction as F\n    return {1: F(x, 2)}.values()",
+            "f",
+            "from fractions import Fraction\nassert sorted(f(1)) == [Fraction(1, 2)]\nassert list(f(3)) == [1.5]",
+            (True, True),
+        ),
+        # changes in place keep identity
+        (
+            "def f(rows, queue):\n    rows[0].append(1); queue.append(2)\n    return rows",
+            "f",
+            "from collections import deque\ndef check(c):\n    row, queue = [], deque()\n    rows = [row, row]\n    assert c(rows, queue) is rows\n    assert row == [1] == rows[1]\n    assert queue == deque([2])",
+            (True, True, True),
+        ),
+        (
+            "def f(d): d['x'].append(1)\n",
+            "f",
+            "from collections import defaultdict\nd = defaultdict(list)\nf(d)\nassert d == {'x': [1]}",
+            (True,),
+        ),
+        # objects of the tests
+        (
+            "def f(o): return o.get(o.n)",
+            "f",
+            "class D:\n    n = 3\n    def get(self, k): return k + 1\nassert f(D()) == 4",
+            (True,),
+        ),
+        (
+            "def f(o): o.v += 1; return o",
+            "f",
+            "class N:\n    def __init__(self, v): self.v = v\nassert f(N(2)).v == 3",
+            (True,),
+        ),
+        # what it prints
+        (
+            "def f(): print('hi')",
+            "f",
+            "import contextlib, io\ndef test_a():\n    with contextlib.redirect_stdout(io.StringIO()) as out: f()\n    assert out.getvalue() == 'hi\\n'",
+            (True,),
+        ),
+        # many calls, one after another
+        (
+            "def f(x): return x + 1",
+            "f",
+            "def check(c):\n    x = 0\n    for _ in range(3000): x = c(x)\n    assert x == 3000",
+            (True,),
+        ),
+    ],
+)
+def test_every_common_form_of_tests_is_run(
+    sandbox: Sandbox, code: str, entry: str, test: str, expected: tuple[bool, ...]
+) -> None:
+    assert passed(sandbox, code, test, entry=entry) == expected
+    empty = passed(sandbox, "def other(): pass", test, entry=entry)
+    assert empty == (False,) * len(expected)
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    ("test", "reason"),
+    [
+        ("def check(a, b):\n    assert a == b", "one argument"),
+        ("def verify():\n    assert f(1) == 2", "nothing calls it"),
+        ("assert True", "assert nothing about the solution"),
+        ("def test_a(): pass", "assert nothing"),
+        ("def test_a(): f(1)", "asserts nothing"),
+        ("def test_a(tmp_path): assert f(tmp_path)", "'tmp_path'"),
+        ("async def test_a(): assert f(1) == 2", "asynchronous"),
+        ("def f(x): return 2 * x\nassert f(1) == 2", "themselves"),
+        ("class A(f): pass\nassert A().x == 1", "extends"),
+        ("assert eval(f(1)) == 2", "'eval'"),
+        (
+            "import unittest\nclass T(unittest.TestCase):\n    @unittest.skip('x')\n    def test_a(self): self.assertEqual(f(1), 2)",
+            "skipped",
+        ),
+        ("import asyncio\nassert asyncio.run(f(1)) == 2", "asynchronous"),
+        ("import pickle\nassert pickle.loads(f(1)) == 2", "'pickle'"),
+        ("import pytest\n@pytest.mark.skip\ndef test_a(): assert f(1) == 2", "skip"),
+    ],
+)
+def test_tests_that_are_not_understood_are_refused(sandbox: Sandbox, test: str, reason: str) -> None:
+    (refused,) = sandbox.judge([(DOUBLE, CheckTests(test, "f"))])
+    assert isinstance(refused, DataError), refused
+    assert reason in str(refused)
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    ("code", "test"),
+    [
+        (
+            "def f(x): raise StopIteration",
+            "def check(c):\n    for x, y in zip(map(c, [1, 2]), [2, 4]):\n        assert x == y",
+        ),
+        (
+            "def f(x): raise IndexError",
+            "class Calls:\n    def __getitem__(self, i): return f(i)\nfor x in Calls():\n    assert x == 1",
+        ),
+        (
+            "def f(x): raise AttributeError",
+            "class A:\n    @property\n    def x(self): return f(1)\ndef test_a():\n    y = getattr(A(), 'x', 2)\n    assert y == 2",
+        ),
+        ("def f(x): return []", "def check(c):\n    for x in c(3):\n        assert x > 0"),
+        (
+            "import os\ndef f(x): os._exit(0)",
+            "import pytest\ndef test_a():\n    with pytest.raises((ValueError, RuntimeError)): f(-1)",
+        ),
+        (
+            "import os\ndef f(x): os._exit(0)",
+            "def check(c):\n    try:\n        c(1)\n        assert False\n    except BaseException:\n        pass",
+        ),
+        (
+            "def f(x): return open('/tmp/x', 'w')",
+            "def check(c):\n    try:\n        c(1)\n        assert False\n    except TypeError:\n        pass",
+        ),
+        (
+            "class Near: pass\ndef f(x):\n    n = Near(); n.value = 0; n.tolerance = 1e999; return n",
+            "class Near:\n    def __init__(self, value): self.value, self.tolerance = value, 0.1\n    def __eq__(self, other): return abs(self.value - getattr(other, 'value', other)) <= self.tolerance\nassert f(1) == Near(5)",
+        ),
+        (
+            "class All:\n    def __eq__(self, other): return True\n    __lt__ = __gt__ = __contains__ = __eq__\ndef f(x=0): return All()",
+            "a = All()\ndef test_a(): assert a == 5\ndef test_b(): assert f() == 5\ndef test_c(): assert a < 3",
+        ),
+        (
+            "def f(x): return x",
+            "def test_a():\n    try:\n        assert f(1) == 2\n    except AssertionError:\n        print('failed')",
+        ),
+    ],
+)
+def test_what_did_not_run_to_its_end_on_returned_values_has_failed(
+    sandbox: Sandbox, code: str, test: str
+) -> None:
+    assert not any(passed(sandbox, code, test))
+
+
+@needs_bubblewrap
+def test_a_time_limit_holds_for_one_test_and_two_that_exceed_it_end_the_solution() -> None:
+    spin = "import time\ndef f(x):\n    end = time.process_time() + {seconds}\n    while time.process_time() < end: pass\n    return x"
+    test = "def check(c):\n" + "".join(f"    assert c({n}) == {n}\n" for n in range(6))
+    with Sandbox(Limits(cpu_seconds=0.4, total_cpu_seconds=20.0), workers=1) as limited:
+        slow, late, endless, program = limited.judge(
+            [
+                (spin.format(seconds="0.1"), CheckTests(test, "f")),
+                (spin.format(seconds="9 * (x == 1)"), CheckTests(test, "f")),
+                (spin.format(seconds="9"), CheckTests(test.replace("c(1)", "c(int(c(1)))"), "f")),
+                ("while True: pass", ProgramTests(("",) * 50, ("",) * 50)),
+            ]
+        )
+    assert slow == Verdict((True,) * 6)
+    assert late == Verdict((True, False, True, True, True, True))
+    assert endless == Verdict((False,) * 6)
+    assert program == Verdict((False,) * 50)
+    assert all("processor time" in v.note for v in (late, endless, program) if isinstance(v, Verdict))
 
 
 @needs_bubblewrap
@@ -206,7 +543,7 @@ def test_chance_is_the_same_in_every_run() -> None:
     outputs = set()
     for _ in range(2):
         with Jail(Limits()) as jail:  # a new interpreter each time
-            job = jail.start("program", program, "")
+            job = jail.start("program", json.dumps([program]), "")
             assert job.finish().status == 0
             outputs.add(bytes(job.output))
     assert len(outputs) == 1

@@ -70,9 +70,7 @@ def test_the_equal_length_win_rate_is_the_maximum_of_its_likelihood():
     mine, theirs = sample_pairs(prompt, ref_prompt)
     won = (reward[mine] > ref_reward[theirs]).astype(float)
     longer_by = length[mine] - ref_length[theirs]
-    x = np.append(np.tanh(longer_by / longer_by.std()), [1, -1])
-    y = np.append(won, [0.5, 0.5])
-    weight = np.append(np.full(len(won), 1 / 4), [0.5, 0.5])
+    x, y, weight = np.tanh(longer_by / longer_by.std()), won, np.full(len(won), 1 / 4)
 
     def loss(ab):
         z = ab[0] + ab[1] * x
@@ -84,13 +82,19 @@ def test_the_equal_length_win_rate_is_the_maximum_of_its_likelihood():
     assert found["win_rate"]["mean"] == pytest.approx(1 / (1 + np.exp(-best[0])), abs=1e-5)
 
 
-def test_the_equal_length_interval_covers_about_as_often_as_it_says():
-    covered = 0
-    for seed in range(100):
-        win = compare_at_equal_length(*samples(60, 3, 10, 0.0, 0.1, seed))["win_rate"]
-        covered += win["low"] <= 0.5 <= win["high"]
+@pytest.mark.parametrize(("prompts", "per_token"), [(60, 0.1), (20, 0.1), (20, 0.02)])
+def test_the_equal_length_win_rate_is_unbiased_and_its_interval_covers_as_often_as_it_says(
+    prompts, per_token
+):
+    made = [
+        samples(prompts, 4, longer_by=15, better_by=0.0, per_token=per_token, seed=seed)
+        for seed in range(200)
+    ]
+    wins = [compare_at_equal_length(*one)["win_rate"] for one in made]
 
-    assert 88 <= covered <= 100
+    means = np.array([win["mean"] for win in wins])
+    assert means.mean() == pytest.approx(0.5, abs=3 * means.std() / np.sqrt(200))
+    assert 0.91 <= np.mean([win["low"] <= 0.5 <= win["high"] for win in wins]) <= 0.99
 
 
 def test_lengths_that_never_differ_and_a_model_that_always_wins_still_have_finite_answers():

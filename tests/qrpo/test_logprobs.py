@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -21,7 +23,7 @@ from transformers import (
     PhiForCausalLM,
 )
 
-from qrpo.errors import DataError
+from qrpo.errors import DataError, ModelError
 from qrpo.tiny import build_tiny_model
 from qrpo.training.batches import length_sorted_batches
 from qrpo.training.logprobs import completion_logprobs, score_logprobs
@@ -35,6 +37,30 @@ SMALL = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
+
+
+MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+
+
+class MultipliedLogits(GraniteForCausalLM):
+    def forward(self, input_ids, **options):
+        output = super().forward(input_ids, **options)
+        output.logits = output.logits * self.config.logits_scaling**2
+        return output
+
+
+class ShiftedLogits(LlamaForCausalLM):
+    def forward(self, input_ids, **options):
+        output = super().forward(input_ids, **options)
+        output.logits = output.logits.tanh() + torch.arange(output.logits.shape[-1]) / 100
+        return output
+
+
+class HiddenLogits(LlamaForCausalLM):
+    def forward(self, input_ids, **options):
+        output = super().forward(input_ids, **options)
+        output.logits = output.logits + self.model.embed_tokens(input_ids).sum(-1, keepdim=True).sin()
+        return output
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +122,19 @@ def test_value_and_gradient_equal_the_plain_computation_in_float64(model, chunk_
         lambda: GPT2LMHeadModel(GPT2Config(vocab_size=256, n_embd=16, n_layer=2, n_head=2, n_positions=64)),
         lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=3.0)),
         lambda: PhiForCausalLM(PhiConfig(**SMALL)),
+        lambda: FalconH1ForCausalLM(FalconH1Config(**SMALL, **MAMBA, lm_head_multiplier=0.1)),
+        lambda: MultipliedLogits(GraniteConfig(**SMALL, logits_scaling=0.5)),
+        lambda: ShiftedLogits(LlamaConfig(**SMALL)),
     ],
-    ids=["capped logits, tied head", "learned positions, tied head", "scaled logits", "head with a bias"],
+    ids=[
+        "capped logits, tied head",
+        "learned positions, tied head",
+        "scaled logits",
+        "head with a bias",
+        "a multiplier of another name",
+        "a scale that multiplies, as HyperCLOVA X does",
+        "logits of a formula of their own",
+    ],
 )
 def test_other_architectures_agree_with_their_own_forward(other):
     torch.manual_seed(0)
@@ -115,6 +152,12 @@ def test_other_architectures_agree_with_their_own_forward(other):
     for name, gradient in plain_grad.items():
         # some norms are float32 in any model, and their gradients
         torch.testing.assert_close(ours_grad[name], gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_logits_that_do_not_follow_from_the_hidden_states_are_refused():
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match=r"HiddenLogits: its logits do not follow .* by its own forward by"):
+        completion_logprobs(HiddenLogits(LlamaConfig(**SMALL)), [[3, 4]], [[5, 6]])
 
 
 def test_an_adapted_head_and_a_frozen_one_have_the_plain_gradients():

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Mapping
+from datetime import date
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -15,6 +17,22 @@ from qrpo.errors import DataError
 USER = [{"role": "user", "content": "What colour is the sky?"}]
 BLUE = {"role": "assistant", "content": "It is blue."}
 GREEN = {"role": "assistant", "content": "It is green."}
+
+
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"x": 1}'}}],
+}
+RESULT = {"role": "tool", "content": [{"type": "text", "text": "2"}], "tool_call_id": "1"}
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "title": None}}}]
+
+
+def deep(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
 
 
 def parse(row: Mapping[str, Any], **settings: Any) -> Prompt:
@@ -55,6 +73,13 @@ def test_a_prompt_of_messages_stays_as_it_is() -> None:
         ),
         ({"messages": [*USER, BLUE]}, True, ["It is blue."]),
         ({"messages": USER}, True, []),
+        ({"messages": json.dumps([*USER, BLUE])}, True, ["It is blue."]),
+        (
+            {"prompt": str(USER), "chosen": str([BLUE]), "rejected": str([GREEN])},
+            True,
+            ["It is blue.", "It is green."],
+        ),
+        ({"messages": {"role": ["user"], "content": [USER[0]["content"]]}}, True, []),
     ],
 )
 def test_every_format_gives_prompt_and_completions(
@@ -151,6 +176,18 @@ def test_both_ways_to_hold_out_are_refused() -> None:
             r"roles \[user assistant\] after the prompt, expected \[assistant\]",
         ),
         ({"messages": "not a list"}, "'messages' is of type str"),
+        ({"prompt": "[{'role': 'user', 'content': 'a'}\n {'role': 'user'}]"}, "expected it to be valid JSON"),
+        (
+            {"prompt": "array([{'role': 'user', 'content': 'a'}], dtype=object)"},
+            "expected it to be valid JSON",
+        ),
+        ({"prompt": USER, "images": [{"bytes": b"x"}]}, "the row has 'images'"),
+        ({"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]}, "of type 'image_url'"),
+        ({"prompt": "x", "deep": deep(600)}, "nested more than 100 levels"),
+        ({"prompt": "x", "tools": [{"function": {}}]}, r"tools\[0\] names no function"),
+        ({"prompt": "x", "tools": "add(x)"}, "'tools' is text that begins as 'add"),
+        ({"prompt": USER, "completion": [CALL]}, "calls tools, expected an answer in text"),
+        ({"messages": [*USER, CALL]}, "calls tools, expected an answer in text"),
         ({"prompt": "lone \ud800 surrogate"}, "not valid Unicode"),
         ({"prompt": "x", "other": "\udcff"}, "not valid Unicode"),
     ],
@@ -179,6 +216,42 @@ def test_any_row_is_understood_or_refused_with_a_data_error(row: dict[str, Any])
     assert prompt.messages
     assert prompt.prompt_id == prompt_id(prompt.messages)
     json.loads(prompt.metadata)
+
+
+def test_tools_and_tool_calls_belong_to_the_prompt() -> None:
+    messages = [*USER, CALL, RESULT]
+    given = {"type": "object"}  # null keys are Arrow's
+    tools = [{"type": "function", "function": {"name": "add", "parameters": given}}]
+    for said in (TOOLS, json.dumps(TOOLS)):
+        prompt = parse({"prompt": messages, "tools": said})
+        assert prompt.tools == tools
+        assert json.loads(prompt.metadata)["tools"] == said
+        assert prompt.messages[1]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"x": 1}}
+        assert prompt.messages[2] == {"role": "tool", "content": "2", "tool_call_id": "1"}
+    other = {**CALL, "tool_calls": [{"name": "add", "arguments": {"x": 2}}]}
+    rows = [
+        {"prompt": messages, "tools": TOOLS},
+        {"prompt": messages},
+        {"prompt": [*USER, other, RESULT]},
+        {"prompt": [*USER, {"role": "assistant", "content": ""}, RESULT]},
+        {"prompt": [*USER, {"role": "assistant", "content": ""}, {**RESULT, "tool_call_id": None}]},
+    ]
+    assert len({parse(row).prompt_id for row in rows}) == len(rows)
+    assert parse({"prompt": USER, "tools": []}).prompt_id == parse({"prompt": USER}).prompt_id
+
+
+@pytest.mark.parametrize(
+    ("value", "stored"),
+    [
+        (b"7", "7"),
+        (b"\xff", "/w=="),
+        (Decimal("1.50"), "1.50"),
+        (date(2026, 1, 2), "2026-01-02"),
+        (1e16, 1e16),
+    ],
+)
+def test_values_of_other_types_become_text(value: Any, stored: Any) -> None:
+    assert json.loads(parse({"prompt": "x", "answer": value}).metadata) == {"answer": stored}
 
 
 # ------------------------------------------------------------------------------------------- identity and split

@@ -128,6 +128,8 @@ def assert_same(output, expected):
     ]
     assert tables[0]["step"].to_list() == list(range(1, STEPS + 1))
     assert tables[0].equals(tables[1])
+    means = [polars.read_parquet(path / "metrics.parquet")["train_loss"] for path in (output, expected)]
+    assert means[0].to_list() == means[1].to_list()
     reference = {report["step"]: report for report in reports_of(expected)}
     for report in reports_of(output):  # also of attempts whose steps were lost and repeated
         for name in ("loss", "learning_rate", "grad_norm"):

@@ -1,15 +1,23 @@
 """Rewards: functions of every temper in real child processes, and real reward models against a plain forward."""
 
+import array
+import collections
 import json
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import polars as pl
+import pyarrow as pa
 import pytest
+import torch
 from pydantic import TypeAdapter, ValidationError
 
 from qrpo.callables import load_callable
@@ -18,7 +26,6 @@ from qrpo.data.chat import encode_conversation, load_tokenizer
 from qrpo.errors import ConfigError, ModelError, RewardError
 from qrpo.models import ModelConfig, load_model_config, load_reward_model
 from qrpo.rewards import (
-    AnswerRewardConfig,
     FunctionRewardConfig,
     ModelRewardConfig,
     Reward,
@@ -28,6 +35,7 @@ from qrpo.rewards import (
     identity,
     open_reward,
 )
+from qrpo.rewards.function import FunctionReward
 from tests.support.rewards import HI
 
 FILE = Path(__file__).with_name("reward_functions.py").resolve()
@@ -107,6 +115,62 @@ def test_none_means_does_not_apply_and_odd_values_are_errors(opened: Any) -> Non
     assert [(s.reward, s.error) for s in scores] == list(expected.values())
 
 
+RETURNED: list[tuple[Any, list[float] | str]] = [
+    ([1, 2.5], [1.0, 2.5]),
+    ((1, 2), [1.0, 2.0]),
+    (range(2), [0.0, 1.0]),
+    (collections.deque([1, 2]), [1.0, 2.0]),
+    (array.array("d", [1, 2]), [1.0, 2.0]),
+    (np.array([1, 2], dtype=np.int64), [1.0, 2.0]),
+    (np.array([0.1, 0.2]), [0.1, 0.2]),
+    (torch.tensor([1.0, 2.0], dtype=torch.bfloat16), [1.0, 2.0]),
+    (pl.Series([0.1, 0.2]), [0.1, 0.2]),
+    (pa.array([0.1, 0.2]), [0.1, 0.2]),
+    ([Decimal("0.1"), Fraction(1, 4)], [0.1, 0.25]),
+    ([np.float64(0.1), torch.tensor(2.0)], [0.1, 2.0]),
+    ({"a": 1, "b": 2}, "returned dict, expected a list or array"),
+    ({1: 1, 2: 2}.keys(), "returned dict_keys, expected"),
+    ({1: 1, 2: 2}.values(), "returned dict_values, expected"),
+    ({1.0, 2.0}, "returned set, expected"),
+    (b"ab", "returned bytes, expected"),
+    (bytearray(b"ab"), "returned bytearray, expected"),
+    (memoryview(b"ab"), "returned memoryview, expected"),
+    ("12", "returned str, expected"),
+    (iter([1, 2]), "returned list_iterator, expected"),
+    (np.ones((2, 1)), "returned ndarray, expected"),
+    (np.float64(1.0), "returned float64, expected"),
+    (None, "returned NoneType, expected"),
+    ([1, "2"], "the reward is of type str, expected a number or None"),
+    ([1, b"2"], "the reward is of type bytes"),
+    ([1, [2]], "the reward is of type list"),
+    ([1, {"reward": 2}], "the reward is of type dict"),
+    ([1, 2j], "the reward is of type complex"),
+    ([1, np.ones(1)], "the reward is of type ndarray"),
+    (np.array([1, 2], dtype="timedelta64[ns]"), "the reward is of type timedelta64"),
+    ([1, 10**400], "the reward is 1000"),
+    ([1, Decimal("NaN")], "the reward is NaN, expected a finite number"),
+]
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected"), RETURNED, ids=lambda value: f"{type(value).__name__} {value}"[:40]
+)
+def test_a_function_returns_numbers_in_an_order_or_is_refused(returned: Any, expected: Any) -> None:
+    def found() -> Any:
+        try:
+            scores = FunctionReward(f"{FILE}:echo").call(
+                [HI] * 2, ["a", "b"], {"returned": [returned] * 2}, False
+            )
+        except RewardError as error:
+            return str(error)
+        return values(scores) if scores[1].error is None else scores[1].error
+
+    if isinstance(expected, list):
+        assert found() == expected
+    else:
+        assert expected in found()
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "completions", "errors"),
     [
@@ -131,7 +195,7 @@ def test_a_call_that_raises_miscounts_hangs_or_dies_costs_only_its_row(
     ("name", "message"),
     [
         ("always_raises", "failed on each of the first 3 completions: .*raised RuntimeError: out of order"),
-        ("one_number", "returned float, expected a list with one number per completion"),
+        ("one_number", "returned float, expected a list or array with one number per completion"),
         ("matches_answer", "it wants answer, which the data does not have"),
     ],
 )
@@ -242,50 +306,15 @@ def test_the_kind_in_the_configuration_chooses_the_reward() -> None:
         adapter.validate_python({"kind": "oracle"})
 
 
-# ------------------------------------------------------------------------------------------- right answers
-
-
-def answers(settings: dict[str, Any], completions: Sequence[str], right: Sequence[Any]) -> list[Score]:
-    reward = open_reward(AnswerRewardConfig(**settings))
-    try:
-        return score(reward, completions, answer=list(right))
-    finally:
-        reward.close()
-
-
-def test_answers_are_compared_as_mathematics() -> None:
-    pairs = {
-        r"So it is \boxed{\frac{1}{2}}.": ("0.5", 1.0),
-        "First 3, then 4. The answer is 1,200 dollars.": ("1200", 1.0),
-        r"$x^2 + 2x + 1$": ("$(x+1)^2$", 1.0),
-        "The answer is 12.": ("13", 0.0),
-        "I do not know.": ("13", 0.0),
-        "0.3333333": ("1/3", 1.0),
-        "nothing to compare with": ("", None),
-    }
-    scores = answers({}, list(pairs), [right for right, _ in pairs.values()])
-    for (said, (right, expected)), found in zip(pairs.items(), scores, strict=True):
-        if right == "":
-            assert found.error == "the right answer '' is empty"
-        else:
-            assert found == Score(expected), said
-    (found,) = answers({"answer_after": "####"}, ["72"], ["24 and 48\n#### 72"])
-    assert found == Score(1.0)
-
-
-def test_answers_are_compared_as_text_where_asked() -> None:
-    settings = {"match": "exact", "completion_after": "Answer:", "right": 2.0, "wrong": -1.0}
-    said = ["B or C? Answer: C", "Answer:  new  YORK ", "C", "Answer: D"]
-    scores = answers(settings, said, ["c", "New York", "c", None])
-    assert scores == [Score(2.0), Score(2.0), Score(-1.0), Score(None)]
-
-
-def test_a_dataset_without_the_answers_column_is_told_so() -> None:
-    with pytest.raises(RewardError, match="the data has no column 'solution' with the right answer"):
-        answers({"column": "solution"}, ["1", "2"], ["1", "2"])
-
-
 # ------------------------------------------------------------------------------------------- several rewards
+
+
+def test_a_reward_of_weight_0_decides_nothing() -> None:
+    good, none, bad = Score(2.0), Score(None), Score(None, "broken")
+    watched = combine([("a", 1.0, [good, good, good, none]), ("w", 0.0, [good, none, bad, good])])
+    assert [score.reward for score in watched] == [2.0, 2.0, 2.0, None]
+    assert [score.components[1:] for score in watched[:3]] == [(("w", 2.0),), (), (("w", None),)]
+    assert watched[3].error == "no reward applies: a returned None"
 
 
 def test_several_rewards_become_a_weighted_sum_of_those_that_apply() -> None:
@@ -317,11 +346,11 @@ def ids_of_conversations(folder: Path) -> list[Any]:
 
 
 def plain_forward(folder: Path) -> list[float]:
-    """The textbook way: one conversation at a time, no padding."""
+    """The textbook way: one conversation at a time, no padding, the score at its last token."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto", pad_token_id=None).eval()
     with torch.inference_mode():
         return [model(ids).logits[0, 0].item() for ids in ids_of_conversations(folder)]
 
@@ -342,16 +371,67 @@ def test_a_models_reward_is_a_plain_forwards_whatever_the_batch(
     assert found == pytest.approx(plain_forward(tiny_reward_model), abs=1e-4)
 
 
-def test_a_model_whose_padding_is_its_end_token_is_read_as_alone(
+@pytest.fixture
+def end_padded_model(tiny_reward_model: Path, tmp_path: Path) -> Path:
+    """A reward model whose padding token is the end token, with which its conversations end."""
+    folder = tmp_path / "end-padded"
+    shutil.copytree(tiny_reward_model, folder)
+    edit_json(folder / "config.json", pad_token_id=load_tokenizer(str(folder)).eos_token_id)
+    return folder
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_the_score_is_read_at_the_last_token_also_if_that_is_the_padding(
+    end_padded_model: Path, tiny_reward_model: Path
+) -> None:
+    expected = plain_forward(tiny_reward_model)
+    assert values(model_scores(end_padded_model)) == pytest.approx(expected, abs=1e-4)
+    # earlier versions read it one token before: those scores do not count
+    config = ModelRewardConfig(model=ModelConfig(path=str(end_padded_model)))
+    assert config.identity()["pooled"] == "last token"
+    edit_json(end_padded_model / "config.json", pad_token_id=None)
+    assert values(model_scores(end_padded_model)) == pytest.approx(expected, abs=1e-4)
+
+
+def test_rows_that_use_every_token_are_scored_alone(tiny_reward_model: Path) -> None:
+    from qrpo.rewards.model import ModelReward
+
+    reward = ModelReward(ModelRewardConfig(model=ModelConfig(path=str(tiny_reward_model)), device="cpu"))
+    used = reward.model.config.vocab_size
+    rows = [[*range(token, used), *range(token)][:250] for token in range(0, used, 100)]
+    assert reward.score_ids(rows) == pytest.approx([reward.score_ids([row])[0] for row in rows], abs=1e-4)
+
+
+def test_a_row_longer_than_positions_after_the_padding_fails_alone(
     tiny_reward_model: Path, tmp_path: Path
 ) -> None:
-    model = load_reward_model(ModelConfig(path=str(tiny_reward_model)), "cpu")
-    for name, pad in [("end", load_tokenizer(str(tiny_reward_model)).eos_token_id), ("none", None)]:
-        folder = tmp_path / name
-        shutil.copytree(tiny_reward_model, folder)
-        model.config.pad_token_id = pad
-        model.config.save_pretrained(folder)
-        assert values(model_scores(folder)) == pytest.approx(plain_forward(folder), abs=1e-4)
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    tokenizer = load_tokenizer(str(tiny_reward_model))
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokens = {"vocab_size": len(tokenizer) - 1, "max_position_embeddings": 66, "pad_token_id": 1}
+    RobertaForSequenceClassification(RobertaConfig(**sizes, **tokens, num_labels=1)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    text = next(t for n in range(200) if len(t := "a b " * n) and length_of(tokenizer, t) in (64, 63))
+    unknown = tokenizer.decode([len(tokenizer) - 1])
+    said = [([{"role": "user", "content": "Hi"}], one) for one in ("yes", text, text + " b b", "a" + unknown)]
+    scores = model_scores(tmp_path, said)
+    assert [score.error is None for score in scores] == [True, True, False, False]
+    assert "tokens, but the reward model reads 64" in str(scores[2].error)
+    assert f"outside the model's vocabulary of {len(tokenizer) - 1}" in str(scores[3].error)
+    with pytest.raises(ConfigError, match=r"max_length: got 66, but .* has a context of 64 tokens"):
+        model_scores(tmp_path, said, max_length=66)
+
+
+def length_of(tokenizer: Any, text: str) -> int:
+    return len(
+        encode_conversation(
+            tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]
+        )
+    )
 
 
 def test_conversations_that_are_too_long_fail_alone(tiny_reward_model: Path) -> None:
@@ -452,6 +532,9 @@ class GatedRewardModel(LlamaPreTrainedModel):
 '''
 
 
+AS_ARMORM = "from transformers.models.llama.modeling_llama import LLAMA_INPUTS_DOCSTRING\n"
+
+
 @pytest.fixture
 def multi_objective_model(tiny_reward_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """ArmoRM's shape: code of its own, 19 objectives, a gate, and the combined `score` in the output."""
@@ -472,6 +555,7 @@ def multi_objective_model(tiny_reward_model: Path, tmp_path: Path, monkeypatch: 
         torch.nn.init.normal_(model.gate.weight)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / "modeling_gated.py").write_text(AS_ARMORM + MULTI_OBJECTIVE)
     return folder
 
 
@@ -547,7 +631,8 @@ def test_when_memory_runs_out_the_budget_is_halved_and_scoring_goes_on(tiny_rewa
 
 
 @pytest.mark.slow
-def test_vllm_gives_the_scores_that_transformers_gives(tiny_reward_model: Path, tmp_path: Path) -> None:
+def test_vllm_gives_the_scores_that_transformers_gives(end_padded_model: Path, tmp_path: Path) -> None:
+    tiny_reward_model = end_padded_model
     tokenizer = load_tokenizer(str(tiny_reward_model))
     said = [[*prompt, {"role": "assistant", "content": completion}] for prompt, completion in CONVERSATIONS]
     longest = max(len(encode_conversation(tokenizer, messages)) for messages in said)

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from qrpo.config import keyed
 from qrpo.data.prompts import split_of
-from qrpo.engines.sampling import SamplingConfig, length_problem, sample_seed
+from qrpo.engines.sampling import SamplingConfig, sample_seed
 from qrpo.evaluation.comparison import selection_half
+from qrpo.models.limits import Limits
 from qrpo.seeds import seeded_hash
 
 
@@ -37,17 +39,35 @@ def test_splits_halves_and_hashes_never_change_between_versions() -> None:
 
 
 def test_a_prompt_fits_if_it_and_the_completion_do() -> None:
-    assert length_problem([1] * 90, max_model_len=100, max_tokens=10) is None
-    assert length_problem([1] * 91, 100, 10) == (
+    limits = Limits(max_length=100, vocab_size=50)
+    assert limits.problem([1] * 90, max_tokens=10) is None
+    assert limits.problem([1] * 91, 10) == (
         "the prompt's 91 tokens and 10 for the completion (max_tokens) exceed the engine's context of 100 tokens "
         "(max_model_len)"
     )
-    assert length_problem([], 100, 10) == "the prompt has no tokens"
+    assert limits.problem([], 100) == "the prompt has no tokens"
+    assert limits.problem([49] * 100) is None
+    assert limits.problem([1] * 101) == "the conversation has 101 tokens, but the reward model reads 100"
+    for stray in (50, 3_000_000):
+        assert limits.problem([3, stray]) == f"a token id is outside the model's vocabulary of 50: {stray}"
+
+
+def test_stop_token_ids_enter_fingerprints_only_if_set() -> None:
+    assert "stop_token_ids" not in keyed(SamplingConfig())
+    assert keyed(SamplingConfig(stop_token_ids=(3,)))["stop_token_ids"] == [3]
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"max_tokens": 0}, {"seed": 3}],
+    [
+        {"temperature": -1},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"max_tokens": 0},
+        {"seed": 3},
+        {"stop_token_ids": [-1]},
+    ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ValidationError):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from qrpo.rewards.code import code_blocks
 from qrpo.sandbox import CheckTests, Limits, ProgramTests, Sandbox, Verdict
 from tests.support.rewards import needs_bubblewrap, wait_until
 
@@ -148,6 +149,18 @@ def test_solutions_do_not_meet(sandbox: Sandbox) -> None:
             [(tell, ProgramTests(("",), ("told",))), (look, ProgramTests(("",), ("[] False 1",)))]
         )
         assert verdicts == [Verdict((True,)), Verdict((True,))]
+
+
+def test_work_on_a_solutions_output_is_linear(sandbox: Sandbox, tests: CheckTests) -> None:
+    started = time.process_time()
+    for line in ("`" * 60_000, "~" * 60_000 + "x", " " * 60_000 + "```", "```" + "a" * 60_000 + "`"):
+        assert code_blocks(line + "\n" + line) in ([], [""], [line])
+    many = "import os\ndef f(x):\n    os.write(3, bytes(200_000))\n    return 0"
+    live = CheckTests("def check(c):\n    for n in range(3):\n        assert c(n) == 5", "f")
+    for verdict in sandbox.judge([(many, tests), (many, live)]):
+        assert isinstance(verdict, Verdict)
+        assert not any(verdict.passed)
+    assert time.process_time() - started < 2.0
 
 
 def test_nothing_lives_on_after_the_sandbox_is_closed(tests: CheckTests) -> None:

@@ -1,11 +1,13 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from qrpo.errors import DataError
-from qrpo.training.runs import train_sft
+from qrpo.errors import ConfigError, DataError
+from qrpo.training.runs import settle_generation_config, train_sft
 from qrpo.training.settings import SftConfig
 from tests.support.training import Stopped, metrics, same_weights
 
@@ -54,6 +56,29 @@ def test_the_model_learns_the_answers(folder, rows, tmp_path):
     limits = {"max_new_tokens": len(expected), "do_sample": False}
     answer = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **limits)
     assert answer[0, prompt.shape[1] :].tolist() == expected
+
+
+def test_the_saved_generation_config_ends_at_the_turns_end_and_can_be_saved(folder, rows, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    template = (model / "chat_template.jinja").read_text().replace("eos_token", "'<|system|>'")
+    (model / "chat_template.jinja").write_text(template)
+    # as Llama 2 and Vicuna have it
+    (model / "generation_config.json").write_text('{"eos_token_id": 2, "temperature": 0.6, "top_p": 0.9}')
+    config = SftConfig(**SETTINGS, max_steps=1)
+
+    final = train_sft(model, rows, config, tmp_path / "run")
+
+    saved = GenerationConfig.from_pretrained(final)
+    assert saved.eos_token_id == [
+        2,
+        AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<|system|>"),
+    ]
+    assert (saved.do_sample, saved.temperature, saved.top_p) == (True, 0.6, 0.9)
+    broken = AutoModelForCausalLM.from_pretrained(folder)
+    broken.generation_config.max_new_tokens = -1
+    with pytest.raises(ConfigError, match=r"could not be saved after the training: .*max_new_tokens"):
+        settle_generation_config(broken, None)
 
 
 def test_an_interrupted_fine_tuning_ends_with_the_same_weights(folder, rows, tmp_path):

@@ -146,3 +146,99 @@ def test_hugging_face_datasets_are_read_from_disk_and_by_name(tmp_path: Path) ->
         rows_of(f"hf://{tmp_path}/two:nothing")
     with pytest.raises(DataError, match="cannot load hf://org/nothing"):
         rows_of("hf://org/nothing/configuration@main:train")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "problem"),
+    [
+        ("a.csv", b"prompt,x,prompt\na,b,c\n", r"a\.csv:1: the column 'prompt' is there more than once"),
+        ("b.csv", b'prompt,x\na,1\n"open,2\nb,3\n', r"b\.csv:3: a quote that opens here is not closed"),
+        ("c.csv", b'prompt,x\n"open,1\nb,2\n"c",3\n', r"c\.csv:2: a quote that opens here is not closed"),
+        ("d.csv", "prompt\nhé\n".encode("utf-16"), "UTF-16"),
+        ("e.csv", "prompt\nhé\n".encode("utf-16-be"), "UTF-16"),
+        ("f.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), "UTF-16"),
+        ("g.jsonl", '{"prompt": "a"}\n'.encode("utf-16-le"), "UTF-16"),
+    ],
+)
+def test_a_file_that_would_lose_rows_or_columns_is_refused(
+    tmp_path: Path, name: str, data: bytes, problem: str
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=problem):
+        rows_of(tmp_path / name)
+
+
+def test_a_bad_row_costs_only_itself(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('prompt,x\n"a"b,1\nsay "hi",2\n')
+    first, second = rows_of(tmp_path / "a.csv")
+    assert "a.csv:2: not valid CSV" in str(first)
+    assert second == {"prompt": 'say "hi"', "x": "2"}
+    twice = '{"prompt": "a", "prompt": "b"}', '{"prompt": "a", "m": [[{"x": 1, "x": 2}]]}', '{"prompt": "c"}'
+    for name, text in (("b.jsonl", "\n".join(twice)), ("b.json", f"[{','.join(twice)}]")):
+        (tmp_path / name).write_text(text)
+        *bad, good = rows_of(tmp_path / name)
+        assert ["more than once" in str(row) for row in bad] == [True, True]
+        assert good == {"prompt": "c"}
+    late = pa.array([0, 569_000_000_000], pa.timestamp("s"))  # the year 20000
+    pq.write_table(pa.table({"prompt": ["a", "b"], "t": late}), tmp_path / "c.parquet")
+    first, second = rows_of(tmp_path / "c.parquet")
+    assert first["prompt"] == "a"
+    assert "c.parquet[1]: a value that Python cannot hold" in str(second)
+
+
+def test_two_parquet_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="'prompt' is there more than once"):
+        rows_of(tmp_path / "a.parquet")
+
+
+def test_brackets_in_a_folders_name_are_no_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "data [v1]"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(jsonl(ROWS[:1]))
+    (folder / "b.jsonl").write_text(jsonl(ROWS[1:2]))
+    assert rows_of(folder / "a.jsonl") == ROWS[:1]
+    assert rows_of(folder / "*.jsonl") == ROWS[:2]
+    (tmp_path / "a1.jsonl").write_text(jsonl(ROWS))
+    assert rows_of(tmp_path / "a[0-9].jsonl") == ROWS
+
+
+def test_a_dataset_folder_that_is_written_again_gives_its_new_rows(tmp_path: Path) -> None:
+    import os
+
+    import datasets
+
+    from qrpo.data.prompts import PromptsConfig
+    from tasks.stages.prompts import source_identity
+
+    datasets.disable_progress_bars()
+
+    def write(rows: list[dict[str, str]]) -> None:
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+        (tmp_path / "files").mkdir(exist_ok=True)
+        (tmp_path / "files" / "train.jsonl").write_text(jsonl(rows))
+        os.utime(tmp_path / "files" / "train.jsonl", (1, 1))
+
+    sources = [f"hf://{tmp_path}/saved", f"hf://{tmp_path}/files"]
+    before, after = [{"prompt": "one"}], [{"prompt": "two"}]
+    write(before)
+    assert [rows_of(source) for source in sources] == [before, before]
+    identities = [source_identity(PromptsConfig(source=source)) for source in sources]
+    write(after)
+    assert [rows_of(source) for source in sources] == [after, after]
+    assert all(
+        source_identity(PromptsConfig(source=source)) != identity
+        for source, identity in zip(sources, identities, strict=True)
+    )
+
+
+def test_a_data_folder_with_configurations_names_them_and_reads_each(tmp_path: Path) -> None:
+    (tmp_path / "many").mkdir()
+    configs = [{"config_name": name, "data_files": f"{name}.jsonl"} for name in ("easy", "hard")]
+    (tmp_path / "many" / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    for number, name in enumerate(("easy", "hard")):
+        (tmp_path / "many" / f"{name}.jsonl").write_text(jsonl(ROWS[number : number + 1]))
+    with pytest.raises(DataError, match=r"'easy', 'hard'"):
+        rows_of(f"hf://{tmp_path}/many")
+    assert rows_of(f"hf://{tmp_path}/many/hard") == ROWS[1:2]

@@ -19,6 +19,8 @@ from qrpo.evaluation.suites.alpaca_eval import (
 )
 from qrpo.evaluation.suites.files import read_rows
 from qrpo.evaluation.suites.leetcode import read_problems, score_solutions
+from qrpo.rewards import CodeRewardConfig
+from qrpo.sandbox import Limits
 from tests.support.rewards import LEETCODE, needs_bubblewrap
 from tests.support.servers import FakeChatServer, Reply, closed_url, token_completion
 
@@ -191,9 +193,10 @@ def test_real_preferences_of_real_instructions_come_out_as_their_mean(
 
 
 def test_rows_come_from_lists_and_lines_and_a_bad_one_is_named(tmp_path: Path) -> None:
-    rows = [{"instruction": "say [1]", "output": "é"}, {"instruction": "b", "output": "c"}]
-    (tmp_path / "list.json").write_text(json.dumps(rows))
-    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    rows = [{"instruction": "say\u2028[1]\x85", "output": "é"}, {"instruction": "b", "output": "c"}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "list.json").write_text(f"[{','.join(lines)}]", encoding="utf-8-sig")
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8-sig")
     (tmp_path / "bad.json").write_text('[{"instruction": "a", "output": "b"}, {"instruction": 3}]')
     (tmp_path / "empty.json").write_text("[]")
     (tmp_path / "broken.json").write_text("[{")
@@ -236,6 +239,7 @@ def test_tests_passed_and_pass_at_1_are_means_over_problems() -> None:
     summary, rows = score_solutions(
         problems,
         {"square": [solution("x * x"), solution("x + 2")], "root": ["no code", solution("isqrt(x)")]},
+        reward=CodeRewardConfig(limits=Limits(cpu_seconds=3), packages=("yaml",)),
     )
 
     shares = {(row["task_id"], row["solution"]): row["tests_passed"] for row in rows}
@@ -245,6 +249,8 @@ def test_tests_passed_and_pass_at_1_are_means_over_problems() -> None:
     assert summary["tests_passed"]["mean"] == pytest.approx((0.75 + 0.5) / 2)
     assert summary["pass_at_1"]["mean"] == pytest.approx(0.5)
     assert summary["unusable"] == {}
+    assert (summary["limits"]["cpu_seconds"], summary["packages"]) == (3, ["yaml"])
+    assert {row["note"] != "" for row in rows if row["tests_passed"] < 1} == {True}
 
 
 @pytest.mark.slow

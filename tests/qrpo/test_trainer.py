@@ -85,6 +85,9 @@ def test_a_killed_run_goes_on_exactly_where_it_was(folder, rows, tmp_path, as_da
     assert [entry["loss"] for entry in rest] == [entry["loss"] for entry in progress[4:]]
     assert same_weights(resumed, uninterrupted)
     assert metrics(tmp_path / "a")["loss"] == metrics(tmp_path / "b")["loss"]
+    (mean,) = metrics(tmp_path / "a")["train_loss"]
+    assert mean == pytest.approx(np.mean(metrics(tmp_path / "a")["loss"]))
+    assert metrics(tmp_path / "b")["train_loss"] == [mean]
     if isinstance(dataset, Reader):
         assert dataset.starts[0] == (1, 4)  # one seek, no reading of what was trained on
 

@@ -99,7 +99,7 @@ def test_the_dataset_s_own_preference_is_known_by_its_origin(folder, rows, tmp_p
 def test_how_a_step_is_cut_changes_nothing(folder, rows, tmp_path, loss, pairs):
     def weights_after(name, **arguments):
         # sharing rounds Llama's norms, which are float32 in any model, in another place
-        changed = {"learning_rate": 1e-3, "loss": loss, "pairs": pairs, "share_prompts": False}
+        changed = {"learning_rate": 1e-3, "loss": loss, "pairs": pairs, "packing": False}
         settings = training_arguments(PolicyConfig(**{**SETTINGS, **changed}), tmp_path / name)
         settings = replace(settings, save_strategy="no", **arguments)
         trainer = QRPOTrainer(load_policy(folder).double(), settings, rows[:10])

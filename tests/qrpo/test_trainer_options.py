@@ -4,13 +4,15 @@ import numpy as np
 import polars
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qrpo.errors import ConfigError
 from qrpo.training.adapters import adapters_off, with_lora
 from qrpo.training.logprobs import score_logprobs
-from qrpo.training.runs import load_policy
+from qrpo.training.ranks import number_of_processes
+from qrpo.training.runs import load_policy, training_arguments
 from qrpo.training.settings import LoraConfig, PolicyConfig
 from qrpo.training.throughput import PEAK_BF16, Meter
 from qrpo.training.trainer import QRPOConfig, QRPOTrainer
@@ -126,7 +128,7 @@ def test_training_stops_when_the_held_out_loss_no_longer_falls_and_goes_back_to_
     """Of few rows the loss falls to nothing, and that of the others rises in the end; saved at every tenth step alone."""
     evaluated = {"eval_rows": rows[4:], "eval_fraction": 0.5, "eval_steps": 1, "patience": 3, "lora": lora}
     settings = {**evaluated, "num_train_epochs": 60, "save_steps": 10, "learning_rate": 0.02}
-    _, progress = train(folder, rows[:4], tmp_path / "a", **settings)
+    best, progress = train(folder, rows[:4], tmp_path / "a", **settings)
 
     losses = metrics(tmp_path / "a")["eval_loss"]
     assert progress[-1]["step"] == len(losses) < 60
@@ -137,8 +139,10 @@ def test_training_stops_when_the_held_out_loss_no_longer_falls_and_goes_back_to_
     assert again[0]["loss"] == pytest.approx(min(losses), rel=1e-4)
     with pytest.raises(Stopped):
         train(folder, rows[:4], tmp_path / "c", stop_at=len(losses) - 1, **settings)
-    _, rest = train(folder, rows[:4], tmp_path / "c", **settings)
+    (tmp_path / "c").rename(tmp_path / "moved")
+    resumed, rest = train(folder, rows[:4], tmp_path / "moved", **settings)
     assert rest[-1]["step"] == len(losses), "a resumed run stops where the other did"
+    assert same_weights(resumed, best), "and goes back to the same step, wherever its folder is now"
 
 
 def test_patience_without_held_out_prompts_is_refused():
@@ -173,3 +177,108 @@ def test_operations_are_counted_for_trained_and_frozen_weights_and_the_head_on_c
     assert used(model) == pytest.approx(6 * (100 * body + 30 * head))
     model.model.requires_grad_(False)
     assert used(model) == pytest.approx(4 * 100 * body + 6 * 30 * head)
+
+
+def test_saved_weights_keep_what_training_changed(folder, rows, tmp_path, caplog):
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(half)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(half)
+    scores = score_logprobs(load_policy(half), rows, 1000)
+    rows = [{**row, "ref_logprob": score} for row, score in zip(rows, scores, strict=True)]
+    settings = {"learning_rate": 1e-6, "checkpoint_steps": 2}
+    saved = {
+        dtype: train(half, rows, tmp_path / dtype, save_dtype=dtype, **settings)[0]
+        for dtype in ("float32", "auto", "bfloat16")
+    }
+
+    assert same_weights(saved["auto"], saved["float32"])
+    for name, dtype in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        for place in ("final", "checkpoints/2"):
+            assert AutoConfig.from_pretrained(tmp_path / name / place).dtype == dtype
+    assert {weight.dtype for weight in saved["bfloat16"].values()} == {torch.bfloat16}
+    trained, rounded = (
+        np.stack(list(score_logprobs(load_policy(tmp_path / name / "final"), rows, 1000)))
+        for name in ("auto", "bfloat16")
+    )
+    measured = metrics(tmp_path / "auto")
+    lost, learned = measured["saved_log_ratio/mean_abs"][-1], measured["learned_log_ratio/mean_abs"][-1]
+    assert lost == pytest.approx(np.abs(rounded - trained).mean(), rel=0.05)
+    assert learned == pytest.approx(np.abs(trained - np.stack(scores_of(rows))).mean(), rel=0.05)
+    assert lost > 0.2 * learned
+    assert "saved in bfloat16; set save_dtype to `float32`" in caplog.text
+
+
+def scores_of(rows):
+    return [row["ref_logprob"] for row in rows]
+
+
+def test_adapters_on_a_weight_with_two_uses_are_refused(folder):
+    config = AutoConfig.from_pretrained(folder, tie_word_embeddings=True)
+    for name in ("lm_head", "embed_tokens"):
+        tied = AutoModelForCausalLM.from_config(config)
+        with_lora(load_policy(folder), LoraConfig(target_modules=(name,)), seed=0)
+        with pytest.raises(ConfigError, match="head or the embedding, which have one weight"):
+            with_lora(tied, LoraConfig(target_modules=(name, "q_proj")), seed=0)
+
+
+def test_prompt_learning_is_refused(folder, rows, tmp_path):
+    model = get_peft_model(load_policy(folder), PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=2))
+
+    with pytest.raises(ConfigError, match="type PROMPT_TUNING, which adds virtual tokens"):
+        QRPOTrainer(model, QRPOConfig(output_dir=str(tmp_path), report_to="none"), rows)
+
+
+def test_weights_too_coarse_to_move_are_warned_of(folder, rows, tmp_path, caplog):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+    QRPOTrainer(model, QRPOConfig(output_dir=str(tmp_path), report_to="none"), rows)
+
+    assert "at a learning rate of 1e-06, 98% of the weights in bfloat16 stay as they are" in caplog.text
+
+
+def test_one_process_uses_one_device_and_shards_nothing(folder, rows, tmp_path):
+    arguments = QRPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=4, report_to="none")
+    arguments._n_gpu = 8  # as where one process sees eight GPUs
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 4)
+    arguments = QRPOConfig(output_dir=str(tmp_path), fsdp=True, report_to="none")
+    with pytest.raises(ConfigError, match="fsdp shards a model over several processes, and there is one"):
+        QRPOTrainer(load_policy(folder), arguments, rows)
+    assert training_arguments(PolicyConfig(fsdp=True), tmp_path).fsdp is None
+
+
+@pytest.mark.parametrize(
+    ("processes", "gpus", "expected"),
+    [("auto", 0, 1), ("auto", 8, 8), ("auto", 5, 4), (3, 8, 3)],
+)
+def test_every_visible_gpu_trains_if_it_gets_prompts(monkeypatch, processes, gpus, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert number_of_processes(PolicyConfig(processes=processes, prompts_per_step=24 * 8 // 3)) == expected
+
+
+def test_rows_without_completions_are_skipped(folder, rows, tmp_path):
+    names = ("completion_token_ids", "ref_logprob", "quantile_reward", "reward")
+    empty = [{**row, **{name: row[name][:0] for name in names}} for row in rows[:6]]
+    _, progress = train(folder, empty + rows[6:8], tmp_path, prompts_per_step=1)
+
+    assert len(progress) == 8
+    assert sum(entry["loss"] == 0 for entry in progress) == 6
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ({"loss": "foo"}, "loss: Input should be 'qrpo', 'dpo', 'rebel', 'simpo' or 'sft', got 'foo'"),
+        ({"pairs": "x"}, "pairs: "),
+        ({"bad_step": "x"}, "bad_step: "),
+        ({"partition": "x"}, "partition: "),
+        ({"loss_type": "x"}, "loss_type: "),
+        ({"rebel_reward": "x"}, "rebel_reward: "),
+        ({"beta": 0.0}, "beta: Input should be greater than 0"),
+        ({"beta": float("inf")}, "beta: Input should be a finite number"),
+        ({"token_budget": 0}, "token_budget: "),
+        ({"patience": "2"}, "patience: Input should be a valid integer"),
+    ],
+)
+def test_the_library_refuses_what_the_yaml_file_refuses(setting, problem, tmp_path):
+    with pytest.raises(ConfigError, match=problem):
+        QRPOConfig(output_dir=str(tmp_path), **setting)

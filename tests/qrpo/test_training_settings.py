@@ -1,5 +1,6 @@
 """Training settings: declared once, passed through by name, and in fingerprints only if they change results."""
 
+import os
 import subprocess
 import sys
 
@@ -9,9 +10,10 @@ from transformers import HfArgumentParser
 
 from qrpo import QRPOConfig
 from qrpo.config import is_execution_option, keyed
+from qrpo.errors import ConfigError
 from qrpo.training.arguments import QRPOSettings
-from qrpo.training.runs import training_arguments
 from qrpo.training.settings import PolicyConfig, SftConfig
+from qrpo.training.trainer_arguments import check_arguments, training_arguments
 from tests.support.training import metrics, same_weights, train
 
 
@@ -72,9 +74,12 @@ def test_the_section_and_the_arguments_say_the_same_about_a_setting():
 @pytest.mark.parametrize(
     ("further", "added"),
     [
-        ({"adam_beta2": "0.95"}, {"adam_beta2": 0.95}),
+        ({"adam_beta2": 0.95}, {"adam_beta2": 0.95}),
         ({"optim": "sgd"}, {"optim": "sgd"}),
-        ({"lr_scheduler_kwargs": {"min_lr": 1e-7}}, {"lr_scheduler_kwargs": {"min_lr": 1e-7}}),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2.0}},
+            {"lr_scheduler": "polynomial", "lr_scheduler_kwargs": {"power": 2.0}},
+        ),
         ({"loss_type": "mae"}, {"loss_type": "mae"}),
         ({"run_name": "mine", "logging_first_step": True, "dataloader_num_workers": 2}, {}),
         ({"torch_compile": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}, {}),
@@ -102,6 +107,7 @@ def test_only_further_settings_that_change_results_enter_the_fingerprint(further
         (SftConfig, {"seed": 2}, "not available here; set the `seed`"),
         (PolicyConfig, {"adam_beta3": 0.9}, "Extra inputs are not permitted"),
         (PolicyConfig, {"adam_beta2": "much"}, "valid number"),
+        (PolicyConfig, {"adam_beta2": "0.95"}, "valid number"),
         (PolicyConfig, {"optim": "adamw"}, "should be 'adamw_torch'"),
         (PolicyConfig, {"patience": 2}, "eval_fraction is 0"),
     ],
@@ -128,3 +134,26 @@ def test_further_settings_change_the_training_and_execution_options_do_not(folde
 def test_reading_a_section_loads_no_torch():
     code = "import sys, qrpo.training.settings as s; s.PolicyConfig(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"adam_beta1": 2.0}, "Invalid beta parameter"),
+        ({"adam_epsilon": -1.0}, "Invalid epsilon value"),
+        ({"fp16": True, "bf16": True}, "At most one of fp16 and bf16"),
+        ({"lr_scheduler_kwargs": {"min_lr": 1e-7}}, "unexpected keyword argument 'min_lr'"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "One of min_lr or min_lr_rate"),
+    ],
+)
+def test_what_the_optimizer_or_the_schedule_refuses_is_refused_before_a_run(given, message):
+    for section in (SftConfig(**given), PolicyConfig(**given)):
+        assert section.needs_check
+        with pytest.raises(ConfigError, match=message):
+            check_arguments(section)
+
+
+def test_trying_settings_out_leaves_the_environment_as_it_was():
+    before = dict(os.environ)
+    check_arguments(PolicyConfig(fp16=True, torch_compile=True, fsdp=True, processes=2))
+    assert dict(os.environ) == before

@@ -69,7 +69,14 @@ def test_example_notebook_runs_on_a_store(tmp_path: Path) -> None:
         ],
         "rewards": rewards.to_pylist(),
         "quantiles": [
-            {"prompt_id": "p", "ref_rewards": [0.0, 1.0], "num_ref": 2, "ref_mean": 0.5, "ref_std": 0.5}
+            {
+                "prompt_id": "p",
+                "ref_rewards": [0.0, 1.0],
+                "num_ref": 2,
+                "num_excluded": 0,
+                "ref_mean": 0.5,
+                "ref_std": 0.5,
+            }
             | {"sample_index": [0, 1], "origin": ["reference", "reference"]}
             | {name: [0.0, 0.5] for name in ("reward", "quantile_reward", "quantile_low", "quantile_high")}
         ],

@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -189,9 +191,6 @@ for number in range(int(sys.argv[2])):
 
 
 def test_gc_in_a_loop_with_a_run_loses_nothing(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     store, rounds, calls = Store(tmp_path), 12, 0
     with subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(rounds)]) as writer:
         while writer.poll() is None:
@@ -218,9 +217,6 @@ def test_a_plan_made_before_a_run_began_does_not_take_its_parts(store: Store) ->
 
 
 def test_what_killed_writers_and_dead_runs_left_is_collected(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     store = Store(tmp_path)
     key = part_key("rewards")
     store.commit_part(key, scores(10))
@@ -253,6 +249,51 @@ def test_a_claim_of_a_run_that_died_elsewhere_after_its_commit_is_collected(tmp_
 
     assert store.list("leases") == []
     assert store.part(part_key("rewards")) is not None
+
+
+def test_what_a_killed_run_left_of_a_needed_part_is_collected(
+    store: Store, make_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("XDG_CACHE_HOME", "TMPDIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(bytes(100))
+    model = store.commit_folder(part_key("policy"), tmp_path / "model")
+    artifact = store.commit_manifest(manifest_of("policy", model.family, [model]))
+    make_run("a", [1])
+    (part,) = storage.open(store, "a", "rewards").manifest.parts
+    stages = {"rewards": storage.open(store, "a", "rewards").manifest.fingerprint}
+    store.write_run("a", {"stages": {**stages, "policy": artifact.fingerprint}, "families": {"later": ["f"]}})
+    before = set(store.list())
+
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    abandoned = store.files.scratch("parts/rewards/f/p.parquet")
+    store.write_bytes(f"{model.key.folder}/0123456789ab/weights", bytes(100))
+    store.write_bytes(part.key.rejects("0123456789ab"), b"rows")
+    store.write_bytes(f"{part.key.folder}.discarded", b"{}")
+    dead = abandoned.with_name(abandoned.name.replace(f"-{os.getpid()}-", f"-{ended.pid}-"))
+    for path in (abandoned, dead):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    done, unfinished, later = (
+        store.work_dir(key) for key in (model.key, part_key("policy", 1), part_key("later"))
+    )
+    for folder in (done, unfinished, later):
+        (folder / "checkpoint").write_bytes(bytes(10))
+    time.sleep(0.01)
+    assert plan_gc(store).keys == ()  # all of it is young
+
+    plan = plan_gc(store, grace=0)
+    assert collect(store, plan) == plan.bytes + len(b"half")
+    assert {key for key in store.list() if not key.startswith("work/")} == before
+    assert [path.exists() for path in (abandoned, dead)] == [True, False]  # this process may still write
+    assert [path.exists() for path in (done, unfinished, later)] == [False, True, True]
+    collect(store, plan_gc(store, grace=0, unfinished=True))
+    assert [path.exists() for path in (unfinished, later)] == [False, True]
+    assert list(verify(store)) == []
 
 
 def test_a_damaged_manifest_stops_gc_where_it_is_needed(store: Store, make_run) -> None:

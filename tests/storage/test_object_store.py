@@ -2,6 +2,7 @@
 
 import http.client
 import random
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 
 import storage
-from storage import ShardReader, Store, StoreUnavailableError, manifest_of, remote
+from storage import ShardReader, Store, StoreUnavailableError, manifest_of, read, remote
 from storage.leases import Leases
 from storage.verify import verify
 from tests.support.storage import REJECTS, SHARDS, at_once, commit_scores, part_key, scores, shards
@@ -21,6 +22,8 @@ from tests.support.storage import REJECTS, SHARDS, at_once, commit_scores, part_
 pytestmark = pytest.mark.slow
 
 KINDS = ("500", "503", "reset", "lost answer", "cut body", "slow")
+ALTERED = ("flipped body", "short body")
+"""Faults without a checksum that shows them."""
 
 
 @dataclass
@@ -84,6 +87,11 @@ def line(s3_endpoint: str) -> Iterator[Line]:
                 for k, v in response.headers.items()
                 if k.lower() not in ("connection", "transfer-encoding", "content-length", "date", "server")
             }
+            if fault in ALTERED and self.command == "GET" and "list-type" not in self.path and data:
+                headers = {k: v for k, v in headers.items() if "checksum" not in k.lower()}
+                at = line.dice.randrange(len(data))
+                flipped = data[:at] + bytes([data[at] ^ 1 << line.dice.randrange(8)]) + data[at + 1 :]
+                data = data[:at] if fault == "short body" else flipped
             length = int(response.headers.get("Content-Length") or 0) if self.command == "HEAD" else len(data)
             if fault == "slow":
                 time.sleep(0.2)
@@ -165,6 +173,44 @@ def test_a_whole_run_survives_a_line_that_fails_every_fourth_time(
     line.rate = 0
     assert s3_store.part(keys[0]) is None
     assert [finding.key for finding in verify(s3_store)] == [keys[0].record]
+
+
+def test_altered_bodies_are_read_again_by_every_reader(
+    far_store: Store, line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(far_store.files, "pauses", (0.0,) * 8)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(bytes(range(256)) * 100)
+    records = commit_scores(far_store, 6, rows=50)
+    monkeypatch.setattr(read, "_SMALL", 1000)
+    big = far_store.commit_part(part_key("shards"), shards(3000), table=SHARDS)
+    model = far_store.commit_folder(part_key("policy"), tmp_path / "model")
+    made = far_store.commit_manifest(manifest_of("rewards", records[0].family, [*records]))
+    far_store.write_run("run", {"stages": {"rewards": made.fingerprint}})
+    assert big.bytes > 1000  # its columns are read by ranges
+
+    def read_everything() -> list[object]:
+        return [
+            far_store.manifest("rewards", made.fingerprint),
+            far_store.run("run"),
+            far_store.find_parts(record.key for record in records),
+            [far_store.read_part(record) for record in records],
+            far_store.scan(records).collect().to_arrow(),
+            far_store.dataset(records).to_table(),
+            far_store.read_rows(big, 1500, 20),
+            list(far_store.read_groups(big, ["num_ref"])),
+            far_store.footer(big).num_rows,
+            storage.folder_digest(far_store.fetch_folder(model)),
+        ]
+
+    sound = read_everything()
+    line.rate, line.kinds = 0.3, ALTERED
+    for _ in range(3):
+        shutil.rmtree(tmp_path / "cache")
+        assert read_everything() == sound
+    assert list(verify(far_store)) == []
+    assert set(line.faults) == set(ALTERED)
 
 
 @pytest.mark.parametrize("kind", KINDS)

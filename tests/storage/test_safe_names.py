@@ -93,6 +93,23 @@ def test_secrets_are_cut_out_of_texts() -> None:
     assert redact(text, secrets) == "403 for *** at https://***@host/b?X-Amz-Signature=***&x=1 in eu-west-1"
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://AKIA1234:se/cr+et@bucket/x",
+        "https://host/x?token=secret",
+        "https://host/x?a=1&key=secret",
+        "https://host/x?X-Goog-Signature=secret&X-Goog-Date=secret",
+    ],
+)
+def test_credentials_in_urls_are_cut_out(url: str) -> None:
+    shown = redact(f"cannot read {url}, try again")
+    assert "secret" not in shown
+    assert "se/cr" not in shown
+    assert shown.startswith("cannot read ")
+    assert shown.endswith((", try again", "=*** try again"))
+
+
 def test_texts_without_secrets_stay_as_they_are() -> None:
     urls = ("git@host:x", "ssh://git@host/x", "http://a:80/x", 'http://a:1","b@c')
     for text in ("csv=a.csv&design=b", "a@b", *urls):

@@ -10,7 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 
 import storage
-from storage import DamagedError, PartKey, PartRecord, Store, StoreUnavailableError
+from storage import (
+    DamagedError,
+    PartKey,
+    PartRecord,
+    Store,
+    StoreUnavailableError,
+    StoreURLError,
+    manifest_of,
+)
+from storage.gc import plan_gc
 from storage.verify import verify
 from tests.support.storage import REJECT, REJECTS, SCORES, at_once, commit_scores, part_key, run_code, scores
 
@@ -220,6 +229,33 @@ def test_polars_and_duckdb_read_a_family_by_a_glob(tmp_path: Path) -> None:
     assert duckdb.sql(f"select count(*), count(distinct prompt_id) from '{glob}'").fetchall() == [(30, 15)]
 
 
+@pytest.mark.parametrize("name", ["run[x]", "[0-9]", "a*", "{b,c}", "50% off", "~me"])
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_the_folder_of_a_store_is_never_a_pattern(
+    tmp_path: Path, name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name / "cache"))
+    store = Store(tmp_path / name / "store" if kind == "local" else f"memory://{tmp_path.name}/{name}/store")
+    decoy = Store(tmp_path / "runx" / "store" if kind == "local" else f"memory://{tmp_path.name}/runx/store")
+    commit_scores(decoy, 4, rows=2)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(b"1")
+
+    records = commit_scores(store, 2, rejected=lambda n: True)
+    model = store.commit_folder(part_key("policy"), tmp_path / "model")
+    made = store.commit_manifest(manifest_of("rewards", records[0].family, records))
+    store.write_run("run", {"stages": {"rewards": made.fingerprint}})
+
+    assert store.scan(records).collect().height == store.dataset(records).count_rows() == 20
+    assert storage.open(store, "run", "rewards").rejects.num_rows == 2
+    assert (store.fetch_folder(model) / "weights").read_bytes() == b"1"
+    assert len(store.family_parts("rewards", records[0].family)) == 2
+    assert list(verify(store)) == []
+    assert [part.stage for part in plan_gc(store, grace=-1, unfinished=True).parts] == ["policy"]
+    with pytest.raises(StoreURLError, match="in FOLDER only"):
+        Store("memory://[x]/folder")
+
+
 def test_scan_reads_many_parts_as_one_table(store: Store) -> None:
     records = commit_scores(store, 3)
     lazy = store.scan(records).filter(pl.col("sample_index") == 1).select("prompt_id", "reward")
@@ -247,6 +283,21 @@ def test_work_folders_survive_until_they_are_cleared(store: Store, tmp_path: Pat
     key = part_key("policy")
     (store.work_dir(key) / "checkpoint").write_text("1")
     assert (store.work_dir(key) / "checkpoint").read_text() == "1"
+    store.clear_work(key)
+    assert list(store.work_dir(key).iterdir()) == []
+
+
+def test_a_work_folder_moves_to_its_next_holder(store: Store, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    key = part_key("policy")
+    (store.work_dir(key) / "of-an-earlier-release").touch()
+    first = store.work_dir(key, "a")
+    assert [path.name for path in first.iterdir()] == ["of-an-earlier-release"]
+    (first / "checkpoint").write_text("1")
+    second = store.work_dir(key, "b")
+    assert second == store.work_dir(key, "b") != first
+    assert (second / "checkpoint").read_text() == "1"
+    assert not first.exists()
     store.clear_work(key)
     assert list(store.work_dir(key).iterdir()) == []
 

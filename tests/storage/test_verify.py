@@ -4,7 +4,8 @@ from dataclasses import replace
 import pyarrow as pa
 import pytest
 
-from storage import Manifest, PartKey, Store, manifest_of
+from storage import DamagedError, Manifest, PartKey, Store, StoreError, manifest_of
+from storage.gc import plan_gc
 from storage.parts import dump_checksummed
 from storage.verify import repair, verify
 from tests.support.storage import REJECTS, SCORES, commit_scores, part_key, scores
@@ -195,3 +196,48 @@ def test_a_part_made_from_bytes_that_are_no_more_is_stale(store: Store) -> None:
     repair(store, [finding])
     assert store.part(child.key) is None
     assert store.part(other.key) == other
+
+
+def test_what_an_earlier_version_computed_from_an_altered_part_is_dropped(store: Store) -> None:
+    parent = store.commit_part(part_key("rewards"), scores(10))
+    parents = {parent.fingerprint: parent.digest}
+    checked, unchecked = (
+        store.commit_part(part_key("metrics", n), pa.table({"x": [n]}), parents=parents) for n in (0, 1)
+    )
+    old = {name: value for name, value in unchecked.to_json().items() if name != "checked"}
+    store.write_bytes(unchecked.key.record, dump_checksummed(old))
+    grandchild = store.commit_part(
+        part_key("metrics", 2), pa.table({"x": [2]}), parents={unchecked.fingerprint: unchecked.digest}
+    )
+    assert list(verify(store)) == []
+
+    store.write_bytes(parent.key.table, flipped(store.read_bytes(parent.key.table), 10))
+    findings = list(verify(store))
+
+    assert {(finding.kind, finding.part) for finding in findings} == {
+        ("altered", parent.key),
+        ("stale", unchecked.key),
+    }
+    repair(store, findings)
+    assert set(store.find_parts(part_key("metrics", n) for n in range(3))) == {
+        checked.fingerprint,
+        grandchild.fingerprint,
+    }
+    assert grandchild.is_stale({unchecked.fingerprint: "another digest"})  # so it follows if that changed
+
+
+@pytest.mark.parametrize("note", [b"", b"\0garbage", b"[]", b"null", b'{"stages": {'])
+def test_a_damaged_note_of_a_run_is_set_aside(store: Store, manifest: Manifest, note: bytes) -> None:
+    store.write_bytes("runs/run.json", note)
+    with pytest.raises(DamagedError, match=r"runs/run\.json.*qrpo verify --repair"):
+        store.run("run")
+    (finding,) = verify(store)
+    assert (finding.kind, finding.key) == ("run", "runs/run.json")
+    repair(store, [finding])
+    assert store.run("run") is None
+    assert store.runs() == []
+    assert list(verify(store)) == []
+    with pytest.raises(StoreError, match="does not know what that run needs"):  # its parts stay
+        plan_gc(store, grace=0)
+    store.write_run("run", {"stages": {"rewards": manifest.fingerprint}})
+    assert plan_gc(store, grace=0).parts == ()

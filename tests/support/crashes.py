@@ -18,10 +18,11 @@ def in_fork(
     work: Callable[[Report], object],
     kill_at: int | None = None,
     before_kill: Callable[[], object] | None = None,
+    kill_with: int = signal.SIGKILL,
 ) -> tuple[int, list[str]]:
     """Run `work(report)` in a fork, which kills itself at its crash point number `kill_at`, counted from 0.
 
-    Returns the exit code (0, 1, or minus the signal) and the reported lines, of which the last is
+    `kill_with` is the signal. Returns the exit code (0, 1, or minus the signal) and the reported lines, of which the last is
     "@NAME KEY" of the point of the kill, or the number of points. The points of leases do not count:
     a thread reaches them at any time.
     """
@@ -41,7 +42,7 @@ def in_fork(
                     if before_kill is not None:
                         before_kill()
                     report(f"@{name} {key}")
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    os.kill(os.getpid(), kill_with)
                 points += 1
 
             try:

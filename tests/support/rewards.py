@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 HI = [{"role": "user", "content": "Hi there"}]
-LEETCODE = Path(__file__).parents[3] / "shared" / "data" / "leetcode_train_100.jsonl"
+_DATA = Path(__file__).parents[3] / "shared" / "data"
+LEETCODE = _DATA / "leetcode_train_100.jsonl"
+GSM8K = _DATA / "gsm8k_train_1000.jsonl"
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 

@@ -89,12 +89,12 @@ def token_completion(text: str, top: Mapping[str, float] | None = None, tokens: 
         "content": [{"token": text, "bytes": None, "logprob": 0.0, "top_logprobs": top_logprobs}],
         "refusal": None,
     }
-    status, headers, payload = text_completion(text, tokens)
+    status, headers, payload = text_completion(text, tokens, finish="length")
     payload["choices"][0]["logprobs"] = logprobs
     return status, headers, payload
 
 
-def text_completion(text: str, tokens: int = 0) -> Reply:
+def text_completion(text: str, tokens: int = 0, finish: str = "stop") -> Reply:
     """A chat completion without log-probabilities."""
     message = {"role": "assistant", "content": text}
     payload = {
@@ -102,7 +102,7 @@ def text_completion(text: str, tokens: int = 0) -> Reply:
         "object": "chat.completion",
         "created": 0,
         "model": "m",
-        "choices": [{"index": 0, "finish_reason": "length", "message": message, "logprobs": None}],
+        "choices": [{"index": 0, "finish_reason": finish, "message": message, "logprobs": None}],
         "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
     }
     return 200, {}, payload

@@ -12,11 +12,14 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import sys
 import time
 import traceback
 from pathlib import Path
+
+from qrpo.errors import QRPOError
 
 SETTINGS = {
     "beta": 0.5,
@@ -99,6 +102,61 @@ def train_and_yield(folder, rows, output, settings, sigterm_after=None):
     read = pickle.loads(rows.read_bytes())  # noqa: S301
     train_policy(folder, read, PolicyConfig(**settings), output, on_progress=on_progress)
     yield from reports
+
+
+def train_runs(runs):
+    """Train one run after the other in these processes. Yields for each its reports, the dtypes of
+    the log-probabilities that its loss got, and whether its weights were sharded; or its error.
+
+    A run has `folder`, `rows`, `output` and `settings`, and may have `eval_rows`, `iterable` rows,
+    the `checkpoint` of another run to continue from, and `sft` to fine-tune instead.
+    """
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    from qrpo.training import runs as module
+    from qrpo.training.settings import PolicyConfig, SftConfig
+
+    torch.set_num_threads(1)
+    seen = {}
+
+    class Watched(module.QRPOTrainer):
+        def logprobs(self, model, *arguments):
+            logprob_B = super().logprobs(model, *arguments)
+            sharded = any(isinstance(weight, DTensor) for weight in model.parameters())
+            seen.update(sharded=sharded, dtypes={*seen["dtypes"], logprob_B.dtype})
+            return logprob_B
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __init__(self, rows):
+            self.rows = rows
+
+        def __iter__(self):
+            return iter(self.rows)
+
+    module.QRPOTrainer = Watched
+    for run in runs:
+        seen = {"reports": [], "dtypes": set(), "sharded": False}
+        if (checkpoint := run.get("checkpoint")) and os.environ.get("RANK", "0") == "0":
+            shutil.copytree(checkpoint, run["output"] / checkpoint.name)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        rows = Stream(run["rows"]) if run.get("iterable") else run["rows"]
+        try:
+            if run.get("sft"):
+                module.train_sft(run["folder"], rows, SftConfig(**run["settings"]), run["output"])
+            else:
+                module.train_policy(
+                    run["folder"],
+                    rows,
+                    PolicyConfig(**{**SETTINGS, **run["settings"]}),
+                    run["output"],
+                    eval_rows=run.get("eval_rows"),
+                    on_progress=seen["reports"].append,
+                )
+        except QRPOError as error:
+            seen["error"] = str(error)
+        yield seen
 
 
 def start_ranks(processes, folder):

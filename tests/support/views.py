@@ -57,7 +57,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "sampled_logprob": None,
     },
     "rewards": {**_COMPLETION, "reward": None, "components": None, "error": None},
-    "quantiles": {**_LISTS, "ref_rewards": [], "num_ref": 1},
+    "quantiles": {**_LISTS, "num_excluded": 0, "ref_rewards": [], "num_ref": 1},
     "shards": {**_LISTS, "prompt_token_ids": [1, 2], "num_ref": 1},
     "evaluation": {"sample_index": 0, "text": "", "token_ids": [0, 1, 2], "finish_reason": "stop"},
 }
@@ -224,8 +224,12 @@ def qrpo_json(*arguments: Any) -> Any:
     return json.loads(result.stdout)
 
 
+TOKEN = "a-token-of-the-tests"
+
+
 def ask(port: int, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], str]:
-    """Status, headers and body of an answer of the server at a port of this machine."""
+    """Status, headers and body of an answer of the server at a port of this machine; with the token unless there is a Cookie."""
+    headers.setdefault("Cookie", f"qrpo_browse={TOKEN}")
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request(method, path, headers=headers)
     answer = connection.getresponse()

@@ -1,13 +1,15 @@
-"""Kills every stage of a small pipeline at every crash point, resumes it, and compares with an uninterrupted run.
+"""Ends every stage of a small pipeline at every crash point, resumes it, and compares with an uninterrupted run.
 
     python -m tests.tasks.crash_stages FOLDER [N]      prints one JSON object: points by stage, killed, resumed, faults
 
-With N, stages that train or load a model are killed at every N-th point only.
+With N, stages that train or load a model are ended at every N-th point only, the others at every N/8-th.
+The points take turns in how the stage ends: SIGKILL, SIGTERM, SIGINT.
 
 An uninterrupted run goes first, and the store is copied before and after each stage. Then, for every
 stage and every point at which it changes the store: a fork of this process runs the stage from the copy
 before it and kills itself there; another fork runs it to the end. Every file must then be what the
-uninterrupted run left, apart from times, and no part that was committed before the kill may change.
+uninterrupted run left, apart from times, the metrics of training and gc's work included, and no part
+that was committed before the kill may change.
 
 All stages run in the forks themselves, not in child processes, so that a kill hits their commits.
 Prefect's task wrapper is removed: it does not affect what is written.
@@ -25,16 +27,21 @@ from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
+import polars
 import torch
 
 from qrpo.engines.transformers import TransformersEngine
 from qrpo.tiny import build_tiny_model
+from storage import Store
+from storage.gc import collect, plan_gc
 from tasks import groups, run_stage
 from tasks.config import PipelineConfig, parse_config
 from tasks.stages import STAGES, completions, evaluation
 from tests.support.crashes import in_fork, timeless
 
 SLOW = ("reference", "policy", "evaluation")
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+METRICS = ("step", "loss", "train_loss", "learning_rate", "grad_norm", "log_ratio/mean", "eval_loss")
 REWARD = "def reward(prompts, completions, **columns):\n    return [len(text) + text.count('a') / 7 for text in completions]\n"
 
 
@@ -96,23 +103,36 @@ def run_here() -> None:
         module.engine_for = lambda config, model, log: EngineHere(config, model)
 
 
-def run_one(stage: str, config: PipelineConfig, store: Path, kill_at: int | None = None) -> tuple[int, int]:
-    """The exit code of a stage in a fork, killed at that crash point, and how many points it reached."""
-    status, reports = in_fork(lambda _: run_stage.run_stage(stage, config, str(store)), kill_at)
+def run_one(
+    stage: str,
+    config: PipelineConfig,
+    store: Path,
+    kill_at: int | None = None,
+    kill_with: int = signal.SIGKILL,
+) -> tuple[int, int]:
+    """The exit code of a stage in a fork, ended at that crash point, and how many points it reached."""
+    status, reports = in_fork(
+        lambda _: run_stage.run_stage(stage, config, str(store)), kill_at, kill_with=kill_with
+    )
     return status, int(reports[-1]) if status == 0 else 0
 
 
 def content(store: Path) -> dict[str, str]:
-    """What a reader of the store can see, without what tells the time (a policy's metrics do)."""
+    """What is in the store, without what tells the time; of a training's metrics its losses and rates."""
     seen = {}
     for path in sorted(store.rglob("*")):
         key = path.relative_to(store).as_posix()
-        if not path.is_file() or key.startswith(("leases/", "work/", "logs/")) or path.name.startswith("."):
+        if not path.is_file() or key.startswith("logs/") or path.name.startswith("."):
             continue
         names = key.split("/")
         if names[0] == "parts" and len(names) == 6:  # a file of a model folder, below the hash of its files
-            if path.name != "metrics.parquet":
-                seen["/".join([*names[:4], names[5]])] = digest(path)
+            plain = digest(path)
+            if path.name == "metrics.parquet":
+                metrics = polars.read_parquet(path)
+                plain = str(
+                    metrics.select(column for column in METRICS if column in metrics).to_dict(as_series=False)
+                )
+            seen["/".join([*names[:4], names[5]])] = plain
         elif path.suffix == ".json":
             more = ("files", "bytes") if "policy" in names else ()
             value = timeless(json.loads(path.read_text()), "parts_computed", "parts_cached", *more)
@@ -149,16 +169,20 @@ def main(folder: Path, every: int) -> dict[str, Any]:
         assert status == 0, stage
         shutil.copytree(store, folder / f"after-{stage}")
     faults = []
-    killed = resumed = 0
+    killed = resumed = unharmed = 0
     for stage, total in points.items():
         expected = content(folder / f"after-{stage}")
-        for point in range(0, total, every if stage in SLOW else 1):
+        for point in range(0, total, every if stage in SLOW else max(1, every // 8)):
             killed += 1
             broken = folder / "broken"
             shutil.rmtree(broken, ignore_errors=True)
             shutil.copytree(folder / f"before-{stage}", broken)
-            if run_one(stage, config, broken, kill_at=point)[0] != -signal.SIGKILL:
+            kill_with = SIGNALS[killed % len(SIGNALS)]
+            ended = run_one(stage, config, broken, point, kill_with)[0]
+            if ended != -kill_with and kill_with == signal.SIGKILL:
                 faults.append(f"{stage} {point}: not killed")
+            if ended == 0:  # a training notes a SIGTERM, and may have come to its end
+                unharmed += 1
             before = committed(broken)
             if run_one(stage, config, broken)[0] != 0:
                 faults.append(f"{stage} {point}: not resumed")
@@ -167,13 +191,14 @@ def main(folder: Path, every: int) -> dict[str, Any]:
             touched = [key for key, time in before.items() if committed(broken).get(key) != time]
             if touched:
                 faults.append(f"{stage} {point}: computed again {touched}")
+            collect(Store(broken), plan_gc(Store(broken), grace=0))
             got = content(broken)
             if got != expected:
                 different = sorted(
                     key for key in got.keys() | expected.keys() if got.get(key) != expected.get(key)
                 )
                 faults.append(f"{stage} {point}: differs in {different}")
-    return {"points": points, "killed": killed, "resumed": resumed, "faults": faults}
+    return {"points": points, "killed": killed, "resumed": resumed, "unharmed": unharmed, "faults": faults}
 
 
 if __name__ == "__main__":

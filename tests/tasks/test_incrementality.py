@@ -222,6 +222,8 @@ def test_appended_prompts_alone_are_sampled_and_scored(task: Task, counts: Count
 def test_removed_prompts_cost_nothing(task: Task, counts: Counts) -> None:
     texts, rewards = task.texts(), task.rewards()
     task.write_prompts([number for number in range(PROMPTS) if number not in {3, 17, 18}])
+    reasons = task.preview()["rewards"]["reasons"]
+    assert any(reason.startswith("completions is written anew (") for reason in reasons)
 
     task.run()
 

@@ -3,6 +3,7 @@
 The fields are read from the configuration's model, so a new setting cannot be forgotten: it fails here until a changed value is known.
 """
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,11 @@ import pytest
 
 import tasks.stages.completions
 import tasks.stages.evaluation
+import tasks.stages.shards
 from qrpo.config import Section, is_execution_option
+from qrpo.data.chat import encode_prompt
 from qrpo.engines import open_engine
+from tasks.planner import plan_pipeline
 from tasks.stage import setting_paths
 from tasks.stages import STAGE_NAMES, STAGES
 from tests.support.pipeline import CountingEngine, TinyPipeline, fields_of
@@ -27,6 +31,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "completions.engine.dtype": {"completions.engine.dtype": "float32"},
     "completions.engine.max_model_len": {"completions.engine.max_model_len": 60},
     "completions.sampling.stop": {"completions.sampling.stop": ["two"]},
+    "completions.sampling.stop_token_ids": {"completions.sampling.stop_token_ids": [9]},
     "completions.sampling.top_k": {"completions.sampling.top_k": 5},
     "completions.num_ref": {"completions.num_ref": 6},
     "prompts.columns": {"prompts.columns": {"prompt": "prompt"}},
@@ -45,7 +50,11 @@ VALUES: dict[str, dict[str, Any]] = {
     "policy.lora": {"policy.lora": {"rank": 2}},
     "policy.patience": {"policy.patience": 2, "policy.eval_fraction": 0.3},
     "policy.fsdp": {"policy.fsdp": True, "policy.processes": 2},
+    "policy.processes": {"policy.processes": 2},
+    "reference.sft.lora": {"reference.sft.lora": {"rank": 2}},
+    "reference.sft.processes": {"reference.sft.processes": 2},
     "policy.transform": {"policy.transform": "log"},
+    "policy.seed": {"policy.seed": 2},
     "policy.report_to": {"policy.report_to": ["tensorboard"]},
     "reference.sft.report_to": {"reference.sft.report_to": ["tensorboard"]},
     "evaluation.checkpoints": {"evaluation.checkpoints": [1], "policy.checkpoint_steps": 1},
@@ -192,7 +201,7 @@ def test_plan_names_the_setting_and_its_cost(
         named = [key for key in changes if reads(stage, key)]
         words = " / ".join(planned[stage]["reasons"])
         assert all(f"{key}" in words for key in named), f"{stage}: {words}"
-        assert named or "is computed anew" in words or "changed" in words
+        assert named or any(why in words for why in ("is computed anew", "is written anew", "changed"))
     for stage in STAGE_NAMES:
         if stage not in todo:
             assert not planned[stage]["reasons"] or planned[stage]["parts_total"] == 0
@@ -255,8 +264,6 @@ def test_new_weight_and_new_reward_score_only_what_was_never_scored(
 
 
 def plan_of(pipeline: TinyPipeline, config: Any, stage: str) -> Any:
-    from tasks.planner import plan_pipeline
-
     return plan_pipeline(config, pipeline.store)[stage].parts
 
 
@@ -297,3 +304,59 @@ def test_a_run_plans_each_stage_once(
     other = TinyPipeline.create(tmp_path / "other", tiny_model, prompts=8)
     pipeline(other.config(), other.store.url)
     assert tuple(planned) == STAGE_NAMES
+
+
+def test_every_stage_uses_the_tokens_that_were_sampled_from(
+    base: TinyPipeline, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chat template writes the time in microseconds, so no two renderings of a prompt are the same."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y %f') }}" + template)
+    pipeline = TinyPipeline.create(tmp_path / "dated", model)
+    rendered: list[str] = []
+
+    def counted(tokenizer: Any, messages: Any, *tools: Any) -> list[int]:
+        rendered.append(messages[-1]["content"])
+        return encode_prompt(tokenizer, messages, *tools)
+
+    for stage in (tasks.stages.completions, tasks.stages.shards):
+        monkeypatch.setattr(stage, "encode_prompt", counted)
+    changes = {"reference.sft": None, "quantiles.train_on": "both"}
+    pipeline.run(pipeline.config(changes), until="shards")
+    config = pipeline.config({**changes, "completions.num_ref": 6, "quantiles.num_completions": 5})
+
+    pipeline.run(config)
+
+    plans = plan_pipeline(config, pipeline.store)
+    rows = {
+        stage: pipeline.store.scan(plans[stage].records.values()).collect().to_dicts()
+        for stage in ("completions", "shards", "evaluation")
+    }
+    assert rows["evaluation"]
+    assert sorted(rendered) == sorted({f"count to {n}" for n in range(24)})
+    drawn = [row for row in rows["completions"] if row["origin"] == "reference"]
+    sampled_from = {row["prompt_id"]: row["prompt_token_ids"] for row in drawn}
+    assert {row["sample_index"] for row in drawn} == set(range(6))
+    for row in (*drawn, *rows["shards"]):
+        assert row["prompt_token_ids"] == sampled_from[row["prompt_id"]]
+    logprobs = {(row["prompt_id"], row["sample_index"]): row["sampled_logprob"] for row in drawn}
+    compared = [
+        (logprobs[row["prompt_id"], index], logprob)
+        for row in rows["shards"]
+        for origin, index, logprob in zip(row["origin"], row["sample_index"], row["ref_logprob"], strict=True)
+        if origin == "reference"
+    ]
+    assert compared
+    assert [theirs for _, theirs in compared] == pytest.approx([ours for ours, _ in compared], abs=1e-3)
+
+
+def test_the_source_of_a_transform_is_part_of_the_policy(base: TinyPipeline, tmp_path: Path) -> None:
+    source = tmp_path / "transform.py"
+    source.write_text("def f(quantiles):\n    return 2.0 * quantiles\n")
+    config = base.config({"policy.transform": f"{source}:f"})
+    before = plan_pipeline(config, base.store)["policy"].fingerprint
+    assert plan_pipeline(config, base.store)["policy"].fingerprint == before
+    source.write_text("def f(quantiles):\n    return 3.0 * quantiles\n")
+    assert plan_pipeline(config, base.store)["policy"].fingerprint != before

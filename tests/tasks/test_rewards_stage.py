@@ -13,13 +13,15 @@ import pyarrow as pa
 import pytest
 
 from qrpo.errors import RewardError
+from qrpo.rewards import Score
 from storage import PartKey, Store
 from tasks.answers import StoredAnswers
 from tasks.config import PipelineConfig, load_config, parse_config
 from tasks.plan import PartPlan
 from tasks.planner import plan_pipeline
+from tasks.stages import rewards as rewards_stage
 from tasks.stages.completions import TABLE
-from tasks.stages.rewards import STAGE, reward_settings
+from tasks.stages.rewards import STAGE, missing_rewards, reward_settings
 
 FUNCTIONS = """\
 calls = 0
@@ -28,6 +30,9 @@ def number_of_tokens(completions, completion_ids, **columns):
     global calls
     calls += 1
     return [len(ids) + 1000 * calls for ids in completion_ids]
+
+def precise(completions, **columns):
+    return [1e9 + len(text) + 1e-6 for text in completions]
 
 def even(completions, level):
     return [None if n is None else float(n % 2 == 0) for n in level]
@@ -163,6 +168,50 @@ def test_small_parts_are_scored_in_one_call_and_every_component_is_kept(tmp_path
     assert [row["error"] for row in rows] == [None] * 18
 
 
+def function(tmp_path: Path, name: str, **settings: Any) -> dict[str, Any]:
+    (tmp_path / "f.py").write_text(FUNCTIONS)
+    return {"kind": "function", "name": name, "function": f"{tmp_path}/f.py:{name}", **settings}
+
+
+def test_values_are_float64_from_the_function_to_the_table(tmp_path: Path) -> None:
+    rows = scored(Store(tmp_path / "store"), [function(tmp_path, "precise")])
+    assert [row["reward"] for row in rows[:3]] == [1e9 + n + 1e-6 for n in (33, 38, 43)]
+    assert rows[0]["components"] == [{"name": "precise", "value": 1e9 + 33 + 1e-6}]
+
+
+def test_a_watched_reward_that_fails_or_does_not_apply_changes_nothing(
+    tmp_path: Path, server: GradingServer
+) -> None:
+    weighted = function(tmp_path, "precise")
+    plain = scored(Store(tmp_path / "plain"), [weighted])
+    down = judge("http://127.0.0.1:9/v1", name="judge", weight=0.0, attempts=1)
+    watched = [weighted, function(tmp_path, "even", weight=0.0), down]
+    store = Store(tmp_path / "store")
+    rows = scored(store, watched)
+    assert [(row["reward"], row["error"]) for row in rows] == [(row["reward"], None) for row in plain]
+    assert {row["components"][-1]["value"] for row in rows} == {None}  # failed
+    assert [len(row["components"]) for row in rows] == [3] * 12 + [2] * 6  # `even` does not apply to the last
+
+
+def test_only_a_models_values_serve_from_the_version_that_rounded_them(
+    tiny_reward_model: Path, tmp_path: Path
+) -> None:
+    rewards = [
+        {"kind": "model", "name": "model", "model": {"path": str(tiny_reward_model)}},
+        function(tmp_path, "precise"),
+    ]
+    config = config_of(rewards).rewards
+    settings, outside = reward_settings(config)
+    earlier = {
+        name: {key: value for key, value in of.items() if key != "precision"} for name, of in outside.items()
+    }
+    ours, theirs = ({"settings": settings, "outside": of} for of in (outside, earlier))
+    assert missing_rewards(ours, None) == 2
+    assert missing_rewards(ours, theirs) == 1
+    assert STAGE.reuse is not None
+    assert 1 in STAGE.reuse.versions
+
+
 def test_answers_are_paid_for_once_on_any_store(
     store: Store, server: GradingServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,3 +289,13 @@ def test_every_example_of_a_kind_can_be_planned_offline(
     plans = plan_pipeline(load_config(path), Store(tmp_path / "store"), until="rewards", read_source=True)
     assert plans["rewards"].parts
     assert plans["rewards"].missing == plans["rewards"].parts
+
+
+def test_a_reference_solution_that_fails_its_own_tests_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    origins = [("a", "offline"), ("a", "reference"), ("b", "offline"), ("b", "reference")]
+    rows = [{"prompt_id": prompt_id, "origin": origin} for prompt_id, origin in origins]
+    failed = Score(0.0, note="line 2: AssertionError")
+    rewards_stage._warn_of_broken_tests(rows, [failed, failed, failed, Score(1.0)])
+    (message,) = caplog.messages
+    assert "prompt a: all 2 completions have the reward 0.0" in message
+    assert "line 2: AssertionError" in message

@@ -42,6 +42,26 @@ def test_worker_gets_the_gpus_of_its_engine(tiny_model: Path, monkeypatch: pytes
     )
 
 
+def test_each_stage_needs_the_gpus_of_what_it_runs(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5")
+    config = settings(tiny_model, runner="process")
+    judged = {"kind": "model", "model": {"path": str(tiny_model)}, "tensor_parallel_size": 3}
+    raw = config.model_dump(mode="json") | {"rewards": [judged], "policy": {"processes": 4}}
+    config = parse_config(raw)
+
+    needs = {name: stage.gpus(stage.settings_of(config)) for name, stage in STAGES.items() if stage.uses_gpu}
+
+    assert needs == {
+        "reference": 1,
+        "completions": 2,
+        "rewards": 3,
+        "shards": 1,
+        "policy": 4,
+        "evaluation": 3,
+    }
+    assert WorkerPool(config, "store", uses_gpu=True, need=needs["shards"]).count == 6
+
+
 def test_more_workers_than_gpus_are_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
 

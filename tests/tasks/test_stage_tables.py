@@ -41,6 +41,7 @@ GOOD: dict[str, dict[str, Any]] = {
         "num_ref": 3,
         "ref_mean": 0.5,
         "ref_std": None,
+        "num_excluded": 0,
         "sample_index": [0, 1],
         "origin": ["offline", "reference"],
         "reward": [0.5, 1.0],

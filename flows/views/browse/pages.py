@@ -1,6 +1,5 @@
 """What each address shows: a template's name and its values. Reads the store afresh for every page and writes nothing."""
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from flows.views.inspect.text import one_line
 from flows.views.runs import RunArtifacts, flatten, part_urls, size_text
 from flows.views.show import list_runs
 from qrpo.errors import DataError, QRPOError
-from storage import Manifest, Store
+from storage import Artifact, Manifest, Store
 from tasks.artifact_summary import numbers_of, reject_reasons, training_metrics
 from tasks.stages import STAGE_NAMES
 
@@ -211,16 +210,12 @@ class Pages:
     def rejects(self, request: Request) -> View:
         """Rejected rows with their reasons."""
         page, number = self._artifact(request, "rejects"), _number(request.query_params.get("page"), 1)
-        first, rejects = (number - 1) * _PER_PAGE, page.manifest.rejects
-        found: list[dict[str, Any]] = []
-        if rejects:
-            file = io.BytesIO(self.store.read_bytes(page.manifest.rejects_key))
-            found = pl.read_parquet(file).slice(first, _PER_PAGE).to_dicts()
+        first = (number - 1) * _PER_PAGE
         return "rejects.html", page.values(
-            rejects=found,
+            rejects=Artifact(self.store, page.manifest).rejects.slice(first, _PER_PAGE).to_pylist(),
             reasons=reject_reasons(self.store, page.manifest),
             page=number,
-            more=first + _PER_PAGE < rejects,
+            more=first + _PER_PAGE < page.manifest.rejects,
         )
 
     def origin(self, request: Request) -> View:

@@ -1,4 +1,4 @@
-"""The server of `qrpo browse`: GET only, from this machine only unless there is a token, with headers that let nothing run.
+"""The server of `qrpo browse`: GET only, to who has the token, with headers that let nothing run.
 
 The pages hold text that models wrote. The templates escape it. If that ever failed, the Content-Security-Policy allows
 no script, frame, font or connection, and style sheets and the icon only from this server.
@@ -44,14 +44,17 @@ _HEADERS = {
 _COOKIE = "qrpo_browse"
 _STATIC = {"style.css": "text/css", "icon.svg": "image/svg+xml"}
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+_SHORTEST_TOKEN, _MAX_ADDRESS = 16, 8192  # characters
 _MAX_TEXT = 100_000  # characters of one text on a page
 
 
 def serve(store: Store, *, host: str, port: int, token: str | None, say: Callable[[str], None]) -> None:
-    """Serve until interrupted; `say` gets the address. Any host but loopback needs a token; one is generated if missing."""
-    local = _is_loopback(host)
-    if not local and token is None:
-        token = secrets.token_urlsafe(24)
+    """Serve until interrupted; `say` gets the address with its token, which is generated if missing."""
+    if token is not None and len(token) < _SHORTEST_TOKEN:
+        raise ConfigError(
+            f"--token has {len(token)} characters, expected at least {_SHORTEST_TOKEN}: without the option one is generated"
+        )
+    token = token or secrets.token_urlsafe(24)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.create_server((host, port), family=family)
@@ -60,10 +63,18 @@ def serve(store: Store, *, host: str, port: int, token: str | None, say: Callabl
             f"cannot listen on {host} port {port}: {error.strerror or error}; --port 0 takes a free one"
         ) from None
     shown = f"[{host}]" if ":" in host else host
-    address = f"http://{shown}:{listening.getsockname()[1]}/" + (f"?token={token}" if token else "")
+    address = f"http://{shown}:{listening.getsockname()[1]}/" + f"?{urlencode({'token': token})}"
     say(f"{store.url} at {address}  (read-only; Ctrl-C ends it)")
-    app = Guard(browse_app(store), token=token, hosts=_LOOPBACK if local else None)
-    config = uvicorn.Config(app, log_level="warning", server_header=False, access_log=False, lifespan="off")
+    app = Guard(browse_app(store), token=token, hosts=_LOOPBACK if _is_loopback(host) else None)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        server_header=False,
+        access_log=False,
+        lifespan="off",
+        limit_concurrency=64,
+        h11_max_incomplete_event_size=2 * _MAX_ADDRESS,
+    )
     with listening:
         uvicorn.Server(config).run(sockets=[listening])
 
@@ -116,9 +127,10 @@ def browse_app(store: Store) -> Starlette:
 
 
 class Guard:
-    """Checks the method, the host's name (against DNS rebinding) and the token of each request, and adds the headers."""
+    """Checks the method, the host's name (against DNS rebinding), the token and the origin of each request, and adds the
+    headers."""
 
-    def __init__(self, app: ASGIApp, *, token: str | None, hosts: tuple[str, ...] | None) -> None:
+    def __init__(self, app: ASGIApp, *, token: str, hosts: tuple[str, ...] | None) -> None:
         self.app, self.token, self.hosts = app, token, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -137,12 +149,13 @@ class Guard:
     def _refusal(self, scope: Scope) -> Response | None:
         if scope["method"] not in ("GET", "HEAD"):
             return PlainTextResponse("this page is read-only\n", 405)
-        host = Headers(scope=scope).get("host", "")
+        headers = Headers(scope=scope)
+        if len(scope["raw_path"]) + len(scope["query_string"]) > _MAX_ADDRESS:
+            return PlainTextResponse(f"an address has at most {_MAX_ADDRESS} characters\n", 414)
+        host = headers.get("host", "")
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         if self.hosts is not None and name not in self.hosts:
             return PlainTextResponse("this server only answers requests for its own name\n", 421)
-        if self.token is None:
-            return None
         request = Request(scope)
         given = request.query_params.get("token")
         if given is not None and hmac.compare_digest(given.encode(), self.token.encode()):
@@ -153,6 +166,10 @@ class Guard:
             answer = RedirectResponse(path + (f"?{urlencode(kept)}" if kept else ""), 303)
             answer.set_cookie(_COOKIE, self.token, httponly=True, samesite="lax")
             return answer
+        if (
+            headers.get("sec-fetch-site", "none") == "cross-site"
+        ):  # a page elsewhere must not start searches here
+            return PlainTextResponse("open this page from its own address\n", 403)
         if hmac.compare_digest(request.cookies.get(_COOKIE, "").encode(), self.token.encode()):
             return None
         return PlainTextResponse("open the address with its token, as `qrpo browse` printed it\n", 401)

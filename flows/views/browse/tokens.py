@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from storage import Manifest, Store
+from storage import Manifest, PartKey, Store
 
 __all__ = ["coloured_tokens"]
 
@@ -54,15 +54,13 @@ def _texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
 
 
 def _tokenizer(store: Store, policy: Manifest | None) -> Any:
-    for part in policy.parts if policy else ():
-        for file in part.payload:
-            if file.name == "tokenizer.json":
-                return _load(store, file.key)
-    return None
+    return _load(store, policy.parts[0].key) if policy and policy.parts else None
 
 
 @cache
-def _load(store: Store, key: str) -> Any:
+def _load(store: Store, key: PartKey) -> Any:
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_str(store.read_bytes(key).decode())
+    record = store.part(key)
+    data = store.read_file(record, "tokenizer.json") if record else None
+    return None if data is None else Tokenizer.from_str(data.decode())

@@ -25,7 +25,8 @@ def export_rows(
 ) -> int:
     """Write the rows of the query into a new file whose ending names the format; returns the number of rows.
 
-    In CSV, lists and structs are JSON texts. The file appears once it is complete; an existing file is not replaced.
+    In CSV, lists and structs are JSON texts, and a text that a spreadsheet would run as a formula gets an apostrophe in
+    front. The file appears once it is complete; an existing file is not replaced.
     """
     if path.suffix not in _ENDINGS:
         raise ConfigError(f"--export {path}: the file's ending must be one of {', '.join(_ENDINGS)}")
@@ -50,7 +51,8 @@ def export_rows(
                     frame.write_ndjson(file)  # NaN and infinities become null
                 else:
                     nested = [_as_json(name) for name, kind in frame.schema.items() if kind.is_nested()]
-                    frame.with_columns(nested).write_csv(file, include_header=start == 0)
+                    texts = [_harmless(name) for name, kind in frame.schema.items() if kind == pl.String]
+                    frame.with_columns(nested + texts).write_csv(file, include_header=start == 0)
             if writer is not None:
                 writer.close()
         os.link(unfinished, path)  # fails if the file was created in the meantime
@@ -96,6 +98,12 @@ def push_to_hub(
                 "`hf auth login` or HF_TOKEN says who you are, and ORG/NAME must be yours to write to"
             ) from None
     return f"{api.endpoint}/datasets/{created.repo_id}"
+
+
+def _harmless(name: str) -> pl.Expr:
+    """A text column for a spreadsheet, which takes cells that begin so for formulas."""
+    text = pl.col(name)
+    return pl.when(text.str.contains(r"^[=+\-@\t\r]")).then("'" + text).otherwise(text).alias(name)
 
 
 def _as_json(name: str) -> pl.Expr:

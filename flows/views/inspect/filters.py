@@ -51,6 +51,7 @@ _QUERY_WORDS = frozenset(
 _QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*\"""")
 _UNEXPECTED = re.compile(r"""--|/\*|[^\w\s'".,()\[\]<>=!~|*/%+:-]""")
 _CALL = re.compile(r"""([^\W\d]\w*|")\s*\(""")
+_MAX_SEARCHES = 12  # LIKE and regular expressions: each reads the whole text
 _MAX_CHARACTERS = 2000  # a chain of ORs of this length does not overflow the parser's stack
 _EXAMPLE = """for example: reward > 0.9 AND finish_reason = 'length'"""
 
@@ -96,6 +97,15 @@ def _check(text: str) -> None:
     bare = _QUOTED.sub(lambda found: found.group()[0] * 2, text)  # every quoted text becomes empty
     if unexpected := _UNEXPECTED.search(bare):
         raise DataError(f"{unexpected.group()!r} is not allowed in a condition; {_EXAMPLE}")
+    if "||" in bare:
+        raise DataError(
+            "|| is not allowed: a condition makes no longer texts; compare the columns one by one"
+        )
+    searches = re.findall(r"\b(?:I?LIKE|RLIKE|REGEXP\w*|STRPOS)\b|~", bare, re.IGNORECASE)
+    if len(searches) > _MAX_SEARCHES:
+        raise DataError(
+            f"a condition searches texts at most {_MAX_SEARCHES} times, this one {len(searches)} times"
+        )
     for word in re.findall(r"[^\W\d]+", bare):
         if word.upper() in _QUERY_WORDS:
             raise DataError(

@@ -80,8 +80,10 @@ def _rank(rows: Sequence[dict[str, Any]], ref_rewards: Sequence[float]) -> None:
     for row in rows:
         row["rank"] = None
     if scored:
-        rewards_PK = np.array([[row["reward"] for row in scored]], dtype=np.float32)
-        ranks = quantile_rewards(rewards_PK, np.array([ref_rewards], dtype=np.float32))
+        rewards_PK = np.array(
+            [[row["reward"] for row in scored]],
+        )
+        ranks = quantile_rewards(rewards_PK, np.array([ref_rewards]))
         for row, rank in zip(scored, np.ravel(ranks).tolist(), strict=True):
             row["rank"] = rank
 

@@ -1,14 +1,14 @@
 """An artifact's rows: read some, and find those that a query asks for.
 
-Rows are numbered from 0 through the parts in the manifest's order; that number is a row's position. Parts are opened
-with `storage.read`, so every kind of store works and a damaged part raises an error. Only the columns that decide are
+Rows are numbered from 0 through the parts in the manifest's order; that number is a row's position. The store
+reads the parts, so every kind of store works and a damaged part raises an error. Only the columns that decide are
 read to find rows, a few row groups at a time. So memory is bounded, a time limit holds, and an early answer costs little.
 """
 
 import random
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from itertools import accumulate
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from flows.views.inspect.filters import apply_condition, parse_condition
 from qrpo.errors import DataError
-from storage import PartRecord, Store, read
+from storage import PartRecord, Store
 
 __all__ = ["ArtifactRows", "Query", "condition_of", "find_rows"]
 
@@ -49,21 +49,12 @@ class ArtifactRows:
     @cached_property
     def arrow_schema(self) -> pa.Schema:
         """The Arrow schema, which says what may be null."""
-        with self.open(self.parts[0]) as opened:
-            return opened.schema_arrow
+        return self.store.footer(self.parts[0]).schema.to_arrow_schema()
 
     @cached_property
     def footers(self) -> list[pq.FileMetaData]:
         """The Parquet metadata of every part."""
-        found = []
-        for part in self.parts:
-            with self.open(part) as opened:
-                found.append(opened.metadata)
-        return found
-
-    def open(self, part: PartRecord) -> pq.ParquetFile:
-        """The part's Parquet file. Raises DamagedError if its size or row count is wrong."""
-        return read.open_table(self.store.files, part, sparse=True)
+        return [self.store.footer(part) for part in self.parts]
 
     def check_columns(self, columns: Sequence[str]) -> list[str]:
         """The columns. Raises DataError if one is unknown."""
@@ -74,17 +65,17 @@ class ArtifactRows:
 
     def scan(self, columns: Sequence[str]) -> Iterator[tuple[int, pl.DataFrame]]:
         """(position of the first row, rows) of all rows in chunks of several row groups."""
+        schema = {name: self.schema[name] for name in columns}
         held: list[pl.DataFrame] = []
         start = rows = size = 0
         for part in self.parts:
-            with self.open(part) as opened:
-                for group in range(opened.num_row_groups):
-                    held.append(_frame(opened.read_row_group(group, columns=list(columns)), columns))
-                    rows += held[-1].height
-                    size += int(held[-1].estimated_size())
-                    if rows >= _CHUNK_ROWS or size >= _CHUNK_BYTES:
-                        yield start, pl.concat(held)
-                        start, rows, size, held = start + rows, 0, 0, []
+            for table in self.store.read_groups(part, self._present(part, columns)):
+                held.append(_frame(table, schema))
+                rows += held[-1].height
+                size += int(held[-1].estimated_size())
+                if rows >= _CHUNK_ROWS or size >= _CHUNK_BYTES:
+                    yield start, pl.concat(held)
+                    start, rows, size, held = start + rows, 0, 0, []
         if rows:
             yield start, pl.concat(held)
 
@@ -97,11 +88,13 @@ class ArtifactRows:
             number = self._part_number(position)
             row = position - self.starts[number]
             pieces.setdefault((number, row // _PIECE_ROWS), []).append(row)
-        frames = [pl.DataFrame(schema={name: self.schema[name] for name in columns})]
+        schema = {name: self.schema[name] for name in columns}
+        frames = [pl.DataFrame(schema=schema)]
         for (number, _), wanted in pieces.items():
             first, count = wanted[0], wanted[-1] - wanted[0] + 1
-            table = self.store.read_rows(self.parts[number], first, count, columns)
-            frames.append(_frame(table, columns).select(pl.all().gather([row - first for row in wanted])))
+            part = self.parts[number]
+            table = self.store.read_rows(part, first, count, self._present(part, columns))
+            frames.append(_frame(table, schema).select(pl.all().gather([row - first for row in wanted])))
         row_of = {position: row for row, position in enumerate(ordered)}
         return pl.concat(frames).select(pl.all().gather([row_of[position] for position in positions]))
 
@@ -109,6 +102,11 @@ class ArtifactRows:
         """The part of a position, and the row's number in that part."""
         number = self._part_number(position)
         return self.parts[number], position - self.starts[number]
+
+    def _present(self, part: PartRecord, columns: Sequence[str]) -> list[str]:
+        """The columns that this part has: an earlier version wrote fewer."""
+        names = self.store.footer(part).schema.to_arrow_schema().names
+        return [name for name in columns if name in names]
 
     def _part_number(self, position: int) -> int:
         if not 0 <= position < len(self):
@@ -220,5 +218,9 @@ def _contains(column: pl.Expr, kind: Any, text: str) -> pl.Expr | None:
     return None
 
 
-def _frame(table: pa.Table, columns: Sequence[str]) -> pl.DataFrame:
-    return cast(pl.DataFrame, pl.from_arrow(table.select(list(columns))))
+def _frame(table: pa.Table, schema: Mapping[str, Any]) -> pl.DataFrame:
+    """The columns of `schema`; null where a part of an earlier version lacks one."""
+    for name, kind in schema.items():
+        if name not in table.column_names:
+            table = table.append_column(name, pl.Series([None] * table.num_rows, dtype=kind).to_arrow())
+    return cast(pl.DataFrame, pl.from_arrow(table.select(list(schema))))

@@ -31,6 +31,7 @@ def inspect_stage(
         "stage": stage,
         **{key: getattr(manifest, key) for key in ("fingerprint", "rows", "bytes", "rejects")},
         "reject_reasons": reject_reasons(run.store, manifest),
+        "note": manifest.metadata.get("note"),
         "lineage": run.lineage(manifest),
         "columns": {},
         "nulls": {},

@@ -31,6 +31,8 @@ def print_inspection(shown: dict[str, Any], console: Console) -> None:
     console.print("made from: " + " <- ".join(steps))
     for reason, count in shown["reject_reasons"].items():
         console.print(f"  {count}x {visible(reason)}", style="yellow")
+    if shown["note"]:
+        console.print(visible(shown["note"]), style="yellow")
     if not shown["columns"]:
         console.print_json(json.dumps(shown.get("metadata", {}), default=str))
         return

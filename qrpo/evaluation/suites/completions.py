@@ -6,9 +6,10 @@ from pathlib import Path
 
 from qrpo.data.chat import Messages, encode_prompt, load_tokenizer
 from qrpo.engines import EngineConfig, open_engine
-from qrpo.engines.sampling import Sample, SampleRequest, SamplingConfig, length_problem, sample_seed
+from qrpo.engines.sampling import Sample, SampleRequest, SamplingConfig, sample_seed
 from qrpo.errors import DataError
 from qrpo.models import ModelConfig
+from qrpo.models.limits import model_limits
 
 __all__ = ["Completions", "draw_completions"]
 
@@ -39,11 +40,11 @@ def draw_completions(
     Raises DataError if no prompt fits the engine's context.
     """
     opened = open_engine(engine, model, log=log)
-    tokenizer = load_tokenizer(model)
+    tokenizer, limits = load_tokenizer(model), model_limits(model, opened.max_model_len)
     requests, refused = [], {}
     for key, messages in prompts.items():
         token_ids = encode_prompt(tokenizer, messages)
-        if reason := length_problem(token_ids, opened.max_model_len, sampling.max_tokens):
+        if reason := limits.problem(token_ids, sampling.max_tokens):
             refused[key] = reason
             continue
         seeds = tuple((index, sample_seed(seed, key, index, namespace)) for index in range(num_samples))

@@ -7,6 +7,7 @@ reward.
 """
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from qrpo.errors import DataError
 from qrpo.evaluation.statistics import bootstrap_interval, mean_by_prompt, prompt_means
 from qrpo.evaluation.suites.files import read_rows
 from qrpo.rewards.code import CodeRewardConfig, run_tests
-from qrpo.sandbox import Limits
 
 __all__ = ["read_problems", "score_solutions"]
 
@@ -30,7 +30,7 @@ def score_solutions(
     problems: Sequence[Mapping[str, Any]],
     solutions: Mapping[str, Sequence[str]],
     *,
-    limits: Limits | None = None,
+    reward: CodeRewardConfig | None = None,
     seed: int = 0,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Score answers (texts with fenced code, by `task_id`); return a summary for JSON, and one row
@@ -38,8 +38,9 @@ def score_solutions(
 
     The summary has `tests_passed` (share of a solution's tests, mean over problems) and `pass_at_1`
     (share of solutions that pass all), each with `standard_error`, `low` and `high` over problems;
-    `problems`, `samples`, and `unusable`: the reasons why problems could not be scored. Problems
-    without an answer are ignored.
+    `problems`, `samples`, `limits` and `packages`, and `unusable`: the reasons why problems could not
+    be scored. Problems without an answer are ignored. Limits and packages are those of `reward`, by
+    default the package that LeetCode offers, if it is installed.
     """
     rows = [
         {**problem, "solution": index, "text": text}
@@ -47,7 +48,10 @@ def score_solutions(
         for index, text in enumerate(solutions.get(problem["task_id"], ()))
     ]
     columns = {name: [row[name] for row in rows] for name in ("test", "entry_point", "prompt")}
-    config = CodeRewardConfig(preamble="prompt", limits=limits or Limits())
+    given = reward or CodeRewardConfig(packages=_offered_packages())
+    config = CodeRewardConfig(
+        preamble="prompt", limits=given.limits, packages=given.packages, workers=given.workers
+    )
     verdicts = run_tests([row["text"] for row in rows], columns, config)
     unusable, scored = {}, []
     for row, verdict in zip(rows, verdicts, strict=True):
@@ -72,6 +76,8 @@ def score_solutions(
     summary: dict[str, Any] = {
         "problems": int(problem.max()) + 1,
         "samples": len(scored),
+        "limits": config.limits.model_dump(),
+        "packages": list(config.packages),
         "unusable": unusable,
     }
     for name, column in (("tests_passed", "tests_passed"), ("pass_at_1", "all_passed")):
@@ -79,3 +85,7 @@ def score_solutions(
         low, high = bootstrap_interval(prompt_means(values, problem), seed=seed)
         summary[name] = {**mean_by_prompt(values, problem), "low": low, "high": high}
     return summary, scored
+
+
+def _offered_packages() -> tuple[str, ...]:
+    return ("sortedcontainers",) if find_spec("sortedcontainers") else ()

@@ -3,9 +3,10 @@
 import os
 import struct
 
-__all__ = ["Reader", "complete_frames", "frame", "write_frames"]
+__all__ = ["HEADER", "Reader", "frame", "frame_end", "write_frames"]
 
 _LENGTH = struct.Struct("<I")
+HEADER = _LENGTH.size
 
 
 def frame(payload: bytes) -> bytes:
@@ -20,18 +21,12 @@ def write_frames(fd: int, *payloads: bytes) -> None:
         data = data[os.write(fd, data) :]
 
 
-def complete_frames(data: bytes | bytearray, at_most: int) -> list[bytes]:
-    """The first complete messages in `data`, at most `at_most`."""
-    frames: list[bytes] = []
-    start = 0
-    while len(frames) < at_most and start + _LENGTH.size <= len(data):
-        (length,) = _LENGTH.unpack_from(data, start)
-        start += _LENGTH.size
-        if start + length > len(data):
-            break
-        frames.append(bytes(data[start : start + length]))
-        start += length
-    return frames
+def frame_end(data: bytes | bytearray, start: int) -> int | None:
+    """The end of the message at `start`; None while it is not complete."""
+    if start + HEADER > len(data):
+        return None
+    end = start + HEADER + int(_LENGTH.unpack_from(data, start)[0])
+    return end if end <= len(data) else None
 
 
 class Reader:

@@ -22,6 +22,7 @@ __all__ = ["Isolation"]
 _NEW_PROCESSES = 0x20000000
 _NO_SUID_DEV_EXEC = 2 | 4 | 8
 _DETACH = 2
+_SOLUTION_USER = 1000  # as in `qrpo.sandbox.isolator`
 _CAPABILITY_VERSION_3 = 0x20080522
 _STACK = 64 << 20  # deep recursion needs more than the usual 8 MiB
 
@@ -36,7 +37,9 @@ class Isolation:
             return
         self._libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL holds the interpreter's lock, as `fork` needs
         self._own_processes = os.pidfd_open(os.getpid())
-        self._tmp_options = f"size={limits['tmp_bytes']},nr_inodes=1024,mode=0700".encode()
+        self._other_user = _SOLUTION_USER if limits["other_user"] else None
+        owner = f",uid={_SOLUTION_USER},gid={_SOLUTION_USER}" if limits["other_user"] else ""
+        self._tmp_options = f"size={limits['tmp_bytes']},nr_inodes=1024,mode=0700{owner}".encode()
         self._mount_tmp()
         no_capability = ((ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)())
         self._drop_capabilities = (self._libc.capset, no_capability)
@@ -66,8 +69,6 @@ class Isolation:
         os.setsid()
         if self._bare:
             random.seed(0)  # `os.fork` has reseeded it
-        else:
-            os.chdir("/tmp")
         for limit, value in self._limits:
             resource.setrlimit(limit, value)
 
@@ -75,6 +76,11 @@ class Isolation:
         """The last step before foreign code: drop all capabilities and install the filter."""
         if self._bare:
             return
+        if self._other_user is not None:
+            os.setgroups([])
+            os.setresgid(*(self._other_user,) * 3)
+            os.setresuid(*(self._other_user,) * 3)
+        os.chdir("/tmp")
         call, arguments = self._drop_capabilities
         self._check(call(*arguments), "capset")
         self._filter.install()
@@ -102,7 +108,7 @@ def _limits(limits: Mapping[str, int], *, bare: bool) -> list[tuple[int, tuple[i
         resource.RLIMIT_STACK: _STACK,
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_NPROC: limits["threads"],
-        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_CORE: 1,  # 0 would not keep the kernel from starting a handler of cores
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
     }

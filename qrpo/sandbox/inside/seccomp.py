@@ -19,7 +19,7 @@ _X86_64 = """
     pread64=17 pwrite64=18 readv=19 writev=20 futex=202 openat=257 newfstatat=262 getrandom=318 clock_gettime=228 gettimeofday=96
     time=201 open=2 stat=4 lstat=6 statx=332 access=21 faccessat=269 faccessat2=439 readlink=89 readlinkat=267 getdents64=217
     getcwd=79 chdir=80 fchdir=81 mkdir=83 mkdirat=258 rmdir=84 unlink=87 unlinkat=263 rename=82 renameat=264 renameat2=316
-    ftruncate=77 truncate=76 fsync=74 fdatasync=75 dup=32 dup2=33 dup3=292 fcntl=72 flock=73 pipe=22 pipe2=293 umask=95
+    ftruncate=77 truncate=76 fsync=74 fdatasync=75 dup=32 dup2=33 dup3=292 fcntl=72 pipe=22 pipe2=293 umask=95
     mremap=25 madvise=28 poll=7 ppoll=271 select=23 pselect6=270 epoll_create1=291 epoll_ctl=233 epoll_wait=232 epoll_pwait=281
     eventfd2=290 recvfrom=45 rt_sigpending=127 rt_sigtimedwait=128 sigaltstack=131 pause=34 alarm=37 getitimer=36 setitimer=38
     kill=62 tgkill=234 set_robust_list=273 rseq=334 set_tid_address=218 restart_syscall=219 sched_yield=24 sched_getaffinity=204
@@ -32,7 +32,7 @@ _AARCH64 = """
     read=63 write=64 close=57 fstat=80 lseek=62 mmap=222 mprotect=226 munmap=215 brk=214 rt_sigaction=134 rt_sigprocmask=135
     rt_sigreturn=139 pread64=67 pwrite64=68 readv=65 writev=66 futex=98 openat=56 newfstatat=79 getrandom=278 clock_gettime=113
     gettimeofday=169 statx=291 faccessat=48 faccessat2=439 readlinkat=78 getdents64=61 getcwd=17 chdir=49 fchdir=50 mkdirat=34
-    unlinkat=35 renameat=38 renameat2=276 ftruncate=46 truncate=45 fsync=82 fdatasync=83 dup=23 dup3=24 fcntl=25 flock=32
+    unlinkat=35 renameat=38 renameat2=276 ftruncate=46 truncate=45 fsync=82 fdatasync=83 dup=23 dup3=24 fcntl=25
     pipe2=59 umask=166 mremap=216 madvise=233 ppoll=73 pselect6=72 epoll_create1=20 epoll_ctl=21 epoll_pwait=22 eventfd2=19
     recvfrom=207 rt_sigpending=136 rt_sigtimedwait=137 sigaltstack=132 getitimer=102 setitimer=103 kill=129 tgkill=131
     set_robust_list=99 rseq=293 set_tid_address=96 restart_syscall=128 sched_yield=124 sched_getaffinity=123 getpid=172 gettid=178
@@ -54,13 +54,23 @@ _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 # (code, jump if true, jump if false, operand), as in struct sock_filter
 _Instruction = tuple[int, int, int, int]
-_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_LOAD, _AND, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _DENY = _ERRNO | errno.EPERM
 _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
 
-_CLONE_THREAD = 0x00010000
+_CLONE_THREAD = (
+    0x00010F00  # CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_SIGHAND and CLONE_THREAD: nothing of its own
+)
 _CLONE_NAMESPACES = 0x7E020000
+_FCNTLS = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    1030,
+)  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC: no locks, no leases
 _HARMLESS_IOCTLS = (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
 
 
@@ -87,13 +97,18 @@ def _is_one_of(index: int, values: tuple[int, ...]) -> list[_Instruction]:
 
 _CONDITIONS: dict[str, list[_Instruction]] = {
     "ioctl": _is_one_of(1, _HARMLESS_IOCTLS),
+    "fcntl": _is_one_of(1, _FCNTLS),
+    # they do nothing and succeed: the files are in memory, and a flood would slow the host's disk
+    "fsync": [(_RETURN, 0, 0, _ERRNO)],
+    "fdatasync": [(_RETURN, 0, 0, _ERRNO)],
     "socketpair": _is_one_of(0, (1,)),  # AF_UNIX
     "sendto": _is_zero(4),  # to the other end, never to an address
     "prlimit64": _is_zero(2),  # limits are read, not set
     "clone": [  # threads, not processes
         _argument(0),
-        (_ANY_BIT, 2, 0, _CLONE_NAMESPACES),
-        (_ANY_BIT, 0, 1, _CLONE_THREAD),
+        (_ANY_BIT, 3, 0, _CLONE_NAMESPACES),
+        (_AND, 0, 0, _CLONE_THREAD),
+        (_EQUAL, 0, 1, _CLONE_THREAD),
         (_RETURN, 0, 0, _ALLOW),
         (_RETURN, 0, 0, _DENY),
     ],

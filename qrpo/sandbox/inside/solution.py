@@ -1,65 +1,270 @@
-"""Run a solution: answer calls, or run it as a program. It never sees a test."""
+"""Run a solution: answer the tests' requests, or run it as a program. It never sees a test."""
 
+import ast
 import atexit
 import builtins
+import contextlib
+import io
+import json
 import marshal
+import operator
 import os
+import re
 import sys
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .codec import CodecError, decode, encode
+from .codec import CodecError, Encoder, decode, decode_parts
 from .framing import Reader, write_frames
 
-__all__ = ["call", "run_program"]
+__all__ = ["OPERATIONS", "answer_calls", "run_program"]
+
+_BINARY = "add and eq floordiv ge gt le lshift lt matmul mod mul ne or pow rshift sub truediv xor"
+_UNARY = "abs contains delitem getitem index invert neg pos setitem"
+_BUILTINS = "bool float hash int iter len next repr reversed round str"
+_READS_INPUT = re.compile(r"\binput\(|\bstdin\b|\bopen\(0")
+_NAMED: dict[str, Callable[..., Any]] = {"and": operator.and_, "or": operator.or_}
+
+OPERATIONS = (*_BINARY.split(), *_UNARY.split(), *_BUILTINS.split(), "enter", "exit")
+"""Python's special methods that tests may use on the solution's objects, without underscores."""
 
 
-def call(jobs: Reader, answer: int, drop_privileges: Callable[[], None]) -> int:
-    """Define the solution and answer calls to its entry point, in order.
+_SOLUTION = object()  # stands for the solution's module, which travels only where the tests import it
 
-    The job: preamble (compiled), code, entry point, the number of calls, the calls; then, where
-    that number is -1, calls one by one until the pipe ends. A call is `encode([args, kwargs])`. The
-    answer is b"=" and the result, or b"!" and the exception; to one of the later calls, the result
-    and the arguments as the call left them.
+
+class _Session:
+    """A defined solution, and the objects of it that the tests hold."""
+
+    def __init__(self, names: dict[str, Any], jobs: Reader, answer: int):
+        self._names = names
+        self._class = _find_class(names)
+        self._jobs = jobs
+        self._answer = answer
+        self._output = sys.stdout = io.StringIO()
+        self._handles: list[Any] = []
+        self._exposed: set[type] = set()
+
+    def reply(self, request: bytes) -> bytes:
+        """b"=" and the result, all arguments afterwards and what was printed, b"!" and the exception, or b"?" and the
+        reason why the result cannot travel."""
+        (operation, *parts), mutable = decode_parts(request, self._class, self._handle)
+        try:
+            result = self._perform(operation, *parts)
+        except BaseException as error:
+            return b"!" + _exception(error, self._printed())
+        try:
+            return b"=" + Encoder(self._export).encode([result, mutable, self._printed()])
+        except CodecError as error:
+            return b"?" + str(error).encode("utf-8", "replace")[:300]
+
+    def _printed(self) -> str:
+        """What the solution has printed since the last answer."""
+        text = self._output.getvalue()
+        self._output.seek(0)
+        self._output.truncate()
+        return text
+
+    def _perform(self, operation: str, *parts: Any) -> Any:
+        if operation == "name":
+            return eval(parts[0], self._names) if parts[0] else _SOLUTION  # noqa: S307
+        parts = tuple(sys.modules["solution"] if part is _SOLUTION else part for part in parts)
+        if operation == "call":
+            target, args, kwargs = parts
+            return target(*args, **kwargs)
+        if operation in ("getattr", "setattr", "isinstance"):
+            return getattr(builtins, operation)(*parts)
+        if operation in ("enter", "exit"):
+            return getattr(type(parts[0]), f"__{operation}__")(*parts)
+        special: Any = _NAMED.get(operation) or getattr(operator, operation, None)
+        return (special or getattr(builtins, operation))(*parts)
+
+    def _handle(self, kind: str, number: int) -> Any:
+        if kind == "callback":
+            return lambda *args, **kwargs: self._call_back(number, args, kwargs)
+        if kind == "object":
+            return _Theirs(lambda name: self._call_back(number, (name,), {}))
+        return self._pulled(number) if kind == "iterator" else self._handles[number]
+
+    def _pulled(self, number: int) -> Iterator[Any]:
+        while item := self._call_back(number, (), {}):
+            yield item[0]
+
+    def _call_back(self, number: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        encoder = Encoder(self._export)
+        data = encoder.encode([number, list(args), dict(kwargs)])
+        write_frames(self._answer, b"c" + data)
+        reply = self._jobs.frame()
+        if reply[:1] == b"!":
+            (name, *_), args = decode(reply[1:], self._class, self._handle)
+            kind = getattr(builtins, name, None)
+            raise (kind if isinstance(kind, type) and issubclass(kind, BaseException) else Exception)(*args)
+        return decode_parts(reply[1:], self._class, self._handle, encoder.mutable)[0][0]
+
+    def _export(self, value: Any) -> Sequence[Any] | None:
+        """The handle of a part that is not data: kind, number, and the special methods of its class, or
+        the bases of an exception."""
+        if value is _SOLUTION:
+            kind = "object"
+        elif isinstance(value, type):
+            if value.__module__ == "builtins":
+                return None
+            self._exposed.add(value)
+            kind = "exception" if issubclass(value, BaseException) else "class"
+        elif isinstance(value, Iterator):
+            kind = "iterator"
+        elif not self._exposed.isdisjoint(type(value).__mro__):
+            kind = "object"
+        elif callable(value):
+            kind = "callable"
+        else:
+            return None
+        self._handles.append(value)
+        if kind == "exception":
+            return kind, len(self._handles) - 1, [base.__name__ for base in value.__mro__]
+        special = [name for name in OPERATIONS if hasattr(type(value), f"__{name}__")]
+        return kind, len(self._handles) - 1, special
+
+
+class _Theirs:
+    """An object of the tests, whose methods run in their process."""
+
+    def __init__(self, get: Callable[[str], Any]):
+        self._get = get
+
+    def __getattr__(self, name: str) -> Any:
+        return self._get(name)
+
+
+def _find_class(names: Mapping[str, Any]) -> Callable[[str], Any]:
+    """The solution's class of a name, or else one without methods."""
+    return lambda name: found if isinstance(found := names.get(name), type) else type(name, (), {})
+
+
+def answer_calls(jobs: Reader, answer: int, drop_privileges: Callable[[], None]) -> int:
+    """Define the solution, then answer requests until the pipe ends.
+
+    The job: preamble (compiled), blocks of code and the names that the tests use (JSON), entry
+    point, the number of the calls that are known in advance, those calls, and requests. The first answer is b"=" or b"!"
+    and the reason why the solution cannot be defined. A request is `[operation, ...]`, a call
+    `[args, kwargs]`; the answer to a call is b"=" and the result only, or as to a request.
     """
-    preamble, code, entry_point = jobs.frame(), jobs.text(), jobs.text()
-    count = int(jobs.text())
+    preamble, (blocks, wanted) = jobs.frame(), json.loads(jobs.frame())
+    entry_point, count = jobs.text(), int(jobs.text())
     calls = [jobs.frame() for _ in range(count)]
     drop_privileges()
     sys.setrecursionlimit(10_000)
     module = types.ModuleType("solution")
+    module.__file__ = "/tmp/solution.py"
     sys.modules["solution"] = module
     names = module.__dict__
-    exec(marshal.loads(preamble), names)  # noqa: S102, S302 - from a judge
-    exec(compile(code, "<solution>", "exec"), names)  # noqa: S102
-    candidate = eval(entry_point, names)  # noqa: S307
-    for data in calls:
-        write_frames(answer, _answer(candidate, data, names, back=False))
-    while count < 0:
+    try:
+        exec(marshal.loads(preamble), names)  # noqa: S102, S302 - from a judge
+        with contextlib.suppress(SystemExit):  # an `exit()` ends the definitions
+            _define(blocks, names, lambda block, tree: len(_defined(tree).intersection(wanted)))
+        candidate = eval(entry_point, names) if entry_point else None  # noqa: S307
+    except BaseException as error:
+        write_frames(answer, f"!{type(error).__name__}: {error}"[:500].encode("utf-8", "replace"))
+        return 0
+    write_frames(answer, b"=")
+    if count:
+        for data in calls:
+            write_frames(answer, _replayed(candidate, data, names))
+        return 0
+    session = _Session(names, jobs, answer)
+    while True:
         try:
-            data = jobs.frame()
+            request = jobs.frame()
         except EOFError:
-            break
-        write_frames(answer, _answer(candidate, data, names, back=True))
-    return 0
+            return 0
+        write_frames(answer, session.reply(request))
 
 
-def _answer(candidate: Any, data: bytes, names: dict[str, Any], *, back: bool) -> bytes:
-    args, kwargs = decode(data, names.get)
+def _replayed(candidate: Any, data: bytes, names: dict[str, Any]) -> bytes:
+    args, kwargs = decode(data, _find_class(names))
     try:
         result = candidate(*args, **kwargs)
-        return b"=" + encode([result, args, kwargs] if back else result)
-    except Exception as error:
-        known = [kind.__name__ for kind in type(error).__mro__ if hasattr(builtins, kind.__name__)]
-        name = "TypeError" if isinstance(error, CodecError) else known[0]
-        return b"!" + encode([name, str(error)[:1000]])
+    except BaseException as error:
+        return b"!" + _exception(error)
+    try:
+        return b"=" + Encoder(_refuse_live).encode(result)
+    except CodecError as error:
+        return b"?" + str(error).encode("utf-8", "replace")[:300]
+
+
+def _refuse_live(value: Any) -> None:
+    if callable(value) and not (isinstance(value, type) and value.__module__ == "builtins"):
+        raise CodecError("a function or class is not plain data")
+
+
+def _exception(error: BaseException, printed: str = "") -> bytes:
+    """The names of the exception's bases, its arguments and its attributes, as far as they are data."""
+    names = [kind.__name__ for kind in type(error).__mro__]
+    try:
+        return Encoder().encode([names, list(error.args), getattr(error, "__dict__", {}), printed])
+    except CodecError:
+        return Encoder().encode([names, [str(error)[:1000]], {}, printed])
+
+
+def _define(blocks: Sequence[str], names: dict[str, Any], fits: Callable[[str, ast.Module], float]) -> None:
+    """Run the last of the blocks that fit best; from other blocks only definitions that it lacks.
+
+    Other blocks are drafts, parts and usage examples; what they compute is not run.
+    """
+    trees = [_parsed(block) for block in blocks] if len(blocks) > 1 else [None]
+    fit = [-1.0 if tree is None else fits(block, tree) for block, tree in zip(blocks, trees, strict=True)]
+    main = max(range(len(blocks)), key=lambda number: (fit[number], number))
+    own = _defined(trees[main] or ast.Module([], []))
+
+    def run_definitions(numbers: Sequence[int]) -> None:
+        for number in numbers:
+            for node in (trees[number] or ast.Module([], [])).body:
+                part = ast.Module([node], [])
+                if _is_definition(node) and not own & _defined(part):
+                    with contextlib.suppress(Exception):  # what does not work here is not needed either
+                        exec(compile(part, "<block>", "exec"), names)  # noqa: S102
+
+    run_definitions(range(main))
+    try:
+        exec(compile(blocks[main], "<solution>", "exec"), names)  # noqa: S102
+    finally:
+        run_definitions(range(main + 1, len(blocks)))
+
+
+def _parsed(block: str) -> ast.Module | None:
+    try:
+        return ast.parse(block)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _defined(tree: ast.Module) -> set[str]:
+    """The names that a module binds outside functions and classes."""
+    found: set[str] = set()
+    waiting: list[ast.AST] = [*tree.body]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        else:
+            waiting += ast.iter_child_nodes(node)
+    return found
+
+
+def _is_definition(node: ast.stmt) -> bool:
+    if isinstance(node, (ast.Assign, ast.AnnAssign)):
+        return not any(isinstance(inner, ast.Call) for inner in ast.walk(node))
+    return isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom))
 
 
 def run_program(jobs: Reader, answer: int, drop_privileges: Callable[[], None]) -> int:
     """Run the code as `__main__` with text on standard input; its output is the answer."""
-    code, text = jobs.text(), jobs.frame()
+    blocks, text = json.loads(jobs.frame()), jobs.frame()
     given = os.memfd_create("stdin")
     with open(given, "wb", closefd=False) as file:
         file.write(text)
@@ -73,10 +278,11 @@ def run_program(jobs: Reader, answer: int, drop_privileges: Callable[[], None]) 
     sys.setrecursionlimit(10_000)
     sys.argv = ["main.py"]
     module = types.ModuleType("__main__")
+    module.__file__ = "/tmp/main.py"
     sys.modules["__main__"] = module
     status = 0
     try:
-        exec(compile(code, "main.py", "exec"), module.__dict__)  # noqa: S102
+        _define(blocks, module.__dict__, lambda block, tree: bool(_READS_INPUT.search(block)))
     except SystemExit as leaving:
         status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except BaseException:

@@ -6,12 +6,16 @@ host:
 
     from the host   b"R" and (job to read, answer to write)    fork; the forked process reads and runs its job
                     b"K"                                       kill it
+                    b"C"                                       how much processor time has it used?
     to the host     b"S"                                       ready
+                    b"C" and a `CLOCK`                         that time
                     b"E" and an `EXIT_RECORD`                  it has exited, with all its threads
 
 It serves one request after another and exits when the host closes the socket.
 """
 
+import _sitebuiltins
+import builtins
 import gc
 import importlib
 import json
@@ -31,20 +35,18 @@ from .codec import encode
 from .framing import Reader, write_frames
 from .isolation import Isolation
 
-__all__ = ["BUSY_SHARE", "EXIT_RECORD", "main"]
+__all__ = ["CLOCK", "EXIT_RECORD", "main"]
 
-EXIT_RECORD = struct.Struct("<icd")
-"""`os.waitpid` status; b"w" if its wall time was exceeded, else b"-"; CPU seconds."""
+CLOCK = struct.Struct("<d")
+"""Processor seconds of the forked process, all its threads together."""
+EXIT_RECORD = struct.Struct("<id")
+"""`os.waitpid` status, processor seconds."""
 
 _PREIMPORTED = """
     abc array bisect builtins cmath collections collections.abc contextlib copy dataclasses datetime decimal enum fractions
     functools heapq io itertools json math numbers operator queue random re statistics string sys textwrap threading time
-    traceback types typing
+    traceback types typing unittest.case unittest.suite
 """
-
-BUSY_SHARE = 0.05
-"""A solution may exceed its wall time if it used at least this share of it as CPU time: a busy
-machine starved it. Its CPU limit ends it, at the latest after that limit divided by this share."""
 
 
 def main(control: int, settings: str) -> None:
@@ -59,6 +61,8 @@ def main(control: int, settings: str) -> None:
         importlib.import_module(name)
     isolation = Isolation(limits, bare=limits["bare"])
     host = socket.socket(fileno=control)
+    for name in ("exit", "quit"):  # `site`, which is off, would define them
+        setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D"))
     _warm_up()
     random.seed(0)
     if "numpy" in sys.modules:
@@ -79,7 +83,7 @@ def main(control: int, settings: str) -> None:
             _run_job(isolation, host, *fds)
         for fd in fds:
             os.close(fd)
-        host.sendall(b"E" + _wait(child, host, limits))
+        host.sendall(b"E" + _wait(child, host, limits["bare"]))
 
 
 _WARM_UP = (
@@ -108,18 +112,13 @@ def _warm_up() -> None:
     in shared pages, and not again in every forked process."""
     preamble, code, entry_point = _WARM_UP
     call = encode([[], {"numbers": [3, 1, 2], "wanted": 2}])
-    job = [
-        marshal.dumps(compile(preamble, "", "exec")),
-        code.encode(),
-        entry_point.encode(),
-        b"8",
-        *[call] * 8,
-    ]
+    blocks = json.dumps([[code], ["Solution"]]).encode()
+    job = [marshal.dumps(compile(preamble, "", "exec")), blocks, entry_point.encode(), b"8", *[call] * 8]
     for _ in range(20):
         (job_read, job_write), (answer_read, answer_write) = os.pipe(), os.pipe()
         write_frames(job_write, *job)
         os.close(job_write)
-        solution.call(Reader(job_read), answer_write, lambda: None)
+        solution.answer_calls(Reader(job_read), answer_write, lambda: None)
         for fd in (job_read, answer_read, answer_write):
             os.close(fd)
     del sys.modules["solution"]
@@ -133,7 +132,9 @@ def _run_job(isolation: Isolation, host: socket.socket, job: int, answer: int) -
         _move_descriptors(job, answer)
         isolation.limit()
         jobs = Reader(_JOB)
-        role = {"solution": solution.call, "program": solution.run_program, "judge": judge.serve}[jobs.text()]
+        role = {"solution": solution.answer_calls, "program": solution.run_program, "judge": judge.serve}[
+            jobs.text()
+        ]
         status = role(jobs, _ANSWER, isolation.drop_privileges)
     except BaseException:  # roles handle errors of foreign code; nothing is printed
         status = 1
@@ -152,37 +153,28 @@ def _move_descriptors(job: int, answer: int) -> None:
     os.closerange(5, 102)
 
 
-def _wait(child: int, host: socket.socket, limits: dict[str, Any]) -> bytes:
-    """Wait for the child, kill it at its limits or by order, and return its exit record."""
-    started = time.monotonic()
-    wall, reason = float(limits["wall_seconds"]), b"-"
-    deadline = started + wall
+def _wait(child: int, host: socket.socket, bare: bool) -> bytes:
+    """Wait for the child, serve the host's orders, and return the child's exit record."""
     handle = os.pidfd_open(child)
     poller = select.poll()
     poller.register(handle, select.POLLIN)
     poller.register(host, select.POLLIN)
     while True:
-        ready = {fd for fd, _ in poller.poll(max(0.0, deadline - time.monotonic()) * 1000)}
+        ready = {fd for fd, _ in poller.poll()}
         if handle in ready:
             break
-        if host.fileno() in ready:
-            order = host.recv(1)
-            _kill(child, limits["bare"])
-            if not order:
-                os._exit(0)
-        elif (now := time.monotonic()) >= deadline:
-            used = time.clock_gettime((~child << 3) | 2)  # the child's CPU clock, see clock_getcpuclockid(3)
-            if used > BUSY_SHARE * (now - started):
-                deadline = now + wall
-            else:
-                reason = b"w"
-                deadline = now + 3600
-                _kill(child, limits["bare"])
-    if limits["bare"]:
+        order = host.recv(1)
+        if order == b"C":  # the child's exact clock, see clock_getcpuclockid(3)
+            host.sendall(b"C" + CLOCK.pack(time.clock_gettime((~child << 3) | 2)))
+            continue
+        _kill(child, bare)
+        if not order:
+            os._exit(0)
+    if bare:
         _kill(child, True)  # what it may have forked
     _, status, usage = os.wait4(child, 0)
     os.close(handle)
-    return EXIT_RECORD.pack(status, reason, usage.ru_utime + usage.ru_stime)
+    return EXIT_RECORD.pack(status, usage.ru_utime + usage.ru_stime)
 
 
 def _kill(child: int, group: bool) -> None:

@@ -1,0 +1,39 @@
+"""The identity of a model's folder as a store knows it.
+
+Earlier versions hashed every file of a folder, so a README or a `generation_config.json` made another model. What they computed
+stays valid: a store that has artifacts of a folder under that digest goes on with it, and notes it as
+`families/models/<digest>.json`, so that it is found after such a file has changed.
+"""
+
+import json
+from functools import lru_cache
+from typing import Any
+
+from qrpo.models import ModelConfig, model_identity
+from storage import Store
+from storage.fingerprints import canonical_json
+from tasks.reuse import family_names, noted_family
+
+__all__ = ["known_identity"]
+
+
+def known_identity(model: ModelConfig, store: Store, *stages: str) -> dict[str, Any]:
+    """`model_identity`, or the identity of earlier versions if the store has rows of one of `stages` under it."""
+    identity = model_identity(model)
+    if "digest" not in identity:
+        return identity
+    key = f"families/models/{identity['digest']}.json"
+    if store.exists(key):
+        return dict(json.loads(store.read_bytes(key)))
+    earlier = model_identity(model, every_file=True)
+    if earlier == identity or not any(_uses(store, stage, earlier["digest"]) for stage in stages):
+        return identity
+    store.write_bytes(key, canonical_json(earlier))
+    return earlier
+
+
+@lru_cache(256)
+def _uses(store: Store, stage: str, digest: str) -> bool:
+    """Whether any family of a stage depends on a model with this digest."""
+    noted = (noted_family(store, stage, family) for family in family_names(store, stage))
+    return any(family is not None and digest in json.dumps(family["outside"]) for family in noted)
