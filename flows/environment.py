@@ -4,8 +4,15 @@ Libraries read them at import, so `flows` sets them when it is imported.
 """
 
 import os
+import pwd
+import resource
+from pathlib import Path
 
-__all__ = ["set_defaults"]
+from qrpo.errors import ConfigError
+
+__all__ = ["require_home", "require_memory", "set_defaults"]
+
+_ADDRESS_SPACE = 4 << 30  # a process of the demo reserves 2 GiB, of which it uses 0.7
 
 DEFAULTS = {
     # no telemetry
@@ -33,3 +40,28 @@ def set_defaults(**more: str) -> None:
     """Set the variables of `DEFAULTS` and `more` that are not set yet."""
     for name, value in {**DEFAULTS, **more}.items():
         os.environ.setdefault(name, value)
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:  # libraries ask for the user's name
+        os.environ.setdefault("LOGNAME", f"uid-{os.getuid()}")
+
+
+def require_home() -> None:
+    """Raise ConfigError if the user has no home folder, where Prefect and Hugging Face keep files."""
+    try:
+        Path.home()
+    except RuntimeError:
+        raise ConfigError(
+            f"the user with id {os.getuid()} has no home folder: set HOME to a folder that it can write to"
+        ) from None
+
+
+def require_memory() -> None:
+    """Raise ConfigError if `ulimit -v` is too low for a process of a run."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if 0 <= limit < _ADDRESS_SPACE:
+        raise ConfigError(
+            f"the limit of the address space (ulimit -v) is {limit / 2**30:.1f} GiB, expected at least "
+            f"{_ADDRESS_SPACE >> 30} GiB: processes reserve much more than they use. Set `ulimit -v unlimited`, and limit "
+            "memory by a control group (`systemd-run --scope -p MemoryMax=...`)"
+        )

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from flows.environment import require_memory
 from flows.evaluate import evaluation_table
 from flows.service.logs import log_path, logging_to
 from flows.service.server import start_server
@@ -82,6 +83,7 @@ def run_flow(
     module: str, name: str, config: PipelineConfig, store: Store, *arguments: Any, console: Console
 ) -> Any:
     """Run the flow `name` of a module for the command line: with a server, a log file, and an end on Ctrl-C or Cancel in the UI."""
+    require_memory()
     if "PREFECT_API_URL" not in os.environ:
         console.print(
             "starting a Prefect server for this run (set PREFECT_API_URL to use a running server) ..."

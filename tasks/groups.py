@@ -76,6 +76,7 @@ def compute_missing(
                 computed += [part.key for part in group]
                 for part in group:
                     leases.release(part.key)
+        reporter.update(len(parts), total=len(parts))  # other runs may have computed some
     return computed
 
 
@@ -142,7 +143,9 @@ def compute_parts(label: str, work: Work[Any] | RemoteWork, reporter: Reporter |
         else:
             committed.append(item.fingerprint)
             log.debug("%s: committed %s (%d rows)", label, item.fingerprint, item.rows)
-            reporter.update(before + len(committed))
+            reporter.update(
+                before + len(committed), total=reporter.parts
+            )  # a part may have counted its steps
     return committed
 
 

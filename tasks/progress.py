@@ -38,7 +38,7 @@ class Reporter:
 
     def __init__(self, stage: str, total: float, bar: Progress | None) -> None:
         self.stage = stage
-        self.total = total
+        self.parts = self.total = total
         self.done = 0.0
         self.message = ""
         self._bar = bar
@@ -138,4 +138,4 @@ def _progress_artifact(reporter: Reporter) -> Iterator[None]:
         yield
     finally:
         over.set()
-        thread.join(timeout=2.0)
+        thread.join(timeout=5.0)

@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
+from flows.environment import require_home
 from tasks.stages import STAGE_NAMES
 
 app = typer.Typer(
@@ -132,6 +133,7 @@ def _errors_as_lines(debug: bool) -> Iterator[None]:
     logger.handlers = [_LineHandler()]
     logging.raiseExceptions = debug  # no traceback where a log file or Prefect's server takes no line
     try:
+        require_home()
         yield
     except (typer.Exit, typer.BadParameter, typer.Abort):
         raise
@@ -144,5 +146,6 @@ def _errors_as_lines(debug: bool) -> Iterator[None]:
         text = str(error)
         if not isinstance(error, (QRPOError, StoreError)):
             text = f"{type(error).__name__}: {error} (run again with --debug for the traceback)"
-        err.print(f"error: {text}", style="red")
+        with suppress(OSError):  # the disk that standard error is on may be full
+            err.print(f"error: {text}", style="red")
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None

@@ -6,7 +6,6 @@ the work pools change in Prefect's own job templates.
 """
 
 import asyncio
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from prefect.deployments.runner import DeploymentApplyError, RunnerDeployment
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.runner.storage import LocalStorage
 from prefect.schedules import Schedule
+from prefect.settings import PREFECT_API_URL
 from prefect.workers.utilities import get_default_base_job_template_for_infrastructure_type
 from pydantic import ValidationError
 
@@ -65,8 +65,13 @@ class DeployOptions:
 def deploy(config: PipelineConfig, store_url: str, options: DeployOptions) -> dict[str, Any]:
     """Create or update every deployment on the server that PREFECT_API_URL names; return the object that `--json` prints.
 
-    Raises ConfigError if a schedule, store or block cannot be used, EngineError if the server does not answer or refuses.
+    Deployments are named by the run, and get the schedule of `options` in place of all that they had. Raises ConfigError if a schedule, store or block cannot be used, EngineError if the server does not answer or refuses.
     """
+    if PREFECT_API_URL.value() is None:
+        raise ConfigError(
+            "PREFECT_API_URL is not set, so there is no server to deploy to: set it to one that you started with "
+            "`prefect server start`, or run `qrpo serve`, which starts one"
+        )
     store = Store(store_url).url
     _check(options, store)
     parameters = {"config": config.model_dump(mode="json"), "store": store}
@@ -74,17 +79,16 @@ def deploy(config: PipelineConfig, store_url: str, options: DeployOptions) -> di
         with get_client(sync_client=True) as client:
             _check_secrets(client, options)
             create_pool(client, options)
-            deployments = [_deployment(entry, parameters, options) for entry in declarations()]
+            deployments = [_deployment(entry, config.name, parameters, options) for entry in declarations()]
             for deployment in deployments:
-                deployment.apply()
+                _apply(client, deployment)
             automations = [mark_silent_runs(client)]
             if options.notify is not None:
                 automations.append(notify_of_failures(client, options.notify))
     except (httpx.HTTPError, DeploymentApplyError) as error:
-        url = os.environ.get("PREFECT_API_URL", "(PREFECT_API_URL is not set)")
         raise EngineError(
-            f"the request to the Prefect server at {url} failed: {error}. Start a server with `prefect server start` and "
-            "set PREFECT_API_URL, or run `qrpo serve`, which starts one"
+            f"the request to the Prefect server at {PREFECT_API_URL.value()} failed: {error}. Check PREFECT_API_URL, and "
+            "PREFECT_API_AUTH_STRING where the server wants a login; or run `qrpo serve`, which starts a server"
         ) from error
     return {
         "run": config.name,
@@ -134,8 +138,16 @@ def job_template(default: dict[str, Any], pool_type: PoolType) -> dict[str, Any]
     return template
 
 
+def _apply(client: SyncPrefectClient, deployment: RunnerDeployment) -> None:
+    with suppress(ObjectNotFound):  # an update keeps the schedules that it does not name
+        found = client.read_deployment_by_name(deployment.full_name)
+        for schedule in found.schedules:
+            client.delete_deployment_schedule(found.id, schedule.id)
+    deployment.apply()
+
+
 def _deployment(
-    entry: dict[str, Any], parameters: dict[str, Any], options: DeployOptions
+    entry: dict[str, Any], run: str, parameters: dict[str, Any], options: DeployOptions
 ) -> RunnerDeployment:
     """A declaration as Prefect's object, with the options filled in."""
     # references, which the worker resolves: the values of the secrets stay in their blocks
@@ -144,16 +156,14 @@ def _deployment(
     variables = variables | {"env": variables["env"] | secrets}
     if options.image is not None:
         variables["image"] = options.image
-    change: dict[str, Any] = {}
-    if options.cron is not None:
-        change = {"cron": options.cron, "timezone": options.timezone, "active": True}
+    when = {"cron": options.cron, "timezone": options.timezone, "active": True}
     deployment = RunnerDeployment.from_entrypoint(
         entry["entrypoint"],
-        name=entry["name"],
+        name=run,
         description=entry["description"],
         tags=entry["tags"],
         parameters=parameters,
-        schedules=[Schedule(**{**schedule, **change}) for schedule in entry["schedules"]],
+        schedules=[Schedule(**{**schedule, **when}) for schedule in entry["schedules"] if options.cron],
         concurrency_limit=ConcurrencyLimitConfig(**entry["concurrency_limit"]),
         work_pool_name=options.pool,
         work_queue_name=entry["work_pool"]["work_queue_name"],

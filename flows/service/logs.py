@@ -5,7 +5,7 @@ Engines, rewards and training write their own logs, see `tasks.work.Work.log`. A
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -39,9 +39,11 @@ def logging_to(path: Path, console: Console) -> Iterator[None]:
     try:
         yield
     except Exception:
-        console.print(f"the run's log: {path}")
+        with suppress(OSError):
+            console.print(f"the run's log: {path}")
         raise
     finally:
         for logger in loggers:
             logger.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # a full disk must not hide the error of the block
+            handler.close()

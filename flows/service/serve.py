@@ -8,10 +8,11 @@ import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any
+from uuid import UUID
 
 from rich.console import Console
 
@@ -23,8 +24,6 @@ from storage import Store
 from tasks.config import PipelineConfig
 
 __all__ = ["serve", "serving_lines"]
-
-_STOP_SECONDS = 15.0  # for cancelled runs to end
 
 
 class PoolWorker:
@@ -63,79 +62,58 @@ def serve(
         console.print("starting the Prefect server ...")
         server, wait_for_server = open_server(host, port, services=True, log=logs / "server.log")
         wait_for_server()
+    # imported now: Prefect reads its settings when it is imported
+    from prefect.states import Crashed
+
     from flows.service.deploy import DeployOptions, deploy
+    from flows.service.pool_runs import cancel_runs, changes, end_runs
 
     console.print("deploying the flows ...")
     pool = f"qrpo-{socket.gethostname()}"
     deployed = deploy(config, store_url, DeployOptions(pool=pool, **options))
     worker = Child("flows.service.serve:PoolWorker", name="the worker", log=logs / "worker.log")
     working = threading.Thread(target=_work, args=(worker, pool), name="worker", daemon=True)
+    if server is not None:  # so no worker is alive that could have runs
+        end_runs(pool, Crashed(message="Its worker was killed; committed parts are kept."))
     working.start()
     url = os.environ["PREFECT_API_URL"].removesuffix("/api")
-    ready({**deployed, "url": url, "logs": str(logs)})
+    login = os.environ.get("PREFECT_API_AUTH_STRING")
+    ready({**deployed, "url": url, "login": login, "logs": str(logs)})
+    shown: dict[UUID, str] = {}
+    started = datetime.now(UTC)
     try:
         while working.is_alive():
-            working.join(timeout=1.0)
+            working.join(timeout=2.0)
+            for line in changes(pool, started, shown):
+                console.print(line)
         raise EngineError(f"the worker ended; its log: {logs / 'worker.log'}")
     except KeyboardInterrupt:
         console.print("ending ...")
     finally:
-        if cancelled := _end(worker, pool):
+        if cancelled := cancel_runs(pool, worker):
             console.print(f"cancelled {', '.join(cancelled)}; finished parts are kept")
         if server is not None:
             server.close()
 
 
 def _work(worker: Child, pool: str) -> None:
-    with suppress(EngineError):  # `_end` kills it; if it failed, its log has the reason
+    with suppress(EngineError):  # `cancel_runs` kills it; if it failed, its log has the reason
         worker.call("run", pool)
 
 
 def serving_lines(served: dict[str, Any]) -> list[str]:
     """What is served, as text."""
-    url, schedule = served["url"], served["schedule"]
+    url, schedule, name = served["url"], served["schedule"], served["deployments"][0]
+    login = served["login"]
+    settings = f"PREFECT_API_URL={url}/api" + (f" PREFECT_API_AUTH_STRING={login}" if login else "")
     return [
         f"serving {len(served['deployments'])} deployments of run {served['run']} at {url}/deployments",
-        *([f"scheduled: pipeline/pipeline at {schedule}"] if schedule else []),
-        f"start a run in the browser, or with:  PREFECT_API_URL={url}/api prefect deployment run pipeline/pipeline",
+        *([f"login in the browser: {login}"] if login else []),
+        *([f"scheduled: {name} at {schedule}"] if schedule else []),
+        f"start a run in the browser, or with:  {settings} prefect deployment run {name}",
         f"logs: {served['logs']}",
         "press Ctrl-C to stop",
     ]
-
-
-def _end(worker: Child, pool: str) -> list[str]:
-    """Cancel the runs of this pool, wait some seconds for them, then kill the worker's process group; return the runs' names."""
-    import httpx
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.objects import FlowRun
-    from prefect.states import Cancelled, Cancelling
-
-    def runs(*states: str) -> list[FlowRun]:
-        body = {
-            "flow_runs": {"state": {"type": {"any_": states}}},
-            "work_pools": {"name": {"any_": [pool]}},
-        }
-        found = client.request("POST", "/flow_runs/filter", json=body).json()
-        return [FlowRun.model_validate(run) for run in found]
-
-    message = "`qrpo serve` ended; committed parts are kept."
-    names: list[str] = []
-    try:
-        with get_client(sync_client=True) as client:
-            for run in runs("RUNNING", "PENDING"):
-                client.set_flow_run_state(run.id, Cancelling(message=message))
-                names.append(run.name)
-            deadline = time.monotonic() + _STOP_SECONDS
-            while time.monotonic() < deadline and runs("CANCELLING"):
-                time.sleep(0.5)
-            worker.close()
-            for run in runs("CANCELLING"):  # they had not begun, or did not react
-                client.set_flow_run_state(run.id, Cancelled(message=message), force=True)
-    except httpx.HTTPError:
-        pass  # the server is already gone
-    finally:
-        worker.close()
-    return names
 
 
 def _check_port(host: str, port: int) -> None:

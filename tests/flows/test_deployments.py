@@ -299,7 +299,7 @@ def test_every_flow_is_deployed_with_its_queue_and_configuration(service: Servic
 
 
 def test_form_in_the_ui_has_titles_descriptions_and_choices(service: Service) -> None:
-    schema = service.deployment("pipeline/pipeline")["parameter_openapi_schema"]
+    schema = service.deployment("pipeline/tiny")["parameter_openapi_schema"]
 
     first = schema["properties"]["first"]
     assert first["description"] == "Start with this stage; those before must be complete."
@@ -318,7 +318,7 @@ def test_server_lets_nobody_in_without_the_password(service: Service) -> None:
 @pytest.fixture(scope="module")
 def cancelled(service: Service) -> tuple[Any, list[Process], dict[str, str]]:
     """The first run of the schedule, cancelled while it samples: how it ended, its processes, the parts that it finished."""
-    pipeline = service.deployment("pipeline/pipeline")
+    pipeline = service.deployment("pipeline/tiny")
 
     def runs(state: str) -> Any:
         of_pipeline = {"state": {"type": {"any_": [state]}}, "deployment_id": {"any_": [pipeline["id"]]}}
@@ -351,7 +351,7 @@ def test_run_of_the_schedule_cancelled_from_the_ui_stops_and_keeps_its_finished_
 @pytest.fixture(scope="module")
 def killed(service: Service, cancelled: object) -> tuple[Any, list[Process]]:
     """A `completions` run started by hand whose process is killed: how it ended, its engine."""
-    identity = service.start("completions/completions")
+    identity = service.start("completions/tiny")
     family = eventually(lambda: both_processes(service), "the engine", log=service.log)
     for one in family:
         if not one.serves_a_child:
@@ -376,7 +376,7 @@ def test_killed_run_is_crashed_with_a_reason_which_is_told(
 @pytest.fixture(scope="module")
 def finished(service: Service, killed: object) -> Any:
     """A `completions` run that goes on to the end."""
-    return service.ended(service.start("completions/completions", **BUSY))
+    return service.ended(service.start("completions/tiny", **BUSY))
 
 
 def test_next_run_goes_on_from_what_was_finished(
@@ -405,7 +405,7 @@ def test_deployment_command_and_python_come_to_the_same_and_the_secret_stays_whe
     program = "import sys; from flows import rewards; from tasks.config import load_config; "
     program += "rewards(load_config(sys.argv[1]), sys.argv[2])"
 
-    by_deployment = service.start("rewards/rewards")
+    by_deployment = service.start("rewards/tiny")
     with ThreadPoolExecutor() as pool:
         options = ("--only", "rewards", "--store", command.url, "--json")
         typed = pool.submit(qrpo, service, "run", config, *options, REWARD_SCALE=SECRET)

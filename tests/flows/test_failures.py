@@ -58,6 +58,40 @@ def test_only_transient_errors_are_retried(error: Exception, expected: bool) -> 
     assert is_transient(error) is expected
 
 
+IN_SHELL = ("bash", "-c")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "arguments", "line"),
+    [
+        (
+            ("unshare", "-U", "--map-user=54321", "env", "-u", "HOME"),
+            ("ls",),
+            "the user with id 54321 has no home folder: set HOME",
+        ),
+        (
+            (*IN_SHELL, 'ulimit -v 3000000; exec "$@"', "-"),
+            ("run", "config.yaml"),
+            "(ulimit -v) is 2.9 GiB, expected at least 4",
+        ),
+        ((*IN_SHELL, 'exec "$@" 2>/dev/full', "-"), ("run", "missing.yaml"), ""),
+    ],
+)
+def test_environment_that_no_run_can_use_is_one_line(
+    prefix: tuple[str, ...], arguments: tuple[str, ...], line: str, write_task: Any, tmp_path: Path
+) -> None:
+    write_task(tmp_path)
+    environment = clean_environment(QRPO_STORE=str(tmp_path / "store"))
+    command = [*prefix, QRPO, *arguments]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    if "unshare failed" in done.stderr:
+        pytest.skip("no rights to make a user here")
+
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert line in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, write_task: Callable[..., Path]) -> Path:
     """Many small parts, slowly sampled, so that there is a middle to be interrupted in."""

@@ -5,15 +5,23 @@ import os
 import subprocess
 import sys
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.flows import load_flow_from_entrypoint
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Crashed, Pending
+from prefect.types._datetime import now
 
+from flows.service import deploy
 from flows.service.deploy import DeployOptions, PoolType, create_pool, declarations, job_template
+from flows.service.pool_runs import changes, end_runs
+from tasks.config import load_config
 from tasks.stages import STAGES
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
@@ -83,6 +91,51 @@ def test_the_pipeline_and_every_stage_are_deployed() -> None:
         assert load_flow_from_entrypoint(entry["entrypoint"]).name == name
         assert set(entry) == set(declared["pipeline"])
     assert not any(declared[stage]["schedules"] for stage in STAGES)
+
+
+def test_deployments_are_named_by_run_and_have_the_last_schedule_alone(
+    write_task: Callable[..., Path], tmp_path: Path, qrpo: Callable[..., Any]
+) -> None:
+    config, store = write_task(tmp_path / "task"), tmp_path / "store"
+
+    def schedules() -> list[tuple[Any, bool]]:
+        with get_client(sync_client=True) as client:
+            found = client.read_deployment_by_name("pipeline/tiny").schedules
+        return [(one.schedule.cron, one.active) for one in found]
+
+    said = []
+    for options in (["--cron", "0 3 * * *"], ["--cron", "0 4 * * *"], [], ["--set", "name=other"]):
+        done = qrpo("deploy", config, "--store", store, *options)
+        assert done.exit_code == 0, done.stderr
+        said.append((done.stdout, schedules()))
+        if len(said) == 1:  # as somebody adds one in the UI
+            with get_client(sync_client=True) as client:
+                deployment = client.read_deployment_by_name("pipeline/tiny")
+                client.create_deployment_schedules(deployment.id, [(CronSchedule(cron="0 9 * * *"), True)])
+
+    assert [found for _, found in said] == [[("0 3 * * *", True)], [("0 4 * * *", True)], [], []]
+    assert "pipeline scheduled at 0 4 * * *" in said[1][0]
+    assert "no schedule" in said[2][0]
+    assert "prefect deployment run pipeline/other" in said[3][0]
+    with temporary_settings({PREFECT_API_URL: None}):
+        done = qrpo("deploy", config, "--store", store)
+    assert done.exit_code == 2
+    assert "PREFECT_API_URL is not set" in done.stderr
+
+
+def test_runs_of_a_dead_worker_are_ended(write_task: Callable[..., Path], tmp_path: Path) -> None:
+    config = load_config(write_task(tmp_path / "task", name="left"))
+    deploy.deploy(config, str(tmp_path / "store"), DeployOptions(pool="left"))
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name("pipeline/left")
+        taken, waiting = (client.create_flow_run_from_deployment(deployment.id) for _ in range(2))
+        client.set_flow_run_state(taken.id, Pending())
+        since = now("UTC")
+        end_runs("left", Crashed(message="its worker is gone"))
+        states = [client.read_flow_run(run.id).state_name for run in (taken, waiting)]
+
+    assert states == ["Crashed", "Scheduled"]
+    assert [line.partition(": ")[2] for line in changes("left", since, {})] == ["Crashed: its worker is gone"]
 
 
 def test_prefect_itself_deploys_the_pipeline_of_the_file(tmp_path: Path) -> None:
