@@ -297,8 +297,8 @@ def test_own_code_that_does_not_run_is_said(
 def test_files_in_float32_are_known_without_the_hub(tiny_model: Path, tmp_path: Path) -> None:
     copy = tmp_path / "half"
     shutil.copytree(tiny_model, copy)
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    weights = load_file(copy / "model.safetensors")
+    save_file({name: weight.bfloat16() for name, weight in weights.items()}, copy / "model.safetensors")
 
     assert has_float32_files(config_of(tiny_model))
     assert not has_float32_files(config_of(copy))

@@ -244,13 +244,14 @@ def test_tools_and_tool_calls_belong_to_the_prompt() -> None:
     ("value", "stored"),
     [
         (b"7", "7"),
-        (b"\xff", "/w=="),
-        (Decimal("1.50"), "1.50"),
+        (b"\xff", {"base64": "/w=="}),
+        (Decimal("1.50"), "1.5"),
+        (Decimal("7.00"), 7),
         (date(2026, 1, 2), "2026-01-02"),
         (1e16, 1e16),
     ],
 )
-def test_values_of_other_types_become_text(value: Any, stored: Any) -> None:
+def test_values_of_other_types_become_plain_json(value: Any, stored: Any) -> None:
     assert json.loads(parse({"prompt": "x", "answer": value}).metadata) == {"answer": stored}
 
 

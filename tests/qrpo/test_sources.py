@@ -224,11 +224,11 @@ def test_a_dataset_folder_that_is_written_again_gives_its_new_rows(tmp_path: Pat
     before, after = [{"prompt": "one"}], [{"prompt": "two"}]
     write(before)
     assert [rows_of(source) for source in sources] == [before, before]
-    identities = [source_identity(PromptsConfig(source=source)) for source in sources]
+    identities = [source_identity(PromptsConfig(source=source), {}) for source in sources]
     write(after)
     assert [rows_of(source) for source in sources] == [after, after]
     assert all(
-        source_identity(PromptsConfig(source=source)) != identity
+        source_identity(PromptsConfig(source=source), {}) != identity
         for source, identity in zip(sources, identities, strict=True)
     )
 

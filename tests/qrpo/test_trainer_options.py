@@ -253,7 +253,7 @@ def test_one_process_uses_one_device_and_shards_nothing(folder, rows, tmp_path):
 )
 def test_every_visible_gpu_trains_if_it_gets_prompts(monkeypatch, processes, gpus, expected):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert number_of_processes(PolicyConfig(processes=processes, prompts_per_step=24 * 8 // 3)) == expected
+    assert number_of_processes(PolicyConfig(processes=processes, prompts_per_step=72)) == expected
 
 
 def test_rows_without_completions_are_skipped(folder, rows, tmp_path):
