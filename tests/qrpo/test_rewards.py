@@ -152,9 +152,7 @@ RETURNED: list[tuple[Any, list[float] | str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("returned", "expected"), RETURNED, ids=lambda value: f"{type(value).__name__} {value}"[:40]
-)
+@pytest.mark.parametrize(("returned", "expected"), RETURNED, ids=lambda value: type(value).__name__)
 def test_a_function_returns_numbers_in_an_order_or_is_refused(returned: Any, expected: Any) -> None:
     def found() -> Any:
         try:
