@@ -15,6 +15,7 @@ __all__ = [
     "QUANTILES",
     "Cell",
     "compare_models",
+    "grid_edges",
     "interval",
     "numbers_of",
     "reject_reasons",
@@ -23,6 +24,7 @@ __all__ = [
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _BINS = 32
+_MAX_GRID = 120  # bars
 MAIN_MEASURES = {
     "mean reward",
     "mean quantile reward",
@@ -48,6 +50,21 @@ def training_metrics(store: Store, manifest: Manifest) -> pl.DataFrame | None:
     return None if data is None else pl.read_parquet(data)
 
 
+def grid_edges(values: Any) -> Any:
+    """Edges of one bin for each point of the grid that the values lie on; None where there is no grid, or too large a one.
+
+    Other bins would hold one point here and two there, and show a comb.
+    """
+    distinct = np.unique(np.asarray(values, dtype=np.float64))
+    if not 1 < len(distinct) <= _MAX_GRID:
+        return None
+    steps = (distinct - distinct[0]) / np.diff(distinct).min()
+    if steps[-1] > _MAX_GRID or np.abs(steps - steps.round()).max() > 1e-3:
+        return None
+    count = round(steps[-1])
+    return distinct[0] + (distinct[-1] - distinct[0]) / count * (np.arange(count + 2) - 0.5)
+
+
 def numbers_of(values: pl.Series) -> dict[str, Any] | None:
     """Count, mean, extremes, quantiles and histogram of the finite values. None if there are none."""
     if not values.dtype.is_numeric():
@@ -58,7 +75,10 @@ def numbers_of(values: pl.Series) -> dict[str, Any] | None:
         return None
     quantiles = [finite.quantile(share, "linear") for share in QUANTILES]
     low, high = float(quantiles[0] or 0.0), float(quantiles[-1] or 0.0)
-    counts, _ = np.histogram(finite, _BINS if high > low else 1, (low, high) if high > low else None)
+    edges = grid_edges(finite)
+    if edges is None:
+        edges = np.linspace(low, high, _BINS + 1) if high > low else np.array([low, high])
+    counts, _ = np.histogram(finite, edges)
     return {
         "count": len(finite),
         "mean": finite.mean(),
@@ -66,7 +86,7 @@ def numbers_of(values: pl.Series) -> dict[str, Any] | None:
         "min": low,
         "max": high,
         "quantiles": quantiles,
-        "histogram": {"low": low, "high": high, "counts": counts.tolist()},
+        "histogram": {"low": float(edges[0]), "high": float(edges[-1]), "counts": counts.tolist()},
     }
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 
 from storage import Manifest, Store
-from tasks.artifact_summary import training_metrics
+from tasks.artifact_summary import grid_edges, training_metrics
 from tasks.stages import STAGES
 
 if TYPE_CHECKING:
@@ -55,8 +55,12 @@ def plot_histogram(
     density: bool = False,
     colours: Mapping[str, str] | None = None,
 ) -> None:
-    """Histograms of named values on shared bins, as shares or densities, with their means in the legend."""
-    edges: Any = np.histogram_bin_edges(np.concatenate(list(values.values())), bins) if values else bins
+    """Histograms of named values on shared bins, one for each value if they lie on a grid, as shares or densities, with
+    their means in the legend."""
+    together = np.concatenate(list(values.values())) if values else np.empty(0)
+    edges: Any = grid_edges(together)
+    if edges is None:
+        edges = np.histogram_bin_edges(together, bins) if values else bins
     for number, (name, numbers) in enumerate(values.items()):
         colour = (colours or {}).get(name, f"C{number}")
         weights = None if density else np.full(len(numbers), 1 / len(numbers))
@@ -99,7 +103,7 @@ def training_quantiles(axes: "Axes", manifest: Manifest, store: Store) -> str:
     """Quantile rewards of the training completions, by origin."""
     columns = store.scan(manifest.parts).select("origin", value="quantile_reward")
     columns = columns.explode("origin", "value", empty_as_null=False)
-    plot_histogram(axes, _by_origin(columns), np.linspace(0, 1, 21))
+    plot_histogram(axes, _by_origin(columns), 20)
     axes.set(xlabel="quantile among the reference's rewards", ylabel="share of completions", xlim=(0, 1))
     return "Quantile rewards (the reference's own are uniform)"
 

@@ -14,6 +14,7 @@ import storage
 from flows.views.inspect.rows import ArtifactRows, Query, find_rows
 from flows.views.inspect.summary import column_nulls, summarise
 from storage import Store
+from tasks.artifact_summary import numbers_of
 from tests.support.views import PROMPT, commit, qrpo, qrpo_json, rewards_table, row, table, write_artifacts
 
 
@@ -73,6 +74,22 @@ def test_every_numeric_column_has_exact_numbers(url: str) -> None:
     assert shown["numbers"]["components.right"]["mean"] == pytest.approx(rewards.mean())
     never = ("prompt_id", "sample_index", "origin", "reward", "components")
     assert shown["nulls"] == dict.fromkeys(never, 0) | {"error": 72}
+
+
+@pytest.mark.parametrize(
+    ("values", "counts"),
+    [
+        ([0, 1, 1, 3], [1, 2, 0, 1]),
+        ([k / 50 for k in range(51)], [1] * 51),
+        ([0.25, 0.75], [1, 1]),
+        ([2.0, 2.0], [2]),
+        ([0.0, 1e-9, 1.0], [2, *[0] * 30, 1]),
+    ],
+)
+def test_values_on_a_grid_have_one_bar_each(values: list[float], counts: list[int]) -> None:
+    numbers = numbers_of(pl.Series(values, dtype=pl.Float64))
+    assert numbers is not None
+    assert numbers["histogram"]["counts"] == counts
 
 
 def test_rows_are_shown_as_conversations_whatever_the_stage(url: str) -> None:

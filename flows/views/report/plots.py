@@ -118,9 +118,7 @@ def _density(axes: Any, content: Content) -> bool:
         density = optimum_density(settings.transform, settings.beta, t)
         axes.plot(t, density, color=_THEORY, label=f"optimum, beta {settings.beta:g}")
     axes.axhline(1.0, color=_INK, linestyle=":", linewidth=1)
-    plot_histogram(
-        axes, _values(content, "quantile_reward"), np.linspace(0, 1, 21), density=True, colours=_COLOURS
-    )
+    plot_histogram(axes, _values(content, "quantile_reward"), 20, density=True, colours=_COLOURS)
     axes.set(xlabel="quantile reward", ylabel="density", xlim=(0, 1))
     return True
 
