@@ -14,6 +14,7 @@ They come from shards on disk through a reader, or from a dataset in one of TRL'
 """
 
 import json
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,6 +37,8 @@ __all__ = [
     "tensor_of",
     "training_rows",
 ]
+
+log = logging.getLogger("qrpo")
 
 TrainingRow = Mapping[str, Any]
 PER_COMPLETION = ("completion_token_ids", "quantile_reward", "ref_logprob", "reward")
@@ -105,8 +108,9 @@ def training_rows(dataset: Any, tokenizer: Any, needs: Sequence[str] = ("quantil
     `rejected`, or `messages`, each as strings (encoded as they are) or messages (encoded by the
     chat template). If the loss `needs` a `reward`, a row has one: a number, or one for chosen and
     one for rejected (also read from `chosen_reward` and `rejected_reward`). If it needs a
-    `quantile_reward`, a row also has `ref_rewards`, the rewards of the reference's completions. The
-    result has no `ref_logprob`.
+    `quantile_reward`, a row also has `ref_rewards`, the rewards of the reference's completions. A
+    completion whose reward equals all of them has no rank: it is excluded, with a warning that says
+    how many are. The result has no `ref_logprob`.
     """
     if hasattr(dataset, "iterate") or isinstance(dataset, torch.utils.data.IterableDataset):
         return dataset
@@ -116,7 +120,13 @@ def training_rows(dataset: Any, tokenizer: Any, needs: Sequence[str] = ("quantil
         return dataset
     if tokenizer is None:
         raise DataError("a dataset of text needs a tokenizer: pass it as processing_class")
-    return [_encode_row(dataset[i], i, tokenizer, needs) for i in range(len(dataset))]
+    rows = [_encode_row(dataset[i], i, tokenizer, needs) for i in range(len(dataset))]
+    if excluded := sum(row.pop("num_excluded") for row in rows):
+        log.warning(
+            "%d completions are not trained on: their rewards equal all `ref_rewards` of their prompt",
+            excluded,
+        )
+    return rows
 
 
 def _encode_row(row: TrainingRow, index: int, tokenizer: Any, needs: Sequence[str]) -> dict[str, Any]:
@@ -137,11 +147,17 @@ def _encode_row(row: TrainingRow, index: int, tokenizer: Any, needs: Sequence[st
             prompt_ids, completion_ids = both[0][0], [ids for _, ids in both]
     except DataError as error:
         raise DataError(f"row {index} of the training dataset: {error}") from error
+    ranked = columns.pop("ranked", np.ones(len(completion_ids), dtype=bool))
+    per_completion = {"completion_token_ids": completion_ids, **columns}
+    for name in per_completion.keys() & set(PER_COMPLETION):
+        per_completion[name] = [
+            value for value, keep in zip(per_completion[name], ranked, strict=True) if keep
+        ]
     return {
         "prompt_id": prompt.prompt_id,
         "prompt_token_ids": prompt_ids,
-        "completion_token_ids": completion_ids,
-        **columns,
+        "num_excluded": int((~ranked).sum()),
+        **per_completion,
     }
 
 
@@ -161,6 +177,9 @@ def _reward_columns(given: Mapping[str, Any], completions: int, needs: Sequence[
             )
         quantiles = quantile_rewards(np.asarray([rewards]), np.asarray([ref_rewards]))
         columns["quantile_reward"] = np.asarray(quantiles[0], dtype=np.float32)
+        columns["ranked"] = ~(
+            (columns["reward"] == min(ref_rewards)) & (columns["reward"] == max(ref_rewards))
+        )
         columns["num_ref"] = len(ref_rewards)
         columns["ref_std"] = float(np.std(ref_rewards, ddof=1)) if len(ref_rewards) > 1 else 0.0
     return columns

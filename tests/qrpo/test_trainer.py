@@ -12,6 +12,7 @@ from qrpo.method.partition import log_z
 from qrpo.tiny import build_tiny_tokenizer
 from qrpo.training.checkpoints import latest_checkpoint, write_marker
 from qrpo.training.logprobs import score_logprobs
+from qrpo.training.rows import training_rows
 from qrpo.training.runs import load_policy
 from qrpo.training.trainer import QRPOConfig, QRPOTrainer
 from tests.support.training import Stopped, metrics, same_weights, train
@@ -204,6 +205,19 @@ def test_trl_datasets_get_their_quantiles_and_reference_logprobs(folder, tmp_pat
     assert tokenizer.decode(row["completion_token_ids"][1]) == "more<|end|>"
     assert trainer.state.global_step == 6
     assert trainer.state.log_history[0]["initial_log_ratio/max_abs"] < 1e-3
+
+
+def test_a_completion_that_equals_every_reference_is_not_trained_on(folder, caplog):
+    texts = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    rows = [{**texts, "reward": [1.0, 2.0], "ref_rewards": [1.0, 1.0]}, {**texts, "reward": [1.0, 0.0]}]
+    rows[1]["ref_rewards"] = [1.0, 0.0]
+
+    equal, other = training_rows(rows, AutoTokenizer.from_pretrained(folder))
+
+    assert equal["reward"] == [2.0]
+    assert len(equal["completion_token_ids"]) == len(equal["quantile_reward"]) == 1
+    assert list(other["quantile_reward"]) == [1.0, 0.5]
+    assert "1 completions are not trained on" in caplog.text
 
 
 def test_trl_rows_without_reference_rewards_are_refused_by_row(folder, tmp_path):
