@@ -1,6 +1,5 @@
 """Run a span of stages from the command line, and print the summary."""
 
-import os
 import time
 from contextlib import suppress
 from importlib import import_module
@@ -12,7 +11,7 @@ from rich.table import Table
 from flows.environment import require_memory
 from flows.evaluate import evaluation_table
 from flows.service.logs import log_path, logging_to
-from flows.service.server import start_server
+from flows.service.server import server_is_named, start_server
 from qrpo.errors import EngineError
 from storage import Store
 from tasks.config import PipelineConfig
@@ -84,7 +83,7 @@ def run_flow(
 ) -> Any:
     """Run the flow `name` of a module for the command line: with a server, a log file, and an end on Ctrl-C or Cancel in the UI."""
     require_memory()
-    if "PREFECT_API_URL" not in os.environ:
+    if not server_is_named():
         console.print(
             "starting a Prefect server for this run (set PREFECT_API_URL to use a running server) ..."
         )

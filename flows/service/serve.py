@@ -17,7 +17,7 @@ from uuid import UUID
 from rich.console import Console
 
 from flows.service.logs import log_path
-from flows.service.server import open_server
+from flows.service.server import open_server, server_is_named
 from qrpo.errors import ConfigError, EngineError
 from qrpo.processes.child import Child
 from storage import Store
@@ -57,7 +57,7 @@ def serve(
         signal.signal(number, signal.default_int_handler)
     logs = log_path(Store(store_url), "serve/worker.log").parent
     server: Child | None = None
-    if "PREFECT_API_URL" not in os.environ:
+    if not server_is_named():
         _check_port(host, port)
         console.print("starting the Prefect server ...")
         server, wait_for_server = open_server(host, port, services=True, log=logs / "server.log")

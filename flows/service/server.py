@@ -14,26 +14,44 @@ import secrets
 import socket
 import threading
 import time
+import tomllib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from qrpo.errors import EngineError
+from qrpo.errors import ConfigError, EngineError
 from qrpo.processes.child import Child
 
-__all__ = ["open_server", "start_server"]
+__all__ = ["open_server", "server_is_named", "start_server"]
 
 _STARTUP_SECONDS = 180.0
 
 
+def server_is_named() -> bool:
+    """Whether PREFECT_API_URL names a server; it is set to that of the active Prefect profile if it is missing.
+
+    Without an import of Prefect, which reads its settings at import.
+    """
+    path = Path(os.path.expanduser(os.environ.get("PREFECT_HOME") or "~/.prefect"), "profiles.toml")
+    if "PREFECT_API_URL" not in os.environ and path.is_file():
+        try:
+            profiles = tomllib.loads(path.read_text())
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path} is no TOML: {error}. Fix it, or set PREFECT_API_URL") from None
+        name = os.environ.get("PREFECT_PROFILE") or profiles.get("active")
+        if url := profiles.get("profiles", {}).get(name, {}).get("PREFECT_API_URL"):
+            os.environ["PREFECT_API_URL"] = url
+    return "PREFECT_API_URL" in os.environ
+
+
 def start_server() -> Callable[[], object]:
-    """Use the Prefect server that PREFECT_API_URL names; without one, start a server and point this process to it.
+    """Use the Prefect server that PREFECT_API_URL or the active profile names; without one, start a server and point this process to it.
 
     Call it before you import Prefect, which reads its settings at import. The import then overlaps with the server's start. The
     returned function waits until the server answers; it raises EngineError if the server does not start.
     """
-    if "PREFECT_API_URL" in os.environ:
+    if server_is_named():
         return lambda: None
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,6 +1,7 @@
 """What a user gets wrong: one readable line with place and remedy, the right exit code, and nothing lost that was computed."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from typing import Any
 import polars as pl
 import pytest
 
+from flows.service.server import server_is_named
+from qrpo.errors import ConfigError
 from tests.support.flows import invoke, run_json
 
 USAGE, FAILED = 2, 1
@@ -345,3 +348,24 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert result.exit_code != 0
     assert result.exception is not None
     assert not isinstance(result.exception, SystemExit)
+
+
+def test_the_server_of_the_active_profile_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    for name in ("PREFECT_API_URL", "PREFECT_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    profiles = tmp_path / "profiles.toml"
+
+    assert not server_is_named()
+    profiles.write_text(
+        'active = "mine"\n[profiles.mine]\nPREFECT_API_URL = "http://here:1/api"\n[profiles.local]\n'
+    )
+    monkeypatch.setenv("PREFECT_PROFILE", "local")
+    assert not server_is_named()
+    monkeypatch.delenv("PREFECT_PROFILE")
+    assert server_is_named()
+    assert os.environ["PREFECT_API_URL"] == "http://here:1/api"
+    monkeypatch.delenv("PREFECT_API_URL")
+    profiles.write_text("[")
+    with pytest.raises(ConfigError, match=r"profiles\.toml is no TOML"):
+        server_is_named()
