@@ -6,11 +6,12 @@ stays valid: a store that has artifacts of a folder under that digest goes on wi
 """
 
 import json
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
 from qrpo.models import ModelConfig, model_identity
-from storage import Store
+from storage import Store, StoreError
 from storage.fingerprints import canonical_json
 from tasks.reuse import family_names, noted_family
 
@@ -28,7 +29,8 @@ def known_identity(model: ModelConfig, store: Store, *stages: str) -> dict[str, 
     earlier = model_identity(model, every_file=True)
     if earlier == identity or not any(_uses(store, stage, earlier["digest"]) for stage in stages):
         return identity
-    store.write_bytes(key, canonical_json(earlier))
+    with suppress(StoreError, OSError):  # a plan also works on a store that it cannot write to
+        store.write_bytes(key, canonical_json(earlier))
     return earlier
 
 
