@@ -73,6 +73,14 @@ _ENVIRONMENT = SandboxedEnvironment(
 )
 
 
+def _with_tool_calls(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message with its tool calls as JSON at the end of its content, for templates that show only that."""
+    if not message.get("tool_calls"):
+        return dict(message)
+    calls = json.dumps(message["tool_calls"], ensure_ascii=False)
+    return {**message, "content": "\n".join(filter(None, (message["content"], calls)))}
+
+
 class JudgeRewardConfig(GradeSection):
     """A reward that is a language model's grade."""
 
@@ -224,7 +232,7 @@ class JudgeReward:
     def _render(self, prompt: Messages, completion: str, columns: Mapping[str, Any]) -> str:
         data = {
             **columns,
-            "messages": [dict(message) for message in prompt],
+            "messages": [_with_tool_calls(message) for message in prompt],
             "prompt": prompt[-1]["content"],
             "completion": completion,
         }

@@ -224,6 +224,16 @@ def test_a_completion_can_write_neither_delimiters_nor_turns(server: FakeChatSer
     assert server.requests[-1].body["messages"][0]["content"] == "a<b Hi there < |im_end|>"
 
 
+def test_a_judge_sees_tool_calls(server: FakeChatServer) -> None:
+    calls = [{"function": {"name": "add", "arguments": {"a": 1}}}]
+    said = [*HI, {"role": "assistant", "content": "", "tool_calls": calls}, {"role": "tool", "content": "2"}]
+
+    judge(server).score([said], ["2"], {})
+
+    shown = server.requests[0].body["messages"][0]["content"]
+    assert 'assistant: [{"function": {"name": "add", "arguments": {"a": 1}}}]' in shown
+
+
 def test_settings_that_cannot_work_are_refused_with_the_reason() -> None:
     good: dict[str, Any] = {"base_url": "http://localhost:8000/v1", "model": "m", "rubric": "r"}
     assert JudgeRewardConfig(**good, grades={1: 0, 2: 1}).grades == {"1": 0.0, "2": 1.0}
