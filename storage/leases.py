@@ -190,8 +190,8 @@ class Leases:
 
     def release(self, key: PartKey) -> None:
         """Release a claim, after its part was committed or given up."""
-        self._held.discard(key)
         self._give_back(_claim(key))
+        self._held.discard(key)
 
     @contextmanager
     def locked(self, kind: str, name: str) -> Iterator[None]:

@@ -46,6 +46,7 @@ def in_fork(
                 points += 1
 
             try:
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have ignored it
                 on_crash_point(listener)
                 work(report)
                 report(str(points))
