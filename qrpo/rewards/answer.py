@@ -28,7 +28,7 @@ from qrpo.rewards.worker_pool import WorkerSection
 
 __all__ = ["AnswerReward", "AnswerRewardConfig", "answer_text"]
 
-_READING = 2  # raised where the reward of a row may change
+_READING = 3  # raised where the reward of a row may change
 
 
 class AnswerRewardConfig(WorkerSection):

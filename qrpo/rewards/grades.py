@@ -23,10 +23,12 @@ _UNFINISHED = ("length", "max_tokens", "content_filter", "error", "abort")
 _AROUND = " \t.,;:!*_`'\"[](){}#"  # punctuation and markup around a grade
 _MARK = re.compile(
     r"(?i)\b(?:(final|overall)(?:\s+(?:grade|score|rating|verdict))?|grade|score|rating|verdict)\b"
-    r"[\"'*_\s]*(?:\([^()]*\)\s*)?(?::|=|>|\bis\b|\bof\b|\s[-\u2013\u2014]\s)"
+    r"[\"'*_\s]*(?:\([^()]*\)\s*)?(?:[-=]>|:|=|>|\bis\b|\bof\b|\s[-\u2013\u2014]\s)"
     r"[\"'*_\[({\s]*((?:[^\s\"'*_\])},;<]|,(?=\d))+)|(?:\[\[|\\boxed\{)([^\[\]{}]+)(?:\]\]|\})"
 )
-_RATES = r"(?is)^(?!.*(?:\bnot\b|n't)).*\b(?:rat|giv|grad|scor|award|assign|deserv)\w*[^.!?\n]*\d"
+_HEDGE = r"\b(?:not|least|most|than|maybe|perhaps|almost|nearly|below|above|under|over|between)\b|n't"
+_RATES = rf"(?is)^(?!.*(?:{_HEDGE})).*\b(?:rat|giv|grad|scor|award|assign|deserv)\w*[^.!?\n]*\d"
+_SCALE = r"(?i)(?<=\d)[\s\"',(]*(?:/|(?:out[ _])?of\b|max\w*|scale|on an?\b)[\s\"':]*(\d+|ten\b|hundred\b)"
 
 
 class GradeSection(RewardSection):
@@ -84,8 +86,8 @@ class GradeSection(RewardSection):
 
     def extract(self, response: Mapping[str, Any]) -> dict[str, Any]:
         """What is stored of a response: text, alternatives of the grade's token, tokens used, why it ended."""
-        usage = response.get("usage") or {}
         try:
+            tokens = int((response.get("usage") or {}).get("total_tokens") or 0)
             choice = response["choices"][0]
             text = choice["message"].get("content") or ""
             if not isinstance(text, str):
@@ -95,21 +97,20 @@ class GradeSection(RewardSection):
             top = (
                 None if index is None else [[t["token"], t["logprob"]] for t in steps[index]["top_logprobs"]]
             )
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise RequestFailed(
                 f"the judge's answer has an unknown form ({error!r})", refused=True
             ) from error
-        tokens = int(usage.get("total_tokens") or 0)
         return {"text": text, "top": top, "tokens": tokens, "finish": choice.get("finish_reason")}
 
     def score(self, answer: Mapping[str, Any]) -> Score:
         """The score in what `extract` returned, or the reason why there is none."""
         finish = str(answer.get("finish")).casefold()
         if not self.reads_first_token and finish in _UNFINISHED:
+            remedy = ": raise max_tokens" if finish in ("length", "max_tokens") else ""
+            said = answer["text"][-80:]
             return Score(
-                None,
-                f"the judge's answer is unfinished (finish_reason {finish}): raise max_tokens; "
-                f"it ends {answer['text'][-80:]!r}",
+                None, f"the judge's answer is unfinished (finish_reason {finish}){remedy}; it ends {said!r}"
             )
         return self._from_text(answer["text"]) if self.read == "text" else self._from_probabilities(answer)
 
@@ -160,8 +161,9 @@ class GradeSection(RewardSection):
 
     def _named(self, text: str) -> str | None:
         """The one grade that a text gives; None where it gives none or several."""
+        text = text.replace("\u2212", "-")
         text = re.sub(r"(?<=\d)\s*(?:[-\u2013\u2014]|or|to)\s*(?=\d)", "-", text)  # a range is one token
-        text = re.sub(r"(?<=\d)\s*(?:/|(?:out )?of)\s*(?=\d)", "/", text)
+        text = re.sub(_SCALE, r"/\1", text)
         scale = re.escape(list(self.grades)[-1])
         text = re.sub(rf"(?<=\d)(?:/{scale}(?![\w/-]|\.\d))?(?: (?:star|point)s?\b)?", "", text)
         marks = [(match[1], self._label(match[2] or match[3])) for match in _MARK.finditer(text)]
@@ -171,7 +173,7 @@ class GradeSection(RewardSection):
             return _only(finals or given)
         lines = [line.strip(_AROUND) for line in text.strip().splitlines() if line.strip(_AROUND)]
         given = {line for line in (*lines[:1], *lines[-1:]) if self._label(line)}
-        numbers = set(re.findall(r"[-+]?\d[\w.,/:%+-]*", text))
+        numbers = set(re.findall(r"(?:[-+~<>\u2248\u2264\u2265]\s*)?\d[\w.,/:%+-]*", text))
         if not given and re.search(_RATES, text) and (only := _only(numbers)) is not None:
             given = {self._label(only) or ""}
         return self._label(_only(given) or "")

@@ -148,7 +148,7 @@ class JudgeRewardConfig(GradeSection):
 
     def identity(self) -> dict[str, Any]:
         """How answers are read; everything else that could change a grade and can be known is a setting."""
-        return {"reading": 2}
+        return {"reading": 3}
 
     def open(self, log: Path | None, answers: Answers | None) -> Reward:
         """The judge; ConfigError where the API key's variable is not set."""

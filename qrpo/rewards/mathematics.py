@@ -9,6 +9,7 @@ docs/rewards.md lists the forms.
 import contextlib
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import lru_cache
@@ -16,6 +17,7 @@ from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from math_verify.parser import normalize_latex
+from sympy import Eq, I
 
 __all__ = ["MathAnswer", "is_right", "read_right"]
 
@@ -24,24 +26,7 @@ _SECONDS = 5  # limit for parsing one expression and for comparing two; an answe
 _SIGNIFICANT = 3  # digits of a small number that must agree, where `digits` places show fewer
 _PLACEHOLDERS = {"proof", "notfound", "not found", "n/a", "nan", "null"}
 _FUNCTIONS = "arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|exp|pi|infty|min|max|gcd"
-_SENTENCE = {
-    "is",
-    "in",
-    "to",
-    "of",
-    "the",
-    "has",
-    "are",
-    "not",
-    "if",
-    "for",
-    "at",
-    "as",
-    "be",
-    "it",
-    "so",
-    "we",
-}
+_SENTENCE = re.compile(r"(?i)is|in|to|of|the|has|are|not|if|for|at|as|be|it|so|we")
 _UNICODE = str.maketrans(
     {
         "\u2212": "-",
@@ -63,11 +48,25 @@ _SCIENTIFIC = re.compile(
     r"(?<![\w.^}\\])(\d+\.?\d*|\.\d+)(?:[eE]([+-]?\d{1,3})(?![\w.])"
     r"|\s*(?:\\times|\\cdot|\u00d7|\*)\s*10\s*\^\s*(?:\{\s*([+-]?\d{1,3})\s*\}|(-?\d{1,3})(?![\d{])))(?!\s*[\^!])"
 )
-_MIXED = re.compile(r"(?<![\w./^}])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\w./])")
+_MIXED = re.compile(r"(?<![\w./^}])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\w/]|\.\d)")
 _WORDS = re.compile(r"[^\W\d_]+(?:[\s'\u2019-]?[^\W\d_]+)*")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _CONTENT = r"((?:[^{}]|\{[^{}]*\})*)"
 _TEXT = re.compile(rf"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|rm)\s*\{{{_CONTENT}\}}")
+_POWERS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_POWER = re.compile(rf"(?<=\d)[\s~]*(\\(?:text|mathrm|mbox)\s*\{{\s*)?({'|'.join(_POWERS)})\b(\s*\}})?")
+_QUANTITY = rf"{_TEXT.pattern}(?:\s*\^\s*(?:\d|\{{-?\d\}}))?"
+_UNIT = re.compile(rf"(?<=[\w)}}])\s*{_QUANTITY}(?:\s*/\s*{_QUANTITY})?(?=\s*(?:$|,|\\text\{{\s*(?:and|or)))")
+_QUANTITIES = re.compile(r"\d\s*\\(?:text|mathrm)\s*\{(?!\s*(?:and|or|,|th)\b)\s*[a-z][^{}]*\}\s*\d")
+_NO_UNIT = re.compile(r"\b(?:or|and|than|not|to|if|is|are|more|less|least|most|dozen|hundred|times|of)\b")
+_BARE_UNIT = re.compile(  # after a number; `2m` and `2ab` are products
+    r"(?<=[\d})])(?:\s*(?:[cdm]m|[km]g|ml|mL)|\s+(?:km|ft|in|mi|mph|cups?|USD|[Dd]ollars?|[Ee]uros?|m/s))"
+    r"(?:\s*\^?\s*(?:[23]|\{[23]\}))?(?:\s*/\s*(?:h|hr|s))?$"
+)
+_NUMBER = r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+|\d+\s*/\s*\d+|\d*\s*\\frac\{\d+\}\{\d+\})"
+_AMBIGUOUS = re.compile(
+    r"\.\.\.|\\[lc]?dots|\d\s*[\"'\u2032\u2033]|\\?(?:gcd|lcm)(?![a-z])|(?<![\\A-Za-z])\d+\s*(?!(?:and|or)\b)[A-Za-z]+\s*\d"
+)
 _NOT_WORDS = re.compile(r"\\(?:begin|end|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+")
 
 
@@ -95,7 +94,7 @@ def read_right(text: str) -> MathAnswer:
     if inner.casefold() in _PLACEHOLDERS:
         raise ValueError("stands for a missing answer")
     is_words = _WORDS.fullmatch(inner) and not re.fullmatch(rf"pi|(?:{_FUNCTIONS})\s+\w", inner)
-    if is_words or re.fullmatch(r"\d{4}-\d\d-\d\d.*|\d+_\{?\d+\}?", inner):
+    if is_words or re.fullmatch(r"\d{4}-\d\d-\d\d.*|\d+_\{?\d+\}?|0[xX][\da-fA-F]+", inner):
         letter = _parsed(inner) if len(inner) == 1 and inner.isascii() else MathAnswer()
         return replace(letter, words=_plain(content))
     try:
@@ -117,13 +116,18 @@ def is_right(right: MathAnswer, completion: str, digits: int, *, marked: bool = 
         return True
     if not right.expression:
         return False
+    if _QUANTITIES.search(final):  # 5 hours 20 minutes
+        return False
     given: list[Any] = []
     if alone or marked:
         with contextlib.suppress(ValueError):
-            given = list(read_right(final).expression)
+            answer = read_right(final)
+            if not answer.expression:
+                return False
+            given = list(answer.expression)
     if not given:  # prose: the last expression in it
         extraction = (_latex_config(right.units), ExprExtractionConfig())
-        given = parse(_tidy(completion), extraction, parsing_timeout=_SECONDS)
+        given = _parse(_tidy(completion), extraction)
     vanishes = right.leading_zeros >= max(digits, 1)
     places = right.leading_zeros + _SIGNIFICANT if vanishes else digits
     return bool(given) and bool(
@@ -133,21 +137,27 @@ def is_right(right: MathAnswer, completion: str, digits: int, *, marked: bool = 
 
 def _unwrap(text: str) -> str:
     """The answer itself: behind `####`, in the last box, without delimiters, currency and the final period."""
-    text = text.strip()
+    text = text.strip(" \t\r\n`")
     if (box := _last_box(text)) is not None:
         return _unwrap(box)
     if re.search(r"^####(?!#)", text, re.MULTILINE):  # GSM8K
         text = text.rpartition("####")[2].strip()
-    text = re.sub(r"^(-?)\\?\$(?=\s*-?[\d.,]+[^$]*$)", r"\1", text)  # dollars
+    text = re.sub(
+        r"^(-?)(?:\\?\$|USD\s|[\u20ac\u00a3\u00a5])(?=\s*-?[\d.,]+[^$]*$)", r"\1", text
+    )  # a currency
     text = re.sub(r"(?<!\\)\$+|(?<!\\)\\[()\[\]]", " ", text)
     text = re.sub(
-        r"\\(?:displaystyle|left|right|[dt](?=frac)|langle|rangle|varnothing)(?![a-eg-z])", _plainer, text
+        r"\\(?:displaystyle|left|right|boldsymbol|[dt](?=frac)|langle|rangle|varnothing)(?![a-eg-z])",
+        _plainer,
+        text,
     )
     text = re.sub(r"\\(text|mathrm|mbox)\s+\{", r"\\\1{", text)
     text = re.sub(r"\*\*\s*(-?\w+)", r"^{\1}", text.replace("~", " "))
     text = re.sub("\u221a" + r"\s*(\d+|\w|\([^()]*\))", r"\\sqrt{\1}", _tidy(text).translate(_UNICODE))
     text = _MIXED.sub(_improper, text)
-    return re.sub(r"(?:\\[ ,;!]|[\s.,;])+$", "", text).strip()
+    if re.fullmatch(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?", text.strip()):
+        text = text.replace(" ", "")
+    return re.sub(r"(?:\\[ ,;!]|[\s,;]|(?<!\.)\.)+$", "", text).strip()
 
 
 def _without_text(text: str) -> str:
@@ -165,21 +175,53 @@ def _improper(match: re.Match[str]) -> str:
 
 
 def _parsed(content: str) -> MathAnswer:
-    text = re.sub(rf"(?<![\\A-Za-z])({_FUNCTIONS})(?![A-Za-z])", r"\\\1 ", content)
-    units = re.search(r"(?:[\d})]|[-+*/=^]\s*|\\cdot\s*)[A-Za-z]{1,2}$", text) is None
-    config = _latex_config(units)
+    text = re.sub(rf"(?<![\\A-Za-z])({_FUNCTIONS})(?![A-Za-z])", r"\\\1 ", _without_units(content))
+    has_unit = re.fullmatch(rf"(?:.*[=,])?\s*{_NUMBER}\s+[A-Za-z]{{2}}[A-Za-z. ]*", text) is not None
+    config = _latex_config(has_unit)
     normal = normalize_latex(text, config.normalization_config)
-    if words := _TEXT.search(normal):
-        raise ValueError(f"has the text {words[1].strip()!r} within mathematics")
     bare = _NOT_WORDS.sub("|", normal)
     for word in re.findall(r"[A-Za-z]{2,}\s+[A-Za-z]|[A-Za-z]\s+[A-Za-z]{2,}|[A-Za-z]{2,}", bare):
-        if len(word) > 3 or word.lower() in _SENTENCE:
+        if len(word) > 3 or _SENTENCE.fullmatch(word):
             raise ValueError(f"has the word {word!r} within mathematics")
-    found = parse(rf"\boxed{{{text}}}", [config], parsing_timeout=_SECONDS)
+    if _AMBIGUOUS.search(text) or re.search(r"\d(?:\s|\\q?quad)+\d", normal):
+        raise ValueError("is not mathematics that math-verify can read")
+    found = _parse(rf"\boxed{{{text}}}", [config])
+    if found and isinstance(found[0], Eq) and not found[0].free_symbols:  # 2^{10} = 1024
+        return _parsed(content.rpartition("=")[2])
     if not found or isinstance(found[0], str) or not verify(found, found, timeout_seconds=_SECONDS):
         raise ValueError("is not mathematics that math-verify can read")
     small = re.fullmatch(r"[-+]?0*\.(0*)[1-9]\d*", text)
-    return MathAnswer(tuple(found), units=units, leading_zeros=len(small[1]) if small else 0)
+    letters = re.search(r"[A-Za-z]", bare) is not None
+    return MathAnswer(tuple(found), units=not letters, leading_zeros=len(small[1]) if small else 0)
+
+
+def _without_units(text: str) -> str:
+    """The text without the unit of its numbers; ValueError where it has several units, or other text."""
+    text = re.sub(r"\\(?:mathrm|mathbf|rm|text|textbf|mbox)\s*\{\s*([ie]|[-\d.,]+)\s*\}", r" \1", text)
+    units = {" ".join(match[1].split()) for match in _UNIT.finditer(text)}
+    plain = _BARE_UNIT.sub("", _UNIT.sub("", text))
+    words = [*units, *(word[1] for word in _TEXT.finditer(plain))]
+    for word in words:
+        if (word not in units or _NO_UNIT.search(word)) and word.strip(" ,;") not in ("", "and", "or"):
+            raise ValueError(f"has the text {word.strip()!r} within mathematics")
+    if len(units) > 1:
+        raise ValueError(f"has several units: {', '.join(sorted(units))}")
+    if not units and (letter := re.fullmatch(rf"{_NUMBER}\s+([a-df-hj-zA-Z])", plain)):
+        raise ValueError(f"has the letter {letter[1]!r}, which is a variable or a unit")
+    return plain
+
+
+def _parse(text: str, extraction: Sequence[Any]) -> list[Any]:
+    """What math-verify finds; the symbol `i` is the imaginary unit, which math-verify sees in some places only."""
+    found = parse(text, extraction, parsing_timeout=_SECONDS)
+    with contextlib.suppress(TypeError):  # an inequality in i
+        found = [
+            item.xreplace({symbol: I for symbol in item.free_symbols if symbol.name == "i"})
+            if hasattr(item, "xreplace")
+            else item
+            for item in found
+        ]
+    return list(found)
 
 
 @lru_cache(2)
@@ -198,7 +240,11 @@ def _tidy(text: str) -> str:
             return match[0]  # 1/3 \times 10^2 is no number over 300
         return format(Decimal(f"{match[1]}e{match[2] or match[3] or match[4]}"), "f")
 
-    return _SCIENTIFIC.sub(decimal, _DIGIT_GROUP.sub("", text))
+    def power(match: re.Match[str]) -> str:
+        opened = match[1] if match[1] and not match[3] else ""
+        return rf" \times 10^{{{_POWERS[match[2]]}}} {opened}{match[3] if match[3] and not match[1] else ''}"
+
+    return _SCIENTIFIC.sub(decimal, _POWER.sub(power, _DIGIT_GROUP.sub("", text)))
 
 
 def _last_box(text: str) -> str | None:
@@ -216,6 +262,8 @@ def _last_box(text: str) -> str | None:
 
 def _final_answer(completion: str) -> tuple[str, bool]:
     """The last box, else what follows the last "answer is", else all of it; and whether it is an answer alone."""
+    if tags := re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL):
+        completion = tags[-1]
     if (box := _last_box(completion)) is not None:
         return box, len(_BOX.findall(completion)) == 1
     marked = list(re.finditer(r"answer(?:\s+is)?\s*:?\s+", completion, re.IGNORECASE))
