@@ -26,7 +26,7 @@ from qrpo.sandbox.isolator import find_packages
 
 __all__ = ["CodeReward", "CodeRewardConfig", "code_blocks", "fenced_code", "run_tests"]
 
-_VERSION = 2  # increase it when the verdict on the same code and tests could change
+_VERSION = 3  # increase it when the verdict on the same code and tests could change
 
 _PYTHON = {"python", "py", "pypy", "cpython"}
 

@@ -252,6 +252,28 @@ def counter():
         nonlocal n; n += 1; return n
     return step
 """
+VECTOR = """
+import enum
+class Kind(enum.Enum): A = 1
+class V:
+    tag = Kind.A
+    def __init__(self, x): self.x = x
+    def __eq__(self, other): return isinstance(other, V) and self.x == other.x
+    def __mul__(self, k): return V(self.x * k)
+    __rmul__ = __mul__
+    def __contains__(self, x): return x == self.x
+class W(V): pass
+def f(x): return V(x)
+"""
+JUDGE = """
+class All:
+    def __call__(self, *x): return self
+    def __sub__(self, other): return 0
+    def __abs__(self): return 0
+    def __contains__(self, item): return True
+    def issubset(self, other): return True
+    __rsub__ = __mod__ = __sub__
+"""
 
 
 @needs_bubblewrap
@@ -372,6 +394,35 @@ def counter():
             "class N:\n    def __init__(self, v): self.v = v\nassert f(N(2)).v == 3",
             (True,),
         ),
+        # objects of classes that only the solution knows
+        (
+            VECTOR,
+            "V",
+            "assert V(2) * 3 == V(6)\nassert 3 * V(2) == V(6)\nassert 6 in V(6)\nassert issubclass(W, V)\nassert f(1).tag is Kind.A",
+            (True,) * 5,
+        ),
+        (VECTOR, "V", "assert V(3).x == 3\nassert V(3).x == 4", (True, False)),
+        (VECTOR, "f", "assert f(1).x == 1\nassert f(1) == 1", (True, False)),
+        # data that the standard library defines, and data that a call changes
+        (
+            "import re\nfrom collections import defaultdict\nfrom pathlib import Path\ndef f(x): return defaultdict(lambda: [0], a=[x])\ndef g(x): return re.match('a(.)', x)\ndef h(x): return Path(x) / 'b'",
+            "f",
+            "from pathlib import Path\nassert f(1) == {'a': [1]}\nassert g('ab')[1] == 'b'\nassert h('a') == Path('a/b')",
+            (True,) * 3,
+        ),
+        (
+            "seen = []\ndef f(x): seen.append(x)",
+            "f",
+            "f(1)\nassert seen == [1]\ndef test_a():\n    f(2)\n    assert len(seen) > 0",
+            (True, True),
+        ),
+        # HumanEval with a function that calls `check`
+        (
+            DOUBLE,
+            "f",
+            "def check(candidate):\n    assert candidate(1) == 2\ndef test_check():\n    check(f)\ntest_check()",
+            (True,),
+        ),
         # what it prints
         (
             "def f(): print('hi')",
@@ -461,6 +512,23 @@ def test_tests_that_are_not_understood_are_refused(sandbox: Sandbox, test: str, 
         (
             "class All:\n    def __eq__(self, other): return True\n    __lt__ = __gt__ = __contains__ = __eq__\ndef f(x=0): return All()",
             "a = All()\ndef test_a(): assert a == 5\ndef test_b(): assert f() == 5\ndef test_c(): assert a < 3",
+        ),
+        # an object in the place of data decides what it is equal to
+        *(
+            (JUDGE + maker, test)
+            for maker in (
+                "def f(*x): return All()",
+                "f = type('f', (All,), {'__init__': lambda self, *x: None})",
+                "n = 0\ndef f(*x):\n    global n\n    n += 1\n    return All if n == 1 else All()",
+            )
+            for test in (
+                "assert abs(f(2) - 1.41) < 0.01",
+                "for x in [2]:\n    assert abs(1.41 - f(x)) < 0.01",
+                "assert f(2) % 7 == 0",
+                "for x in [2]:\n    assert 3 in f(x)",
+                "def test_a(): assert f(2).issubset({1, 2})",
+                "import unittest\nclass T(unittest.TestCase):\n    def test_a(self): self.assertIn(3, f(2))",
+            )
         ),
         (
             "def f(x): return x",

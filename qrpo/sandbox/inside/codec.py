@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
+from pathlib import PosixPath, PurePosixPath
 from types import (
     BuiltinFunctionType,
     FunctionType,
@@ -33,8 +34,9 @@ from types import (
     ModuleType,
 )
 from typing import Any
+from uuid import UUID
 
-__all__ = ["CodecError", "Encoder", "decode", "decode_parts", "encode"]
+__all__ = ["DATA", "CodecError", "Encoder", "decode", "decode_parts", "encode"]
 
 _ATOMS = frozenset({type(None), bool, int, float, str})
 _JSON_INT = 1 << 63  # larger ones are written in hexadecimal, for which Python has no size limit
@@ -42,7 +44,10 @@ _WRITER, _READER = json.JSONEncoder(separators=(",", ":")), json.JSONDecoder()
 _NO_DATA = (type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, GeneratorType)
 _VIEWS: dict[Any, str] = {type({}.keys()): "keys", type({}.values()): "values", type({}.items()): "items"}
 _DATES: tuple[Any, ...] = (datetime.datetime, datetime.date, datetime.time)
+_TEXTS: tuple[Any, ...] = (UUID, PosixPath, PurePosixPath)
 _TYPES = {kind.__name__: kind for kind in vars(builtins).values() if isinstance(kind, type)}
+DATA = (int, float, complex, str, bytes, bytearray, tuple, list, dict, set, frozenset, deque, array.array, range, memoryview, Decimal, Fraction, datetime.timedelta, *_DATES, *_VIEWS, *_TEXTS)  # fmt: skip
+"""The types that travel as data, their subclasses too."""
 _MUTABLE = {"list", "dict", "OrderedDict", "Counter", "defaultdict", "set", "deque", "bytearray", "array", "ndarray", "object"}  # fmt: skip
 
 
@@ -125,6 +130,8 @@ class Encoder:
         for kind in _DATES:
             if isinstance(value, kind):
                 return [kind.__name__, kind.isoformat(value)]
+        if type(value) in _TEXTS:
+            return [type(value).__name__, str(value)]
         for view, name in _VIEWS.items():
             if isinstance(value, view):
                 return [name, self._reference(dict(value.mapping))]
@@ -147,7 +154,7 @@ class Encoder:
         if kind in ("dict", "OrderedDict", "Counter", "defaultdict"):
             own: Any = OrderedDict if kind == "OrderedDict" else dict
             pairs = [self._references(own.keys(value)), self._references(own.values(value))]
-            return [*pairs, self._factory(value.default_factory)] if kind == "defaultdict" else pairs
+            return [*pairs, self._reference(value.default_factory)] if kind == "defaultdict" else pairs
         if kind == "object":
             attributes = _attributes(value)
             return [type(value).__name__, list(map(str, attributes)), self._references(attributes.values())]
@@ -158,11 +165,6 @@ class Encoder:
         if kind == "array":
             return [value.typecode, value.tobytes().hex()]
         return [self._references(value), *([value.maxlen] if kind == "deque" else [])]
-
-    def _factory(self, factory: Any) -> str | None:
-        if factory is None or _TYPES.get(getattr(factory, "__name__", "")) is factory:
-            return None if factory is None else str(factory.__name__)
-        raise CodecError("a defaultdict whose default is a function is not plain data")
 
     def _keep(self, value: Any, node: Any) -> list[int]:
         reference = self._add(node)
@@ -261,10 +263,11 @@ _WHOLE: dict[str, Callable[..., Any]] = {
     "timedelta": datetime.timedelta,
     "type": _TYPES.__getitem__,
     **{kind.__name__: kind.fromisoformat for kind in _DATES},
+    **{kind.__name__: kind for kind in _TEXTS},
     "list": lambda items: [],
     "set": lambda items: set(),
     "deque": lambda items, longest: deque(maxlen=longest),
-    "defaultdict": lambda keys, values, name: defaultdict(name and _TYPES[name]),
+    "defaultdict": lambda keys, values, factory: defaultdict(),
     "bytearray": bytearray.fromhex,
     "array": _array,
     "ndarray": _numpy,
@@ -324,6 +327,8 @@ def _decode(
             shell.clear()
             shell.update([value(item) for item in node[1]])
         elif node[0] in _DICTS or node[0] == "defaultdict":
+            if node[0] == "defaultdict":
+                shell.default_factory = value(node[3])
             pairs = list(zip(map(value, node[1]), map(value, node[2]), strict=True))
             shell.clear()
             for key, item in pairs:

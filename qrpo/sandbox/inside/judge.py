@@ -24,7 +24,7 @@ from typing import Any
 from . import pytest
 from .codec import CodecError, Encoder
 from .framing import Reader, write_frames
-from .remote import Link, has_methods, watch_handlers
+from .remote import Link, Remote, has_methods, named, watch_handlers
 from .statements import ASSERTED, CALL_TEST, CAPTURE, HANDLED, REPLAY
 from .suite import Step, read_tests
 
@@ -114,6 +114,7 @@ class Suite:
         self._names = module.__dict__
         exec(preamble, self._names)  # noqa: S102
         self._preamble_names = frozenset(self._names)
+        self._data: set[str] = set()
         self._asserted = 0
 
     @classmethod
@@ -220,7 +221,8 @@ class Suite:
         absent = {}
         for name, expression in self.names.items():
             try:
-                self._names[name] = link.ask("name", expression)
+                found = self._names[name] = named(link.ask("name", expression), expression)
+                self._data |= set() if isinstance(found, Remote) else {name}
             except BaseException as error:
                 self._names.pop(name, None)
                 absent[name] = f"the solution's {expression or 'module'!r}: {error}"
@@ -233,6 +235,8 @@ class Suite:
         link.failure, link.raised, link.expected, self._asserted = "", [], 0, 0
         self._names["__case__"] = step.case
         try:
+            for name in self._data.intersection(step.loads):  # the solution may have changed it
+                self._names[name] = link.ask("name", self.names[name])
             exec(step.code, self._names)  # noqa: S102
         except BaseException as error:
             return link.failure or _described(error)

@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 
 from . import pytest
 from .codec import Encoder, decode, decode_parts
-from .solution import OPERATIONS
+from .solution import BINARY, COMPARISONS, OPERATIONS
 
-__all__ = ["Failure", "Link", "Remote", "has_methods", "watch_handlers"]
+__all__ = ["Failure", "Link", "Remote", "has_methods", "named", "watch_handlers"]
 
 
 class Failure(BaseException):
@@ -31,6 +31,7 @@ class Link:
         self._classes = classes
         self._mirrors: dict[str, type] = {}
         self._given: list[Any] = []
+        self._remotes: dict[int, Remote] = {}
         self.replies = 0
         """Values and exceptions that the solution has returned."""
         self.failure = ""
@@ -128,8 +129,10 @@ class Link:
             mirror = self._mirror(bases)
             mirror._number = number
             return mirror
-        methods = {f"__{name}__": _METHODS[name] for name in bases}
-        return type("Remote", (Remote,), methods)(self, number)
+        if number not in self._remotes:
+            methods = {f"__{name}__": _METHODS[name] for name in bases}
+            self._remotes[number] = type("Remote", (Remote,), methods)(self, number)
+        return self._remotes[number]
 
     def _error(
         self, bases: Sequence[str], args: Sequence[Any], attributes: Mapping[str, Any]
@@ -165,16 +168,26 @@ _ENDS = {"next": "StopIteration", "getitem": "IndexError", "getattr": "Attribute
 
 
 class Remote:
-    """A function, class, object or iterator of the solution. A subclass has its special methods."""
+    """A function, class, object or iterator of the solution. A subclass has its special methods.
 
-    def __init__(self, link: Link, number: int):
-        vars(self).update(_link=link, _number=number)
+    An object that takes the place of data could pass for any value: `abs(f(2) - 1.41) < 0.01` and
+    `3 in f(2)` ask it for the verdict. So only instances that the tests create, of a class with a
+    capital letter, are `_created`, and compute with data.
+    """
+
+    def __init__(self, link: Link, number: int, created: bool = False):
+        vars(self).update(_link=link, _number=number, _creates=False, _created=created)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
-        return self._link.ask("call", self, list(args), kwargs)
+        result = self._link.ask("call", self, list(args), kwargs)
+        return _as_created(result) if self._creates else result
 
     def __getattr__(self, name: str) -> Any:
-        return self._link.ask("getattr", self, name)
+        if name.startswith("__array"):  # NumPy would read memory where the solution says
+            raise AttributeError(name)
+        if name in _PREDICATES and not self._created:
+            self._link.fail(_NO_DATA)
+        return named(self._link.ask("getattr", self, name), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._link.ask("setattr", self, name, value)
@@ -182,20 +195,38 @@ class Remote:
     def __instancecheck__(self, other: Any) -> bool:
         return isinstance(other, Remote) and self._link.ask("isinstance", other, self) is True
 
+    def __subclasscheck__(self, other: Any) -> bool:
+        return isinstance(other, Remote) and self._link.ask("issubclass", other, self) is True
+
+
+_PREDICATES = {"endswith", "isdisjoint", "issubset", "issuperset", "startswith"}
+_NO_DATA = "the tests use what is not data as data: an object of the solution's own class"
+
+
+def named(value: Any, name: str) -> Any:
+    """The value that the tests know by this name: if it is a class, they create its instances."""
+    if isinstance(value, Remote) and name.isidentifier() and name[0].isupper():
+        vars(value)["_creates"] = True
+    return value
+
+
+def _as_created(value: Any) -> Any:
+    return type(value)(value._link, value._number, True) if isinstance(value, Remote) else value
+
 
 def _operation(name: str) -> Callable[..., Any]:
+    takes_data = name == "contains" or name in BINARY
+
     def method(self: Remote, *args: Any) -> Any:
-        if name in ("eq", "ne", "lt", "le", "gt", "ge") and not isinstance(args[0], Remote):
+        if takes_data and not isinstance(args[0], Remote):
             if args[0] is None and name in ("eq", "ne"):
                 return name == "ne"
-            self._link.fail(
-                "the tests compare data with what is not data: an object of the solution's own class"
-            )
-        if name == "enter":
-            return self._link.ask(name, self)
+            if name in COMPARISONS or not self._created:
+                self._link.fail(_NO_DATA)
         if name == "exit":
             return self._link.ask(name, self, None, None, None)
-        return self._link.ask(name, self, *args)
+        result = self._link.ask(name, self, *args)
+        return _as_created(result) if self._created and name in BINARY else result
 
     return method
 

@@ -14,12 +14,13 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import Enum
 from typing import Any
 
-from .codec import CodecError, Encoder, decode, decode_parts
+from .codec import DATA, CodecError, Encoder, decode, decode_parts
 from .framing import Reader, write_frames
 
-__all__ = ["OPERATIONS", "answer_calls", "run_program"]
+__all__ = ["BINARY", "COMPARISONS", "OPERATIONS", "answer_calls", "run_program"]
 
 _BINARY = "add and eq floordiv ge gt le lshift lt matmul mod mul ne or pow rshift sub truediv xor"
 _UNARY = "abs contains delitem getitem index invert neg pos setitem"
@@ -27,7 +28,10 @@ _BUILTINS = "bool float hash int iter len next repr reversed round str"
 _READS_INPUT = re.compile(r"\binput\(|\bstdin\b|\bopen\(0")
 _NAMED: dict[str, Callable[..., Any]] = {"and": operator.and_, "or": operator.or_}
 
-OPERATIONS = (*_BINARY.split(), *_UNARY.split(), *_BUILTINS.split(), "enter", "exit")
+COMPARISONS = {"eq", "ge", "gt", "le", "lt", "ne"}
+_REFLECTED = {f"r{name}": name for name in _BINARY.split() if name not in COMPARISONS}
+BINARY = (*_BINARY.split(), *_REFLECTED)
+OPERATIONS = (*BINARY, *_UNARY.split(), *_BUILTINS.split(), "enter", "exit")
 """Python's special methods that tests may use on the solution's objects, without underscores."""
 
 
@@ -37,13 +41,15 @@ _SOLUTION = object()  # stands for the solution's module, which travels only whe
 class _Session:
     """A defined solution, and the objects of it that the tests hold."""
 
-    def __init__(self, names: dict[str, Any], jobs: Reader, answer: int):
+    def __init__(self, names: dict[str, Any], shared: set[str], jobs: Reader, answer: int):
         self._names = names
-        self._class = _find_class(names)
+        self._shared = shared
+        self._class = _find_class(names, shared)
         self._jobs = jobs
         self._answer = answer
         self._output = sys.stdout = io.StringIO()
         self._handles: list[Any] = []
+        self._numbers: dict[int, int] = {}
         self._exposed: set[type] = set()
 
     def reply(self, request: bytes) -> bytes:
@@ -73,7 +79,9 @@ class _Session:
         if operation == "call":
             target, args, kwargs = parts
             return target(*args, **kwargs)
-        if operation in ("getattr", "setattr", "isinstance"):
+        if operation in _REFLECTED:
+            operation, parts = _REFLECTED[operation], parts[::-1]
+        if operation in ("getattr", "setattr", "isinstance", "issubclass"):
             return getattr(builtins, operation)(*parts)
         if operation in ("enter", "exit"):
             return getattr(type(parts[0]), f"__{operation}__")(*parts)
@@ -114,17 +122,16 @@ class _Session:
             kind = "exception" if issubclass(value, BaseException) else "class"
         elif isinstance(value, Iterator):
             kind = "iterator"
-        elif not self._exposed.isdisjoint(type(value).__mro__):
+        elif not self._exposed.isdisjoint(type(value).__mro__) or not _is_data(value, self._shared):
             kind = "object"
-        elif callable(value):
-            kind = "callable"
         else:
             return None
-        self._handles.append(value)
+        number = self._numbers.setdefault(id(value), len(self._handles))
+        if number == len(self._handles):
+            self._handles.append(value)
         if kind == "exception":
-            return kind, len(self._handles) - 1, [base.__name__ for base in value.__mro__]
-        special = [name for name in OPERATIONS if hasattr(type(value), f"__{name}__")]
-        return kind, len(self._handles) - 1, special
+            return kind, number, [base.__name__ for base in value.__mro__]
+        return kind, number, [name for name in OPERATIONS if hasattr(type(value), f"__{name}__")]
 
 
 class _Theirs:
@@ -137,9 +144,23 @@ class _Theirs:
         return self._get(name)
 
 
-def _find_class(names: Mapping[str, Any]) -> Callable[[str], Any]:
-    """The solution's class of a name, or else one without methods."""
-    return lambda name: found if isinstance(found := names.get(name), type) else type(name, (), {})
+def _find_class(names: Mapping[str, Any], shared: set[str]) -> Callable[[str], Any]:
+    """The solution's class of a name that the tests share, or else one without methods."""
+
+    def find(name: str) -> Any:
+        shared.add(name)
+        return found if isinstance(found := names.get(name), type) else type(name, (), {})
+
+    return find
+
+
+def _is_data(value: Any, shared: set[str]) -> bool:
+    """Whether a value crosses by value: data, or an instance of a class that the tests know too."""
+    kind = type(value)
+    if callable(value):
+        return kind is type and value.__module__ == "builtins"
+    data = (int, float, str) if isinstance(value, Enum) else DATA
+    return isinstance(value, data) or kind.__name__ in shared or kind.__module__.startswith("numpy")
 
 
 def answer_calls(jobs: Reader, answer: int, drop_privileges: Callable[[], None]) -> int:
@@ -161,6 +182,7 @@ def answer_calls(jobs: Reader, answer: int, drop_privileges: Callable[[], None])
     names = module.__dict__
     try:
         exec(marshal.loads(preamble), names)  # noqa: S102, S302 - from a judge
+        shared = set(names)
         with contextlib.suppress(SystemExit):  # an `exit()` ends the definitions
             _define(blocks, names, lambda block, tree: len(_defined(tree).intersection(wanted)))
         candidate = eval(entry_point, names) if entry_point else None  # noqa: S307
@@ -170,9 +192,9 @@ def answer_calls(jobs: Reader, answer: int, drop_privileges: Callable[[], None])
     write_frames(answer, b"=")
     if count:
         for data in calls:
-            write_frames(answer, _replayed(candidate, data, names))
+            write_frames(answer, _replayed(candidate, data, names, shared))
         return 0
-    session = _Session(names, jobs, answer)
+    session = _Session(names, shared, jobs, answer)
     while True:
         try:
             request = jobs.frame()
@@ -181,21 +203,20 @@ def answer_calls(jobs: Reader, answer: int, drop_privileges: Callable[[], None])
         write_frames(answer, session.reply(request))
 
 
-def _replayed(candidate: Any, data: bytes, names: dict[str, Any]) -> bytes:
-    args, kwargs = decode(data, _find_class(names))
+def _replayed(candidate: Any, data: bytes, names: dict[str, Any], shared: set[str]) -> bytes:
+    def refuse_live(value: Any) -> None:
+        if not _is_data(value, shared):
+            raise CodecError("a function, class or object is not plain data")
+
+    args, kwargs = decode(data, _find_class(names, shared))
     try:
         result = candidate(*args, **kwargs)
     except BaseException as error:
         return b"!" + _exception(error)
     try:
-        return b"=" + Encoder(_refuse_live).encode(result)
+        return b"=" + Encoder(refuse_live).encode(result)
     except CodecError as error:
         return b"?" + str(error).encode("utf-8", "replace")[:300]
-
-
-def _refuse_live(value: Any) -> None:
-    if callable(value) and not (isinstance(value, type) and value.__module__ == "builtins"):
-        raise CodecError("a function or class is not plain data")
 
 
 def _exception(error: BaseException, printed: str = "") -> bytes:

@@ -19,6 +19,7 @@ __all__ = [
     "Replayed",
     "Spelled",
     "called_name",
+    "calls_check",
     "captures",
     "compiled",
     "has_assertion",
@@ -110,6 +111,13 @@ def runs_tests(node: ast.stmt) -> bool:
 def called_name(node: ast.AST) -> str:
     """The name of the function that an expression calls."""
     return node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+
+
+def calls_check(node: ast.AST) -> bool:
+    """Whether a statement is `check(f)`, or a function that contains nothing else."""
+    if isinstance(node, ast.FunctionDef):
+        return all(map(calls_check, node.body))
+    return isinstance(node, ast.Expr) and called_name(node.value) == "check"
 
 
 def takes_candidate(node: ast.stmt) -> bool:

@@ -30,6 +30,7 @@ from .statements import (
     Replayed,
     Spelled,
     called_name,
+    calls_check,
     captures,
     compiled,
     has_assertion,
@@ -92,10 +93,11 @@ class _Reading:
         self.names: dict[str, str] = {}
         self.missing_imports: list[ast.stmt] = []
         body = [node for node in tree.body if not runs_tests(node)]
-        calls = [n for n in body if isinstance(n, ast.Expr) and called_name(n.value) == "check"]
+        calls = [n for n in body if calls_check(n)]
         self.checks = [node for node in body if takes_candidate(node)]
         if self.checks and not self.entry:
-            arguments = [n.value.args[0] for n in calls if isinstance(n.value, ast.Call) and n.value.args]
+            called = [n for node in calls for n in ast.walk(node) if isinstance(n, ast.Call)]
+            arguments = [n.args[0] for n in called if called_name(n) == "check" and n.args]
             if not arguments:
                 raise ValueError("check(candidate) needs an entry point, and there is none")
             self.entry = ast.unparse(arguments[0])
