@@ -9,11 +9,11 @@ import pytest
 
 @pytest.mark.slow
 def test_every_stage_killed_at_any_point_resumes_to_the_uninterrupted_result(tmp_path: Path):
-    every = os.environ.get("QRPO_KILL_EVERY", "16")  # 1: the whole campaign, which takes hours
+    every = os.environ.get("QRPO_KILL_EVERY", "32")  # 1: the whole campaign, which takes hours
     command = [sys.executable, "-m", "tests.tasks.crash_stages", tmp_path, every]
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        command, cwd=root, capture_output=True, text=True, timeout=550 if every == "16" else None
+        command, cwd=root, capture_output=True, text=True, timeout=550 if every == "32" else None
     )
 
     assert done.returncode == 0, done.stderr[-3000:]
