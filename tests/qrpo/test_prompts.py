@@ -80,6 +80,8 @@ def test_a_prompt_of_messages_stays_as_it_is() -> None:
             ["It is blue.", "It is green."],
         ),
         ({"messages": {"role": ["user"], "content": [USER[0]["content"]]}}, True, []),
+        ({"prompt": json.dumps([{"id": 1, **message} for message in USER])}, True, []),
+        ({"prompt": b"The sky is"}, False, []),
     ],
 )
 def test_every_format_gives_prompt_and_completions(
@@ -181,6 +183,18 @@ def test_both_ways_to_hold_out_are_refused() -> None:
             {"prompt": "array([{'role': 'user', 'content': 'a'}], dtype=object)"},
             "expected it to be valid JSON",
         ),
+        ({"prompt": "[{'id': 1, 'role': 'user', 'content': 'a'} {}]"}, "expected it to be valid JSON"),
+        ({"prompt": USER, "image": "coco/0001.jpg"}, "the row has 'image'"),
+        ({"prompt": USER, "audio": {"bytes": b"x"}}, "the row has 'audio'"),
+        ({"prompt": [{**USER[0], "images": ["a.png"]}]}, r"prompt\[0\] has 'images'"),
+        (
+            {"prompt": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}, *USER]},
+            "function_call",
+        ),
+        (
+            {"prompt": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}]},
+            "of type list",
+        ),
         ({"prompt": USER, "images": [{"bytes": b"x"}]}, "the row has 'images'"),
         ({"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]}, "of type 'image_url'"),
         ({"prompt": "x", "deep": deep(600)}, "nested more than 100 levels"),
@@ -244,8 +258,8 @@ def test_tools_and_tool_calls_belong_to_the_prompt() -> None:
     ("value", "stored"),
     [
         (b"7", "7"),
-        (b"\xff", "/w=="),
-        (Decimal("1.50"), "1.50"),
+        (b"\xff", {"base64": "/w=="}),
+        (Decimal("1.50"), "1.5"),
         (date(2026, 1, 2), "2026-01-02"),
         (1e16, 1e16),
     ],
