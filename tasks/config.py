@@ -86,6 +86,8 @@ class PipelineConfig(Section):
         names = [reward.name for reward in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError(f"rewards: the names must differ, got {names}; give each reward a `name`")
+        if not any(reward.weight for reward in self.rewards):
+            raise ValueError("rewards: every weight is 0, so no completion has a reward; give one a weight")
         train_on = self.quantiles.num_completions
         samples_itself = self.quantiles.train_on in ("reference", "both")
         if samples_itself and train_on is not None and train_on > self.completions.num_ref:
@@ -142,7 +144,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> PipelineConf
         raise ConfigError(f"{path}: no such configuration file (looked in {Path.cwd()})") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ConfigError(
@@ -178,7 +180,7 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[st
             raise ConfigError(f"--set {override}: expected key.path=value, such as --set policy.beta=0.1")
         try:
             value = read_yaml(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"--set {override}: the value is not valid YAML: {reason}") from None
         _assign(result, path.split("."), value, override)
@@ -209,6 +211,8 @@ def _explain(item: dict[str, Any]) -> str:
         return f"{path}: unknown key; {hint}"
     if item["type"] == "missing":
         return f"{path}: missing; this key has no default"
+    if item["type"] == "union_tag_not_found":
+        return f"{path}: `kind` is missing; set it, as in `kind: function`"
     message = str(item["msg"]).removeprefix("Value error, ")
     if not path:
         return message

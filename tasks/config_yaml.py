@@ -12,7 +12,7 @@ import yaml
 
 __all__ = ["read_yaml", "write_yaml"]
 
-_MERGE = "tag:yaml.org,2002:merge"
+_MERGE, _TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
 _SCALARS = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -40,6 +40,8 @@ class _Loader(yaml.SafeLoader):
             line = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.YAMLError(f"line {line}: a key is a {key.id}, expected text")
+            if key.tag != _MERGE:
+                key.tag = _TEXT  # as written: `2.50: 1` is no key "2.5"
             if key.value in seen:
                 first = seen[key.value]
                 raise yaml.YAMLError(

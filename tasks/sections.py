@@ -68,6 +68,13 @@ class CompareConfig(Section):
     select_by: Literal["reward", "quantile_reward", "win_rate"] = "reward"
     """Each method's best setting is the one with the highest mean of this on one half of the held-out prompts."""
 
+    @field_validator("seeds")
+    @classmethod
+    def _differ(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"a seed is given twice in {list(seeds)}: a run counted twice adds no evidence")
+        return seeds
+
     @field_validator("methods")
     @classmethod
     def _usable(cls, methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

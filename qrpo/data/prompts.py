@@ -56,7 +56,10 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _FURTHER_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 _MESSAGES_AS_TEXT = re.compile(
     r"""\s*(array\()?(\[\s*\{\s*['"](role|content|from|value|tool_calls)|\{\s*['"]role)['"]\s*:"""
+    r"""|\s*(array\()?\[\s*\{(?=.*['"](role|from)['"]\s*:)(?=.*['"](content|value)['"]\s*:)""",
+    re.DOTALL,
 )
+_MEDIA = r"(?i)^data:|\.(?:png|jpe?g|gif|webp|bmp|tiff?|mp4|webm|wav|mp3|flac|ogg)$"
 _MAX_LEVELS = 100
 
 
@@ -137,9 +140,7 @@ def split_of(prompt_id: str, eval_fraction: float) -> Literal["train", "eval"]:
 def parse_row(row: Mapping[str, Any], config: PromptsConfig) -> Prompt:
     """The prompt in a row; DataError with the reason if the row cannot be used."""
     values, rest = _pick_columns(row, config)
-    for name in ("image", "images"):
-        if rest.get(name) and not isinstance(rest[name], (str, int, float)):
-            raise DataError(f"the row has {name!r}, and prompts are text alone: use rows without images")
+    _refuse_media(rest, "the row")
     prompt, completions = _split_prompt(values)
     conversational = not isinstance(prompt, str)
     messages = prompt if not isinstance(prompt, str) else [{"role": "user", "content": prompt}]
@@ -254,6 +255,8 @@ def _text_or_messages(values: Mapping[Column, Any], column: Column) -> str | lis
     value = values.get(column)
     if value is None:
         return None
+    if isinstance(value, bytes):
+        value = _jsonable(value)
     if isinstance(value, str) and _MESSAGES_AS_TEXT.match(value):
         value = _parsed_text(value, column)
     if isinstance(value, str) and column != "messages":
@@ -300,6 +303,11 @@ def _message(message: Any, where: str) -> Message:
         role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
     if not isinstance(role, str) or role not in _ROLES:
         raise DataError(f"{where} has role {role!r}, expected one of {', '.join(sorted(_ROLES))}")
+    _refuse_media(message, where)
+    if message.get("function_call"):
+        raise DataError(
+            f"{where} has 'function_call', the form before 'tool_calls': rewrite it as 'tool_calls'"
+        )
     further = {key: _without_nulls(_jsonable(value)) for key, value in _further(message).items()}
     if "tool_calls" in further:
         further["tool_calls"] = functions(further["tool_calls"], f"{where}.tool_calls")
@@ -309,6 +317,14 @@ def _message(message: Any, where: str) -> Message:
     if not isinstance(content, str):
         raise DataError(f"{where} has content of type {type(content).__name__}, expected a string")
     return {"role": role, "content": content, **further}
+
+
+def _refuse_media(values: Mapping[str, Any], where: str) -> None:
+    for name in ("image", "images", "video", "videos", "audio", "audios"):
+        value = values.get(name)
+        is_text = isinstance(value, (str, int, float)) and not re.search(_MEDIA, str(value))
+        if value and not is_text:
+            raise DataError(f"{where} has {name!r}, and prompts are text alone: use rows without it")
 
 
 def _further(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -328,7 +344,13 @@ def functions(value: Any, where: str) -> list[dict[str, Any]]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError(f"{where}[{index}] names no function, expected {{'function': {{'name': ...}}}}")
         if isinstance(function.get("arguments"), str):
-            function["arguments"] = _parsed_text(function["arguments"] or "{}", f"{where}[{index}].arguments")
+            text = function["arguments"] or "{}"
+            function["arguments"] = _jsonable(_parsed_text(text, f"{where}[{index}].arguments"))
+        if not isinstance(function.get("arguments", {}), dict):
+            kind = type(function["arguments"]).__name__
+            raise DataError(
+                f"{where}[{index}].arguments is of type {kind}, expected an object with named values"
+            )
         functions.append(item)
     return functions
 

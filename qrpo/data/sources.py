@@ -221,6 +221,8 @@ def _csv_rows(url: str) -> Iterator[tuple[str, Row | DataError]]:
                     f"{where}: a quote that opens here is not closed as it should be ({error}, line {reader.line_num}), "
                     "so the rows after it cannot be told apart: fix the line, writing a quote inside a field twice"
                 ) from error
+            if not fields:
+                continue
             if header is None:
                 if "\0" in "".join(fields) or "".join(fields[:1]).startswith(
                     ("\udcff\udcfe", "\udcfe\udcff")
@@ -230,11 +232,10 @@ def _csv_rows(url: str) -> Iterator[tuple[str, Row | DataError]]:
                     raise DataError(f"{where}: the column {_repeated(fields)}")
                 header = fields
             elif len(fields) != len(header):
-                if fields:
-                    yield (
-                        where,
-                        DataError(f"{where}: got {len(fields)} fields, expected the header's {len(header)}"),
-                    )
+                yield (
+                    where,
+                    DataError(f"{where}: got {len(fields)} fields, expected the header's {len(header)}"),
+                )
             else:
                 yield where, dict(zip(header, fields, strict=True))
 

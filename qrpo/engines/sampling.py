@@ -32,7 +32,7 @@ class SamplingConfig(Section):
     """Keep tokens at least this probable relative to the likeliest; 0 keeps all."""
     max_tokens: int = Field(1024, ge=1)
     """Maximum length of a completion in tokens, end token included."""
-    stop: tuple[str, ...] = ()
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings that end a completion; the text excludes them, the tokens include them. A special
     token ends a completion, too."""
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()

@@ -136,21 +136,23 @@ def _is_list(values: Any) -> bool:
     if isinstance(values, (str, bytes, bytearray, memoryview, Mapping, Set)):
         return False
     is_column = (
-        any(hasattr(values, name) for name in ("tolist", "to_list")) and getattr(values, "ndim", 1) == 1
+        any(hasattr(values, name) for name in ("tolist", "to_list", "to_pylist"))
+        and getattr(values, "ndim", 1) == 1
     )
     return isinstance(values, Sequence) or is_column
 
 
 def _checked(value: Any) -> Score:
+    if hasattr(value, "as_py"):  # a scalar of Arrow
+        value = value.as_py()
     if value is None:
         return Score(None)
     name = type(value).__name__
     is_time = getattr(getattr(value, "dtype", None), "kind", "") in ("m", "M")
+    is_masked = name == "MaskedConstant"  # of NumPy, whose item is 0.0
     if hasattr(value, "item") and not getattr(value, "ndim", 0):  # a scalar of NumPy, torch or JAX
         value = value.item()
-    elif hasattr(value, "as_py"):  # of Arrow
-        value = value.as_py()
-    if is_time or not isinstance(value, (numbers.Real, Decimal)):
+    if is_masked or is_time or not isinstance(value, (numbers.Real, Decimal)):
         return Score(None, f"the reward is of type {name}, expected a number or None")
     try:
         reward = float(value)

@@ -56,7 +56,9 @@ _TEXT = re.compile(rf"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|rm)\s*\{
 _POWERS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _POWER = re.compile(rf"(?<=\d)[\s~]*(\\(?:text|mathrm|mbox)\s*\{{\s*)?({'|'.join(_POWERS)})\b(\s*\}})?")
 _QUANTITY = rf"{_TEXT.pattern}(?:\s*\^\s*(?:\d|\{{-?\d\}}))?"
-_UNIT = re.compile(rf"(?<=[\w)}}])\s*{_QUANTITY}(?:\s*/\s*{_QUANTITY})?(?=\s*(?:$|,|\\text\{{\s*(?:and|or)))")
+_UNIT = re.compile(
+    rf"(?<=[\w)}}])(?:\s|\\[,;:! ])*{_QUANTITY}(?:\s*/\s*{_QUANTITY})?(?=\s*(?:$|,|\\text\{{\s*(?:and|or)))"
+)
 _QUANTITIES = re.compile(r"\d\s*\\(?:text|mathrm)\s*\{(?!\s*(?:and|or|,|th)\b)\s*[a-z][^{}]*\}\s*\d")
 _NO_UNIT = re.compile(r"\b(?:or|and|than|not|to|if|is|are|more|less|least|most|dozen|hundred|times|of)\b")
 _BARE_UNIT = re.compile(  # after a number; `2m` and `2ab` are products
@@ -266,6 +268,8 @@ def _final_answer(completion: str) -> tuple[str, bool]:
         completion = tags[-1]
     if (box := _last_box(completion)) is not None:
         return box, len(_BOX.findall(completion)) == 1
+    if numbers := re.findall(r"(?m)^#### ?(\S*\d\S*)\s*$", completion):  # GSM8K
+        return numbers[-1], True
     marked = list(re.finditer(r"answer(?:\s+is)?\s*:?\s+", completion, re.IGNORECASE))
     if marked:
         return completion[marked[-1].end() :].partition("\n")[0], True

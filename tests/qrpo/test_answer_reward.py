@@ -78,6 +78,8 @@ MATH: list[tuple[Any, list[str], list[str]]] = [
         [r"\boxed{42 \text{ km}/\text{h}}"],
         [r"\boxed{42\text{ hours }30\text{ minutes}}", r"\boxed{4 2}"],
     ),
+    (r"7\,\mathrm{cm}", [r"\boxed{7}", r"\boxed{7\ \text{cm}}"], [r"\boxed{8}"]),
+    ("64", ["48 + 16 = <<48+16=64>>64 points.\n#### 64"], ["48 + 16 = <<48+16=64>>64 points.\n#### 66"]),
     (r"48\mathrm{km}/\mathrm{h}", [r"\boxed{48}", r"\boxed{48 km/h}"], [r"\boxed{4}"]),
     ("12 cm^2", [r"\boxed{12}", r"\boxed{12\text{ cm}^2}"], [r"\boxed{144}"]),
     (r"5 \text{ cm}, 3 \text{ cm}", [r"\boxed{5, 3}"], [r"\boxed{5}"]),

@@ -80,6 +80,8 @@ def test_a_prompt_of_messages_stays_as_it_is() -> None:
             ["It is blue.", "It is green."],
         ),
         ({"messages": {"role": ["user"], "content": [USER[0]["content"]]}}, True, []),
+        ({"prompt": json.dumps([{"id": 1, **message} for message in USER])}, True, []),
+        ({"prompt": b"The sky is"}, False, []),
     ],
 )
 def test_every_format_gives_prompt_and_completions(
@@ -180,6 +182,18 @@ def test_both_ways_to_hold_out_are_refused() -> None:
         (
             {"prompt": "array([{'role': 'user', 'content': 'a'}], dtype=object)"},
             "expected it to be valid JSON",
+        ),
+        ({"prompt": "[{'id': 1, 'role': 'user', 'content': 'a'} {}]"}, "expected it to be valid JSON"),
+        ({"prompt": USER, "image": "coco/0001.jpg"}, "the row has 'image'"),
+        ({"prompt": USER, "audio": {"bytes": b"x"}}, "the row has 'audio'"),
+        ({"prompt": [{**USER[0], "images": ["a.png"]}]}, r"prompt\[0\] has 'images'"),
+        (
+            {"prompt": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}, *USER]},
+            "function_call",
+        ),
+        (
+            {"prompt": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}]},
+            "of type list",
         ),
         ({"prompt": USER, "images": [{"bytes": b"x"}]}, "the row has 'images'"),
         ({"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]}, "of type 'image_url'"),

@@ -115,7 +115,7 @@ def test_none_means_does_not_apply_and_odd_values_are_errors(opened: Any) -> Non
     assert [(s.reward, s.error) for s in scores] == list(expected.values())
 
 
-RETURNED: list[tuple[Any, list[float] | str]] = [
+RETURNED: list[tuple[Any, list[float | None] | str]] = [
     ([1, 2.5], [1.0, 2.5]),
     ((1, 2), [1.0, 2.0]),
     (range(2), [0.0, 1.0]),
@@ -126,6 +126,8 @@ RETURNED: list[tuple[Any, list[float] | str]] = [
     (torch.tensor([1.0, 2.0], dtype=torch.bfloat16), [1.0, 2.0]),
     (pl.Series([0.1, 0.2]), [0.1, 0.2]),
     (pa.array([0.1, 0.2]), [0.1, 0.2]),
+    (pa.array([0.1, None]), [0.1, None]),
+    (pa.chunked_array([[0.1], [0.2]]), [0.1, 0.2]),
     ([Decimal("0.1"), Fraction(1, 4)], [0.1, 0.25]),
     ([np.float64(0.1), torch.tensor(2.0)], [0.1, 2.0]),
     ({"a": 1, "b": 2}, "returned dict, expected a list or array"),
@@ -147,6 +149,7 @@ RETURNED: list[tuple[Any, list[float] | str]] = [
     ([1, 2j], "the reward is of type complex"),
     ([1, np.ones(1)], "the reward is of type ndarray"),
     (np.array([1, 2], dtype="timedelta64[ns]"), "the reward is of type timedelta64"),
+    (np.ma.array([1.0, 2.0], mask=[0, 1]), "the reward is of type MaskedConstant"),
     ([1, 10**400], "the reward is 1000"),
     ([1, Decimal("NaN")], "the reward is NaN, expected a finite number"),
 ]

@@ -72,11 +72,11 @@ def test_json_may_be_a_list_or_hold_one_or_be_lines(tmp_path: Path) -> None:
 
 def test_csv_is_read_with_its_header(tmp_path: Path) -> None:
     path = tmp_path / "data.csv"
-    path.write_text('question,answer\n"two\nlines",4\none,2,3\nlast,6\n', encoding="utf-8-sig")
+    path.write_text('\n\nquestion,answer\n"two\nlines",4\none,2,3\nlast,6\n', encoding="utf-8-sig")
     rows = list(read_rows(str(path)))
-    assert rows[0] == (f"{path}:2", {"question": "two\nlines", "answer": "4"})
-    assert str(rows[1][1]) == f"{path}:4: got 3 fields, expected the header's 2"
-    assert rows[2] == (f"{path}:5", {"question": "last", "answer": "6"})
+    assert rows[0] == (f"{path}:4", {"question": "two\nlines", "answer": "4"})
+    assert str(rows[1][1]) == f"{path}:6: got 3 fields, expected the header's 2"
+    assert rows[2] == (f"{path}:7", {"question": "last", "answer": "6"})
 
 
 def test_undecodable_csv_spoils_its_own_row_only(tmp_path: Path) -> None:

@@ -42,6 +42,10 @@ def test_minimal_configuration_is_complete():
         ("completions.num_ref=1e1", "completions.num_ref: Input should be a valid integer, got 10.0"),
         ("name=5", "name: Input should be a valid string, got 5; write it in quotes"),
         ("policy.beta={a: 1, a: 2}", "the key `a` is given twice"),
+        ("completions.sampling.stop=['']", "completions.sampling.stop.0: String should have at least 1"),
+        ("compare.seeds=[0, 1, 0]", "compare.seeds: a seed is given twice in [0, 1, 0]"),
+        ("rewards.0.weight=0", "rewards: every weight is 0"),
+        ("rewards=[{function: 'a.py:f'}]", "rewards.0: `kind` is missing"),
         ("policy.max_grad_norm=.inf", "policy.max_grad_norm: Input should be a finite number"),
         ("rewards.0.weight=.nan", "rewards.0.weight: Input should be a finite number"),
         ("seed=-1", "seed: Input should be greater than or equal to 0"),
@@ -113,6 +117,8 @@ def test_numbers_are_those_of_yaml_1_2():
             "line 4: the key `top_k` is given twice",
         ),
         ("a: &a [*a]\n", "a value contains itself"),
+        (f"seed: {'1' * 5000}\n", "not valid YAML: Exceeds the limit"),
+        ("a: " + "{a: " * 2000, "not valid YAML: maximum recursion depth"),
     ],
 )
 def test_yaml_that_means_two_things_is_refused(tmp_path: Path, text: str, message: str):
@@ -120,6 +126,10 @@ def test_yaml_that_means_two_things_is_refused(tmp_path: Path, text: str, messag
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_config(path)
+
+
+def test_keys_are_text_as_written() -> None:
+    assert read_yaml("{2.50: 1, 010: 2, True: 3, null: 4}") == {"2.50": 1, "010": 2, "True": 3, "null": 4}
 
 
 def test_keys_of_a_merged_mapping_may_be_set_again():
