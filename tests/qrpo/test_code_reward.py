@@ -162,6 +162,10 @@ def test_inputs_and_outputs_are_read_as_their_datasets_write_them(
         ("```python\ndef one(): return 1\n```\nRead:\n```python\nprint(one(), input())\n```", "1 5"),
         ("```python\nprint(input())\n```\nUse it:\n```python\nx = 3\n```", "5"),
         ("```python\nimport os\nprint(os.path.basename(__file__), __name__)\n```", "main.py __main__"),
+        (
+            "```python\nimport io, sys\nsys.stdout = io.StringIO()\nprint(int(input()) + 1)\nsys.__stdout__.write(sys.stdout.getvalue())\n```",
+            "6",
+        ),
     ],
 )
 def test_honest_programs_run(sandbox: Sandbox, completion: str, printed: str) -> None:
