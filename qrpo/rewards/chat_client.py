@@ -100,7 +100,8 @@ class ChatClient:
 
     def _retryable_problem(self, status: int, response: httpx.Response) -> str:
         """Describe a failure that another attempt may overcome; raise for any other."""
-        problem = self._without_key(f"HTTP {status} {' '.join(response.text.split())[:300]}".strip())
+        said = " ".join(self._without_key(response.text).split())[:300]
+        problem = f"HTTP {status} {said}".strip()
         if status in _MISCONFIGURED:
             raise RewardError(f"{self._url}: {_MISCONFIGURED[status]} ({problem}). Fix the reward's settings")
         if status not in (200, 408, 409, 425, 429, 500, 502, 503, 504, 529):

@@ -134,7 +134,7 @@ class JudgeRewardConfig(GradeSection):
     @field_validator("api_key_env")
     @classmethod
     def _names_a_variable(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+        if value is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*|[a-z_]{1,40}", value):
             raise ValueError("expected the name of an environment variable, not a key")
         return value
 

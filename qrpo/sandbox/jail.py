@@ -200,11 +200,8 @@ class Job:
         self._reading = True
         self._ordered = ""  # why it was ordered to be killed
         self._cpu = self._cpu_before = 0.0
-        self._mark: tuple[int, float, float] | None = (
-            0,
-            0.0,
-            0.0,
-        )  # messages, CPU and wall time at the last one
+        # messages, CPU and wall time at the last one, and when it came
+        self._mark: tuple[int, float, float, float] | None = (0, 0.0, 0.0, time.monotonic())
         self._parsed = self._messages = self._received = 0
         self._asked: float | None = None  # since when the zygote owes the processor time
         self._next_check = time.monotonic() + _CHECK_SECONDS
@@ -213,6 +210,8 @@ class Job:
         self.frames: deque[bytes] = deque()
         """Messages that `next_frame` has not returned."""
         self.exit: Exit | None = None
+        self.is_live = False
+        """Whether the time of a test ends at `begin` only, not at each message."""
 
     def send(self, *messages: bytes | str) -> None:
         """Queue messages for the process."""
@@ -220,12 +219,14 @@ class Job:
             data = message.encode("utf-8", "surrogatepass") if isinstance(message, str) else message
             self._pending += frame(data)
 
-    def begin(self, spent: Spent | None = None) -> None:
-        """Count time and output from here: what follows is another request."""
-        self._mark, self._received = None, 0
-        self._next_check = time.monotonic() + _CHECK_SECONDS
+    def begin(self, spent: Spent | None = None, *, new_test: bool = True) -> None:
+        """Count output from here, and the time of a test: what follows is another request."""
+        self._received = 0
+        if new_test:
+            self._mark = None
         if spent is not None:
             self.spent, self._cpu_before = spent, self._cpu
+            self._next_check = time.monotonic() + _CHECK_SECONDS
 
     def finish(self) -> Exit:
         """Wait for the exit of the process, and keep its whole answer in `output`."""
@@ -338,9 +339,11 @@ class Job:
         limits, spent = self._jail.limits, self.spent
         self.parse()
         cpu, wall = spent.cpu_seconds + self._cpu - self._cpu_before, spent.wall_seconds
-        if self._mark is None or self._mark[0] != self._messages:
-            self._mark = (self._messages, cpu, wall)
+        if self._mark is None or (self._mark[0] != self._messages and not self.is_live):
+            self._mark = (self._messages, cpu, wall, time.monotonic())
         test_cpu, test_wall = cpu - self._mark[1], wall - self._mark[2]
+        if self.is_live:  # the tests may wait for the end of an iterator
+            test_wall = time.monotonic() - self._mark[3]
         total = max(limits.total_cpu_seconds, limits.cpu_seconds)
         asleep = wall > limits.wall_seconds and cpu < _BUSY_SHARE * wall
         if test_cpu > limits.cpu_seconds:

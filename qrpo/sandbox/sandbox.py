@@ -280,7 +280,8 @@ class _Worker:
                     solution.next_frame()
             if len(opening) < prepared.bound:
                 opening.append(request)
-            solution.begin()
+            solution.is_live = True
+            solution.begin(new_test=b'["call"' in request[:40])  # an iterator may have no end
             solution.send(request)
             found = solution.next_frame()
             if found is None:

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,10 @@ def test_inputs_and_outputs_are_read_as_their_datasets_write_them(
         ("```python\ndef one(): return 1\n```\nRead:\n```python\nprint(one(), input())\n```", "1 5"),
         ("```python\nprint(input())\n```\nUse it:\n```python\nx = 3\n```", "5"),
         ("```python\nimport os\nprint(os.path.basename(__file__), __name__)\n```", "main.py __main__"),
+        (
+            "```python\nimport io, sys\nsys.stdout = io.StringIO()\nprint(int(input()) + 1)\nsys.__stdout__.write(sys.stdout.getvalue())\n```",
+            "6",
+        ),
     ],
 )
 def test_honest_programs_run(sandbox: Sandbox, completion: str, printed: str) -> None:
@@ -416,6 +421,12 @@ class All:
             "f(1)\nassert seen == [1]\ndef test_a():\n    f(2)\n    assert len(seen) > 0",
             (True, True),
         ),
+        (
+            DOUBLE,
+            "f",
+            "wanted = {}\nwanted['a'] = 2\nassert {'a': f(1)} == wanted",
+            (True,),
+        ),
         # HumanEval with a function that calls `check`
         (
             DOUBLE,
@@ -540,6 +551,21 @@ def test_what_did_not_run_to_its_end_on_returned_values_has_failed(
     sandbox: Sandbox, code: str, test: str
 ) -> None:
     assert not any(passed(sandbox, code, test))
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    "code",
+    ["import itertools\ndef f(x): return itertools.count()", "def f(x):\n    while True: yield 1"],
+)
+def test_an_iterator_without_end_is_one_test(code: str) -> None:
+    with Sandbox(Limits(cpu_seconds=0.3, wall_seconds=1.0)) as quick:
+        started = time.monotonic()
+        (verdict,) = quick.judge([(code, CheckTests("for x in f(1):\n    assert x >= 0", "f"))])
+    assert isinstance(verdict, Verdict)
+    assert not verdict.all_passed
+    assert "time" in verdict.note
+    assert time.monotonic() - started < 15
 
 
 @needs_bubblewrap

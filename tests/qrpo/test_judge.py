@@ -251,6 +251,7 @@ def test_settings_that_cannot_work_are_refused_with_the_reason() -> None:
         ({"base_url": "localhost:8000"}, "expected a URL such as"),
         ({"base_url": "https://me:secret@host/v1"}, "may hold no credentials"),
         ({"api_key_env": "sk-123"}, "the name of an environment variable, not a key"),
+        ({"api_key_env": "hf_aB3dE5gH7jK9"}, "the name of an environment variable, not a key"),
         ({"grades": {"1": 1, "10": 10}}, "'10' begins with '1'"),
         ({"grades": {"1": 1}}, "at least 2 items"),
         ({"pattern": "("}, "not a regular expression"),
@@ -385,10 +386,10 @@ def test_a_wrong_key_or_model_stops_at_once_and_the_key_is_shown_nowhere(
     server: FakeChatServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", "secret-123456")
-    status = 401
+    status, padding = 401, ""
 
     def answer(number: int, body: dict[str, Any]) -> Reply:
-        return status, {}, {"error": {"message": "bad key secret-123456"}}
+        return status, {}, {"error": {"message": f"{padding}bad key secret-123456"}}
 
     server.answer = answer
     reward = judge(server, api_key_env="JUDGE_KEY")
@@ -396,6 +397,10 @@ def test_a_wrong_key_or_model_stops_at_once_and_the_key_is_shown_nowhere(
         grades(reward, "a", "b")
     assert "secret" not in str(caught.value)
     assert server.requests[0].headers["Authorization"] == "Bearer secret-123456"
+    padding = "x" * 263  # the key reaches over the end of what is shown
+    with pytest.raises(RewardError) as caught:
+        grades(reward, "a")
+    assert "sec" not in str(caught.value)
     status = 404
     with pytest.raises(RewardError, match="no such model or URL"):
         grades(reward, "a")

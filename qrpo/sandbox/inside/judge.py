@@ -170,8 +170,9 @@ class Suite:
         """The calls that are known in advance, encoded, in order; None if they are not known."""
         if self._calls is None:
             return None
+        variables = {name for step in self.steps for name in step.stores}  # no call depends on them
         for step in self.steps:
-            if not step.is_test and not step.stores:
+            if not step.is_test and variables.isdisjoint([*step.stores, *step.loads]):
                 exec(step.code, self._names)  # noqa: S102
         self._names[CAPTURE] = lambda *args, **kwargs: [list(args), kwargs]
         return [Encoder(self._refuse_live).encode(call) for call in eval(self._calls, self._names)]  # noqa: S307

@@ -294,8 +294,8 @@ def run_program(jobs: Reader, answer: int, drop_privileges: Callable[[], None]) 
     os.dup2(answer, 1)
     os.closerange(3, given + 1)
     drop_privileges()
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # type: ignore[misc]  # noqa: SIM115
+    sys.stdout = sys.__stdout__ = output = open(1, "w", closefd=False)  # type: ignore[misc]  # noqa: SIM115
     sys.setrecursionlimit(10_000)
     sys.argv = ["main.py"]
     module = types.ModuleType("__main__")
@@ -312,5 +312,6 @@ def run_program(jobs: Reader, answer: int, drop_privileges: Callable[[], None]) 
         if thread is not threading.main_thread() and not thread.daemon:
             thread.join()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
+    for stream in (sys.stdout, output):
+        stream.flush()
     return status & 0xFF
