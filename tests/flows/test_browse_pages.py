@@ -137,7 +137,7 @@ def test_even_markup_that_slipped_in_could_not_run(browser: Any, address: str) -
     page = context.new_page()
     refused: list[str] = []
     page.on("console", lambda message: refused.append(message.text))
-    page.goto(address + "/")
+    page.goto(f"{address}/?token={TOKEN}")
 
     page.evaluate(
         """async () => {
@@ -221,7 +221,7 @@ def test_columns_and_samples_are_chosen_in_the_form(new_page: Callable[..., Any]
     page.get_by_text("columns", exact=True).click()
     for name in ("prompt_id", "origin", "finish_reason", "sampled_logprob"):
         page.get_by_label(name).uncheck()
-    page.get_by_label("token_ids").check()
+    page.get_by_label("token_ids", exact=True).check()
     page.get_by_label("random").fill("7")
     page.get_by_role("button", name="show").click()
 
