@@ -124,7 +124,8 @@ class _ChildEngine:
         except TimeoutError:
             raise EngineError(
                 f"{self._child.name} finished no prompt in {self._timeout:g} s (engine.timeout) and was killed. The next "
-                "call starts it again"
+                "call starts it again",
+                transient=True,
             ) from None
 
     def close(self) -> None:

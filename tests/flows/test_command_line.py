@@ -303,7 +303,7 @@ def test_inspect_gives_columns_numbers_and_rows(run: Path) -> None:
 
     parts = parsed("show", "tiny", "rewards", "--store", run / "store")["parts"]
     rewards = pl.scan_parquet(parts).collect()["reward"]
-    assert shown["columns"]["reward"] == "Float32"
+    assert shown["columns"]["reward"] == "Float64"
     assert len(shown["samples"]) == 3
     assert shown["numbers"]["reward"]["count"] == len(rewards)
     assert shown["numbers"]["reward"]["mean"] == pytest.approx(rewards.mean())

@@ -221,6 +221,10 @@ columns = st.sampled_from(
 )
 
 
+# Threads that other tests left may draw from `random` meanwhile.
+@pytest.mark.filterwarnings(
+    "ignore:Do not use the `random` module:hypothesis.errors.HypothesisDeprecationWarning"
+)
 @given(st.dictionaries(columns, json_values, max_size=4))
 def test_any_row_is_understood_or_refused_with_a_data_error(row: dict[str, Any]) -> None:
     try:

@@ -22,6 +22,7 @@ def tables():
                 pa.array(np.arange(STEP + 1, dtype=np.int32) * 50), pa.array(np.arange(STEP * 50, dtype=np.int32))),
             "finish_reason": pa.nulls(STEP),
             "sampled_logprob": pa.nulls(STEP),
+            "prompt_token_ids": pa.nulls(STEP),
         })
 store = storage.Store(url)
 warm = store.commit_part(storage.PartKey("completions", "family", "warm"), next(tables()), table=TABLE)

@@ -79,7 +79,7 @@ class TinyPipeline:
                 "sampling": {"max_tokens": 6},
             },
             "rewards": [reward],
-            "quantiles": {"num_completions": 2},
+            "quantiles": {"num_completions": 2, "equal_rewards": "keep"},
             "policy": training,
             "evaluation": {"num_samples": 2},
             "run": {"part_size": 8},

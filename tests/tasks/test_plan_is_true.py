@@ -26,6 +26,14 @@ pytestmark = pytest.mark.slow
 
 # Changed values that do not follow from the field's type; several keys where one alone is refused.
 VALUES: dict[str, dict[str, Any]] = {
+    **{
+        f"{section}.compile_layers": {f"{section}.compile_layers": False}
+        for section in ("policy", "reference.sft")
+    },
+    **{
+        f"{section}.gradient_checkpointing": {f"{section}.gradient_checkpointing": True}
+        for section in ("policy", "reference.sft")
+    },
     "completions.engine.enforce_eager": {"completions.engine.enforce_eager": True},
     "completions.engine.device": {"completions.engine.device": "cpu"},
     "completions.engine.dtype": {"completions.engine.dtype": "float32"},
