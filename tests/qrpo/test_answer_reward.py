@@ -253,7 +253,7 @@ def test_bytes_that_are_no_text_are_no_answer() -> None:
     assert "has the fields base64, expected one answer" in str(score.error)
 
 
-@pytest.mark.skipif(not GSM8K.exists(), reason="needs /work/shared/data")
+@pytest.mark.skipif(not GSM8K.exists(), reason="the GSM8K sample is not beside this checkout")
 def test_every_answer_of_gsm8k_is_read() -> None:
     answers = [json.loads(line)["answer"] for line in GSM8K.read_text().splitlines()[:100]]
     numbers = [answer.rpartition("####")[2].strip() for answer in answers]
