@@ -69,12 +69,11 @@ def cut_batches(
     else:
         if layout == "shared":
             units = _joined(units, prompts, lengths, token_budget)
-        sizes = [sum(lengths[i] for i in unit) for unit in units]
-        if layout == "shared":
-            sizes = [
-                size - len(prompts[unit[0]]) * (len(unit) - 1)
-                for unit, size in zip(units, sizes, strict=True)
-            ]
+        sizes = [
+            sum(lengths[i] for i in unit)
+            - (saved_tokens([prompts[i] for i in unit]) if layout == "shared" else 0)
+            for unit in units
+        ]
         batches = _first_fit(sizes, token_budget)
     return [[i for unit in batch for i in units[unit]] for batch in batches], layout
 

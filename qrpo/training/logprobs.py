@@ -172,9 +172,10 @@ def best_layout(model: Any, share_prompts: bool = True) -> Layout:
             set_layout(causal_lm, "packed")
             # On CUDA a prompt's keys would be copied for each completion: not measured to pay.
             for layout in ("packed", "shared") if share_prompts and not weight.is_cuda else ("packed",):
-                model.train(training)  # dropout may be impossible
-                completion_logprobs(model, prompts, completions, layout=layout)
-                model.eval()
+                if training:  # dropout may be impossible
+                    model.train()
+                    completion_logprobs(model, prompts, completions, layout=layout)
+                    model.eval()
                 logprobs = completion_logprobs(model, prompts, completions, layout=layout)
                 if not torch.allclose(logprobs, expected, **rounding):
                     break

@@ -39,19 +39,19 @@ ATTENTION = "qrpo_packed"
 class PackedRow:
     """Conversations in one row of T tokens.
 
-    `documents` (N, 4): the start and end of each document's queries in the row, and of its keys in
-    `key_index`, or in the row if that is None.
+    `lengths` (2, N): the number of queries and of keys of each document. Queries follow each other in
+    the row, and keys in `key_index`, or in the row if that is None.
     """
 
     positions_T: torch.Tensor
-    documents_N4: torch.Tensor
+    lengths_2N: torch.Tensor
     key_index: torch.Tensor | None
     """(S,) the token of each key; None where each document's keys are its queries' tokens."""
 
     def arguments(self, device: torch.device, config: Any) -> dict[str, Any]:
         """Keyword arguments of the forward of a model with this configuration."""
-        starts_N, ends_N, key_starts_N, key_ends_N = self.documents_N4.unbind(dim=1)
-        zero = ends_N.new_zeros(1)
+        ends_2N = torch.nn.functional.pad(self.lengths_2N.cumsum(dim=1), (1, 0)).to(device, torch.int32)
+        most_queries, most_keys = self.lengths_2N.amax(dim=1).tolist()
         further = {}
         if config._attn_implementation == ATTENTION:
             # A mask with four dimensions reaches the attention function unchanged. It is not used there.
@@ -60,10 +60,10 @@ class PackedRow:
             further["key_index"] = self.key_index.to(device)
         return further | {
             "position_ids": self.positions_T[None].to(device),
-            "cu_seq_lens_q": torch.cat((zero, ends_N)).to(device, torch.int32),
-            "cu_seq_lens_k": torch.cat((zero, key_ends_N)).to(device, torch.int32),
-            "max_length_q": int((ends_N - starts_N).max()),
-            "max_length_k": int((key_ends_N - key_starts_N).max()),
+            "cu_seq_lens_q": ends_2N[0],
+            "cu_seq_lens_k": ends_2N[1],
+            "max_length_q": most_queries,
+            "max_length_k": most_keys,
         }
 
 
@@ -80,33 +80,26 @@ def pack(
     """The layout of conversations: a row is one prompt and its completions, indices into
     `completion_lengths`; a prompt of one completion is one document with it."""
     positions: list[torch.Tensor] = []
-    documents: list[tuple[int, int, int, int]] = []
+    lengths: list[tuple[int, int]] = []
     keys: list[torch.Tensor] = []
-    start = key_start = 0
-
-    def add(length: int, *key_ranges: tuple[int, int]) -> None:
-        nonlocal start, key_start
-        keys.extend(torch.arange(*key_range) for key_range in key_ranges)
-        key_end = key_start + sum(end - begin for begin, end in key_ranges)
-        documents.append((start, start + length, key_start, key_end))
-        start, key_start = start + length, key_end
-
+    start = 0
     for row in rows:
         p = prompt_lengths[row[0]]
-        if len(row) == 1:
-            length = p + completion_lengths[row[0]]
-            positions.append(torch.arange(length))
-            add(length, (start, start + length))
-            continue
-        prompt = (start, start + p)
-        positions.append(torch.arange(p))
-        add(p, prompt)
-        for i in row:
-            if length := completion_lengths[i]:
+        whole = p + completion_lengths[row[0]] if len(row) == 1 else p
+        first = torch.arange(whole)  # the conversation, or the prompt of several
+        positions.append(first)
+        lengths.append((whole, whole))
+        prompt = start + first
+        keys.append(prompt)
+        start += whole
+        for length in (completion_lengths[i] for i in row) if len(row) > 1 else ():
+            if length:
                 positions.append(torch.arange(p, p + length))
-                add(length, prompt, (start, start + length))
+                lengths.append((length, p + length))
+                keys += [prompt, torch.arange(start, start + length)]
+                start += length
     shared = any(len(row) > 1 for row in rows)
-    return PackedRow(torch.cat(positions), torch.tensor(documents), torch.cat(keys) if shared else None)
+    return PackedRow(torch.cat(positions), torch.tensor(lengths).T, torch.cat(keys) if shared else None)
 
 
 def packed_attention(
@@ -127,7 +120,7 @@ def packed_attention(
     """An attention function of transformers: query (1, H, T, D), key and value (1, G, T, D) to
     (1, T, H, D).
 
-    Raises NotImplementedError for what the packed kernels cannot do, so that `can_pack` finds it
+    Raises NotImplementedError for what the packed kernels cannot do, so that `best_layout` finds it
     out: scores that are capped or biased, learned sinks, and on CUDA dropout and float32.
     """
     if cu_seq_lens_q is None or cu_seq_lens_k is None:

@@ -11,7 +11,6 @@ import copy
 import json
 import logging
 import shutil
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,6 @@ from qrpo.models import ModelConfig, load_model_config, saved_dtype
 from qrpo.training.adapters import merged
 from qrpo.training.batches import length_sorted_batches
 from qrpo.training.checkpoints import UNFINISHED, write_error
-from qrpo.training.head import inside_forward
-from qrpo.training.logprobs import completion_logprobs
 from qrpo.training.rows import flatten_rows, take
 from qrpo.training.sharding import reshard, whole_weights
 from qrpo.training.trainer import CompletionTrainer
@@ -146,13 +143,9 @@ class ModelSaver(TrainerCallback):  # type: ignore[misc]
         logprob_B = torch.zeros(len(columns["length"]))
         training = model.training
         model.eval()
-        with torch.no_grad(), trainer.accelerator.autocast():
+        with torch.no_grad():
             for indices in length_sorted_batches(columns["length"], trainer.args.token_budget):
-                batch = take(columns, indices)
-                prompts, completions = batch["prompt_token_ids"], batch["completion_token_ids"]
-                compute = partial(completion_logprobs, model)
-                found = inside_forward(model, model, compute, prompts, completions)
-                logprob_B[indices] = found.float().cpu()
+                logprob_B[indices] = trainer.logprobs(model, take(columns, indices)).float().cpu()
         model.train(training)
         reshard(model)
         return logprob_B
