@@ -29,15 +29,15 @@ def verify_store(store: Store) -> list[Finding]:
         return list(verify(store, tables=TABLES, progress=report))
 
 
-def check_store(store: Store, console: Console, *, mend: bool, trust: bool = False) -> dict[str, Any]:
-    """The findings. `mend`: drop what they name, and run the runs that need it again; `trust`: also those whose
+def check_store(store: Store, console: Console, *, repairing: bool, trust: bool = False) -> dict[str, Any]:
+    """The findings. `repairing`: drop what they name, and run the runs that need it again; `trust`: also those whose
     configuration in the store runs code."""
     findings = verify_store(store)
     result: dict[str, Any] = {
         "store": store.url,
         "findings": [{"kind": f.kind, "key": f.key, "message": f.message} for f in findings],
     }
-    if mend and findings:
+    if repairing and findings:
         result["dropped"] = repair(store, findings)
         result["runs"], failed = rerun(store, console, trust)
         result["left"] = failed + [str(finding) for finding in verify_store(store)]

@@ -1,7 +1,7 @@
 """Python objects that a configuration names: `package.module:name` or `path/to/file.py:name`.
 
 `load_callable` imports one. `source_digests` identifies its code without running it: the file and
-the local files that its `import` statements reach, beside it or elsewhere on `sys.path`. So editing
+the local files that its `import` statements reach, next to it or elsewhere on `sys.path`. So editing
 a reward function, or a module that it uses, changes the fingerprint of its results. Data files that
 the code opens are not covered.
 """

@@ -152,7 +152,7 @@ def verify(
     from flows.housekeeping import check_store
     from storage import Store
 
-    checked = check_store(Store(store), err, mend=repair, trust=trust)
+    checked = check_store(Store(store), err, repairing=repair, trust=trust)
     left = checked["left"] if "left" in checked else checked["findings"]
     if as_json:
         print_json(checked)

@@ -219,7 +219,7 @@ def _csv_rows(url: str) -> Iterator[tuple[str, Row | DataError]]:
                     continue
                 raise DataError(
                     f"{where}: a quote that opens here is not closed as it should be ({error}, line {reader.line_num}), "
-                    "so the rows after it cannot be told apart: fix the line, writing a quote inside a field twice"
+                    "so the rows after it cannot be separated: fix the line, writing a quote inside a field twice"
                 ) from error
             if not fields:
                 continue

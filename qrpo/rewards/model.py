@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from qrpo.models.limits import Limits, model_limits
 from qrpo.processes.child import Child
 from qrpo.rewards.protocol import Answers, Columns, Reward, RewardSection, Score
 
-__all__ = ["KEEP_MEMORY", "ModelReward", "ModelRewardConfig", "as_score", "encode_rows", "not_one_score"]
+__all__ = ["KEEP_MEMORY", "ModelReward", "ModelRewardConfig", "encode_rows", "not_one_score", "score_rows"]
 
 logger = logging.getLogger(__name__)
 
@@ -106,10 +106,8 @@ class ModelReward:
         self, prompts: Sequence[Messages], completions: Sequence[str], tools: Sequence[Any] = ()
     ) -> list[Score]:
         """One score per completion; too long rows, and those the template refuses, have an error."""
-        encoded, scores = encode_rows(self._tokenizer, prompts, completions, self._limits, tools)
-        rewards = self.score_ids(list(encoded.values()))
-        scores |= zip(encoded, map(as_score, rewards), strict=True)
-        return [scores[row] for row in range(len(completions))]
+        rows = encode_rows(self._tokenizer, prompts, completions, self._limits, tools)
+        return score_rows(*rows, self.score_ids)
 
     def score_ids(self, ids: Sequence[list[int]]) -> list[float]:
         """The model's scores of rows of token ids, each at its last token."""
@@ -255,6 +253,17 @@ def encode_rows(
         else:
             encoded[row] = ids
     return encoded, refused
+
+
+def score_rows(
+    encoded: Mapping[int, list[int]],
+    refused: Mapping[int, Score],
+    score_ids: Callable[[list[list[int]]], list[float]],
+) -> list[Score]:
+    """The scores of all rows in order, from what `encode_rows` returns."""
+    rewards = score_ids(list(encoded.values()))
+    scores = {**refused, **dict(zip(encoded, map(as_score, rewards), strict=True))}
+    return [scores[row] for row in range(len(scores))]
 
 
 def _batch_rows(lengths: Sequence[int], budget: int) -> int:

@@ -23,7 +23,7 @@ from qrpo.models import (
     weight_count,
 )
 from qrpo.models.limits import model_limits
-from qrpo.rewards.model import ModelReward, ModelRewardConfig, as_score, encode_rows, not_one_score
+from qrpo.rewards.model import ModelReward, ModelRewardConfig, encode_rows, not_one_score, score_rows
 from qrpo.rewards.protocol import Score
 
 __all__ = ["PoolingReward"]
@@ -91,10 +91,8 @@ class PoolingReward:
         self, prompts: Sequence[Messages], completions: Sequence[str], tools: Sequence[Any] = ()
     ) -> list[Score]:
         """One score per completion; too long rows, and those the template refuses, have an error."""
-        encoded, scores = encode_rows(self._tokenizer, prompts, completions, self._limits, tools)
-        rewards = self._classify(list(encoded.values()))
-        scores |= zip(encoded, map(as_score, rewards), strict=True)
-        return [scores[row] for row in range(len(completions))]
+        rows = encode_rows(self._tokenizer, prompts, completions, self._limits, tools)
+        return score_rows(*rows, self._classify)
 
     def _classify(self, ids: list[list[int]]) -> list[float]:
         if not ids:
