@@ -17,7 +17,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 # Empty: tests start many Python processes, and each starts faster with compiled modules.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help install system demo test check lint types format lock clean
+.PHONY: help install system demo test check lint types docs format lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -59,6 +59,9 @@ lint: $(STAMP) ## run ruff, the import contracts and the size budgets
 
 types: $(STAMP) ## run mypy, strict, over the four packages
 	$(VENV)/bin/mypy
+
+docs: $(STAMP) ## build the documentation into ./site
+	$(VENV)/bin/python -m mkdocs build --strict
 
 format: $(STAMP) ## apply ruff's formatter and safe fixes
 	$(VENV)/bin/ruff check --fix .
