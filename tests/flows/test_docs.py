@@ -35,11 +35,13 @@ def commands(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_commands_of_a_page_are_accepted_and_its_settings_exist(path: Path, tmp_path: Path) -> None:
+def test_commands_options_and_settings_of_a_page_exist(path: Path, tmp_path: Path) -> None:
     group: Any = typer.main.get_command(app)
     for line in commands(path):
         _, name, *arguments = shlex.split(line)
-        group.commands[name].make_context(name, arguments, resilient_parsing=True)
+        options = {option for parameter in group.commands[name].params for option in parameter.opts}
+        used = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
+        assert used <= options, line
     for block in blocks(path, "yaml"):
         base = {"prompts": {"source": "x"}, "reference": {"model": {"path": "x"}}}
         base["completions"] = {"num_ref": 2}
