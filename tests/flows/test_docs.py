@@ -1,5 +1,6 @@
 """The documentation: the site builds without a broken link, and what readers copy works."""
 
+import json
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ import pytest
 import typer
 import yaml
 
+from examples import trl_dataset
 from flows.cli import app
 from qrpo.tiny import build_tiny_model
 from tasks.config import load_config
@@ -81,3 +83,24 @@ def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
     configuration = (tmp_path / "reference" / "configuration" / "index.html").read_text()
     assert "<code>num_ref</code>" in configuration
     assert "<code>token_budget</code>" in configuration
+
+
+@pytest.mark.slow
+def test_the_example_of_a_trl_dataset_trains_evaluates_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = build_tiny_model(tmp_path / "model", ["sort cab"], vocab_size=300)
+    row = {"prompt": "sort cab", "completion": "abc", "reward": 0.8, "ref_rewards": [0.2, 0.5, 0.9]}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(40)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "argv", ["trl_dataset", "--model", str(model), "--data", "rows.jsonl"])
+
+    trl_dataset.main()
+
+    assert "eval_loss" in capsys.readouterr().out
+    assert (tmp_path / "policy" / "adapter_model.safetensors").is_file()
+    (checkpoint,) = (tmp_path / "policy").glob("checkpoint-*")
+    before = (checkpoint / "trainer_state.json").stat().st_mtime_ns
+    trl_dataset.main()  # nothing is left to train
+    assert (checkpoint / "trainer_state.json").stat().st_mtime_ns == before
