@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 import typer
 import yaml
 
-from examples import trl_dataset
+import storage
+from examples import prefect_flow, trl_dataset
 from flows.cli import app
 from qrpo.tiny import build_tiny_model
 from tasks.config import load_config
@@ -104,3 +106,12 @@ def test_the_example_of_a_trl_dataset_trains_evaluates_and_resumes(
     before = (checkpoint / "trainer_state.json").stat().st_mtime_ns
     trl_dataset.main()  # nothing is left to train
     assert (checkpoint / "trainer_state.json").stat().st_mtime_ns == before
+
+
+def test_the_example_of_a_flow_counts_the_flat_prompts(
+    trained: Path, copy_of: Callable[[Path], Path], prefect_server: str
+) -> None:
+    store = copy_of(trained)
+    quantiles = storage.open(store, "tiny", "quantiles").lazy.collect()
+    flat = [len(set(rewards)) == 1 for rewards in quantiles["ref_rewards"].to_list()]
+    assert prefect_flow.refresh_quantiles(str(trained / "config.yaml"), str(store)) == sum(flat) / len(flat)
