@@ -24,16 +24,7 @@ from qrpo.method.losses import Pairs, choose_pairs, dpo_loss, qrpo_loss, rebel_l
 from qrpo.method.transforms import get_transform, reference_scale
 from qrpo.seeds import seeded_hash
 from qrpo.training.arguments import QRPOSettings
-from qrpo.training.rows import PER_COMPLETION, TrainingRow, tensor_of
-
-__all__ = [
-    "Objective",
-    "PairObjective",
-    "QuantileObjective",
-    "SftObjective",
-    "make_objective",
-    "select_completions",
-]
+from qrpo.training.rows import TrainingRow, select_completions, tensor_of
 
 Columns = dict[str, Any]
 Metrics = dict[str, torch.Tensor]
@@ -117,21 +108,18 @@ class QuantileObjective(Objective):
         self,
         logprob_B: torch.Tensor,
         columns: Columns,
-        index: torch.Tensor | None = None,
+        index: Any = slice(None),
         mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Metrics]:
         """`qrpo_loss` of completions (B,), or of those at these indices, in their shape."""
 
         def column(name: str) -> Any:
-            if name not in columns:
-                return None
-            values_B = tensor_of(columns[name], logprob_B)
-            return values_B if index is None else values_B[index]
+            return tensor_of(columns[name], logprob_B)[index] if name in columns else None
 
         settings = self._settings
         ref_std = column("ref_std") if get_transform(settings.transform).needs_scale else None
         return qrpo_loss(
-            logprob_B if index is None else logprob_B[index],
+            logprob_B[index],
             column("ref_logprob"),
             column("quantile_reward"),
             settings.beta,
@@ -192,10 +180,10 @@ class PairObjective(Objective):
         reward_P2 = column(settings.rebel_reward)
         if settings.rebel_reward == "quantile_reward":
             transform = get_transform(settings.transform)
-            if transform.needs_scale:
-                transform = transform.scaled(reference_scale(column("ref_std"), settings.mean_ref_std or 0.0))
             num_ref = column("num_ref") if "num_ref" in columns else None
             reward_P2 = transform(transform.clamp(reward_P2, num_ref))
+            if transform.needs_scale:
+                reward_P2 = reference_scale(column("ref_std"), settings.mean_ref_std or 0.0) * reward_P2
         return rebel_loss(logprob_P2, column("ref_logprob"), reward_P2, pairs, settings.beta)
 
 
@@ -247,11 +235,6 @@ def make_objective(settings: QRPOSettings, seed: int) -> Objective:
         return QuantileObjective(settings)
     pairs = PairSelector(settings.pairs, seed)
     return SftObjective(pairs) if settings.loss == "sft" else PairObjective(settings, pairs)
-
-
-def select_completions(row: TrainingRow, indices: Sequence[int]) -> dict[str, Any]:
-    """The row with only these of its completions, in this order."""
-    return {**row, **{name: [row[name][i] for i in indices] for name in PER_COMPLETION if name in row}}
 
 
 def _log_ratio(logprob_B: torch.Tensor, columns: Columns) -> Metrics:
