@@ -14,8 +14,6 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from qrpo.config import execution_option
 from qrpo.errors import ConfigError
 
-__all__ = ["CompletionSettings", "QRPOSettings", "check_settings", "setting"]
-
 T = TypeVar("T")
 
 

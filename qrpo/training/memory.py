@@ -19,8 +19,6 @@ import torch
 
 from qrpo.training.logprobs import GPU_CHUNK
 
-__all__ = ["default_token_budget", "needs_checkpointing", "training_bytes"]
-
 USABLE = 0.85  # of a device's memory; the rest is the context, the allocator's fragments, one batch of inputs
 SMALL_BUDGET, LARGE_BUDGET = 8192, 16384
 

@@ -22,8 +22,6 @@ from qrpo.processes.child import Child
 from qrpo.processes.preemption import noting_sigterm, sigterm_came
 from qrpo.training.settings import OptimizationConfig
 
-__all__ = ["number_of_processes", "stream_ranks"]
-
 _POLL_SECONDS = 0.2  # between checks for a SIGTERM
 _CAUSE_SECONDS = 5.0  # when one rank fails, the others fail as a result, and may report it first
 

@@ -27,8 +27,6 @@ from qrpo.errors import ConfigError
 from qrpo.method.transforms import get_transform
 from qrpo.training.arguments import CompletionSettings, QRPOSettings
 
-__all__ = ["LoraConfig", "OptimizationConfig", "PolicyConfig", "SftConfig"]
-
 # Keys of earlier versions: what replaces them.
 RENAMED = {
     "epochs": "`num_train_epochs`",

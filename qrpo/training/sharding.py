@@ -21,8 +21,6 @@ from transformers import Trainer
 
 from qrpo.errors import ConfigError, TrainingError
 
-__all__ = ["ShardingTrainer", "reshard", "whole_weights"]
-
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # the Trainer's own names
 
 

@@ -28,9 +28,10 @@ from qrpo.training.batches import cut_batches
 from qrpo.training.compiling import compile_layers
 from qrpo.training.logprobs import best_layout, completion_logprobs, score_logprobs
 from qrpo.training.memory import needs_checkpointing, training_bytes
-from qrpo.training.runs import load_policy, training_arguments
+from qrpo.training.runs import load_policy
 from qrpo.training.settings import PolicyConfig
 from qrpo.training.trainer import QRPOTrainer
+from qrpo.training.trainer_arguments import training_arguments
 from tests.support.training import plain_logprobs
 
 SMALL = {

@@ -39,16 +39,16 @@ class Reader:
             yield self.rows[index]
 
 
-@pytest.mark.slow
-def test_a_step_minimises_the_paper_s_squared_error(folder, rows, tmp_path):
+@pytest.mark.parametrize(("loss_type", "error"), [("mse", np.square), ("mae", np.abs)])
+def test_a_step_minimises_the_paper_s_error(folder, rows, tmp_path, loss_type, error):
     """The first loss, computed here from its definition, and descent on it."""
     quantiles = np.stack([row["quantile_reward"] for row in rows]).astype(np.float64)
-    at_reference = np.mean((quantiles - 0.5 * log_z("identity", 0.5)) ** 2)
+    at_reference = np.mean(error(quantiles - 0.5 * log_z("identity", 0.5)))
 
-    _, progress = train(folder, rows, tmp_path, num_train_epochs=30, prompts_per_step=12)
+    _, progress = train(folder, rows, tmp_path, num_train_epochs=20, prompts_per_step=12, loss_type=loss_type)
 
     assert progress[0]["loss"] == pytest.approx(at_reference, rel=1e-5)
-    assert progress[-1]["loss"] < 0.2 * at_reference
+    assert progress[-1]["loss"] < 0.5 * at_reference
 
 
 def test_progress_metrics_and_the_final_folder(folder, rows, tmp_path):
@@ -155,19 +155,14 @@ def test_a_reference_of_other_weights_stops_before_the_first_step(folder, tmp_pa
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (
-            another_template,
-            r"Prompt asked: it comes from another chat template, this one's prompts end in '<\|end\|><\|assistant\|>'",
-        ),
-        (another_tokenizer, r"Prompt asked: its \d+ tokens come from another tokenizer"),
-        (
-            larger_tokenizer,
-            r"token \d+ is not in the model. Prompt asked: its token \d+ comes from another tokenizer",
-        ),
+        (another_template, r"another chat template, this one's prompts end in '<\|end\|><\|assistant\|>'"),
+        (another_tokenizer, r"its \d+ tokens come from another tokenizer"),
+        (larger_tokenizer, r"its token \d+ comes from another tokenizer"),
     ],
+    ids=["template", "tokenizer", "larger tokenizer"],
 )
 def test_rows_of_another_template_or_tokenizer_stop_before_the_first_step(folder, tmp_path, change, reason):
-    with pytest.raises(TrainingError, match=r"before the first step.*" + reason):
+    with pytest.raises(TrainingError, match=r"before the first step.*Prompt asked: .*" + reason):
         train(folder, with_other_tokens(folder, change), tmp_path)
     assert not (tmp_path / "final").exists()
 
@@ -228,35 +223,22 @@ def test_trl_rows_without_reference_rewards_are_refused_by_row(folder, tmp_path)
         QRPOTrainer(load_policy(folder), args, dataset, AutoTokenizer.from_pretrained(folder))
 
 
-def test_an_iterable_dataset_trains_for_max_steps(folder, rows, tmp_path):
-    class Endless(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            while True:
-                yield from rows
-
-    _, progress = train(folder, Endless(), tmp_path, max_steps=4)
-
-    assert [p["step"] for p in progress] == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize("transform", ["log", "logit", "normal-icdf"])
-@pytest.mark.parametrize("partition", ["continuous", "finite"])
+@pytest.mark.parametrize(
+    ("transform", "partition"), [("log", "continuous"), ("logit", "finite"), ("normal-icdf", "finite")]
+)
 def test_transforms_and_partitions_reach_the_loss(folder, rows, tmp_path, transform, partition):
     extreme = [{**row, "quantile_reward": np.array([0.0, 1.0, 0.5])} for row in rows]
-    settings = {"transform": transform, "partition": partition, "beta": 2.0, "learning_rate": 1e-4}
+    settings = {
+        "transform": transform,
+        "partition": partition,
+        "beta": 2.0,
+        "max_steps": 2,
+        "learning_rate": 1e-4,
+    }
 
     _, progress = train(folder, extreme, tmp_path, **settings)
 
     assert np.isfinite([p["loss"] for p in progress]).all()
-
-
-def test_the_absolute_loss_is_the_mean_absolute_residual(folder, rows, tmp_path):
-    quantiles = np.stack([row["quantile_reward"] for row in rows]).astype(np.float64)
-    expected = np.mean(np.abs(quantiles - 0.5 * log_z("identity", 0.5)))
-
-    _, progress = train(folder, rows, tmp_path, loss_type="mae", prompts_per_step=12, max_steps=1)
-
-    assert progress[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_mixed_precision_and_gradient_checkpointing_train(folder, rows, tmp_path):
