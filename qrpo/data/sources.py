@@ -21,8 +21,6 @@ import fsspec
 
 from qrpo.errors import DataError
 
-__all__ = ["dataset_names", "has_credentials", "is_dataset", "read_rows", "source_files"]
-
 Row = dict[str, Any]
 
 _DATASET = re.compile(r"hf://(?P<name>[^@:]+)(@(?P<revision>[^:]+))?(:(?P<split>.+))?")

@@ -20,8 +20,6 @@ from qrpo.engines.sampling import Sample, SampleRequest, SamplingConfig
 from qrpo.models import ModelConfig, load_causal_lm
 from qrpo.models.limits import Limits
 
-__all__ = ["TransformersEngine"]
-
 
 @dataclass(slots=True)
 class _Row:

@@ -24,14 +24,6 @@ from qrpo.errors import ConfigError, EngineError, ModelError
 from qrpo.models import ModelConfig, check_weights, is_local, load_model_config, location, saved_dtype
 from qrpo.models.limits import Limits
 
-__all__ = [
-    "VLLMEngine",
-    "cpu_kv_cache_bytes",
-    "report_death",
-    "require_cpu_heads",
-    "require_gpu_memory",
-]
-
 
 class VLLMEngine:
     """A loaded vLLM model. Created once per child process; `sample` may be called many times."""

@@ -22,26 +22,6 @@ from typing import Any, Literal
 from qrpo.config import Section, outside_input
 from qrpo.errors import ModelError
 
-__all__ = [
-    "Dtype",
-    "ModelConfig",
-    "check_weights",
-    "config_json",
-    "dtype_setting",
-    "generation_config",
-    "has_float32_files",
-    "is_local",
-    "load_causal_lm",
-    "load_model_config",
-    "load_reward_model",
-    "location",
-    "model_identity",
-    "require_model",
-    "require_reward_model",
-    "saved_dtype",
-    "weight_count",
-]
-
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
