@@ -17,6 +17,7 @@ from qrpo.training.settings import LoraConfig, PolicyConfig
 from qrpo.training.throughput import PEAK_BF16, Meter
 from qrpo.training.trainer import QRPOConfig, QRPOTrainer
 from qrpo.training.trainer_arguments import training_arguments
+from tests.support.refusals import refuses
 from tests.support.training import Stopped, metrics, same_weights, train
 
 
@@ -88,11 +89,6 @@ def test_the_reference_of_a_trained_adapter_is_the_base_model(folder, tmp_path):
         np.testing.assert_allclose(next(score_logprobs(base, [row], 100)), expected)
 
 
-def test_a_layer_that_is_not_there_cannot_be_adapted(folder):
-    with pytest.raises(ConfigError, match=r"policy\.lora\.target_modules: .*no_such_layer"):
-        with_lora(load_policy(folder), LoraConfig(target_modules=("no_such_layer",)), seed=0)
-
-
 def test_the_held_out_loss_is_that_of_the_definition_and_is_reported_at_its_steps(folder, rows, tmp_path):
     settings = {"eval_fraction": 0.5, "eval_steps": 2, "num_train_epochs": 2, "learning_rate": 1e-9}
     _, progress = train(folder, rows[:8], tmp_path, eval_rows=rows[8:], **settings)
@@ -129,11 +125,6 @@ def test_training_stops_when_the_held_out_loss_no_longer_falls_and_goes_back_to_
     resumed, rest = train(folder, rows[:4], tmp_path / "moved", **settings)
     assert rest[-1]["step"] == len(losses), "a resumed run stops where the other did"
     assert same_weights(resumed, best), "and goes back to the same step, wherever its folder is now"
-
-
-def test_patience_without_held_out_prompts_is_refused():
-    with pytest.raises(ValueError, match="eval_fraction is 0"):
-        PolicyConfig(patience=2)
 
 
 def test_the_seconds_left_and_the_speed_are_reported(folder, rows, tmp_path):
@@ -199,20 +190,19 @@ def scores_of(rows):
     return [row["ref_logprob"] for row in rows]
 
 
-def test_adapters_on_a_weight_with_two_uses_are_refused(folder):
+def test_adapters_that_cannot_be_trained_are_refused(folder, rows, tmp_path):
+    missing = LoraConfig(target_modules=("no_such_layer",))
+    message = r"policy\.lora\.target_modules: .*no_such_layer"
+    refuses(ConfigError, message, with_lora, load_policy(folder), missing, seed=0)
     config = AutoConfig.from_pretrained(folder, tie_word_embeddings=True)
     for name in ("lm_head", "embed_tokens"):
-        tied = AutoModelForCausalLM.from_config(config)
         with_lora(load_policy(folder), LoraConfig(target_modules=(name,)), seed=0)
-        with pytest.raises(ConfigError, match="head or the embedding, which have one weight"):
-            with_lora(tied, LoraConfig(target_modules=(name, "q_proj")), seed=0)
-
-
-def test_prompt_learning_is_refused(folder, rows, tmp_path):
+        tied, both = AutoModelForCausalLM.from_config(config), LoraConfig(target_modules=(name, "q_proj"))
+        refuses(ConfigError, "head or the embedding, which have one weight", with_lora, tied, both, seed=0)
     model = get_peft_model(load_policy(folder), PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=2))
-
-    with pytest.raises(ConfigError, match="type PROMPT_TUNING, which adds virtual tokens"):
-        QRPOTrainer(model, QRPOConfig(output_dir=str(tmp_path), report_to="none"), rows)
+    arguments = QRPOConfig(output_dir=str(tmp_path), report_to="none")
+    message = "type PROMPT_TUNING, which adds virtual tokens"
+    refuses(ConfigError, message, QRPOTrainer, model, arguments, rows)
 
 
 def test_weights_too_coarse_to_move_are_warned_of(folder, rows, tmp_path, caplog):

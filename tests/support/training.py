@@ -83,6 +83,15 @@ def plain_logprobs(model, prompts, completions):
     return torch.stack(sums)
 
 
+def value_and_gradients(compute, model, *arguments, weights=1.0, **options):
+    """The log-probabilities that `compute` gives, and the gradients of their weighted squares."""
+    model.zero_grad()
+    logprob_B = compute(model, *arguments, **options)
+    (weights * logprob_B**2).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return logprob_B.detach(), gradients
+
+
 def fail_on_the_second():
     """Raise an error on the second rank; the first one waits."""
     if os.environ["RANK"] == "1":
