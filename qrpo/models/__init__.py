@@ -238,7 +238,8 @@ def generation_config(model: ModelConfig) -> Any:
 
 def load_causal_lm(model: ModelConfig, device: str | None = None, *, empty: bool = False) -> Any:
     """The language model in evaluation mode on `device` (the first GPU if there is one, else the
-    CPU); if `empty`, on the CPU with weights that take no memory until they are set."""
+    CPU); if `empty`, with weights that are not set: on `meta`, or on the CPU, where they take no memory
+    until then."""
     from transformers import AutoModelForCausalLM
 
     if empty:
@@ -247,7 +248,7 @@ def load_causal_lm(model: ModelConfig, device: str | None = None, *, empty: bool
 
         config, arguments = load_model_config(model), _arguments(model)
         dtype = getattr(torch, saved_dtype(model))
-        with no_init_weights(), _readable_errors(model, "its code"):
+        with no_init_weights(), torch.device(device or "cpu"), _readable_errors(model, "its code"):
             loaded = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=arguments["trust_remote_code"]
             )

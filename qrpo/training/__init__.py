@@ -16,6 +16,7 @@
 - `callbacks`: stopping or skipping bad steps, early stopping
 - `checks`: models that cannot be trained; the policy equals its reference before the first step
 - `adapters`: LoRA
+- `master_weights`: bfloat16 weights with float32 copies in the optimizer
 - `sharding`: FSDP2, and checkpoints that fit any number of processes
 - `saved_model`: saved models in a precision that keeps what training changed
 - `checkpoints`: complete checkpoints, written atomically

@@ -59,6 +59,11 @@ class CompletionSettings:
         "Compile the decoder layers with `torch.compile`; null compiles on CUDA if the run has at least 100 steps.",
         option=True,
     )
+    weights: Literal["float32", "bfloat16"] = setting(
+        "float32",
+        "Precision of the weights in training. `bfloat16` computes faster and keeps a float32 copy in the optimizer; needs "
+        "`bf16: true` and one process.",
+    )
     bad_step: Literal["stop", "skip"] = setting(
         "stop",
         "What to do with a step whose loss or gradient is not finite, or whose loss exploded: `stop` and name its prompts, or "

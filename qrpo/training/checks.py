@@ -23,9 +23,9 @@ log = logging.getLogger("qrpo")
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
-def check_model(model: Any, learning_rate: float) -> None:
+def check_model(model: Any, learning_rate: float, masters: bool = False) -> None:
     """Raise ConfigError for prompt learning, freeze weights that text does not reach, and warn of
-    weights that are too coarse to move."""
+    weights that are too coarse to move (without float32 `masters`)."""
     for name, config in getattr(model, "peft_config", {}).items():
         if config.is_prompt_learning:
             raise ConfigError(
@@ -42,7 +42,7 @@ def check_model(model: Any, learning_rate: float) -> None:
     # the dtype's epsilon, relative to the weight, is rounded away.
     stuck = total = 0
     for weight in model.parameters():
-        if weight.requires_grad and weight.dtype in (torch.bfloat16, torch.float16):
+        if not masters and weight.requires_grad and weight.dtype in (torch.bfloat16, torch.float16):
             smallest = learning_rate * 4 / torch.finfo(weight.dtype).eps
             stuck += int((weight.detach().abs() > smallest).sum())
             total += weight.numel()

@@ -25,7 +25,8 @@ from qrpo.processes.preemption import noting_sigterm, sigterm_came
 from qrpo.training.adapters import with_lora
 from qrpo.training.checkpoints import UNFINISHED, latest_checkpoint, remove_broken_checkpoints
 from qrpo.training.logprobs import unwrapped
-from qrpo.training.objectives import SftObjective
+from qrpo.training.memory import device_bytes, planned_memory
+from qrpo.training.objectives import sft_objective
 from qrpo.training.saved_model import ModelSaver
 from qrpo.training.settings import OptimizationConfig, PolicyConfig, SftConfig
 from qrpo.training.trainer import CompletionTrainer, QRPOTrainer
@@ -72,7 +73,7 @@ def train_policy(
         trainer: Any = QRPOTrainer(policy, arguments, dataset, tokenizer, eval_dataset=eval_rows)
         every = config.checkpoint_steps
     else:
-        trainer = CompletionTrainer(policy, arguments, dataset, SftObjective(), processing_class=tokenizer)
+        trainer = CompletionTrainer(policy, arguments, dataset, sft_objective(), processing_class=tokenizer)
         every = None
     trainer.around_save = saving
     for callback in (PrinterCallback, ProgressCallback):
@@ -115,8 +116,10 @@ def _model_to_train(model: ModelConfig, config: OptimizationConfig, arguments: A
     """The model on this rank's device. If it will be sharded, on the CPU, and on the ranks after
     the first without weights: the trainer distributes those of the first."""
     device = str(arguments.device)  # the first use selects this rank's device
+    if available := device_bytes(arguments.device):
+        planned_memory(model, config, arguments.world_size, available)
     if not arguments.fsdp:
-        policy = load_policy(model, device)
+        policy = load_causal_lm(model.model_copy(update={"dtype": config.weights}), device)
     elif arguments.process_index == 0:
         policy = load_policy(model, "cpu")
     else:

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
+from torch.distributed.checkpoint import CheckpointException
 
 from qrpo.errors import ConfigError, DataError
 from qrpo.method.transforms import get_transform
@@ -70,7 +71,7 @@ class CompletionTrainer(ShardingTrainer):
         **options: Any,
     ) -> None:
         """`options` are further arguments of `transformers.Trainer`, such as `eval_dataset`."""
-        check_model(model, args.learning_rate)
+        check_model(model, args.learning_rate, args.weights == "bfloat16")
         super().__init__(
             model=model, args=args, data_collator=collate_rows, train_dataset=train_dataset, **options
         )
@@ -312,7 +313,7 @@ class CompletionTrainer(ShardingTrainer):
                     written = folder / UNFINISHED / f"checkpoint-{state.global_step}"
                     state.save_to_json(str(written / "trainer_state.json"))
                     commit_checkpoint(folder, state.global_step, keep=args.save_total_limit, keep_also=best)
-            except (OSError, RuntimeError, SafetensorError) as error:
+            except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
                 raise write_error(f"the checkpoint of step {state.global_step}", folder, error) from error
             finally:
                 self._saving = False

@@ -181,7 +181,7 @@ def on_two(folder, folders, rows, make_rows, alone, tmp_path_factory):
     return output, dict(zip(names, found, strict=True))
 
 
-def test_checkpoints_of_one_process_of_ddp_and_of_fsdp_fit_each_other(on_two, alone):
+def test_checkpoints_of_one_process_of_ddp_and_of_fsdp_fit_each_other(on_two, alone, folder, rows):
     output, runs = on_two
     assert runs["fsdp"]["sharded"]
     assert not runs["ddp from fsdp"]["sharded"]
@@ -189,6 +189,10 @@ def test_checkpoints_of_one_process_of_ddp_and_of_fsdp_fit_each_other(on_two, al
         assert "error" not in runs[name]
         assert_same(output / name, alone)
     assert [report["step"] for report in runs["fsdp from one"]["reports"]] == [5, 6, 7, 8]
+    shutil.copytree(output / "fsdp" / "checkpoint-4", output / "one from fsdp" / "checkpoint-4")
+    _, progress = training.train(folder, rows, output / "one from fsdp", **SETTINGS)
+    assert [report["step"] for report in progress] == [5, 6, 7, 8]
+    assert_same(output / "one from fsdp", alone)
 
 
 @pytest.mark.parametrize("model", ["half", "tied"])

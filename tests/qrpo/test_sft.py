@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from qrpo.errors import ConfigError, DataError
 from qrpo.training.runs import settle_generation_config, train_policy
 from qrpo.training.settings import SftConfig
-from tests.support.training import Stopped, metrics, same_weights
 
 SETTINGS = {"learning_rate": 1e-2, "prompts_per_step": 4, "warmup_steps": 0.0, "token_budget": 64}
 
@@ -78,22 +77,6 @@ def test_the_saved_generation_config_ends_at_the_turns_end_and_can_be_saved(fold
     broken.generation_config.max_new_tokens = -1
     with pytest.raises(ConfigError, match=r"could not be saved after the training: .*max_new_tokens"):
         settle_generation_config(broken, None)
-
-
-def test_an_interrupted_fine_tuning_ends_with_the_same_weights(folder, rows, tmp_path):
-    config = SftConfig(**SETTINGS, num_train_epochs=3, save_steps=2)
-
-    def stop(entry):
-        if entry["step"] == 5:
-            raise Stopped
-
-    whole = load_file(train_policy(folder, rows, config, tmp_path / "a", seed=3) / "model.safetensors")
-    with pytest.raises(Stopped):
-        train_policy(folder, rows, config, tmp_path / "b", seed=3, on_progress=stop)
-    resumed = load_file(train_policy(folder, rows, config, tmp_path / "b", seed=3) / "model.safetensors")
-
-    assert same_weights(resumed, whole)
-    assert metrics(tmp_path / "b")["step"] == list(range(1, 10))
 
 
 def test_weights_keep_the_precision_they_came_in(folder, rows, tmp_path):
