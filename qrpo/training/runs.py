@@ -135,8 +135,8 @@ def settle_generation_config(model: Any, tokenizer: Any) -> None:
     Raises ConfigError for what else transformers would refuse to save, before the training.
     """
     config = unwrapped(model).generation_config
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = [end for end in ends if end is not None]
+    ends = config.eos_token_id
+    ends = [end for end in (ends if isinstance(ends, (list, tuple)) else [ends]) if end is not None]
     end = end_of_turn(tokenizer) if tokenizer is not None else None
     if end is not None and end not in ends:
         config.eos_token_id = [*ends, end] if ends else end
