@@ -63,8 +63,13 @@ def training_memory(
     state = next((size for part, size in STATE.items() if optim.startswith(part) or optim.endswith(part)), 8)
     layer = 2 * (12 * width + 6 * inner)
     kept = 4 * layers * width + layer if checkpointing else layers * layer
-    sharded = [stored, 4 * trained, state * trained + masters]
-    return Memory(*(size // shards for size in sharded), token_budget * kept, 8 * GPU_CHUNK)
+    return Memory(
+        weights=stored // shards,
+        gradients=4 * trained // shards,
+        optimizer=(state * trained + masters) // shards,
+        activations=token_budget * kept,
+        logits=8 * GPU_CHUNK,
+    )
 
 
 def planned_memory(
