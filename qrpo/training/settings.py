@@ -302,9 +302,12 @@ def _further_arguments(section: str, given: dict[str, Any]) -> dict[str, Any]:
         elif name in known:
             try:
                 valid = _validated(known[name], value)
-                if valid != defaults[name]:  # written out, a default changes no fingerprint
-                    checked[name] = valid
-                continue
+                if valid == defaults[name]:  # written out, a default changes no fingerprint
+                    continue
+                checked[name] = valid
+                if not (isinstance(valid, (int, float)) and valid < 0):
+                    continue
+                kind = _error("must not be negative")  # some fail only in the first step
             except ValidationError as error:
                 kind = _error(error.errors()[0]["msg"])
         errors.append(InitErrorDetails(type=kind, loc=(name,), input=value))
