@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from qrpo.method.quantiles import quantile_bounds, quantile_rewards
     from qrpo.method.transforms import Transform, from_function, get_transform, transform_names
     from qrpo.training.logprobs import completion_logprobs
-    from qrpo.training.trainer import QRPOConfig, QRPOTrainer
+    from qrpo.training.trainer import QRPOTrainer
+    from qrpo.training.trainer_arguments import QRPOConfig
 
 __all__ = [
     "ConfigError",
@@ -86,7 +87,7 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         for module in _MODULES:
             found = import_module(f"qrpo.{module}")
-            if name in found.__all__:
+            if hasattr(found, name):
                 globals()[name] = getattr(found, name)
                 return globals()[name]
     raise AttributeError(f"module 'qrpo' has no attribute {name!r}")

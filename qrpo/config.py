@@ -19,16 +19,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = [
-    "Section",
-    "Seed",
-    "effective",
-    "execution_option",
-    "is_execution_option",
-    "keyed",
-    "outside_input",
-]
-
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """The seeds that NumPy, and so `transformers.set_seed`, takes."""
 

@@ -12,16 +12,6 @@ A message says what was found, what was expected, where, and what to do. Interna
 asserted instead.
 """
 
-__all__ = [
-    "ConfigError",
-    "DataError",
-    "EngineError",
-    "ModelError",
-    "QRPOError",
-    "RewardError",
-    "TrainingError",
-]
-
 
 class QRPOError(Exception):
     """Base of all errors that a user can fix."""

@@ -7,6 +7,7 @@ config): what works on them works on a large model. The weights are random, draw
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -17,8 +18,6 @@ from transformers import (
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
-
-__all__ = ["build_tiny_model", "build_tiny_reward_model", "build_tiny_tokenizer"]
 
 BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -82,55 +81,18 @@ def build_tiny_model(
     max_length: int = 512,
     tied: bool = False,
     seed: int = 0,
+    reward: bool = False,
 ) -> Path:
     """Write a Llama with random float32 weights and a tokenizer trained on `texts` to `folder`, and
     return the folder.
 
-    `max_length` is the context in tokens; `tied` shares the embedding with the head. The same
-    arguments give the same weights; the caller's random state is not changed.
+    `max_length` is the context in tokens; `tied` shares the embedding with the head; with `reward`
+    it is a sequence classifier with one logit. The same arguments give the same weights; the
+    caller's random state is not changed.
     """
     tokenizer = build_tiny_tokenizer(texts, vocab_size=vocab_size, max_length=max_length)
-    config = _config(tokenizer, hidden_size, layers, heads, max_length)
-    config.tie_word_embeddings = tied
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return _save(model, tokenizer, Path(folder))
-
-
-def build_tiny_reward_model(
-    folder: str | Path,
-    texts: Sequence[str],
-    *,
-    hidden_size: int = 64,
-    layers: int = 2,
-    heads: int = 4,
-    vocab_size: int = 512,
-    max_length: int = 512,
-    seed: int = 0,
-) -> Path:
-    """Write a sequence classifier with one logit (a reward model's shape) to `folder`, as
-    `build_tiny_model` does."""
-    tokenizer = build_tiny_tokenizer(texts, vocab_size=vocab_size, max_length=max_length)
-    config = _config(tokenizer, hidden_size, layers, heads, max_length)
-    config.num_labels = 1
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForSequenceClassification(config)
-        # The usual 0.02 would squeeze all rewards together; spread logits show ordering mistakes.
-        torch.nn.init.normal_(model.score.weight, std=1.0)
-    return _save(model, tokenizer, Path(folder))
-
-
-def _config(
-    tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int, heads: int, max_length: int
-) -> LlamaConfig:
-    return LlamaConfig(
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=4 * hidden_size,
@@ -138,15 +100,23 @@ def _config(
         num_attention_heads=heads,
         num_key_value_heads=max(1, heads // 2),
         max_position_embeddings=max_length,
-        tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=tied,
+        **ids,
         dtype="float32",
+        num_labels=1 if reward else 2,
     )
-
-
-def _save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForSequenceClassification(config) if reward else LlamaForCausalLM(config)
+        if reward:  # the usual 0.02 would squeeze all rewards together; spread logits show ordering mistakes
+            torch.nn.init.normal_(model.score.weight, std=1.0)
+    if not reward:
+        model.generation_config = GenerationConfig(**ids)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
+    return Path(folder)
+
+
+def build_tiny_reward_model(folder: str | Path, texts: Sequence[str], **options: Any) -> Path:
+    """`build_tiny_model` for a reward model."""
+    return build_tiny_model(folder, texts, reward=True, **options)

@@ -14,18 +14,6 @@ from typing import Any
 from qrpo.errors import DataError, ModelError
 from qrpo.models import ModelConfig, is_local, location, require_model
 
-__all__ = [
-    "Messages",
-    "encode_completion",
-    "encode_conversation",
-    "encode_conversations",
-    "encode_prompt",
-    "encode_text",
-    "end_of_turn",
-    "foreign_tokens",
-    "load_tokenizer",
-]
-
 _MARKER = "QRPO-ends-here"  # a text that occurs in no template
 
 _SCORED_ON = datetime(2024, 7, 26)  # the day that Llama's templates fall back to
@@ -227,10 +215,9 @@ def encode_conversations(
     rendered: dict[int, str] = {}
     results: dict[int, list[int] | DataError] = {}
     for row, messages in enumerate(conversations):
+        given = tools[row] if tools else None
         try:
-            rendered[row] = _render(
-                tokenizer, messages, tools[row] if tools else None, strftime_now=_SCORED_ON.strftime
-            )
+            rendered[row] = _render(tokenizer, messages, given, strftime_now=_SCORED_ON.strftime)
         except DataError as error:
             results[row] = error
     if rendered:

@@ -32,20 +32,9 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from qrpo.config import Section, outside_input
-from qrpo.data.sources import has_credentials, read_rows
+from qrpo.data.sources import has_credentials
 from qrpo.errors import DataError
 from qrpo.seeds import seeded_hash
-
-__all__ = [
-    "Message",
-    "Prompt",
-    "PromptsConfig",
-    "functions",
-    "parse_row",
-    "prompt_id",
-    "read_rows",
-    "split_of",
-]
 
 Message = dict[str, Any]
 Column = Literal["prompt", "completion", "chosen", "rejected", "messages", "tools"]

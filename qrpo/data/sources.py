@@ -21,8 +21,6 @@ import fsspec
 
 from qrpo.errors import DataError
 
-__all__ = ["dataset_names", "has_credentials", "is_dataset", "read_rows", "source_files"]
-
 Row = dict[str, Any]
 
 _DATASET = re.compile(r"hf://(?P<name>[^@:]+)(@(?P<revision>[^:]+))?(:(?P<split>.+))?")
@@ -250,11 +248,13 @@ def _parquet_rows(url: str) -> Iterator[tuple[str, Row | DataError]]:
             names = parquet.schema_arrow.names
             if len(set(names)) < len(names):
                 raise DataError(f"{url}: the column {_repeated(names)}")
+            stated = (parquet.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+            labels = _label_names(json.loads(stated).get("info", {}).get("features", {}))
             number = 0
             for batch in parquet.iter_batches(batch_size=1024):
                 for row in _python_rows(batch):
                     where = f"{url}[{number}]"
-                    yield where, DataError(f"{where}: {row}") if isinstance(row, DataError) else row
+                    yield where, _labelled(row, labels, where)
                     number += 1
         except pa.ArrowInvalid as error:
             raise DataError(f"{url} is not a readable Parquet file: {error}") from error
@@ -290,14 +290,31 @@ def _dataset_rows(source: str) -> Iterator[tuple[str, Row | DataError]]:
                 rows = datasets.load_dataset(
                     name, configuration, split=split, revision=revision, cache_dir=cache
                 )
+            labels = _label_names(rows.features.to_dict())
             for number, row in enumerate(_dataset_items(rows)):
                 where = f"{source}[{number}]"
-                yield where, DataError(f"{where}: {row}") if isinstance(row, DataError) else row
+                yield where, _labelled(row, labels, where)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"cannot load {source}: {reason}. Remedy: check name, configuration, split and the network"
         ) from error
+
+
+def _label_names(features: dict[str, Any]) -> dict[str, list[str]]:
+    """The columns of labels that a dataset stores as numbers, with the labels' names."""
+    stored = {name: kind for name, kind in features.items() if isinstance(kind, dict)}
+    return {name: kind["names"] for name, kind in stored.items() if kind.get("_type") == "ClassLabel"}
+
+
+def _labelled(row: Row | DataError, labels: dict[str, list[str]], where: str) -> Row | DataError:
+    """The row with names in place of labels' numbers; null for the number of no label."""
+    if isinstance(row, DataError):
+        return DataError(f"{where}: {row}")
+    for name, names in labels.items():
+        value = row.get(name)
+        row[name] = names[value] if isinstance(value, int) and 0 <= value < len(names) else None
+    return row
 
 
 def _dataset_items(rows: Any) -> Iterator[Row | DataError]:

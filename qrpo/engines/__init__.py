@@ -24,8 +24,6 @@ from qrpo.models import Dtype, ModelConfig
 from qrpo.models.limits import Limits, model_limits
 from qrpo.processes.child import Child
 
-__all__ = ["EngineConfig", "open_engine"]
-
 
 class EngineConfig(Section):
     """The engine that samples completions, and the resources that it uses."""
@@ -66,13 +64,11 @@ class EngineConfig(Section):
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
-def open_engine(
-    config: EngineConfig, model: ModelConfig, *, log: Path | None = None, env: dict[str, str] | None = None
-) -> Engine:
+def open_engine(config: EngineConfig, model: ModelConfig, *, log: Path | None = None) -> Engine:
     """The configured engine on this model, not started yet; its output is appended to `log`.
 
-    `env` holds more environment variables, such as CUDA_VISIBLE_DEVICES. Raises ModelError if the
-    model's folder is unusable, ConfigError if max_model_len exceeds the model's context.
+    Raises ModelError if the model's folder is unusable, ConfigError if max_model_len exceeds the
+    model's context.
     """
     limits = model_limits(model, config.max_model_len, "engine.max_model_len")
     if config.dtype != "auto":
@@ -83,7 +79,7 @@ def open_engine(
     }[config.kind]
     quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
     name = f"the {config.kind} engine of {model.path}"
-    child = Child(target, config, model, limits, name=name, log=log, env={**quiet, **(env or {})})
+    child = Child(target, config, model, limits, name=name, log=log, env=quiet)
     return _ChildEngine(child, limits, config.timeout)
 
 

@@ -8,8 +8,6 @@ from qrpo.engines.sampling import SamplingConfig
 from qrpo.errors import ConfigError
 from qrpo.models import ModelConfig, generation_config
 
-__all__ = ["completion_text", "stop_strings", "stop_token_ids"]
-
 _CONTEXT = 8  # tokens of the prompt that decide how the completion's first token is written
 
 

@@ -10,8 +10,6 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
-__all__ = ["VLLMOptions"]
-
 # Names by what to do instead.
 _REFUSED = {
     "set the model's `path`, `revision`, `dtype` and `trust_remote_code`": "model model_weights tokenizer revision dtype "

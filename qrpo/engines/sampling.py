@@ -16,8 +16,6 @@ from pydantic import Field
 from qrpo.config import Section
 from qrpo.seeds import seeded_hash
 
-__all__ = ["Engine", "Sample", "SampleRequest", "SamplingConfig", "sample_seed"]
-
 
 class SamplingConfig(Section):
     """How completions are sampled; names and meanings are vLLM's."""

@@ -20,8 +20,6 @@ from qrpo.engines.sampling import Sample, SampleRequest, SamplingConfig
 from qrpo.models import ModelConfig, load_causal_lm
 from qrpo.models.limits import Limits
 
-__all__ = ["TransformersEngine"]
-
 
 @dataclass(slots=True)
 class _Row:
@@ -61,7 +59,13 @@ class TransformersEngine:
         for start in range(0, len(rows), self._batch_size):
             for row in self._run(rows[start : start + self._batch_size], sampling):
                 key = row.request.key
-                finished[key][row.index] = self._sample(row)
+                finished[key][row.index] = Sample(
+                    index=row.index,
+                    text=self._text(row, self._strings),
+                    token_ids=row.token_ids,
+                    finish_reason=row.finish_reason or "length",
+                    sampled_logprob=row.logprob,
+                )
                 left[key] -= 1
                 if not left[key]:
                     samples = finished.pop(key)
@@ -120,16 +124,6 @@ class TransformersEngine:
             if any(string in text for string in self._strings):
                 return "stop"
         return "length" if len(row.token_ids) == sampling.max_tokens else None
-
-    def _sample(self, row: _Row) -> Sample:
-        assert row.finish_reason is not None
-        return Sample(
-            index=row.index,
-            text=self._text(row, self._strings),
-            token_ids=row.token_ids,
-            finish_reason=row.finish_reason,
-            sampled_logprob=row.logprob,
-        )
 
     def _text(self, row: _Row, strings: Sequence[str]) -> str:
         prompt = row.request.prompt_token_ids

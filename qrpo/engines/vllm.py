@@ -24,14 +24,6 @@ from qrpo.errors import ConfigError, EngineError, ModelError
 from qrpo.models import ModelConfig, check_weights, is_local, load_model_config, location, saved_dtype
 from qrpo.models.limits import Limits
 
-__all__ = [
-    "VLLMEngine",
-    "cpu_kv_cache_bytes",
-    "report_death",
-    "require_cpu_heads",
-    "require_gpu_memory",
-]
-
 
 class VLLMEngine:
     """A loaded vLLM model. Created once per child process; `sample` may be called many times."""
@@ -93,11 +85,22 @@ class VLLMEngine:
         self, requests: Sequence[SampleRequest], sampling: SamplingConfig
     ) -> Iterator[tuple[str, list[Sample]]]:
         """Yield (key, samples) of each request as its last sample finishes."""
+        from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
 
         engine = self._llm.llm_engine
         stops = stop_token_ids(self._tokenizer, self._model, sampling)
         strings = stop_strings(self._tokenizer, sampling)
+        parameters = {
+            **sampling.model_dump(include={"temperature", "top_p", "top_k", "min_p", "max_tokens"}),
+            "n": 1,
+            "stop": strings or None,
+            "stop_token_ids": sorted(stops),
+            "detokenize": bool(strings),  # only to find them
+            "logprobs": 0,  # the sampled token's own: enough for cumulative_logprob
+            "output_kind": RequestOutputKind.FINAL_ONLY,
+        }
         self._calls += 1
         todo = (
             (index, number, seed)
@@ -112,7 +115,7 @@ class VLLMEngine:
                 engine.add_request(
                     f"{self._calls}/{index}/{number}",
                     tokens_input(list(requests[index].prompt_token_ids)),
-                    _parameters(sampling, seed, stops, strings),
+                    SamplingParams(seed=seed, **parameters),
                 )
                 running += 1
             if not running:
@@ -124,9 +127,19 @@ class VLLMEngine:
                 _, index, number = map(int, output.request_id.split("/"))
                 request, samples = requests[index], collected[index]
                 completion = output.outputs[0]
+                if completion.finish_reason not in ("stop", "length"):
+                    raise EngineError(
+                        f"vLLM ended request {request.key!r} with {completion.finish_reason!r}, expected 'stop' or 'length'",
+                        transient=True,
+                    )
                 prompt, token_ids = request.prompt_token_ids, list(completion.token_ids)
-                text = completion_text(self._tokenizer, prompt, token_ids, stops, strings)
-                samples[number] = _sample(request.samples[number][0], completion, text, request.key)
+                samples[number] = Sample(
+                    index=request.samples[number][0],
+                    text=completion_text(self._tokenizer, prompt, token_ids, stops, strings),
+                    token_ids=token_ids,
+                    finish_reason=completion.finish_reason,
+                    sampled_logprob=float(completion.cumulative_logprob),
+                )
                 if len(samples) == len(request.samples):
                     collected[index] = {}
                     yield request.key, [samples[n] for n in range(len(samples))]
@@ -201,38 +214,3 @@ def _head_dim(hf_config: Any) -> int | None:
         return int(head_dim)
     heads = getattr(text, "num_attention_heads", None)
     return int(text.hidden_size) // int(heads) if heads else None
-
-
-def _parameters(sampling: SamplingConfig, seed: int, stops: frozenset[int], strings: list[str]) -> Any:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        n=1,
-        seed=seed,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        max_tokens=sampling.max_tokens,
-        stop=strings or None,
-        stop_token_ids=sorted(stops),
-        detokenize=bool(strings),  # only to find them
-        logprobs=0,  # the sampled token's own: enough for cumulative_logprob
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
-
-
-def _sample(index: int, completion: Any, text: str, key: str) -> Sample:
-    if completion.finish_reason not in ("stop", "length"):
-        raise EngineError(
-            f"vLLM ended request {key!r} with {completion.finish_reason!r}, expected 'stop' or 'length'",
-            transient=True,
-        )
-    return Sample(
-        index=index,
-        text=text,
-        token_ids=list(completion.token_ids),
-        finish_reason=completion.finish_reason,
-        sampled_logprob=float(completion.cumulative_logprob),
-    )

@@ -17,8 +17,6 @@ from qrpo.errors import DataError
 from qrpo.evaluation.statistics import Floats, bootstrap_interval, seeds_and_prompts
 from qrpo.seeds import seeded_hash
 
-__all__ = ["Choice", "Contender", "choose_best", "compare_methods", "selection_half"]
-
 
 @dataclass(frozen=True)
 class Choice:

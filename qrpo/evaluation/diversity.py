@@ -16,8 +16,6 @@ import numpy as np
 
 from qrpo.evaluation.statistics import Ints, mean_by_prompt
 
-__all__ = ["diversity"]
-
 
 def diversity(samples: Sequence[Sequence[Hashable]], prompt: Ints) -> dict[str, dict[str, float]]:
     """Each measure's mean over prompts and standard error; NaN if no prompt has enough data (two

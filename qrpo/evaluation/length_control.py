@@ -17,8 +17,6 @@ import numpy as np
 
 from qrpo.evaluation.statistics import Floats, Ints, sample_pairs
 
-__all__ = ["Slope", "compare_at_equal_length", "reward_per_token"]
-
 _SEPARATED = 12.0  # a larger log odds than any number of prompts can show
 
 

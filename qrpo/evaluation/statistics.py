@@ -14,16 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = [
-    "bootstrap_interval",
-    "kl_estimates",
-    "mean_by_prompt",
-    "prompt_means",
-    "sample_pairs",
-    "seeds_and_prompts",
-    "win_rates",
-]
-
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 RESAMPLES = 2000
@@ -72,8 +62,8 @@ def kl_estimates(log_ratio: Floats, prompt: Ints) -> dict[str, Any]:
     return {**plain, "k3": k3, "estimator": "mean log pi - log ref over the policy's samples"}
 
 
-def bootstrap_interval(values: Floats, *, confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Bootstrap percentile interval of the mean of `values`, one value per prompt."""
+def bootstrap_interval(values: Floats, *, seed: int = 0) -> tuple[float, float]:
+    """Bootstrap percentile interval (95%) of the mean of `values`, one value per prompt."""
     rng = np.random.default_rng(seed)
     means = np.concatenate(
         [
@@ -81,10 +71,10 @@ def bootstrap_interval(values: Floats, *, confidence: float = 0.95, seed: int = 
             for rows in np.full(RESAMPLES // 100, 100)  # a hundred at a time, to limit memory
         ]
     )
-    return _percentiles(means, confidence)
+    return _percentiles(means)
 
 
-def seeds_and_prompts(values_SP: Floats, *, confidence: float = 0.95, seed: int = 0) -> dict[str, float]:
+def seeds_and_prompts(values_SP: Floats, *, seed: int = 0) -> dict[str, float]:
     """The mean over S training seeds and P prompts, with the uncertainty that both contribute.
 
     `values_SP` has one value per seed and prompt (mean reward, win rate), all seeds on the same
@@ -99,12 +89,12 @@ def seeds_and_prompts(values_SP: Floats, *, confidence: float = 0.95, seed: int 
             for _ in range(RESAMPLES)
         ]
     )
-    low, high = _percentiles(means, confidence)
+    low, high = _percentiles(means)
     by_seed = values_SP.mean(axis=1)
     error = float(by_seed.std(ddof=1) / np.sqrt(seeds)) if seeds > 1 else float("nan")
     return {"mean": float(by_seed.mean()), "standard_error": error, "low": low, "high": high}
 
 
-def _percentiles(means: Floats, confidence: float) -> tuple[float, float]:
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+def _percentiles(means: Floats) -> tuple[float, float]:
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)

@@ -6,11 +6,10 @@ arrays and can be used alone. `prompt_scores` gives scores per prompt, to compar
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Literal
 
-import numpy as np
+import polars as pl
 
 from qrpo.errors import DataError
 from qrpo.evaluation.comparison import choose_best
@@ -27,8 +26,6 @@ from qrpo.evaluation.statistics import (
 )
 from qrpo.method.theory import summary as theory_summary
 from qrpo.training.settings import PolicyConfig
-
-__all__ = ["COLUMNS", "json_numbers", "prompt_scores", "summarise"]
 
 COLUMNS = (
     "prompt_id",
@@ -64,14 +61,14 @@ def summarise(
     """
     samples = _samples(table)
     if not {"policy", "reference"} <= samples.keys():
-        got = {name: len(samples[name].reward) if name in samples else 0 for name in ("policy", "reference")}
+        got = {name: len(samples.get(name, ())) for name in ("policy", "reference")}
         raise DataError(
             f"evaluation: {got['policy']} scored samples of the policy and {got['reference']} of the "
             "reference, expected some of both; check the stage's rejects"
         )
     reference = samples["reference"]
     result: dict[str, Any] = {
-        "prompts": len(np.unique(np.concatenate([own.prompt for own in samples.values()]))),
+        "prompts": len(set().union(*(own["prompt_id"] for own in samples.values()))),
         "policy": _describe(samples["policy"]),
         "reference": _describe(reference),
         **_compare(samples["policy"], reference, seed),
@@ -100,104 +97,80 @@ def prompt_scores(table: Any, score: Score) -> tuple[list[str], dict[str, Floats
     and `seeds_and_prompts`.
     """
     samples = _samples(table)
-    shared = sorted(set.intersection(*(set(own.prompt_ids) for own in samples.values())))
+    shared = sorted(set.intersection(*(set(own["prompt_id"]) for own in samples.values())))
+    samples = {name: own.filter(pl.col("prompt_id").is_in(shared)) for name, own in samples.items()}
     scores = {}
     for name, own in samples.items():
-        own = own.only(shared)
-        if score == "win_rate" and name != "reference":
-            reference = samples["reference"].only(shared)
-            scores[name] = win_rates(own.reward, own.prompt, reference.reward, reference.prompt)
-        elif score == "kl" and name != "reference":
-            scores[name] = prompt_means(own.log_ratio, own.prompt)
-        elif score not in ("win_rate", "kl"):
-            scores[name] = prompt_means(getattr(own, score), own.prompt)
+        if score in ("win_rate", "kl") and name == "reference":
+            continue
+        column = "log_ratio" if score == "kl" else score
+        scores[name] = (
+            _wins(own, samples["reference"])
+            if score == "win_rate"
+            else prompt_means(_column(own, column), _prompts(own))
+        )
     return shared, scores
 
 
-@dataclass(frozen=True)
-class _Samples:
-    """One model's S scored samples; `prompt` (S,) numbers the prompts in the order of their ids."""
-
-    prompt_ids: list[str]
-    prompt: Ints
-    draw: Ints
-    reward: Floats
-    quantile_reward: Floats
-    length: Floats
-    log_ratio: Floats
-    finish_reasons: list[str]
-    tokens: list[Sequence[int]]
-
-    def only(self, prompt_ids: Sequence[str]) -> "_Samples":
-        wanted = set(prompt_ids)
-        rows = np.array([row for row, one in enumerate(self.prompt_ids) if one in wanted], dtype=np.int64)
-        kept: dict[str, Any] = {
-            name: value[rows] if isinstance(value, np.ndarray) else [value[row] for row in rows]
-            for name, value in vars(self).items()
-        }
-        return _Samples(**kept)
-
-
-def _samples(table: Any) -> dict[str, _Samples]:
-    """The scored rows of each model, in the order in which the models first appear."""
-    columns: Mapping[str, Sequence[Any]] = (
-        table.select(COLUMNS).to_pydict() if hasattr(table, "to_pydict") else table
+def _samples(table: Any) -> dict[str, pl.DataFrame]:
+    """The scored rows of each model, in the order in which the models first appear; `prompt` numbers
+    the prompts in the order of their ids."""
+    rows = pl.DataFrame({name: table[name] for name in COLUMNS}).filter(pl.col("reward").is_not_null())
+    rows = rows.with_columns(
+        prompt=pl.col("prompt_id").rank("dense").cast(pl.Int64) - 1,
+        length=pl.col("token_ids").list.len().cast(pl.Float64),
+        log_ratio=pl.col("model_logprob").cast(pl.Float64) - pl.col("ref_logprob").cast(pl.Float64),
     )
-    number = {name: index for index, name in enumerate(sorted(set(columns["prompt_id"])))}
-    rows_of: dict[str, list[int]] = {}
-    for row, (model, reward) in enumerate(zip(columns["model"], columns["reward"], strict=True)):
-        if reward is not None:
-            rows_of.setdefault(model, []).append(row)
-
-    def numbers(name: str, rows: Sequence[int]) -> Floats:
-        column = columns[name]
-        return np.array([np.nan if column[row] is None else column[row] for row in rows], dtype=float)
-
-    samples = {}
-    for model, rows in rows_of.items():
-        prompt_ids = [columns["prompt_id"][row] for row in rows]
-        tokens = [columns["token_ids"][row] for row in rows]
-        samples[model] = _Samples(
-            prompt_ids=prompt_ids,
-            prompt=np.array([number[name] for name in prompt_ids], dtype=np.int64),
-            draw=np.array([columns["sample_index"][row] for row in rows], dtype=np.int64),
-            reward=numbers("reward", rows),
-            quantile_reward=numbers("quantile_reward", rows),
-            length=np.array([len(some) for some in tokens], dtype=float),
-            log_ratio=numbers("model_logprob", rows) - numbers("ref_logprob", rows),
-            finish_reasons=[str(columns["finish_reason"][row]) for row in rows],
-            tokens=tokens,
-        )
-    return samples
+    return {str(model): own for (model,), own in rows.group_by("model", maintain_order=True)}
 
 
-def _describe(own: _Samples) -> dict[str, Any]:
+def _column(own: pl.DataFrame, name: str) -> Floats:
+    """A column (S,) of numbers, NaN where it is null."""
+    return own[name].cast(pl.Float64).to_numpy()
+
+
+def _prompts(own: pl.DataFrame) -> Ints:
+    return own["prompt"].to_numpy()
+
+
+def _by_prompt(own: pl.DataFrame, name: str) -> dict[str, float]:
+    return mean_by_prompt(_column(own, name), _prompts(own))
+
+
+def _wins(own: pl.DataFrame, reference: pl.DataFrame) -> Floats:
+    return win_rates(_column(own, "reward"), _prompts(own), _column(reference, "reward"), _prompts(reference))
+
+
+def _describe(own: pl.DataFrame) -> dict[str, Any]:
     """One model. `reward_by_draw`: mean reward of all first samples, of all second, ..."""
     return {
-        "samples": len(own.reward),
-        "reward": mean_by_prompt(own.reward, own.prompt),
-        "quantile_reward": mean_by_prompt(own.quantile_reward, own.prompt),
-        "length": mean_by_prompt(own.length, own.prompt),
-        "reward_by_draw": prompt_means(own.reward, own.draw).tolist(),
-        "diversity": diversity(own.tokens, own.prompt),
-        "finish_reasons": dict(sorted(Counter(own.finish_reasons).items())),
+        "samples": len(own),
+        "reward": _by_prompt(own, "reward"),
+        "quantile_reward": _by_prompt(own, "quantile_reward"),
+        "length": _by_prompt(own, "length"),
+        "reward_by_draw": prompt_means(_column(own, "reward"), own["sample_index"].to_numpy()).tolist(),
+        "diversity": diversity(own["token_ids"].to_list(), _prompts(own)),
+        "finish_reasons": dict(sorted(Counter(map(str, own["finish_reason"])).items())),
     }
 
 
-def _compare(own: _Samples, reference: _Samples, seed: int) -> dict[str, Any]:
+def _compare(own: pl.DataFrame, reference: pl.DataFrame, seed: int) -> dict[str, Any]:
     """One model against the reference."""
-    wins = win_rates(own.reward, own.prompt, reference.reward, reference.prompt)
+    wins = _wins(own, reference)
     if not len(wins):
         raise DataError(
             "evaluation: no prompt has scored samples of both a model and the reference; check the rejects"
         )
     low, high = bootstrap_interval(wins, seed=seed)
+    arrays: list[Any] = [
+        array
+        for rows in (own, reference)
+        for array in (_column(rows, "reward"), _column(rows, "length"), _prompts(rows))
+    ]
     return {
         "win_rate": {"mean": float(wins.mean()), "low": low, "high": high, "confidence": 0.95},
-        "kl": kl_estimates(own.log_ratio, own.prompt),
-        "length_controlled": compare_at_equal_length(
-            own.reward, own.length, own.prompt, reference.reward, reference.length, reference.prompt
-        ),
+        "kl": kl_estimates(_column(own, "log_ratio"), _prompts(own)),
+        "length_controlled": compare_at_equal_length(*arrays),
     }
 
 

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "Float64", "is_torch", "on_float64", "to_float64"]
-
 Array = Any
 """A NumPy array, a torch tensor, or a Python number."""
 

@@ -26,19 +26,6 @@ from qrpo.errors import ConfigError
 from qrpo.method.partition import Partition, log_z
 from qrpo.method.transforms import Transform, get_transform
 
-__all__ = [
-    "LossType",
-    "PairChoice",
-    "Pairs",
-    "calibrated_targets",
-    "choose_pairs",
-    "dpo_loss",
-    "per_token_beta",
-    "qrpo_loss",
-    "rebel_loss",
-    "simpo_loss",
-]
-
 Loss: TypeAlias = tuple[Tensor, dict[str, Tensor]]
 LossType = Literal["mse", "mae"]
 PairChoice = Literal["best-worst", "random", "dataset"]
@@ -141,9 +128,7 @@ def calibrated_targets(
     """(f(q), beta log Z), in q's shape: beta * log_ratio's target is their difference."""
     resolved = get_transform(transform)
     if scale is not None:
-        resolved = resolved.scaled(_per_completion(scale, quantile_reward))
-    elif resolved.needs_scale:
-        resolved(quantile_reward)  # raises
+        scale = _per_completion(scale, quantile_reward)
     if isinstance(num_ref, torch.Tensor):
         num_ref = _per_completion(num_ref, quantile_reward)
     if num_ref is None and any(resolved.open_ends):
@@ -153,17 +138,18 @@ def calibrated_targets(
                 f"transform {resolved.name!r} is infinite at a quantile of 0 or 1, and {int(ends.sum())} of this batch are: "
                 "pass num_ref, so that they are clamped by one reference sample"
             )
-    ref_quantiles = _per_prompt(ref_quantiles, quantile_reward)
-    ref_weights = _per_prompt(ref_weights, quantile_reward)
     transformed = resolved(resolved.clamp(quantile_reward, num_ref))
+    if scale is not None:
+        transformed = scale * transformed
     logarithm = log_z(
         resolved,
         beta,
         partition=partition,
         num_ref=num_ref,
         self_included=self_included,
-        ref_quantiles=ref_quantiles,
-        ref_weights=ref_weights,
+        ref_quantiles=_per_prompt(ref_quantiles, quantile_reward),
+        ref_weights=_per_prompt(ref_weights, quantile_reward),
+        scale=scale,
     )
     beta_log_z = torch.as_tensor(beta * logarithm, dtype=quantile_reward.dtype, device=quantile_reward.device)
     return transformed, beta_log_z.expand(quantile_reward.shape)

@@ -7,7 +7,8 @@ pi* depends on a completion only through its quantile t under the reference, whe
     KL          E_p[f]/beta - log Z                             = KL(pi* || reference), nats
     gain        beta log Z - E_uniform[f]                       increase of the objective
 
-so one quadrature rule (`qrpo.method.quadrature`) computes all of it, for any transform.
+so one quadrature rule (`qrpo.method.quadrature`) computes all of it, for any transform. One that is
+scaled per prompt has the scale of the average prompt, 1.
 """
 
 from dataclasses import dataclass
@@ -18,20 +19,8 @@ from numpy.typing import ArrayLike
 
 from qrpo.errors import DataError
 from qrpo.method.arrays import Float64, to_float64
-from qrpo.method.partition import Partition
 from qrpo.method.quadrature import TiltedNodes, tilted_nodes
-from qrpo.method.quantiles import quantile_rewards
 from qrpo.method.transforms import Transform, get_transform
-
-__all__ = [
-    "Optimum",
-    "averaged",
-    "expected_reward",
-    "optimum",
-    "optimum_cdf",
-    "optimum_density",
-    "reference_nodes",
-]
 
 
 @dataclass(frozen=True)
@@ -53,7 +42,7 @@ class Optimum:
 
 def optimum(transform: str | Transform, beta: float) -> Optimum:
     """The numbers of the exact optimum, by quadrature (1e-10 relative or better)."""
-    resolved = averaged(transform)
+    resolved = get_transform(transform)
     nodes = resolved.nodes(beta)
     reference = reference_nodes(resolved)
     transformed = nodes.expectation(resolved.at_logit(nodes.logit))
@@ -68,21 +57,19 @@ def optimum(transform: str | Transform, beta: float) -> Optimum:
 
 def optimum_density(transform: str | Transform, beta: float, quantile: ArrayLike) -> Float64:
     """p(t) = exp(f(t)/beta)/Z at quantiles in (0, 1); the reference's density is 1."""
-    resolved = averaged(transform)
+    resolved = get_transform(transform)
     transformed = to_float64(resolved(np.asarray(quantile, dtype=np.float64)))
     return np.asarray(np.exp(transformed / beta - resolved.log_z(beta)))
 
 
 def optimum_cdf(transform: str | Transform, beta: float, quantile: ArrayLike) -> Float64:
     """The optimum's probability of a quantile reward of at most `quantile`."""
-    base, plain_beta = averaged(transform).unscaled(beta)
+    resolved = get_transform(transform)
     points = np.asarray(quantile, dtype=np.float64)
     with np.errstate(divide="ignore"):
         logits = np.log(points) - np.log1p(-points)
     inner = logits[np.isfinite(logits)]
-    nodes = tilted_nodes(
-        base.at_logit, 1.0 / float(plain_beta), 1e-12, breaks=[float(x) for x in inner.ravel()]
-    )
+    nodes = tilted_nodes(resolved.at_logit, 1.0 / beta, 1e-12, breaks=inner.ravel().tolist())
     below = np.concatenate([[0.0], np.cumsum(nodes.weight)])
     return np.asarray(np.minimum(below[np.searchsorted(nodes.logit, logits)], 1.0))
 
@@ -93,16 +80,14 @@ def expected_reward(
     ref_rewards: ArrayLike,
     *,
     ref_offsets: ArrayLike | None = None,
-    partition: Partition = "continuous",
 ) -> Float64:
     """(P,) expected reward of the optimum on each prompt, given its reference rewards: (P, N), or
     flat with offsets.
 
     The i-th smallest of n rewards represents the quantiles between (i - 1)/n and i/n and gets the
-    optimum's probability of them. With `empirical`, for discrete rewards, each gets the weight
-    exp(f(q)/beta) of its quantile, ties included.
+    optimum's probability of them.
     """
-    resolved = averaged(transform)
+    resolved = get_transform(transform)
     values = np.asarray(ref_rewards, dtype=np.float64)
     if ref_offsets is None and values.ndim != 2:
         raise DataError(
@@ -114,21 +99,9 @@ def expected_reward(
     for length in np.unique(lengths[lengths > 0]):
         prompts = np.flatnonzero(lengths == length)
         ordered = np.sort(flat[bounds[prompts][:, None] + np.arange(length)], axis=1)
-        if partition == "continuous":
-            weights = np.diff(optimum_cdf(resolved, beta, np.arange(length + 1) / length))
-        else:
-            quantiles = quantile_rewards(ordered, ordered)
-            levels = to_float64(resolved(resolved.clamp(quantiles, length))) / beta
-            weights = np.exp(levels - levels.max(axis=1, keepdims=True))
-            weights /= weights.sum(axis=1, keepdims=True)
+        weights = np.diff(optimum_cdf(resolved, beta, np.arange(length + 1) / length))
         result[prompts] = (ordered * weights).sum(axis=1)
     return result
-
-
-def averaged(transform: str | Transform) -> Transform:
-    """The transform; one that needs a scale per prompt gets that of the average prompt, 1."""
-    resolved = get_transform(transform)
-    return resolved.scaled(1.0) if resolved.needs_scale else resolved
 
 
 @lru_cache(maxsize=64)

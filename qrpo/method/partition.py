@@ -34,10 +34,8 @@ from typing import Literal
 import numpy as np
 
 from qrpo.errors import ConfigError, DataError
-from qrpo.method.arrays import Array, Float64, on_float64, to_float64
+from qrpo.method.arrays import Array, Float64, is_torch, on_float64, to_float64
 from qrpo.method.transforms import Transform, get_transform
-
-__all__ = ["Partition", "log_z", "quantile_grid"]
 
 Partition = Literal["continuous", "finite", "empirical"]
 
@@ -51,6 +49,7 @@ def log_z(
     self_included: bool = False,
     ref_quantiles: Array | None = None,
     ref_weights: Array | None = None,
+    scale: Array | None = None,
 ) -> Array:
     """log Z, elementwise on beta (a number, a NumPy array or a torch tensor), in beta's type.
 
@@ -62,6 +61,7 @@ def log_z(
     `ref_quantiles`: for `empirical`, (..., N) quantiles of the reference samples, NaN for missing
     ones; its leading axes broadcast against beta's (usually (B, 1, N) against (B, K)).
     `ref_weights`: the same shape, the count or probability of each quantile; the default is 1.
+    `scale`: for scale * f, whose log Z is that of f at beta / scale; 0 where the scale is 0.
     Raises ConfigError for an unknown partition or a missing argument.
     """
     resolved = get_transform(transform)
@@ -73,27 +73,34 @@ def log_z(
         raise ConfigError(
             "partition empirical: ref_quantiles, the quantiles of the reference samples, is missing"
         )
-    base, plain_beta = resolved.unscaled(beta)
+    if resolved.needs_scale and scale is None:
+        raise ConfigError(
+            f"transform {resolved.name!r} needs one scale per prompt: pass scale=reference_scale(ref_std, mean_ref_std), "
+            "or use 'normal-icdf'"
+        )
+    if scale is not None:
+        with np.errstate(divide="ignore"):  # all reference rewards equal: beta / 0 = inf, Z = 1
+            beta = beta / (scale if is_torch(scale) else np.asarray(scale))
     if partition == "continuous":
-        return base.log_z(plain_beta)
+        return resolved.log_z(beta)
     if partition == "finite":
 
         def finite(betas: Float64, samples: Float64) -> Float64:
-            return _finite_log_z(base, betas, samples, self_included)
+            return _finite_log_z(resolved, betas, samples, self_included)
 
-        return on_float64(finite, plain_beta, num_ref)
+        return on_float64(finite, beta, num_ref)
 
     def empirical(betas: Float64, quantiles: Float64, weights: Float64) -> Float64:
         present = np.where(np.isnan(quantiles), 0.0, weights)
         samples = present.sum(axis=-1, keepdims=True) if num_ref is None else to_float64(num_ref)[..., None]
-        if any(base.open_ends) and ref_weights is not None and np.any(samples < 1.5):
+        if any(resolved.open_ends) and ref_weights is not None and np.any(samples < 1.5):
             raise ConfigError(
-                f"partition empirical: transform {base.name!r} clamps quantiles, which needs num_ref"
+                f"partition empirical: transform {resolved.name!r} clamps quantiles, which needs num_ref"
             )
-        levels = to_float64(base(base.clamp(quantiles, samples)))
-        return _log_mean_exp(levels / _checked(base, betas)[..., None], present)
+        levels = to_float64(resolved(resolved.clamp(quantiles, samples)))
+        return _log_mean_exp(levels / _positive(betas)[..., None], present)
 
-    return on_float64(empirical, plain_beta, ref_quantiles, 1.0 if ref_weights is None else ref_weights)
+    return on_float64(empirical, beta, ref_quantiles, 1.0 if ref_weights is None else ref_weights)
 
 
 def quantile_grid(num_ref: int, *, self_included: bool = False) -> Float64:
@@ -102,8 +109,8 @@ def quantile_grid(num_ref: int, *, self_included: bool = False) -> Float64:
     return np.arange(1 if self_included else 0, num_ref + 1) / num_ref
 
 
-def _finite_log_z(base: Transform, beta: Float64, num_ref: Float64, self_included: bool) -> Float64:
-    betas, samples = np.broadcast_arrays(_checked(base, beta), num_ref)
+def _finite_log_z(transform: Transform, beta: Float64, num_ref: Float64, self_included: bool) -> Float64:
+    betas, samples = np.broadcast_arrays(_positive(beta), num_ref)
     result = np.empty(betas.shape)
     for count in np.unique(samples):  # one grid per distinct number of references; there are few
         if count < 1 or count != np.floor(count):
@@ -113,7 +120,7 @@ def _finite_log_z(base: Transform, beta: Float64, num_ref: Float64, self_include
             )
         chosen = samples == count
         grid = quantile_grid(int(count), self_included=self_included)
-        levels = to_float64(base(base.clamp(grid, count)))
+        levels = to_float64(transform(transform.clamp(grid, count)))
         distinct, inverse = np.unique(betas[chosen], return_inverse=True)
         result[chosen] = _log_mean_exp(levels / distinct[:, None])[inverse]
     return result
@@ -135,10 +142,8 @@ def _log_mean_exp(exponents: Float64, weights: Float64 | float = 1.0) -> Float64
     return np.where(near_zero, small, large)
 
 
-def _checked(base: Transform, beta: Float64) -> Float64:
+def _positive(beta: Float64) -> Float64:
     """beta, which need only be above 0 for a finite sum, also if the continuous Z needs more."""
-    if base.needs_scale:
-        base.log_z(1.0)  # raises
     if not np.all(beta > 0):
         raise ConfigError(f"beta: must be above 0, got {float(np.min(beta)):g}")
     return beta

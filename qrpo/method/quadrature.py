@@ -18,8 +18,6 @@ import numpy as np
 from qrpo.errors import ConfigError
 from qrpo.method.arrays import Float64
 
-__all__ = ["TiltedNodes", "tilted_nodes"]
-
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 _FARTHEST_LOGIT = 1e13
 _MAX_PANELS = 200_000

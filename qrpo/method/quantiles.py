@@ -27,8 +27,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from qrpo.errors import ConfigError, DataError
 
-__all__ = ["Ties", "quantile_bounds", "quantile_rewards", "standard_error"]
-
 Ties = Literal["weak", "strict", "mid", "randomized"]
 Floats = NDArray[np.floating]
 Integers = NDArray[np.int64]
@@ -54,8 +52,7 @@ def quantile_rewards(
     1]]. The result is then flat, from the first offset to the last (an Arrow slice's offsets need
     not start at 0).
     `ref_rewards`: (P, N), or flat with `ref_offsets` (P + 1).
-    `in_reference`: the shape of `rewards`; which completions are reference samples: a mask, or the
-    index of each among its prompt's references, -1 for none.
+    `in_reference`: a mask in the shape of `rewards`: which completions are reference samples.
     `seed`: for `ties="randomized"`.
 
     Raises DataError for NaN rewards, shapes that do not fit, a prompt without references, or a
@@ -73,7 +70,11 @@ def quantile_rewards(
     if queries.dtype != references.dtype:  # 0.1 as float32 must tie with 0.1 as float64
         queries, references = queries.astype(np.float32), references.astype(np.float32)
     widths = np.diff(query_offsets)
-    mine = _membership(in_reference, queries, widths, references, reference_offsets)
+    mine = np.zeros(len(queries), bool) if in_reference is None else np.asarray(in_reference).reshape(-1)
+    if mine.size != queries.size or mine.dtype != np.bool_:
+        raise DataError(
+            f"in_reference: got {mine.size} values of {mine.dtype}, expected a mask of the {queries.size} rewards"
+        )
     excluded = mine if self_exclusion else np.zeros_like(mine)
     num_ref = np.repeat(np.diff(reference_offsets), widths) - excluded
     if num_ref.size and num_ref.min() < 1:
@@ -108,43 +109,24 @@ def quantile_rewards(
     return result if offsets is not None else result.reshape(np.shape(rewards))
 
 
-def standard_error(
-    quantile_reward: ArrayLike, num_ref: ArrayLike, *, method: Literal["plain", "jeffreys"] = "plain"
-) -> Floats:
-    """The standard error of quantiles estimated from `num_ref` references (one per prompt, or of
-    the same shape).
-
-    `plain`: sqrt(q (1 - q)/n), which is 0 at 0 and 1. `jeffreys`: the standard deviation of Beta(nq
-    + 1/2, n(1 - q) + 1/2), never 0.
-    """
+def standard_error(quantile_reward: ArrayLike, num_ref: ArrayLike) -> Floats:
+    """The standard error sqrt(q (1 - q)/n) of quantiles estimated from `num_ref` references (one
+    per prompt, or of the same shape)."""
     q, n = _aligned(quantile_reward, num_ref)
-    if method == "plain":
-        return np.sqrt(q * (1.0 - q) / n)
-    if method != "jeffreys":
-        raise ConfigError(f"method: got {method!r}, expected plain or jeffreys")
-    a, b = n * q + 0.5, n * (1.0 - q) + 0.5
-    return np.asarray(np.sqrt(a * b / ((a + b) ** 2 * (a + b + 1.0))))
+    return np.sqrt(q * (1.0 - q) / n)
 
 
 def quantile_bounds(
-    quantile_reward: ArrayLike,
-    num_ref: ArrayLike,
-    *,
-    confidence: float = 0.95,
-    method: Literal["clopper-pearson", "jeffreys"] = "clopper-pearson",
+    quantile_reward: ArrayLike, num_ref: ArrayLike, *, confidence: float = 0.95
 ) -> tuple[Floats, Floats]:
-    """(low, high): a two-sided interval of the true quantile P(s <= r), given k = nq of n
+    """(low, high): the Clopper-Pearson interval of the true quantile P(s <= r), given k = nq of n
     references at or below r.
 
-    k is binomial(n, P(s <= r)). `clopper-pearson` covers at least `confidence` for every true
-    quantile; `jeffreys` (the equal-tailed interval of Beta(k + 1/2, n - k + 1/2)) is narrower and
-    covers `confidence` on average. Shapes as in `standard_error`; float64 out. Half counts, from
-    ties="mid", are allowed.
+    k is binomial(n, P(s <= r)); the interval covers at least `confidence` for every true quantile.
+    Shapes as in `standard_error`; float64 out. Half counts, from ties="mid", are allowed.
     """
     if not 0.0 < confidence < 1.0:
         raise ConfigError(f"confidence: must be between 0 and 1, got {confidence!r}")
-    if method not in ("clopper-pearson", "jeffreys"):
-        raise ConfigError(f"method: got {method!r}, expected clopper-pearson or jeffreys")
     from scipy.special import betaincinv
 
     q, n = _aligned(quantile_reward, num_ref)
@@ -152,15 +134,8 @@ def quantile_bounds(
     pairs, inverse = np.unique(k + 1j * n, return_inverse=True)  # few distinct (k, n) among many completions
     ks, ns = pairs.real, pairs.imag
     tail = (1.0 - confidence) / 2.0
-    if method == "jeffreys":
-        low, high = (
-            betaincinv(ks + 0.5, ns - ks + 0.5, tail),
-            betaincinv(ks + 0.5, ns - ks + 0.5, 1.0 - tail),
-        )
-    else:
-        low = betaincinv(np.maximum(ks, 0.5), ns - ks + 1.0, tail)
-        high = betaincinv(ks + 1.0, np.maximum(ns - ks, 0.5), 1.0 - tail)
-    low, high = np.where(ks <= 0.0, 0.0, low), np.where(ks >= ns, 1.0, high)
+    low = np.where(ks <= 0.0, 0.0, betaincinv(np.maximum(ks, 0.5), ns - ks + 1.0, tail))
+    high = np.where(ks >= ns, 1.0, betaincinv(ks + 1.0, np.maximum(ns - ks, 0.5), 1.0 - tail))
     return low[inverse].reshape(q.shape), high[inverse].reshape(q.shape)
 
 
@@ -204,35 +179,6 @@ def _number(what: str, place: int, value: object) -> float:
     if isinstance(value, (numbers.Real, Decimal)):
         return float(value)
     raise DataError(f"{what}: item {place} is {value!r:.40}, expected a number; reject unscored completions")
-
-
-def _membership(
-    in_reference: ArrayLike | None,
-    queries: Floats,
-    widths: Integers,
-    references: Floats,
-    reference_offsets: Integers,
-) -> NDArray[np.bool_]:
-    """Which completions are reference samples, as a flat mask; indexes are checked against the
-    reference rewards."""
-    if in_reference is None:
-        return np.zeros(len(queries), dtype=np.bool_)
-    marks = np.asarray(in_reference).reshape(-1)
-    if marks.size != queries.size:
-        raise DataError(f"in_reference marks {marks.size} completions, rewards are {queries.size}")
-    if marks.dtype == np.bool_:
-        return marks
-    mine = marks >= 0
-    position = np.repeat(reference_offsets[:-1], widths)[mine] + marks[mine].astype(np.int64)
-    wrong = position >= np.repeat(reference_offsets[1:], widths)[mine]
-    if references.size:
-        wrong |= references[np.minimum(position, references.size - 1)] != queries[mine]
-    if wrong.any():
-        at = int(np.flatnonzero(mine)[np.argmax(wrong)])
-        raise DataError(
-            f"completion {at} is marked as reference sample {int(marks[at])} of its prompt, whose reward differs"
-        )
-    return mine
 
 
 def _prompt_of(position: int, offsets: Integers) -> int:

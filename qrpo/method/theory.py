@@ -18,38 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from qrpo.errors import ConfigError
 from qrpo.method.arrays import Float64, to_float64
 from qrpo.method.optimum import (
-    Optimum,
-    averaged,
-    expected_reward,
     optimum,
-    optimum_cdf,
     optimum_density,
     reference_nodes,
 )
-from qrpo.method.partition import Partition, log_z
-from qrpo.method.transforms import Transform
-
-__all__ = [
-    "Attained",
-    "Noise",
-    "Optimum",
-    "attained",
-    "beta_table",
-    "enough_references",
-    "estimate_noise",
-    "expected_reward",
-    "optimum",
-    "optimum_cdf",
-    "optimum_density",
-    "plot_theory",
-    "summary",
-    "theory_table",
-]
+from qrpo.method.partition import log_z
+from qrpo.method.transforms import Transform, get_transform
 
 NUM_REFS = (1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 500, 1000)
 
@@ -84,7 +62,7 @@ class Attained:
 
 def estimate_noise(transform: str | Transform, num_ref: int) -> Noise:
     """Signal and noise of f(q_n), q_n estimated from `num_ref` samples, clamped as in training."""
-    resolved, n = averaged(transform), _whole(num_ref)
+    resolved, n = get_transform(transform), _whole(num_ref)
     nodes = reference_nodes(resolved)
     f = resolved.at_logit(nodes.logit)
     k = np.arange(n + 1)
@@ -118,7 +96,7 @@ def attained(transform: str | Transform, beta: float, num_ref: int) -> Attained:
     The true quantiles of the n references divide (0, 1) into n + 1 spacings D_k; the policy gives
     the k-th the weight D_k exp(f(k/n)/beta), normalised per prompt.
     """
-    resolved, n = averaged(transform), _whole(num_ref)
+    resolved, n = get_transform(transform), _whole(num_ref)
     best = optimum(resolved, beta)
     draws = max(200, min(4000, 200_000 // (n + 1)))
     cuts = np.sort(np.random.default_rng(0).random((draws, n)), axis=1)
@@ -150,38 +128,25 @@ def enough_references(
     return next((n for n in sorted(candidates) if attained(transform, beta, n).share >= share), None)
 
 
-def summary(
-    transform: str | Transform,
-    beta: float,
-    num_ref: int | None = None,
-    partition: Partition = "continuous",
-    *,
-    ref_rewards: ArrayLike | None = None,
-) -> dict[str, Any]:
+def summary(transform: str | Transform, beta: float, num_ref: int | None = None) -> dict[str, Any]:
     """All of the above for one setting, as a flat dict of numbers and names for JSON.
 
     Keys: `transform`, `beta`, `partition`, `num_ref`, the fields of Optimum, `log_z_used` (under
     `partition`), `beta_log_z`; with `num_ref` also `attained_*`, `snr`, `noise`, `log_ratio_noise`
-    (nats), `enough_references`; with `ref_rewards` (P, N) also `expected_reward` and
-    `reference_reward`, means over prompts.
+    (nats) and `enough_references`.
     """
-    resolved = averaged(transform)
-    if partition == "empirical":
-        raise ConfigError(
-            "theory: partition empirical needs the rewards of each prompt; use continuous or finite"
-        )
-    used = log_z(resolved, beta, partition=partition, num_ref=num_ref)
+    used = float(log_z(transform, beta, scale=1.0))
     result: dict[str, Any] = {
         "transform": _name(transform),
         "beta": beta,
-        "partition": partition,
+        "partition": "continuous",
         "num_ref": num_ref,
-        **asdict(optimum(resolved, beta)),
-        "log_z_used": float(used),
-        "beta_log_z": float(beta * used),
+        **asdict(optimum(transform, beta)),
+        "log_z_used": used,
+        "beta_log_z": beta * used,
     }
     if num_ref is not None:
-        noise, got = estimate_noise(resolved, num_ref), attained(resolved, beta, num_ref)
+        noise, got = estimate_noise(transform, num_ref), attained(transform, beta, num_ref)
         result |= {
             "attained_win_rate": got.win_rate,
             "attained_kl": got.kl,
@@ -189,11 +154,8 @@ def summary(
             "snr": noise.snr,
             "noise": noise.noise,
             "log_ratio_noise": noise.noise / beta,
-            "enough_references": enough_references(resolved, beta),
+            "enough_references": enough_references(transform, beta),
         }
-    if ref_rewards is not None:
-        result["expected_reward"] = float(np.mean(expected_reward(resolved, beta, ref_rewards)))
-        result["reference_reward"] = float(np.mean(np.asarray(ref_rewards, dtype=np.float64)))
     return result
 
 
@@ -202,11 +164,11 @@ def theory_table(
 ) -> list[dict[str, float | int]]:
     """One row per number of reference samples: what it attains, its noise, and the error of the
     continuous log Z."""
-    resolved = averaged(transform)
+    resolved = get_transform(transform)
     rows: list[dict[str, float | int]] = []
     for n in num_refs:
         noise, got = estimate_noise(resolved, n), attained(resolved, beta, n)
-        finite = float(log_z(resolved, beta, partition="finite", num_ref=n))
+        finite = float(log_z(resolved, beta, partition="finite", num_ref=n, scale=1.0))
         rows.append(
             {
                 "num_ref": n,
@@ -217,7 +179,7 @@ def theory_table(
                 "log_ratio_noise": noise.noise / beta,
                 "pairs_told_apart": noise.pairs_told_apart,
                 "log_z_finite": finite,
-                "log_z_error": float(log_z(resolved, beta)) - finite,
+                "log_z_error": float(resolved.log_z(beta)) - finite,
             }
         )
     return rows
@@ -240,7 +202,7 @@ def plot_theory(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    resolved, best = averaged(transform), optimum(transform, beta)
+    resolved, best = get_transform(transform), optimum(transform, beta)
     figure = Figure(figsize=(10, 7), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"QRPO optimum: transform {_name(transform)}, beta {beta:g}")

@@ -15,9 +15,8 @@ depends on f and beta only. With u = 1/beta:
 | `logit`              | log(q/(1 - q))   | pi u / sin(pi u)                   | > 1     | 0, 1        |
 | `power`              | q^p, p > 0       | 1F1(1/p; 1 + 1/p; u)               | > 0     |             |
 
-Where f is infinite, an estimated quantile of exactly 0 or 1 is clamped by `edge` reference samples:
-to [edge/n, 1 - edge/n], at most to 1/2, at the open end only (`edge=1` is what the research code
-does). The clamp changes the distribution of f(q), so the `continuous` Z is then no longer exact;
+Where f is infinite, an estimated quantile of exactly 0 or 1 is clamped by one reference sample: to
+[1/n, 1 - 1/n], at most to 1/2, at the open end only. The clamp changes the distribution of f(q), so the `continuous` Z is then no longer exact;
 `partition="finite"` includes the clamp.
 
 For another f, wrap a function of NumPy arrays with `from_function`, or subclass `Transform`; a
@@ -28,7 +27,7 @@ in float64, by forms that neither overflow nor cancel.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -39,36 +38,18 @@ from qrpo.errors import ConfigError
 from qrpo.method.arrays import Array, Float64, is_torch, on_float64, to_float64
 from qrpo.method.quadrature import TiltedNodes, tilted_nodes
 
-__all__ = [
-    "Identity",
-    "Log",
-    "Logit",
-    "NormalIcdf",
-    "Power",
-    "ScaledNormalIcdf",
-    "Transform",
-    "from_function",
-    "get_transform",
-    "reference_scale",
-    "transform_names",
-]
-
 
 @dataclass(frozen=True)
 class Transform:
-    """A function of the quantile reward and its partition function; a subclass needs `__call__`.
+    """A function of the quantile reward and its partition function; a subclass needs `__call__`."""
 
-    `edge`: by how many reference samples a quantile at an open end is clamped (see above).
-    """
-
-    edge: float = 1.0
     name: ClassVar[str] = "custom"
     open_ends: ClassVar[tuple[bool, bool]] = (False, False)
     """Whether f is infinite at q = 0, at q = 1."""
     min_beta: ClassVar[float] = 0.0
     """Z is finite for beta above this."""
     needs_scale: ClassVar[bool] = False
-    """Whether `scaled` must be called with one scale per prompt before use."""
+    """Whether f is meant to be multiplied by one scale per prompt; log Z is then that at beta / scale."""
 
     def __call__(self, quantile_reward: Array) -> Array:
         """f(q), elementwise, for NumPy arrays, torch tensors and numbers."""
@@ -125,63 +106,13 @@ class Transform:
             q = np.asarray(quantile_reward)
             q = q if np.issubdtype(q.dtype, np.floating) else q.astype(np.float64)
             samples = np.asarray(num_ref).astype(q.dtype)
-        margin = (self.edge / samples).clip(max=0.5)
+        margin = (1.0 / samples).clip(max=0.5)
         return q.clip(margin * self.open_ends[0], 1 - margin * self.open_ends[1])
-
-    def scaled(self, scale: Array) -> "Transform":
-        """The transform scale * f; `scale`, one per prompt, broadcasts against quantiles and betas."""
-        return Scaled(edge=self.edge, base=self, scale=scale)
-
-    def unscaled(self, beta: Array) -> tuple["Transform", Array]:
-        """(f, beta') with f free of scales and exp(self/beta) = exp(f/beta')."""
-        return self, beta
 
 
 @lru_cache(maxsize=256)
 def _cached_nodes(transform: Transform, beta: float, tolerance: float) -> TiltedNodes:
     return tilted_nodes(transform.at_logit, 1.0 / beta, tolerance)
-
-
-@dataclass(frozen=True)
-class Scaled(Transform):
-    """scale * base; see `Transform.scaled`."""
-
-    base: Transform = field(default_factory=Transform)
-    scale: Array = 1.0
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """The base transform's, marked as scaled."""
-        return f"scaled {self.base.name}"
-
-    @property
-    def open_ends(self) -> tuple[bool, bool]:  # type: ignore[override]
-        """The base transform's."""
-        return self.base.open_ends
-
-    def __call__(self, quantile_reward: Array) -> Array:
-        return self.scale * self.base(quantile_reward)
-
-    def at_logit(self, logit: Float64) -> Float64:
-        """scale * f(sigmoid(logit)), for one scale."""
-        return np.asarray(self.scale * self.base.at_logit(logit))
-
-    def log_z(self, beta: Array) -> Array:
-        """log Z of the base transform at beta / scale; 0 where the scale is 0."""
-        base, unscaled_beta = self.unscaled(beta)
-        return base.log_z(unscaled_beta)
-
-    def nodes(self, beta: float) -> TiltedNodes:
-        """The base transform's at beta / scale, for one scale."""
-        base, unscaled_beta = self.unscaled(beta)
-        return base.nodes(float(unscaled_beta))
-
-    def unscaled(self, beta: Array) -> tuple[Transform, Array]:
-        """The base transform, and beta / scale."""
-        if is_torch(self.scale) or is_torch(beta):
-            return self.base.unscaled(beta / self.scale)
-        with np.errstate(divide="ignore"):  # scale 0 (all reference rewards equal): beta' = inf, Z = 1
-            return self.base.unscaled(np.divide(beta, self.scale))
 
 
 @dataclass(frozen=True)
@@ -262,17 +193,6 @@ class ScaledNormalIcdf(NormalIcdf):
 
     name: ClassVar[str] = "scaled-normal-icdf"
     needs_scale: ClassVar[bool] = True
-
-    def __call__(self, quantile_reward: Array) -> Array:
-        """Raise ConfigError: without scales it would be `normal-icdf`."""
-        raise _no_scale(self)
-
-    def _log_z(self, beta: Float64) -> Float64:
-        raise _no_scale(self)
-
-    def scaled(self, scale: Array) -> Transform:
-        """scale * Phi^-1(q)."""
-        return Scaled(edge=self.edge, base=NormalIcdf(edge=self.edge), scale=scale)
 
 
 @dataclass(frozen=True)
@@ -370,8 +290,9 @@ def transform_names() -> tuple[str, ...]:
     return tuple(_REGISTRY)
 
 
-def get_transform(transform: str | Transform, **parameters: Any) -> Transform:
-    """A transform by name, with its parameters (`edge`; `exponent` for `power`); or itself.
+@lru_cache(maxsize=16)
+def get_transform(transform: str | Transform) -> Transform:
+    """A transform by name, or itself.
 
     A name with a colon, "path/to/file.py:name" or "package.module:name", is a user's: a function on
     (0, 1), finite there and at both ends, the result of `from_function`, or a subclass of
@@ -379,14 +300,19 @@ def get_transform(transform: str | Transform, **parameters: Any) -> Transform:
     """
     if isinstance(transform, Transform):
         return transform
-    if ":" in transform:
-        return _own_transform(transform, tuple(sorted(parameters.items())))
-    if transform not in _REGISTRY:
+    if transform in _REGISTRY:
+        return _REGISTRY[transform]()
+    if ":" not in transform:
         raise ConfigError(
             f"transform: got {transform!r}, expected one of {', '.join(_REGISTRY)}, or a function as "
             "'path/to/file.py:function'"
         )
-    return _with_parameters(_REGISTRY[transform], transform, parameters)
+    found = load_callable(transform)
+    if isinstance(found, Transform):
+        return found
+    if isinstance(found, type) and issubclass(found, Transform):
+        return found()
+    return from_function(found, name=transform)
 
 
 def from_function(
@@ -394,30 +320,12 @@ def from_function(
     *,
     name: str = "custom",
     open_ends: tuple[bool, bool] = (False, False),
-    edge: float = 1.0,
 ) -> Transform:
     """A transform from any function on (0, 1), over float64 NumPy arrays; log Z by quadrature.
 
     `open_ends`: whether the function is infinite at 0, at 1.
     """
-    return _Function(edge=edge, function=function, label=name, ends=open_ends)
-
-
-@lru_cache(maxsize=16)
-def _own_transform(target: str, parameters: tuple[tuple[str, Any], ...]) -> Transform:
-    found = load_callable(target)
-    if isinstance(found, Transform):
-        return found
-    if isinstance(found, type) and issubclass(found, Transform):
-        return _with_parameters(found, target, dict(parameters))
-    return from_function(found, name=target, **dict(parameters))
-
-
-def _with_parameters(kind: type[Transform], name: str, parameters: dict[str, Any]) -> Transform:
-    try:
-        return kind(**parameters)
-    except TypeError as error:
-        raise ConfigError(f"transform {name}: parameters {parameters}: {error}") from error
+    return _Function(function=function, label=name, ends=open_ends)
 
 
 def reference_scale(ref_std: Array, mean_ref_std: float) -> Array:
@@ -428,13 +336,6 @@ def reference_scale(ref_std: Array, mean_ref_std: float) -> Array:
             "every prompt's reference rewards are equal: use another transform or reward"
         )
     return ref_std / mean_ref_std
-
-
-def _no_scale(transform: Transform) -> ConfigError:
-    return ConfigError(
-        f"transform {transform.name!r} needs one scale per prompt: pass scale=reference_scale(ref_std, mean_ref_std), "
-        "or use 'normal-icdf'"
-    )
 
 
 def _special(value: object = None) -> Any:

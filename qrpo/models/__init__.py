@@ -22,26 +22,6 @@ from typing import Any, Literal
 from qrpo.config import Section, outside_input
 from qrpo.errors import ModelError
 
-__all__ = [
-    "Dtype",
-    "ModelConfig",
-    "check_weights",
-    "config_json",
-    "dtype_setting",
-    "generation_config",
-    "has_float32_files",
-    "is_local",
-    "load_causal_lm",
-    "load_model_config",
-    "load_reward_model",
-    "location",
-    "model_identity",
-    "require_model",
-    "require_reward_model",
-    "saved_dtype",
-    "weight_count",
-]
-
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -258,7 +238,8 @@ def generation_config(model: ModelConfig) -> Any:
 
 def load_causal_lm(model: ModelConfig, device: str | None = None, *, empty: bool = False) -> Any:
     """The language model in evaluation mode on `device` (the first GPU if there is one, else the
-    CPU); if `empty`, on the CPU with weights that take no memory until they are set."""
+    CPU); if `empty`, with weights that are not set: on `meta`, or on the CPU, where they take no memory
+    until then."""
     from transformers import AutoModelForCausalLM
 
     if empty:
@@ -267,7 +248,7 @@ def load_causal_lm(model: ModelConfig, device: str | None = None, *, empty: bool
 
         config, arguments = load_model_config(model), _arguments(model)
         dtype = getattr(torch, saved_dtype(model))
-        with no_init_weights(), _readable_errors(model, "its code"):
+        with no_init_weights(), torch.device(device or "cpu"), _readable_errors(model, "its code"):
             loaded = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=arguments["trust_remote_code"]
             )

@@ -9,8 +9,6 @@ from typing import Any
 from qrpo.errors import ConfigError, ModelError
 from qrpo.models import ModelConfig, config_json, is_local, load_model_config
 
-__all__ = ["Limits", "context_length", "model_limits"]
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -61,11 +59,6 @@ def model_limits(model: ModelConfig, max_length: int | None = None, setting: str
             f"{setting}: got {max_length}, but {model.path} has a context of {context} tokens: lower it"
         )
     return Limits(max_length or context or sys.maxsize, int(config["vocab_size"]))
-
-
-def context_length(model: ModelConfig) -> int:
-    """Maximum number of tokens, prompt and completion together."""
-    return model_limits(model, setting="max_model_len").max_length
 
 
 # Their position embeddings start after that of the padding token.

@@ -37,8 +37,6 @@ from typing import IO, Any
 
 from qrpo.errors import EngineError, QRPOError
 
-__all__ = ["Child"]
-
 _BOOT = (
     "import json, sys; boot = json.loads(sys.argv[1]); sys.path[:] = boot['path'];"
     "from qrpo.processes.serving import serve; serve(boot['connection'], boot['parent'])"

@@ -18,8 +18,6 @@ from typing import Any
 from qrpo.callables import load_callable
 from qrpo.errors import QRPOError
 
-__all__ = ["GeneratorFunction", "serve"]
-
 _AHEAD_BYTES = 64 << 20  # how far a child may compute ahead of its reader
 
 

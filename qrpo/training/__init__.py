@@ -14,9 +14,9 @@
 - `logprobs`: log-probabilities of completions, for training and scoring
 - `head`: the output layer and softmax in chunks
 - `callbacks`: stopping or skipping bad steps, early stopping
-- `initial_check`: the policy equals its reference before the first step
+- `checks`: models that cannot be trained; the policy equals its reference before the first step
 - `adapters`: LoRA
-- `model_check`: models that cannot be trained on completions
+- `master_weights`: bfloat16 weights with float32 copies in the optimizer
 - `sharding`: FSDP2, and checkpoints that fit any number of processes
 - `saved_model`: saved models in a precision that keeps what training changed
 - `checkpoints`: complete checkpoints, written atomically

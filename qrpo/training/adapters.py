@@ -16,8 +16,6 @@ import torch
 from qrpo.errors import ConfigError
 from qrpo.training.settings import LoraConfig
 
-__all__ = ["adapters_off", "merged", "with_lora"]
-
 
 def with_lora(model: Any, config: LoraConfig, seed: int, section: str = "policy") -> Any:
     """The model with new adapters without effect, drawn from the seed; its weights are frozen."""

@@ -14,8 +14,6 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from qrpo.config import execution_option
 from qrpo.errors import ConfigError
 
-__all__ = ["CompletionSettings", "QRPOSettings", "check_settings", "setting"]
-
 T = TypeVar("T")
 
 
@@ -60,6 +58,11 @@ class CompletionSettings:
         None,
         "Compile the decoder layers with `torch.compile`; null compiles on CUDA if the run has at least 100 steps.",
         option=True,
+    )
+    weights: Literal["float32", "bfloat16"] = setting(
+        "float32",
+        "Precision of the weights in training. `bfloat16` computes faster and keeps a float32 copy in the optimizer; needs "
+        "`bf16: true` and one process.",
     )
     bad_step: Literal["stop", "skip"] = setting(
         "stop",

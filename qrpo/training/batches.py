@@ -7,8 +7,6 @@ rows are sorted, so that a batch has rows of similar length.
 from collections.abc import Sequence
 from typing import Any, Literal
 
-__all__ = ["Layout", "cut_batches", "length_sorted_batches", "saved_tokens"]
-
 Layout = Literal["padded", "packed", "shared"]
 
 # A batch with this many tokens does not gain from rows shorter than this fraction of its longest.
@@ -69,11 +67,11 @@ def cut_batches(
     else:
         if layout == "shared":
             units = _joined(units, prompts, lengths, token_budget)
-        sizes = [
-            sum(lengths[i] for i in unit)
-            - (saved_tokens([prompts[i] for i in unit]) if layout == "shared" else 0)
-            for unit in units
-        ]
+        sizes = [sum(lengths[i] for i in unit) for unit in units]
+        if layout == "shared":
+            sizes = [
+                n - saved_tokens([prompts[i] for i in unit]) for n, unit in zip(sizes, units, strict=True)
+            ]
         batches = _first_fit(sizes, token_budget)
     return [[i for unit in batch for i in units[unit]] for batch in batches], layout
 

@@ -16,8 +16,6 @@ from transformers import Trainer, TrainerCallback
 
 from qrpo.errors import TrainingError
 
-__all__ = ["EarlyStopping", "StepGuard", "mean_loss"]
-
 log = logging.getLogger("qrpo")
 
 FIRST_LOSSES = 10

@@ -14,15 +14,6 @@ from pathlib import Path
 
 from qrpo.errors import TrainingError
 
-__all__ = [
-    "UNFINISHED",
-    "commit_checkpoint",
-    "latest_checkpoint",
-    "remove_broken_checkpoints",
-    "write_error",
-    "write_marker",
-]
-
 MARKER = "whole.json"
 UNFINISHED = "unfinished"
 """The folder, next to the checkpoints, in which the next one is written."""

@@ -15,8 +15,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qrpo.training.batches import Layout
 from qrpo.training.logprobs import completion_logprobs
 
-__all__ = ["MIN_STEPS", "compile_layers"]
-
 MIN_STEPS = 100
 """Runs shorter than this do not gain what compilation costs."""
 

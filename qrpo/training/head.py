@@ -24,8 +24,6 @@ from torch.utils.checkpoint import checkpoint
 
 from qrpo.errors import ModelError
 
-__all__ = ["choose_head", "inside_forward", "probe_tokens", "token_logprobs"]
-
 
 class _Formula(NamedTuple):
     """Logits of a linear head, scaled, then capped: cap * tanh(scale * (W h + b) / cap)."""

@@ -12,7 +12,6 @@ in the step, because its collective operations wait for all. They get one row ma
 has weight 0.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, repeat
 from typing import Any, Protocol
@@ -20,9 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from qrpo.seeds import seeded_hash
 from qrpo.training.rows import collate_rows
-
-__all__ = ["RowReader", "ShuffledRows", "held_out", "is_idle", "step_loader"]
 
 IDLE = "idle"
 
@@ -62,8 +60,7 @@ class ShuffledRows:
 def held_out(prompt_id: str, fraction: float, seed: int) -> bool:
     """Whether the prompt is held out of training for `eval_loss`: a hash of its id and the seed
     against `fraction`."""
-    digest = hashlib.sha256(f"held out\0{seed}\0{prompt_id}".encode()).digest()
-    return int.from_bytes(digest[:8]) < fraction * 2**64
+    return int.from_bytes(seeded_hash("held out", seed, prompt_id)[:8]) < fraction * 2**64
 
 
 def step_loader(
@@ -123,8 +120,7 @@ class _MicroBatchSampler(Sampler):  # type: ignore[misc]
     and reads no rows."""
 
     def __init__(self, batches: int) -> None:
-        self._batches = batches
-        self._epoch = 0
+        self._batches, self._epoch = batches, 0
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch

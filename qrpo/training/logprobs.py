@@ -33,16 +33,6 @@ from qrpo.training.batches import Layout, cut_batches
 from qrpo.training.head import probe_tokens, token_logprobs
 from qrpo.training.packing import ATTENTION, attention_window, pack
 
-__all__ = [
-    "best_layout",
-    "completion_logprobs",
-    "completion_token_logprobs",
-    "score_logprobs",
-    "score_token_logprobs",
-    "set_layout",
-    "unwrapped",
-]
-
 TokenIds = Sequence[int] | npt.NDArray[Any]
 
 # Logits of one chunk, all tokens and the whole vocabulary: 16 MiB in float32 on a CPU, 256 MiB
@@ -62,13 +52,8 @@ def completion_logprobs(
 ) -> torch.Tensor:
     """Log-probabilities (B,) of B completions given their prompts: the sums of
     `completion_token_logprobs`."""
-    rows = completion_token_logprobs(
-        model,
-        prompt_token_ids,
-        completion_token_ids,
-        layout=layout,
-        chunk_elements=chunk_elements,
-    )
+    options: Any = {"layout": layout, "chunk_elements": chunk_elements}
+    rows = completion_token_logprobs(model, prompt_token_ids, completion_token_ids, **options)
     return torch.stack([row_T.sum() for row_T in rows])
 
 
@@ -89,8 +74,10 @@ def completion_token_logprobs(
     forward. The model must allow the layout (`best_layout`). Raises DataError for an empty prompt:
     nothing predicts the first token.
     """
-    prompt_lengths = [len(ids) for ids in prompt_token_ids]
-    completion_lengths = [len(ids) for ids in completion_token_ids]
+    prompt_lengths, completion_lengths = (
+        list(map(len, prompt_token_ids)),
+        list(map(len, completion_token_ids)),
+    )
     if not prompt_lengths or len(prompt_lengths) != len(completion_lengths):
         raise ValueError(
             f"expected as many prompts as completions, at least one; got {len(prompt_lengths)} and {len(completion_lengths)}"
@@ -180,11 +167,7 @@ def best_layout(model: Any, share_prompts: bool = True) -> Layout:
                 if not torch.allclose(logprobs, expected, **rounding):
                     break
                 found = layout
-        except (
-            TypeError,
-            ValueError,
-            RuntimeError,
-        ):  # the model has no such arguments, the kernel no such case
+        except (TypeError, ValueError, RuntimeError):  # no such arguments, or no such case of the kernel
             pass
         finally:
             model.train(training)
@@ -194,9 +177,8 @@ def best_layout(model: Any, share_prompts: bool = True) -> Layout:
 
 def set_layout(causal_lm: Any, layout: Layout) -> None:
     """Let a model with torch's attention use the attention function that the layout needs."""
-    needed = {("padded", ATTENTION): "sdpa", ("packed", "sdpa"): ATTENTION, ("shared", "sdpa"): ATTENTION}
-    if change := needed.get((layout, causal_lm.config._attn_implementation)):
-        causal_lm.set_attn_implementation(change)
+    if causal_lm.config._attn_implementation in ("sdpa", ATTENTION):
+        causal_lm.set_attn_implementation("sdpa" if layout == "padded" else ATTENTION)
 
 
 def score_logprobs(
@@ -245,21 +227,16 @@ def _score(
     for window in _windows(rows, WINDOW_BATCHES * token_budget):
         prompts = [row["prompt_token_ids"] for row in window for _ in row["completion_token_ids"]]
         completions = [completion for row in window for completion in row["completion_token_ids"]]
-        batches, used = cut_batches(
-            prompts, completions, token_budget, layout, window=attention_window(model)
-        )
+        widest = attention_window(model)
+        batches, used = cut_batches(prompts, completions, token_budget, layout, window=widest)
         scores: dict[int, npt.NDArray[np.float32]] = {}
         was_training = model.training
         model.eval()
         try:
             with torch.no_grad(), _autocast(model, dtype):
                 for batch in batches:
-                    found = compute(
-                        model,
-                        [prompts[i] for i in batch],
-                        [completions[i] for i in batch],
-                        layout=used,
-                    )
+                    pairs = [prompts[i] for i in batch], [completions[i] for i in batch]
+                    found = compute(model, *pairs, layout=used)
                     scores.update(zip(batch, (score.float().cpu().numpy() for score in found), strict=True))
         finally:
             model.train(was_training)
@@ -300,10 +277,9 @@ def _rows_of(prompts: Sequence[TokenIds], share: bool) -> list[list[int]]:
     """Indices of the completions in each row."""
     rows: list[list[int]] = []
     for i, prompt in enumerate(prompts):
-        if share and i and prompt is prompts[i - 1]:
-            rows[-1].append(i)
-        else:
-            rows.append([i])
+        if not (share and i and prompt is prompts[i - 1]):
+            rows.append([])
+        rows[-1].append(i)
     return rows
 
 

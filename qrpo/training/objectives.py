@@ -14,7 +14,8 @@ one first, so everything after it is the same code for all losses. The formulas 
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,114 +25,80 @@ from qrpo.method.losses import Pairs, choose_pairs, dpo_loss, qrpo_loss, rebel_l
 from qrpo.method.transforms import get_transform, reference_scale
 from qrpo.seeds import seeded_hash
 from qrpo.training.arguments import QRPOSettings
-from qrpo.training.rows import PER_COMPLETION, TrainingRow, tensor_of
-
-__all__ = [
-    "Objective",
-    "PairObjective",
-    "QuantileObjective",
-    "SftObjective",
-    "make_objective",
-    "select_completions",
-]
+from qrpo.training.rows import TrainingRow, select_completions, tensor_of
 
 Columns = dict[str, Any]
 Metrics = dict[str, torch.Tensor]
 
 
+@dataclass(frozen=True)
 class Objective:
-    """One loss over rows. `group` neighbouring completions of the flattened columns share one term."""
+    """One loss over rows, as functions of log-probabilities (B,) and columns of flattened rows."""
 
-    group = 1
+    loss: Callable[[torch.Tensor, Columns], torch.Tensor]
+    """The terms (B / group,) of the sum."""
+    metrics: Callable[[torch.Tensor, Columns], Metrics]
+    """Scalars; NaN if undefined."""
     needs: tuple[str, ...] = ()
     """Columns per completion that the loss cannot do without."""
+    choose: Callable[[TrainingRow, int], Sequence[int] | None] | None = None
+    """The completions of a row to train on at a step; None for none. Without it, all."""
+    group: int = 1
+    """Neighbouring completions that share one term."""
+    by_token: bool = False
+    """Whether the sum is divided by completion tokens instead of terms."""
 
     def select(self, rows: Sequence[TrainingRow], step: int) -> list[TrainingRow]:
         """The rows with only the completions that this loss uses, without rows that have none."""
-        return list(rows)
+        if self.choose is None:
+            return list(rows)
+        chosen = ((row, self.choose(row, step)) for row in rows)
+        return [select_completions(row, indices) for row, indices in chosen if indices is not None]
 
     def count(self, rows: Sequence[TrainingRow]) -> int:
         """The divisor of the summed loss of these selected rows."""
-        return sum(len(row["completion_token_ids"]) for row in rows) // self.group
-
-    def loss(self, logprob_B: torch.Tensor, columns: Columns) -> torch.Tensor:
-        """The terms (B / group,) of the sum, of flattened selected rows."""
-        raise NotImplementedError
-
-    def metrics(self, logprob_B: torch.Tensor, columns: Columns) -> Metrics:
-        """Scalars about flattened selected rows; NaN if undefined."""
-        raise NotImplementedError
+        lengths = [len(ids) for row in rows for ids in row["completion_token_ids"]]
+        return sum(lengths) if self.by_token else len(lengths) // self.group
 
 
-class SftObjective(Objective):
-    """Maximum likelihood of completions: all of a row's, or with `pairs` the chosen one only."""
-
-    def __init__(self, pairs: "PairSelector | None" = None) -> None:
-        self._pairs = pairs
-        self.needs = pairs.needs if pairs else ()
-
-    def select(self, rows: Sequence[TrainingRow], step: int) -> list[TrainingRow]:
-        """Each row with its chosen completion alone; the first of equally good ones."""
-        if self._pairs is None:
-            return list(rows)
-        chosen = ((row, self._pairs.chosen(row, step)) for row in rows)
-        return [select_completions(row, [index]) for row, index in chosen if index is not None]
-
-    def count(self, rows: Sequence[TrainingRow]) -> int:
-        """The number of completion tokens."""
-        return sum(len(ids) for row in rows for ids in row["completion_token_ids"])
-
-    def loss(self, logprob_B: torch.Tensor, columns: Columns) -> torch.Tensor:
-        """Negative log-likelihood (B,) in nats."""
-        return -logprob_B
-
-    def metrics(self, logprob_B: torch.Tensor, columns: Columns) -> Metrics:
-        """Mean negative log-likelihood of a whole completion, in nats."""
-        return {"completion_nll": -logprob_B.mean()} | _log_ratio(logprob_B, columns)
+def make_objective(settings: QRPOSettings, seed: int) -> Objective:
+    """The objective that `settings.loss` names; `seed` decides random pairs."""
+    if settings.loss == "qrpo":
+        return _quantile_objective(settings)
+    selector = PairSelector(settings.pairs, seed)
+    if settings.loss == "sft":
+        return sft_objective(selector)
+    return _pair_objective(settings, selector)
 
 
-class QuantileObjective(Objective):
+def sft_objective(selector: "PairSelector | None" = None) -> Objective:
+    """Maximum likelihood of completions: all of a row's, or with a selector the chosen one only.
+
+    The metric is the mean negative log-likelihood of a whole completion, in nats.
+    """
+    return Objective(
+        lambda logprob_B, columns: -logprob_B,
+        lambda logprob_B, columns: {"completion_nll": -logprob_B.mean()} | _log_ratio(logprob_B, columns),
+        selector.needs if selector else (),
+        selector.chosen if selector else None,
+        by_token=True,
+    )
+
+
+def _quantile_objective(settings: QRPOSettings) -> Objective:
     """QRPO's error of each completion (arXiv 2507.08068, equation 11)."""
 
-    needs = ("ref_logprob", "quantile_reward")
-
-    def __init__(self, settings: QRPOSettings) -> None:
-        self._settings = settings
-
-    def loss(self, logprob_B: torch.Tensor, columns: Columns) -> torch.Tensor:
-        """The squared (or absolute) residual (B,)."""
-        return self._loss(logprob_B, columns)[0]
-
-    def metrics(self, logprob_B: torch.Tensor, columns: Columns) -> Metrics:
-        """The metrics of `qrpo_loss` for (P, K) completions, masked if a prompt has fewer than K."""
-        counts = list(Counter(columns["prompt_index"]).values())
-        index_PK = torch.zeros(len(counts), max(counts), dtype=torch.long, device=logprob_B.device)
-        mask_PK = torch.zeros_like(index_PK, dtype=torch.bool)
-        for prompt, count in enumerate(counts):
-            mask_PK[prompt, :count] = True
-        index_PK[mask_PK] = torch.arange(sum(counts), device=logprob_B.device)
-        _, metrics = self._loss(logprob_B, columns, index_PK, mask_PK)
-        return metrics | {"quantile_reward": metrics["quantile_rewards/mean"]}
-
-    def _loss(
-        self,
-        logprob_B: torch.Tensor,
-        columns: Columns,
-        index: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
+    def compute(
+        logprob_B: torch.Tensor, columns: Columns, index: Any = slice(None), mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Metrics]:
         """`qrpo_loss` of completions (B,), or of those at these indices, in their shape."""
 
         def column(name: str) -> Any:
-            if name not in columns:
-                return None
-            values_B = tensor_of(columns[name], logprob_B)
-            return values_B if index is None else values_B[index]
+            return tensor_of(columns[name], logprob_B)[index] if name in columns else None
 
-        settings = self._settings
         ref_std = column("ref_std") if get_transform(settings.transform).needs_scale else None
         return qrpo_loss(
-            logprob_B if index is None else logprob_B[index],
+            logprob_B[index],
             column("ref_logprob"),
             column("quantile_reward"),
             settings.beta,
@@ -143,34 +110,25 @@ class QuantileObjective(Objective):
             loss_type=settings.loss_type,
         )
 
+    def metrics(logprob_B: torch.Tensor, columns: Columns) -> Metrics:
+        """The metrics of `qrpo_loss` for (P, K) completions, masked if a prompt has fewer than K."""
+        counts = list(Counter(columns["prompt_index"]).values())
+        index_PK = torch.zeros(len(counts), max(counts), dtype=torch.long, device=logprob_B.device)
+        mask_PK = torch.zeros_like(index_PK, dtype=torch.bool)
+        for prompt, count in enumerate(counts):
+            mask_PK[prompt, :count] = True
+        index_PK[mask_PK] = torch.arange(sum(counts), device=logprob_B.device)
+        _, found = compute(logprob_B, columns, index_PK, mask_PK)
+        return found | {"quantile_reward": found["quantile_rewards/mean"]}
 
-class PairObjective(Objective):
-    """DPO, REBEL or SimPO on one pair of completions of each prompt."""
+    needs = ("ref_logprob", "quantile_reward")
+    return Objective(lambda logprob_B, columns: compute(logprob_B, columns)[0], metrics, needs)
 
-    group = 2
 
-    def __init__(self, settings: QRPOSettings, pairs: "PairSelector") -> None:
-        self._settings = settings
-        self._pairs = pairs
-        reference = () if settings.loss == "simpo" else ("ref_logprob",)
-        regressed = (settings.rebel_reward,) if settings.loss == "rebel" else ()
-        self.needs = tuple(dict.fromkeys((*pairs.needs, *reference, *regressed)))
+def _pair_objective(settings: QRPOSettings, selector: "PairSelector") -> Objective:
+    """DPO, REBEL or SimPO on one pair of completions of each prompt; metrics have TRL's names."""
 
-    def select(self, rows: Sequence[TrainingRow], step: int) -> list[TrainingRow]:
-        """Each row with its chosen and its rejected completion, in this order."""
-        pairs = ((row, self._pairs.pair(row, step)) for row in rows)
-        return [select_completions(row, pair) for row, pair in pairs if pair]
-
-    def loss(self, logprob_B: torch.Tensor, columns: Columns) -> torch.Tensor:
-        """The loss (B / 2,) of each pair."""
-        return self._loss(logprob_B, columns)[0]
-
-    def metrics(self, logprob_B: torch.Tensor, columns: Columns) -> Metrics:
-        """Implicit rewards, margins and accuracy, under TRL's names."""
-        return self._loss(logprob_B, columns)[1] | _log_ratio(logprob_B, columns)
-
-    def _loss(self, logprob_B: torch.Tensor, columns: Columns) -> tuple[torch.Tensor, Metrics]:
-        settings = self._settings
+    def compute(logprob_B: torch.Tensor, columns: Columns) -> tuple[torch.Tensor, Metrics]:
         logprob_P2 = logprob_B.view(-1, 2)
         first_P = torch.zeros(len(logprob_P2), dtype=torch.long, device=logprob_B.device)
         pairs = Pairs(first_P, first_P + 1, torch.ones_like(first_P, dtype=torch.bool))
@@ -179,24 +137,29 @@ class PairObjective(Objective):
             return tensor_of(columns[name], logprob_B).view(-1, 2)
 
         if settings.loss == "simpo":
-            length_B = tensor_of([len(ids) for ids in columns["completion_token_ids"]], logprob_B)
-            return simpo_loss(
-                logprob_P2,
-                length_B.view(-1, 2),
-                pairs,
-                settings.beta,
-                gamma_beta_ratio=settings.gamma_beta_ratio,
-            )
+            length_P2 = tensor_of(list(map(len, columns["completion_token_ids"])), logprob_B).view(-1, 2)
+            margin = settings.gamma_beta_ratio
+            return simpo_loss(logprob_P2, length_P2, pairs, settings.beta, gamma_beta_ratio=margin)
         if settings.loss == "dpo":
             return dpo_loss(logprob_P2, column("ref_logprob"), pairs, settings.beta)
         reward_P2 = column(settings.rebel_reward)
         if settings.rebel_reward == "quantile_reward":
             transform = get_transform(settings.transform)
-            if transform.needs_scale:
-                transform = transform.scaled(reference_scale(column("ref_std"), settings.mean_ref_std or 0.0))
             num_ref = column("num_ref") if "num_ref" in columns else None
             reward_P2 = transform(transform.clamp(reward_P2, num_ref))
+            if transform.needs_scale:
+                reward_P2 = reference_scale(column("ref_std"), settings.mean_ref_std or 0.0) * reward_P2
         return rebel_loss(logprob_P2, column("ref_logprob"), reward_P2, pairs, settings.beta)
+
+    reference = () if settings.loss == "simpo" else ("ref_logprob",)
+    regressed = (settings.rebel_reward,) if settings.loss == "rebel" else ()
+    return Objective(
+        lambda logprob_B, columns: compute(logprob_B, columns)[0],
+        lambda logprob_B, columns: compute(logprob_B, columns)[1] | _log_ratio(logprob_B, columns),
+        tuple(dict.fromkeys((*selector.needs, *reference, *regressed))),
+        selector.pair,
+        group=2,
+    )
 
 
 class PairSelector:
@@ -214,17 +177,17 @@ class PairSelector:
         pairs = self._choose(row, step)
         return [int(pairs.chosen_index), int(pairs.rejected_index)] if pairs.valid.item() else None
 
-    def chosen(self, row: TrainingRow, step: int) -> int | None:
-        """Index of the chosen completion; None if the dataset's is missing."""
+    def chosen(self, row: TrainingRow, step: int) -> list[int] | None:
+        """Index of the chosen completion, the first of equally good ones; None if the dataset's is
+        missing."""
         if not self._has_dataset_completions(row, 1):
             return None
         if self._choice == "dataset" or len(row["completion_token_ids"]) < 2:
-            return 0
-        return int(self._choose(row, step).chosen_index)
+            return [0]
+        return [int(self._choose(row, step).chosen_index)]
 
     def _has_dataset_completions(self, row: TrainingRow, count: int) -> bool:
-        """Whether the first completions are the dataset's chosen and rejected ones, if they have to
-        be and the row says so."""
+        """Whether the first completions are the dataset's, if they have to be and the row says so."""
         if self._choice != "dataset" or "origin" not in row:
             return True
         first = list(zip(row["origin"], row["sample_index"], strict=True))[:count]
@@ -239,19 +202,6 @@ class PairSelector:
             digest = seeded_hash("pairs", self._seed, step, prompt)
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
         return choose_pairs(reward_1K, self._choice, generator=generator)  # type: ignore[arg-type]
-
-
-def make_objective(settings: QRPOSettings, seed: int) -> Objective:
-    """The objective that `settings.loss` names; `seed` decides random pairs."""
-    if settings.loss == "qrpo":
-        return QuantileObjective(settings)
-    pairs = PairSelector(settings.pairs, seed)
-    return SftObjective(pairs) if settings.loss == "sft" else PairObjective(settings, pairs)
-
-
-def select_completions(row: TrainingRow, indices: Sequence[int]) -> dict[str, Any]:
-    """The row with only these of its completions, in this order."""
-    return {**row, **{name: [row[name][i] for i in indices] for name in PER_COMPLETION if name in row}}
 
 
 def _log_ratio(logprob_B: torch.Tensor, columns: Columns) -> Metrics:

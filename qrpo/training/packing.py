@@ -30,8 +30,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-__all__ = ["ATTENTION", "PackedRow", "attention_window", "pack", "packed_attention"]
-
 ATTENTION = "qrpo_packed"
 
 
@@ -84,22 +82,23 @@ def pack(
     keys: list[torch.Tensor] = []
     start = 0
     for row in rows:
-        p = prompt_lengths[row[0]]
-        whole = p + completion_lengths[row[0]] if len(row) == 1 else p
-        first = torch.arange(whole)  # the conversation, or the prompt of several
+        p, shared = prompt_lengths[row[0]], len(row) > 1
+        first = torch.arange(
+            p if shared else p + completion_lengths[row[0]]
+        )  # the prompt, or the conversation
         positions.append(first)
-        lengths.append((whole, whole))
+        lengths.append((len(first), len(first)))
         prompt = start + first
         keys.append(prompt)
-        start += whole
-        for length in (completion_lengths[i] for i in row) if len(row) > 1 else ():
-            if length:
-                positions.append(torch.arange(p, p + length))
-                lengths.append((length, p + length))
-                keys += [prompt, torch.arange(start, start + length)]
-                start += length
-    shared = any(len(row) > 1 for row in rows)
-    return PackedRow(torch.cat(positions), torch.tensor(lengths).T, torch.cat(keys) if shared else None)
+        start += len(first)
+        for length in (completion_lengths[i] for i in row if shared and completion_lengths[i]):
+            own = torch.arange(length)
+            positions.append(p + own)
+            lengths.append((length, p + length))
+            keys += [prompt, start + own]
+            start += length
+    is_shared = any(len(row) > 1 for row in rows)
+    return PackedRow(torch.cat(positions), torch.tensor(lengths).T, torch.cat(keys) if is_shared else None)
 
 
 def packed_attention(

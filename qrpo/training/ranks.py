@@ -22,8 +22,6 @@ from qrpo.processes.child import Child
 from qrpo.processes.preemption import noting_sigterm, sigterm_came
 from qrpo.training.settings import OptimizationConfig
 
-__all__ = ["number_of_processes", "stream_ranks"]
-
 _POLL_SECONDS = 0.2  # between checks for a SIGTERM
 _CAUSE_SECONDS = 5.0  # when one rank fails, the others fail as a result, and may report it first
 
@@ -31,8 +29,8 @@ _CAUSE_SECONDS = 5.0  # when one rank fails, the others fail as a result, and ma
 def number_of_processes(config: OptimizationConfig) -> int:
     """The processes to train with on this machine. `auto`: the most that GPUs are visible for and
     that divide `prompts_per_step`."""
-    if config.processes != "auto":
-        return config.processes
+    if config.processes != "auto" or config.weights == "bfloat16":
+        return 1 if config.processes == "auto" else config.processes
     import torch
 
     gpus = range(1, torch.cuda.device_count() + 1)

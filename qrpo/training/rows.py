@@ -27,17 +27,6 @@ from qrpo.data.prompts import PromptsConfig, parse_row
 from qrpo.errors import DataError
 from qrpo.method.quantiles import quantile_rewards
 
-__all__ = [
-    "PER_COMPLETION",
-    "TrainingRow",
-    "collate_rows",
-    "flatten_rows",
-    "merge_columns",
-    "take",
-    "tensor_of",
-    "training_rows",
-]
-
 log = logging.getLogger("qrpo")
 
 TrainingRow = Mapping[str, Any]
@@ -50,36 +39,37 @@ def collate_rows(rows: Sequence[TrainingRow]) -> dict[str, Any]:
     return {"rows": rows}
 
 
+def select_completions(row: TrainingRow, indices: Sequence[int]) -> dict[str, Any]:
+    """The row with only these of its completions, in this order."""
+    return {**row, **{name: [row[name][i] for i in indices] for name in PER_COMPLETION if name in row}}
+
+
 def flatten_rows(rows: Sequence[TrainingRow]) -> dict[str, list[Any]]:
     """Columns with one entry per completion, B = P * K entries, prompts repeated.
 
-    Adds `length` (tokens of prompt and completion) and `prompt_index` (of the row). Columns that
-    the first row lacks are skipped, except `prompt_id`, which becomes the row's index.
+    Adds `length` (tokens of prompt and completion), `prompt_index` (of the row), and a `prompt_id`
+    where there is none. Other columns that the first row lacks are skipped.
     """
-    counts = [len(row["completion_token_ids"]) for row in rows]
-    columns: dict[str, list[Any]] = {
-        "prompt_index": [i for i, count in enumerate(counts) for _ in range(count)],
-        "length": [
-            len(row["prompt_token_ids"]) + len(ids) for row in rows for ids in row["completion_token_ids"]
-        ],
-    }
-    for name in PER_COMPLETION:
-        if name in rows[0]:
-            for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
-                if len(row[name]) != count:
-                    raise DataError(
-                        f"prompt {row.get('prompt_id', i)}: {len(row[name])} values in {name!r}, expected one for "
-                        f"each of the {count} completions"
-                    )
-            columns[name] = [value for row in rows for value in row[name]]
-    for name in PER_PROMPT:
-        if name == "prompt_id":
-            values = [row.get(name, f"row {i} of the step") for i, row in enumerate(rows)]
-        elif name in rows[0]:
-            values = [row[name] for row in rows]
-        else:
-            continue
-        columns[name] = [value for value, count in zip(values, counts, strict=True) for _ in range(count)]
+    columns: dict[str, list[Any]] = {name: [] for name in ("prompt_index", "length", "prompt_id")}
+    columns |= {name: [] for name in (*PER_PROMPT, *PER_COMPLETION) if name in rows[0]}
+    for i, row in enumerate(rows):
+        completions = row["completion_token_ids"]
+        row = {"prompt_id": f"row {i} of the step", **row}
+        known = {
+            "prompt_index": [i] * len(completions),
+            "length": [len(row["prompt_token_ids"]) + len(ids) for ids in completions],
+        }
+        for name, column in columns.items():
+            if name in PER_PROMPT:
+                column += [row[name]] * len(completions)
+                continue
+            values = known[name] if name in known else row[name]
+            if len(values) != len(completions):
+                raise DataError(
+                    f"prompt {row['prompt_id']}: {len(values)} values in {name!r}, expected one for each of the "
+                    f"{len(completions)} completions"
+                )
+            column.extend(values)
     return columns
 
 
@@ -131,68 +121,47 @@ def training_rows(dataset: Any, tokenizer: Any, needs: Sequence[str] = ("quantil
 
 def _encode_row(row: TrainingRow, index: int, tokenizer: Any, needs: Sequence[str]) -> dict[str, Any]:
     try:
-        prompt = parse_row(row, PromptsConfig.model_validate({"source": "memory"}))
-        if not prompt.offline_completions:
+        prompt = parse_row(row, PromptsConfig(source="memory"))
+        messages, tools, texts = prompt.messages, prompt.tools, prompt.offline_completions
+        if not texts:
             raise DataError("no completion to train on")
-        columns = _reward_columns(json.loads(prompt.metadata), len(prompt.offline_completions), needs)
-        if prompt.conversational or prompt.tools:
-            prompt_ids = encode_prompt(tokenizer, prompt.messages, prompt.tools)
-            completion_ids = [
-                encode_completion(tokenizer, prompt.messages, text, prompt.tools)
-                for text in prompt.offline_completions
-            ]
+        columns = _reward_columns(json.loads(prompt.metadata), len(texts), needs)
+        if prompt.conversational or tools:
+            prompt_ids = encode_prompt(tokenizer, messages, tools)
+            completion_ids = [encode_completion(tokenizer, messages, text, tools) for text in texts]
         else:
-            text = prompt.messages[-1]["content"]
-            both = [encode_text(tokenizer, text, completion) for completion in prompt.offline_completions]
+            both = [encode_text(tokenizer, messages[-1]["content"], text) for text in texts]
             prompt_ids, completion_ids = both[0][0], [ids for _, ids in both]
     except DataError as error:
         raise DataError(f"row {index} of the training dataset: {error}") from error
-    ranked = columns.pop("ranked", np.ones(len(completion_ids), dtype=bool))
-    per_completion = {"completion_token_ids": completion_ids, **columns}
-    for name in per_completion.keys() & set(PER_COMPLETION):
-        per_completion[name] = [
-            value for value, keep in zip(per_completion[name], ranked, strict=True) if keep
-        ]
-    return {
-        "prompt_id": prompt.prompt_id,
-        "prompt_token_ids": prompt_ids,
-        "num_excluded": int((~ranked).sum()),
-        **per_completion,
-    }
+    tokens = {"prompt_token_ids": prompt_ids, "completion_token_ids": completion_ids}
+    ranked = np.flatnonzero(columns.pop("ranked", np.ones(len(texts)))).tolist()
+    encoded = {"prompt_id": prompt.prompt_id, **tokens, **columns}
+    return select_completions(encoded, ranked) | {"num_excluded": len(texts) - len(ranked)}
 
 
 def _reward_columns(given: Mapping[str, Any], completions: int, needs: Sequence[str]) -> dict[str, Any]:
     """The columns that rewards determine, as far as the loss needs them."""
     if not {"reward", "quantile_reward"} & set(needs):
         return {}
-    rewards = _rewards(given)
+    names = ("chosen_reward", "rejected_reward") if "reward" not in given else ("reward",)
+    if not all(name in given for name in names):
+        raise DataError(f"no `reward`: got the columns {', '.join(given) or 'none'} in addition to the text")
+    rewards = np.array([number for name in names for number in _numbers(name, given[name])])
     if len(rewards) != completions:
         raise DataError(f"{len(rewards)} rewards for {completions} completions")
-    columns: dict[str, Any] = {"reward": np.asarray(rewards)}
-    if "quantile_reward" in needs:
-        ref_rewards = _numbers("ref_rewards", given.get("ref_rewards") or [])
-        if not ref_rewards:
-            raise DataError(
-                "no `ref_rewards`: expected the rewards of completions sampled from the reference"
-            )
-        quantiles = quantile_rewards(np.asarray([rewards]), np.asarray([ref_rewards]))
-        columns["quantile_reward"] = np.asarray(quantiles[0], dtype=np.float32)
-        columns["ranked"] = ~(
-            (columns["reward"] == min(ref_rewards)) & (columns["reward"] == max(ref_rewards))
-        )
-        columns["num_ref"] = len(ref_rewards)
-        columns["ref_std"] = float(np.std(ref_rewards, ddof=1)) if len(ref_rewards) > 1 else 0.0
-    return columns
-
-
-def _rewards(given: Mapping[str, Any]) -> list[float]:
-    if "reward" in given:
-        return _numbers("reward", given["reward"])
-    if "chosen_reward" in given and "rejected_reward" in given:
-        return _numbers("chosen_reward", given["chosen_reward"]) + _numbers(
-            "rejected_reward", given["rejected_reward"]
-        )
-    raise DataError(f"no `reward`: got the columns {', '.join(given) or 'none'} in addition to the text")
+    if "quantile_reward" not in needs:
+        return {"reward": rewards}
+    ref_rewards = _numbers("ref_rewards", given.get("ref_rewards") or [])
+    if not ref_rewards:
+        raise DataError("no `ref_rewards`: expected the rewards of completions sampled from the reference")
+    return {
+        "reward": rewards,
+        "quantile_reward": quantile_rewards(rewards[None], [ref_rewards])[0].astype(np.float32),
+        "ranked": (rewards != min(ref_rewards)) | (rewards != max(ref_rewards)),
+        "num_ref": len(ref_rewards),
+        "ref_std": float(np.std(ref_rewards, ddof=1)) if len(ref_rewards) > 1 else 0.0,
+    }
 
 
 def _numbers(column: str, value: Any) -> list[float]:

@@ -25,13 +25,12 @@ from qrpo.processes.preemption import noting_sigterm, sigterm_came
 from qrpo.training.adapters import with_lora
 from qrpo.training.checkpoints import UNFINISHED, latest_checkpoint, remove_broken_checkpoints
 from qrpo.training.logprobs import unwrapped
-from qrpo.training.objectives import SftObjective
+from qrpo.training.memory import device_bytes, planned_memory
+from qrpo.training.objectives import sft_objective
 from qrpo.training.saved_model import ModelSaver
 from qrpo.training.settings import OptimizationConfig, PolicyConfig, SftConfig
 from qrpo.training.trainer import CompletionTrainer, QRPOTrainer
 from qrpo.training.trainer_arguments import training_arguments
-
-__all__ = ["load_policy", "train_policy", "train_sft", "training_arguments"]
 
 OnProgress = Callable[[dict[str, Any]], None]
 Saving = Callable[[], AbstractContextManager[None]]
@@ -40,7 +39,7 @@ Saving = Callable[[], AbstractContextManager[None]]
 def train_policy(
     model: ModelConfig | str | Path,
     dataset: Any,
-    config: PolicyConfig,
+    config: PolicyConfig | SftConfig,
     output_dir: str | Path,
     *,
     seed: int = 0,
@@ -49,100 +48,38 @@ def train_policy(
     on_progress: OnProgress | None = None,
     saving: Saving = nullcontext,
 ) -> Path:
-    """Train the reference `model` into a policy on rows of shards; returns the folder
-    `output_dir/final`.
+    """Train `model` to the end; returns the folder `output_dir/final`.
 
-    `dataset` is what `QRPOTrainer` takes: rows, or a reader with `iterate(epoch, start)` and a
-    length. `seed` is used if the section has none. `eval_rows` are held out for `eval_loss`. If the
-    run is killed, the same call resumes from its newest complete checkpoint (`resume`) and ends
-    with the same weights. Each checkpoint is written within the context manager that `saving`
-    returns. Writes `metrics.parquet` next to `final`, and `checkpoints/<step>` if
-    `config.checkpoint_steps` is set. Raises TrainingError if the reference does not match, or if
-    the loss is not finite.
+    With a PolicyConfig, `model` is the reference and `dataset` what `QRPOTrainer` takes: rows of
+    shards, or a reader with `iterate(epoch, start)` and a length. With an SftConfig the model is
+    fine-tuned on all completions of the rows. `seed` is used if the section has none. `eval_rows`
+    are held out for `eval_loss`. `on_progress` is called after each logged step with `step`,
+    `total_steps`, `epoch`, `loss` and the other metrics.
+
+    If the run is killed, the same call resumes from its newest complete checkpoint (`resume`) and
+    ends with the same weights. Each checkpoint is written within the context manager that `saving`
+    returns. A SIGTERM saves a checkpoint after the current step, then raises TrainingError, as do a
+    checkpoint that cannot be written, a reference that does not match, and a loss that is not
+    finite. In a process that `torchrun` or `accelerate launch` started this is one rank's part, and
+    all ranks must call it.
     """
+    if hasattr(dataset, "__len__") and not len(dataset):
+        raise DataError("there are no rows to train on: look at the rejects of the earlier stages")
+    model, output_dir = _model_config(model), Path(output_dir)
     arguments = training_arguments(config, output_dir, seed)
-    if eval_rows:
-        arguments.eval_strategy = "steps"
-    require_rows(dataset)
-    policy = _model_to_train(model, config, arguments, "policy")
-    trainer = QRPOTrainer(policy, arguments, dataset, _tokenizer(model), eval_dataset=eval_rows)
-    trainer.around_save = saving
-    return run_training(
-        trainer, model, Path(output_dir), resume, on_progress, config.checkpoint_steps, config.save_dtype
-    )
-
-
-def train_sft(
-    model: ModelConfig | str | Path,
-    rows: Any,
-    config: SftConfig,
-    output_dir: str | Path,
-    *,
-    seed: int = 0,
-    resume: bool = True,
-    on_progress: OnProgress | None = None,
-    saving: Saving = nullcontext,
-) -> Path:
-    """Supervised fine-tuning of `model` on rows of `prompt_token_ids` and `completion_token_ids` (a
-    list of token lists): a sequence, or a reader as for `train_policy`.
-
-    Returns the folder `output_dir/final`; resumes and reports as `train_policy` does.
-    """
-    require_rows(rows)
-    arguments = training_arguments(config, output_dir, seed)
-    policy = _model_to_train(model, config, arguments, "reference.sft")
-    trainer = CompletionTrainer(policy, arguments, rows, SftObjective(), processing_class=_tokenizer(model))
-    trainer.around_save = saving
-    return run_training(trainer, model, Path(output_dir), resume, on_progress, save_dtype=config.save_dtype)
-
-
-def load_policy(model: ModelConfig | str | Path, device: str | None = None) -> Any:
-    """The model to train, or to score with as training does: float32 weights, in evaluation mode.
-
-    Mixed precision needs float32 weights; a reference scored with them in the same autocast agrees
-    with the policy at step 0. `device` defaults to the first GPU, or the CPU if there is none.
-    """
-    return load_causal_lm(_float32(model), device)
-
-
-def _model_to_train(
-    model: ModelConfig | str | Path, config: OptimizationConfig, arguments: Any, section: str
-) -> Any:
-    """The model on this rank's device. If it will be sharded, on the CPU, and on the ranks after
-    the first without weights: the trainer distributes those of the first."""
-    device = str(arguments.device)  # the first use selects this rank's device
-    if not arguments.fsdp:
-        policy = load_policy(model, device)
-    elif arguments.process_index == 0:
-        policy = load_policy(model, "cpu")
+    policy, tokenizer = _model_to_train(model, config, arguments), load_tokenizer(model, chat_template=False)
+    if isinstance(config, PolicyConfig):
+        arguments.eval_strategy = "steps" if eval_rows else arguments.eval_strategy
+        trainer: Any = QRPOTrainer(policy, arguments, dataset, tokenizer, eval_dataset=eval_rows)
+        every = config.checkpoint_steps
     else:
-        policy = load_causal_lm(_float32(model), empty=True)
-    return policy if config.lora is None else with_lora(policy, config.lora, arguments.seed, section)
-
-
-def run_training(
-    trainer: CompletionTrainer,
-    model: ModelConfig | str | Path,
-    output_dir: Path,
-    resume: bool,
-    on_progress: OnProgress | None,
-    checkpoint_steps: int | None = None,
-    save_dtype: str = "auto",
-) -> Path:
-    """Train to the end, from the newest complete checkpoint if `resume`; returns
-    `output_dir/final`.
-
-    Every `checkpoint_steps` steps the model is kept as `output_dir/checkpoints/<step>`.
-    `on_progress` is called after each logged step with `step`, `total_steps`, `epoch`, `loss` and
-    the other metrics. Models are saved in `save_dtype` (see `OptimizationConfig`). A
-    SIGTERM saves a checkpoint after the current step, then raises TrainingError, as does a
-    checkpoint that cannot be written. In a process that `torchrun` or `accelerate launch` started,
-    this is one rank's part, and all ranks must call it.
-    """
+        trainer = CompletionTrainer(policy, arguments, dataset, sft_objective(), processing_class=tokenizer)
+        every = None
+    trainer.around_save = saving
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    saver = ModelSaver(trainer, _model_config(model), output_dir, save_dtype, checkpoint_steps)
-    settle_generation_config(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class)
+    saver = ModelSaver(trainer, model, output_dir, config.save_dtype, every)
+    settle_generation_config(policy, tokenizer)
     trainer.add_callback(_ReportAndStop(trainer, on_progress))
     trainer.add_callback(saver)
     if trainer.args.should_save:
@@ -166,6 +103,31 @@ def run_training(
     return output_dir / "final"
 
 
+def load_policy(model: ModelConfig | str | Path, device: str | None = None) -> Any:
+    """The model to train, or to score with as training does: float32 weights, in evaluation mode.
+
+    Mixed precision needs float32 weights; a reference scored with them in the same autocast agrees
+    with the policy at step 0. `device` defaults to the first GPU, or the CPU if there is none.
+    """
+    return load_causal_lm(_float32(model), device)
+
+
+def _model_to_train(model: ModelConfig, config: OptimizationConfig, arguments: Any) -> Any:
+    """The model on this rank's device. If it will be sharded, on the CPU, and on the ranks after
+    the first without weights: the trainer distributes those of the first."""
+    device = str(arguments.device)  # the first use selects this rank's device
+    if available := device_bytes(arguments.device):
+        planned_memory(model, config, arguments.world_size, available)
+    if not arguments.fsdp:
+        policy = load_causal_lm(model.model_copy(update={"dtype": config.weights}), device)
+    elif arguments.process_index == 0:
+        policy = load_policy(model, "cpu")
+    else:
+        policy = load_causal_lm(_float32(model), empty=True)
+    section = "policy" if isinstance(config, PolicyConfig) else "reference.sft"
+    return policy if config.lora is None else with_lora(policy, config.lora, arguments.seed, section)
+
+
 def settle_generation_config(model: Any, tokenizer: Any) -> None:
     """Make the model's generation config one that can be saved and that ends at the turn's end.
 
@@ -174,7 +136,7 @@ def settle_generation_config(model: Any, tokenizer: Any) -> None:
     """
     config = unwrapped(model).generation_config
     ends = config.eos_token_id
-    ends = [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]
+    ends = [end for end in (ends if isinstance(ends, (list, tuple)) else [ends]) if end is not None]
     end = end_of_turn(tokenizer) if tokenizer is not None else None
     if end is not None and end not in ends:
         config.eos_token_id = [*ends, end] if ends else end
@@ -190,22 +152,12 @@ def settle_generation_config(model: Any, tokenizer: Any) -> None:
         ) from None
 
 
-def require_rows(dataset: Any) -> None:
-    """Raise DataError if a sized dataset has no rows."""
-    if hasattr(dataset, "__len__") and not len(dataset):
-        raise DataError("there are no rows to train on: look at the rejects of the earlier stages")
-
-
 def _model_config(model: ModelConfig | str | Path) -> ModelConfig:
     return model if isinstance(model, ModelConfig) else ModelConfig(path=str(model))
 
 
 def _float32(model: ModelConfig | str | Path) -> ModelConfig:
     return _model_config(model).model_copy(update={"dtype": "float32"})
-
-
-def _tokenizer(model: ModelConfig | str | Path) -> Any:
-    return load_tokenizer(model if isinstance(model, ModelConfig) else str(model), chat_template=False)
 
 
 def _stopped(trainer: CompletionTrainer) -> bool:

@@ -21,13 +21,10 @@ from transformers import TrainerCallback
 
 from qrpo.models import ModelConfig, load_model_config, saved_dtype
 from qrpo.training.adapters import merged
-from qrpo.training.batches import length_sorted_batches
 from qrpo.training.checkpoints import UNFINISHED, write_error
 from qrpo.training.rows import flatten_rows, take
-from qrpo.training.sharding import reshard, whole_weights
+from qrpo.training.sharding import whole_weights
 from qrpo.training.trainer import CompletionTrainer
-
-__all__ = ["ModelSaver"]
 
 log = logging.getLogger("qrpo")
 
@@ -136,34 +133,21 @@ class ModelSaver(TrainerCallback):  # type: ignore[misc]
     def _logprobs(self, model: Any) -> torch.Tensor:
         """Log-probabilities of some training rows, the same in every call, in the training
         precision. All ranks must call it."""
-        trainer, dataset = self._trainer, self._trainer.train_dataset
+        dataset = self._trainer.train_dataset
         rows = dataset.iterate(0) if hasattr(dataset, "iterate") else iter(dataset)
         columns = flatten_rows([row for row in islice(rows, MEASURED) if len(row["completion_token_ids"])])
         columns = take(columns, range(min(MEASURED, len(columns["length"]))))
-        logprob_B = torch.zeros(len(columns["length"]))
-        training = model.training
-        model.eval()
-        with torch.no_grad():
-            for indices in length_sorted_batches(columns["length"], trainer.args.token_budget):
-                logprob_B[indices] = trainer.logprobs(model, take(columns, indices)).float().cpu()
-        model.train(training)
-        reshard(model)
-        return logprob_B
+        return self._trainer.score(model, columns).float().cpu()
 
 
 def _write_metrics(history: list[dict[str, float]], path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import polars as pl
 
     by_step: dict[int, dict[str, float]] = {}
     for entry in history:
         by_step.setdefault(int(entry["step"]), {}).update(entry)
-    rows = [by_step[step] for step in sorted(by_step)]
-    names = dict.fromkeys(name for row in rows for name in row)
-    columns = {
-        name: pa.array([row.get(name) for row in rows], pa.int64() if name == "step" else pa.float64())
-        for name in ("step", *(name for name in names if name != "step"))
-    }
+    names = dict.fromkeys(name for entry in history for name in entry)
+    schema = {"step": pl.Int64} | {name: pl.Float64 for name in names if name != "step"}
     temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.table(columns), temporary)
+    pl.DataFrame([by_step[step] for step in sorted(by_step)], schema, strict=False).write_parquet(temporary)
     temporary.rename(path)

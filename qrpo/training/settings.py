@@ -27,8 +27,6 @@ from qrpo.errors import ConfigError
 from qrpo.method.transforms import get_transform
 from qrpo.training.arguments import CompletionSettings, QRPOSettings
 
-__all__ = ["LoraConfig", "OptimizationConfig", "PolicyConfig", "SftConfig"]
-
 # Keys of earlier versions: what replaces them.
 RENAMED = {
     "epochs": "`num_train_epochs`",
@@ -83,7 +81,7 @@ EXECUTION_PREFIXES = ("logging_", "log_", "ddp_", "trackio_")
 class LoraConfig(Section):
     """Low-rank adapters to train instead of the weights."""
 
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=4096)
     """Rank of each adapter."""
     alpha: float = Field(default=32.0, gt=0)
     """Adapters are scaled by alpha / rank."""
@@ -120,7 +118,7 @@ class OptimizationConfig(Section, CompletionSettings):
     """Passes over the data; ignored if max_steps is set."""
     max_steps: int | None = Field(default=None, ge=1)
     """Total number of optimizer steps; null trains for num_train_epochs."""
-    prompts_per_step: int = Field(default=128, ge=1)
+    prompts_per_step: int = Field(default=128, ge=1, lt=2**31)
     """Prompts, each with all its completions, in one optimizer step over all processes."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's decoupled weight decay."""
@@ -168,6 +166,8 @@ class OptimizationConfig(Section, CompletionSettings):
             raise ValueError(
                 f"prompts_per_step is {self.prompts_per_step}, expected a multiple of the {self.processes} processes"
             )
+        if self.weights == "bfloat16" and not (self.bf16 and self.processes in ("auto", 1)):
+            raise ValueError("weights: bfloat16 needs bf16: true, and one process")
         if self.lora is not None and self.fsdp:
             raise ValueError(
                 "lora: cannot be merged from sharded weights; set fsdp to false, adapters need little memory"
@@ -176,7 +176,11 @@ class OptimizationConfig(Section, CompletionSettings):
 
     def idle_fields(self) -> frozenset[str]:
         """Settings without an effect."""
-        used = {"lora": self.lora is not None, "save_dtype": self.save_dtype != "auto"}
+        used = {
+            "lora": self.lora is not None,
+            "save_dtype": self.save_dtype != "auto",
+            "weights": self.weights != "float32",
+        }
         return frozenset(name for name, is_used in used.items() if not is_used)
 
     @property
@@ -298,9 +302,12 @@ def _further_arguments(section: str, given: dict[str, Any]) -> dict[str, Any]:
         elif name in known:
             try:
                 valid = _validated(known[name], value)
-                if valid != defaults[name]:  # written out, a default changes no fingerprint
-                    checked[name] = valid
-                continue
+                if valid == defaults[name]:  # written out, a default changes no fingerprint
+                    continue
+                checked[name] = valid
+                if not (isinstance(valid, (int, float)) and valid < 0):
+                    continue
+                kind = _error("must not be negative")  # some fail only in the first step
             except ValidationError as error:
                 kind = _error(error.errors()[0]["msg"])
         errors.append(InitErrorDetails(type=kind, loc=(name,), input=value))
@@ -317,7 +324,9 @@ def _validated(annotation: Any, value: Any) -> Any:
     """A value of a field of `TrainingArguments` as plain YAML has it; names of an enumeration must
     be among its values."""
     enums = [kind for kind in get_args(annotation) if isinstance(kind, type) and issubclass(kind, Enum)]
-    checked = TypeAdapter(enums[0] if enums else annotation).validate_python(value, strict=not enums)
+    finite = ConfigDict(allow_inf_nan=False)
+    adapter = TypeAdapter(enums[0] if enums else annotation, config=finite)
+    checked = adapter.validate_python(value, strict=not enums)
     return checked.value if isinstance(checked, Enum) else checked
 
 

@@ -5,25 +5,31 @@ result. Gathered in bfloat16, which takes half the communication, norms and embe
 rounded, and what the model returns too: bfloat16 cannot represent the log-probability of a whole
 completion.
 
-Checkpoints hold whole tensors in the files of an unsharded run. So a run resumes with any number of
-processes, sharded or not.
+A checkpoint has the whole weights as an ordinary model folder, and the optimizer's state in the format
+of `torch.distributed.checkpoint`, to which each process writes its share. So a run resumes with any
+number of processes, sharded or not.
 """
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import DistributedType, PartialState
 from safetensors import safe_open
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 
 from qrpo.errors import ConfigError, TrainingError
+from qrpo.training.master_weights import keep_masters, masters_loaded
 
-__all__ = ["ShardingTrainer", "reshard", "whole_weights"]
-
-OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # the Trainer's own names
+OPTIMIZER, SCHEDULER, EARLIER_OPTIMIZER = "optimizer", "scheduler.pt", "optimizer.pt"
 
 
 class ShardingTrainer(Trainer):  # type: ignore[misc]
@@ -33,6 +39,8 @@ class ShardingTrainer(Trainer):  # type: ignore[misc]
         """Also keep float32 weights, and shard on CPUs, where torch can but accelerate does not ask
         it to."""
         args = self.args
+        if args.weights == "bfloat16" and args.world_size > 1:
+            raise ConfigError("weights: bfloat16 trains in one process, and there are several: use float32")
         if args.fsdp:
             if args.world_size == 1:
                 raise ConfigError(
@@ -62,6 +70,14 @@ class ShardingTrainer(Trainer):  # type: ignore[misc]
                     weight.copy_(distribute_tensor(loaded, weight.device_mesh, weight.placements))
         return prepared
 
+    def create_optimizer(self, *arguments: Any) -> Any:
+        """Also keep float32 copies of bfloat16 weights."""
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(*arguments)
+        if created and self.args.weights == "bfloat16":
+            keep_masters(optimizer)
+        return optimizer
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model as `save_pretrained` does. All ranks must call it."""
         if self.is_fsdp_enabled:
@@ -72,24 +88,39 @@ class ShardingTrainer(Trainer):  # type: ignore[misc]
             super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_fsdp_enabled:
-            state = _whole_state(self.optimizer)
-            if self.args.should_save:
-                torch.save(state, Path(output_dir, OPTIMIZER))
-                torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER))
-        else:
-            super()._save_optimizer_and_scheduler(output_dir)
+        with _quiet_alone() as alone:
+            folder = Path(output_dir, OPTIMIZER)
+            checkpoint.save(self._optimizer_state(), checkpoint_id=folder, no_dist=alone)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER))
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.is_fsdp_enabled and checkpoint is not None:
-            _load_state(self.optimizer, torch.load(Path(checkpoint, OPTIMIZER), mmap=True))
-            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER)))
-        else:
-            super()._load_optimizer_and_scheduler(checkpoint)
+    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
+        if folder is None or Path(folder, EARLIER_OPTIMIZER).is_file():
+            super()._load_optimizer_and_scheduler(folder)
+            return
+        try:
+            with masters_loaded(self._inner_optimizer()), _quiet_alone() as alone:
+                state = self._optimizer_state()
+                checkpoint.load(state, checkpoint_id=Path(folder, OPTIMIZER), no_dist=alone)
+                set_optimizer_state_dict(self.model, self._inner_optimizer(), state)
+        except (CheckpointException, KeyError, ValueError) as error:
+            raise TrainingError(
+                f"{folder} is a checkpoint of another model or another optimizer: resume with the settings that it was written "
+                f"with, or delete it ({str(error).splitlines()[0]})"
+            ) from error
+        self.lr_scheduler.load_state_dict(torch.load(Path(folder, SCHEDULER)))
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state by weight names, each rank's share of it where it is sharded."""
+        return get_optimizer_state_dict(self.model, self._inner_optimizer())  # type: ignore[no-any-return]
+
+    def _inner_optimizer(self) -> Any:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        if (folder / "optimizer.bin").is_file():
+        earlier = (EARLIER_OPTIMIZER if self.is_fsdp_enabled else "", "optimizer.bin")
+        if any((folder / name).is_file() for name in earlier):
             raise TrainingError(
                 f"{folder}: an earlier version wrote this checkpoint, from a sharded model. Finish the run with that version, or "
                 "delete the folder to start again"
@@ -104,6 +135,14 @@ class ShardingTrainer(Trainer):  # type: ignore[misc]
             _load_weights(self.model, Path(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
+
+
+@contextmanager
+def _quiet_alone() -> Iterator[bool]:
+    """Whether this is the only process, of which torch would warn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield not torch.distributed.is_initialized()
 
 
 def reshard(model: torch.nn.Module) -> None:
@@ -135,29 +174,6 @@ def _load_weights(model: torch.nn.Module, folder: Path) -> None:
         with safe_open(file, "pt") as saved:
             for name in saved.keys():  # noqa: SIM118
                 weights[name].copy_(_share(saved.get_tensor(name), weights[name]))
-
-
-def _whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's `state_dict` with whole tensors; as `whole_weights` does."""
-    state: dict[str, Any] = optimizer.state_dict()
-    of_params = {
-        number: {name: _whole(value) for name, value in values.items()}
-        for number, values in state["state"].items()
-    }
-    return {**state, "state": of_params}
-
-
-def _load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load each rank's share of a `state_dict` with whole tensors."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    of_params = {
-        number: {
-            name: _share(value, params[number]) if torch.is_tensor(value) and value.dim() else value
-            for name, value in values.items()
-        }
-        for number, values in state["state"].items()
-    }
-    optimizer.load_state_dict({**state, "state": of_params})
 
 
 def _whole(value: Any) -> Any:

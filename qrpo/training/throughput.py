@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["Meter"]
-
 # Dense bfloat16 peaks in operations per second (vendors' data sheets), by part of the device name.
 PEAK_BF16 = {
     "B200": 2.25e15,
@@ -30,14 +28,11 @@ class Meter:
 
     def __init__(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
         head = model.get_output_embeddings().weight
-        embedding = model.get_input_embeddings().weight
-        outside = {id(embedding), id(head)}
-        body = [p for p in model.parameters() if id(p) not in outside]
-        self._body = sum(_operations(p) for p in body)
+        outside = {id(model.get_input_embeddings().weight), id(head)}
+        self._body = sum(_operations(weight) for weight in model.parameters() if id(weight) not in outside)
         self._head = _operations(head)
         self._peak = _peak(next(model.parameters()).device, dtype)
-        self._tokens = 0.0
-        self._flops = 0.0
+        self._tokens = self._flops = 0.0
         self._since: tuple[float, int] | None = None
 
     def start(self, step: int) -> None:
@@ -45,9 +40,8 @@ class Meter:
         self._since = self._since or (time.perf_counter(), step)
 
     def add(self, tokens: float, completion_tokens: float, saved: float = 0) -> None:
-        """Count the tokens of prompts and completions together, and of completions alone, that a
-        process trained on, in the mean over processes. `saved` of the former needed no forward, because completions shared
-        their prompt's."""
+        """Count what a process trained on, in the mean over processes: all tokens, and those of
+        completions. `saved` tokens needed no forward, because completions shared their prompt's."""
         self._tokens += tokens
         self._flops += (tokens - saved) * self._body + completion_tokens * self._head
 

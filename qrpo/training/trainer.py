@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
+from torch.distributed.checkpoint import CheckpointException
 
 from qrpo.errors import ConfigError, DataError
 from qrpo.method.transforms import get_transform
@@ -34,21 +35,26 @@ from qrpo.training.adapters import adapters_off
 from qrpo.training.batches import Layout, cut_batches, saved_tokens
 from qrpo.training.callbacks import EarlyStopping, StepGuard, mean_loss
 from qrpo.training.checkpoints import UNFINISHED, commit_checkpoint, write_error
+from qrpo.training.checks import ROUNDING, check_model, check_reference
 from qrpo.training.compiling import MIN_STEPS, compile_layers
 from qrpo.training.head import choose_head, inside_forward
-from qrpo.training.initial_check import ROUNDING, check_reference
 from qrpo.training.loader import ShuffledRows, is_idle, step_loader
 from qrpo.training.logprobs import best_layout, completion_logprobs, score_logprobs, set_layout, unwrapped
 from qrpo.training.memory import default_token_budget, needs_checkpointing
-from qrpo.training.model_check import check_model
-from qrpo.training.objectives import Objective, make_objective, select_completions
+from qrpo.training.objectives import Objective, make_objective
 from qrpo.training.packing import attention_window
-from qrpo.training.rows import PER_COMPLETION, collate_rows, flatten_rows, merge_columns, take, training_rows
+from qrpo.training.rows import (
+    PER_COMPLETION,
+    collate_rows,
+    flatten_rows,
+    merge_columns,
+    select_completions,
+    take,
+    training_rows,
+)
 from qrpo.training.sharding import ShardingTrainer, reshard
 from qrpo.training.throughput import Meter
 from qrpo.training.trainer_arguments import CompletionTrainingArguments, QRPOConfig
-
-__all__ = ["CompletionTrainer", "CompletionTrainingArguments", "QRPOConfig", "QRPOTrainer"]
 
 
 class CompletionTrainer(ShardingTrainer):
@@ -65,7 +71,7 @@ class CompletionTrainer(ShardingTrainer):
         **options: Any,
     ) -> None:
         """`options` are further arguments of `transformers.Trainer`, such as `eval_dataset`."""
-        check_model(model, args.learning_rate)
+        check_model(model, args.learning_rate, args.weights == "bfloat16")
         super().__init__(
             model=model, args=args, data_collator=collate_rows, train_dataset=train_dataset, **options
         )
@@ -139,6 +145,19 @@ class CompletionTrainer(ShardingTrainer):
                 model, inner, compute, batch["prompt_token_ids"], batch["completion_token_ids"]
             )
 
+    def score(self, model: torch.nn.Module, columns: dict[str, Any]) -> torch.Tensor:
+        """log pi(y|x) (B,) of flattened rows in the training precision, without gradients. The ranks
+        of a sharded model must call it with the same rows."""
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            batches, layout = self._micro_batches(columns, 1)
+            parts = [self.logprobs(model, take(columns, indices), layout) for indices in batches]
+        model.train(training)
+        reshard(model)
+        order = torch.tensor([index for indices in batches for index in indices])
+        return torch.cat(parts)[order.argsort()]
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -148,19 +167,10 @@ class CompletionTrainer(ShardingTrainer):
         if not rows:
             raise DataError("no held-out row has completions for this loss")
         columns = flatten_rows(rows)
-        total, seen_B = 0.0, torch.zeros(len(columns["length"]), device=self.args.device)
-        self.model.eval()
-        with torch.no_grad():
-            micro_batches, layout = self._micro_batches(columns, self.objective.group)
-            for indices in micro_batches:
-                batch = take(columns, indices)
-                logprob_B = self.logprobs(self.model_wrapped, batch, layout)
-                total += self.objective.loss(logprob_B, batch).sum().item()
-                seen_B[indices] = logprob_B.to(seen_B.dtype)
-            found = self.objective.metrics(seen_B, columns)
-        reshard(self.model)
+        logprob_B = self.score(self.model_wrapped, columns)
+        found = self.objective.metrics(logprob_B, columns)
+        found["loss"] = self.objective.loss(logprob_B, columns).double().sum() / self.objective.count(rows)
         metrics = {f"{metric_key_prefix}_{name}": value.item() for name, value in found.items()}
-        metrics[f"{metric_key_prefix}_loss"] = total / self.objective.count(rows)
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -175,15 +185,10 @@ class CompletionTrainer(ShardingTrainer):
         terms on all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         step = self.state.global_step
-        batches = [
-            {
-                "rows": []
-                if is_idle(batch["rows"])
-                else self.objective.select(self._usable(batch["rows"]), step),
-                "placeholder": [_placeholder(batch["rows"])],
-            }
-            for batch in batches
-        ]
+        for batch in batches:
+            rows = batch["rows"]
+            batch["placeholder"] = [_placeholder(rows)]
+            batch["rows"] = [] if is_idle(rows) else self.objective.select(self._usable(rows), step)
         count = torch.tensor(sum(self.objective.count(batch["rows"]) for batch in batches), device=device)
         return batches, self.accelerator.reduce(count, "sum").clamp(min=1)
 
@@ -200,8 +205,7 @@ class CompletionTrainer(ShardingTrainer):
         super().log(logs, start_time)
 
     def _means_since_last_log(self) -> dict[str, float]:
-        ranks = gather_object([self._seen]) if self.accelerator.num_processes > 1 else [self._seen]
-        self._seen = []
+        ranks, self._seen = gather_object([self._seen]), []
         sums: dict[str, tuple[float, int]] = {}
         for of_ranks in zip(*ranks, strict=True):
             if not (parts := [part for part in of_ranks if part is not None]):
@@ -238,7 +242,7 @@ class CompletionTrainer(ShardingTrainer):
         window = attention_window(self.model)
         return cut_batches(prompts, completions, self.args.token_budget, self._layout, group, window)
 
-    def _try_model(self) -> Layout:
+    def _try_model(self) -> Any:
         """How to compute the model's logits (`choose_head`) and its rows' layout. Rank 0 tries, since
         only it has the weights of a model that will be sharded."""
         inner, found = unwrapped(self.model), None
@@ -249,10 +253,7 @@ class CompletionTrainer(ShardingTrainer):
         if self.accelerator.is_main_process:
             head = choose_head(inner)
             found = head, best_layout(self.model, args.share_prompts and not on_cuda) if packs else "padded"
-        if self.accelerator.num_processes > 1:
-            (found,) = broadcast_object_list([found])
-        assert found is not None
-        head, layout = found
+        head, layout = broadcast_object_list([found])[0]
         choose_head(inner, head)
         set_layout(inner, layout)
         return layout
@@ -297,30 +298,25 @@ class CompletionTrainer(ShardingTrainer):
         return str(Path(folder, UNFINISHED)) if self._saving else folder
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        with self.around_save() if self.args.should_save else nullcontext():
-            self._write_checkpoint(model, trial)
-
-    def _write_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write a checkpoint to a temporary folder, then rename it; raises TrainingError if it
         cannot be written."""
-        state, folder = self.state, Path(self._get_output_dir(trial))
-        self._saving = True
-        try:
-            super()._save_checkpoint(model, trial)
-            best = None
-            if state.best_global_step:  # the Trainer noted the temporary folder
-                best = folder / f"checkpoint-{state.best_global_step}"
-                state.best_model_checkpoint = str(best)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                written = folder / UNFINISHED / f"checkpoint-{state.global_step}"
-                if best is not None:
+        args, state, folder, best = self.args, self.state, Path(self._get_output_dir(trial)), None
+        with self.around_save() if args.should_save else nullcontext():
+            self._saving = True
+            try:
+                super()._save_checkpoint(model, trial)
+                if state.best_global_step:  # the Trainer noted the temporary folder
+                    best = folder / f"checkpoint-{state.best_global_step}"
+                    state.best_model_checkpoint = str(best)
+                self.accelerator.wait_for_everyone()
+                if args.should_save:
+                    written = folder / UNFINISHED / f"checkpoint-{state.global_step}"
                     state.save_to_json(str(written / "trainer_state.json"))
-                commit_checkpoint(folder, state.global_step, keep=self.args.save_total_limit, keep_also=best)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise write_error(f"the checkpoint of step {state.global_step}", folder, error) from error
-        finally:
-            self._saving = False
+                    commit_checkpoint(folder, state.global_step, keep=args.save_total_limit, keep_also=best)
+            except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+                raise write_error(f"the checkpoint of step {state.global_step}", folder, error) from error
+            finally:
+                self._saving = False
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         best: bool = super()._determine_best_metric(metrics, trial)
@@ -366,9 +362,9 @@ class QRPOTrainer(CompletionTrainer):
         eval_dataset: Any = None,
     ) -> None:
         objective = make_objective(args, args.seed)
-        rows = training_rows(train_dataset, processing_class, objective.needs)
-        eval_rows = (
-            None if eval_dataset is None else training_rows(eval_dataset, processing_class, objective.needs)
+        rows, eval_rows = (
+            given if given is None else training_rows(given, processing_class, objective.needs)
+            for given in (train_dataset, eval_dataset)
         )
         scaled = "quantile_reward" in objective.needs and get_transform(args.transform).needs_scale
         if scaled and args.mean_ref_std is None:
@@ -395,20 +391,19 @@ class QRPOTrainer(CompletionTrainer):
         if "ref_logprob" not in rows[0]:
             return
         limit = self.args.max_initial_log_ratio
-        self.model.eval()
-        with torch.no_grad():
-            mean, largest = check_reference(
-                rows,
-                partial(self.logprobs, self.model),
-                limit=ROUNDING[self.compute_dtype()] if limit is None else limit,
-                token_budget=self.args.token_budget,
-                vocab_size=self.model.config.get_text_config().vocab_size,
-                tokenizer=self.processing_class,
-            )
-        if self.accelerator.num_processes > 1:
-            ranks = gather_object([(mean, largest)])
-            mean, largest = np.nanmean(ranks, axis=0)[0], np.nanmax(ranks, axis=0)[1]
-        self.log({"initial_log_ratio/mean_abs": float(mean), "initial_log_ratio/max_abs": float(largest)})
+        mean, largest = check_reference(
+            rows,
+            partial(self.score, self.model),
+            limit=ROUNDING[self.compute_dtype()] if limit is None else limit,
+            token_budget=self.args.token_budget,
+            vocab_size=self.model.config.get_text_config().vocab_size,
+            tokenizer=self.processing_class,
+        )
+        ranks = np.array(gather_object([(mean, largest)]))
+        known = ranks[~np.isnan(ranks[:, 0])] if not np.isnan(ranks).all() else ranks
+        self.log(
+            {"initial_log_ratio/mean_abs": known[:, 0].mean(), "initial_log_ratio/max_abs": known[:, 1].max()}
+        )
 
 
 def _placeholder(rows: Sequence[Any]) -> dict[str, Any]:

@@ -11,8 +11,6 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from qrpo.errors import ConfigError
 from qrpo.training.arguments import CompletionSettings, QRPOSettings, check_settings
 
-__all__ = ["CompletionTrainingArguments", "QRPOConfig", "check_arguments", "training_arguments"]
-
 
 @dataclass
 class CompletionTrainingArguments(CompletionSettings, TrainingArguments):  # type: ignore[misc]

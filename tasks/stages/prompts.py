@@ -20,8 +20,8 @@ import fsspec
 import pyarrow as pa
 
 from qrpo.config import keyed
-from qrpo.data.prompts import Prompt, PromptsConfig, parse_row, read_rows, split_of
-from qrpo.data.sources import dataset_names, is_dataset, source_files
+from qrpo.data.prompts import Prompt, PromptsConfig, parse_row, split_of
+from qrpo.data.sources import dataset_names, is_dataset, read_rows, source_files
 from qrpo.errors import DataError
 from storage import PartKey, PartRecord, Store, file_digest, fingerprint, folder_digest
 from storage.checks import no_null_items, one_of

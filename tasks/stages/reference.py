@@ -115,7 +115,7 @@ def compute(work: Work[Settings]) -> Iterator[PartRecord | Progress]:
 
 def train(work: Work[Settings]) -> Iterator[Progress]:
     """Fine-tune into the work folder: the whole run, or one rank's part of it where `qrpo.training.ranks` started this process."""
-    from qrpo.training.runs import train_sft
+    from qrpo.training.runs import train_policy
 
     (part,) = work.parts
     sft, model, seed = work.settings.sft, work.settings.model, work.settings.seed
@@ -123,7 +123,7 @@ def train(work: Work[Settings]) -> Iterator[Progress]:
     folder = work.folder(part)
     options: dict[str, Any] = {"seed": seed, "saving": lambda: work.saving(part)}
     yield from progress_of(
-        lambda report: train_sft(model, _Examples(folder), sft, folder, on_progress=report, **options)
+        lambda report: train_policy(model, _Examples(folder), sft, folder, on_progress=report, **options)
     )
 
 

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -20,6 +18,7 @@ from qrpo.data.chat import (
 )
 from qrpo.errors import DataError, ModelError
 from qrpo.models import ModelConfig
+from tests.support.refusals import refuses
 
 HELLO = [{"role": "user", "content": "Say hello"}]
 
@@ -43,25 +42,17 @@ STRICT = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system 
 
 
 @pytest.fixture
-def tokenizer(tiny_model: Path) -> Any:
+def tokenizer(tiny_model):
     tokenizer = load_tokenizer(str(tiny_model))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     return tokenizer
-
-
-def test_a_prompt_is_what_the_template_renders(tokenizer: Any) -> None:
-    ids = encode_prompt(tokenizer, HELLO)
-    assert ids == tokenizer.apply_chat_template(HELLO, add_generation_prompt=True, return_dict=False)
-    assert ids.count(tokenizer.bos_token_id) == 1
 
 
 @pytest.mark.parametrize("template", [None, CHATML, TRIMMING], ids=["own", "chatml", "trimming"])
 @pytest.mark.parametrize(
     "text", ["Hello!", "two\nlines", "", "naïve 日本 🙂", "a  b", "<|user|", "assistant"]
 )
-def test_prompt_and_completion_are_the_beginning_of_the_conversation(
-    tokenizer: Any, template: str | None, text: str
-) -> None:
+def test_prompt_and_completion_are_the_beginning_of_the_conversation(tokenizer, template, text: str):
     if template:
         tokenizer.chat_template = template
     both = encode_prompt(tokenizer, HELLO) + encode_completion(tokenizer, HELLO, text)
@@ -73,20 +64,26 @@ def test_prompt_and_completion_are_the_beginning_of_the_conversation(
     assert decoded.endswith(tokenizer.eos_token if template is None else "<|im_end|>")
 
 
-def test_a_completion_ends_with_one_end_token(tokenizer: Any) -> None:
-    ids = encode_completion(tokenizer, HELLO, "Hello there")
-    assert ids[-1] == tokenizer.eos_token_id
-    assert ids.count(tokenizer.eos_token_id) == 1
-    assert tokenizer.decode(ids[:-1]) == "Hello there"
+@pytest.mark.parametrize(
+    ("template", "text", "tokens"),
+    [
+        (None, "Hello there", "Hello there<|end|>"),
+        (None, " hi ", " hi <|end|>"),
+        (TRIMMING, " hi ", "hi<|im_end|>"),
+        (ENDLESS, "Hello", "Hello<|end|>"),  # a template without an end gets the end-of-sequence token
+    ],
+)
+def test_a_completion_ends_with_one_end_token(tokenizer, template, text, tokens):
+    tokenizer.chat_template = template or tokenizer.chat_template
+    ids = encode_completion(tokenizer, HELLO, text)
+    assert tokenizer.decode(ids) == tokens
+    assert ids.count(ids[-1]) == 1
 
 
-def test_a_template_without_an_end_gets_the_end_of_sequence_token(tokenizer: Any) -> None:
-    tokenizer.chat_template = ENDLESS
-    ids = encode_completion(tokenizer, HELLO, "Hello")
-    assert tokenizer.decode(ids) == "Hello" + tokenizer.eos_token
-
-
-def test_no_second_beginning_token(tokenizer: Any) -> None:
+def test_no_second_beginning_token(tokenizer):
+    ids = encode_prompt(tokenizer, HELLO)
+    assert ids == tokenizer.apply_chat_template(HELLO, add_generation_prompt=True, return_dict=False)
+    assert ids.count(tokenizer.bos_token_id) == 1
     tokenizer.chat_template = TRIMMING
     assert tokenizer("plain text").input_ids[0] == tokenizer.bos_token_id  # it adds one by itself
     ids = encode_prompt(tokenizer, HELLO) + encode_completion(tokenizer, HELLO, "Hello")
@@ -94,50 +91,30 @@ def test_no_second_beginning_token(tokenizer: Any) -> None:
     assert encode_conversation(tokenizer, HELLO).count(tokenizer.bos_token_id) == 1
 
 
-def test_surrounding_blanks_are_kept_unless_the_template_trims(tokenizer: Any) -> None:
-    assert tokenizer.decode(encode_completion(tokenizer, HELLO, " hi ")[:-1]) == " hi "
-    tokenizer.chat_template = TRIMMING
-    assert tokenizer.decode(encode_completion(tokenizer, HELLO, " hi ")[:-1]) == "hi"
-
-
-def test_an_end_token_inside_the_text_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="contains the end token"):
-        encode_completion(tokenizer, HELLO, f"done{tokenizer.eos_token}more")
-
-
-def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer: Any) -> None:
+def test_what_cannot_be_encoded_is_a_data_error(tokenizer):
+    inside = f"done{tokenizer.eos_token}more"
+    refuses(DataError, "contains the end token", encode_completion, tokenizer, HELLO, inside)
     tokenizer.chat_template = UNLIKE
-    with pytest.raises(DataError, match="renders the prompt differently"):
-        encode_completion(tokenizer, HELLO, "Hello")
-
-
-def test_messages_that_the_template_refuses_are_a_data_error(tokenizer: Any) -> None:
+    refuses(DataError, "renders the prompt differently", encode_completion, tokenizer, HELLO, "Hello")
     tokenizer.chat_template = STRICT
-    with pytest.raises(DataError, match=r"roles: system user.*no system role"):
-        encode_prompt(tokenizer, [{"role": "system", "content": "Be brief"}, *HELLO])
+    messages = [{"role": "system", "content": "Be brief"}, *HELLO]
+    refuses(DataError, r"roles: system user.*no system role", encode_prompt, tokenizer, messages)
 
 
-def test_a_folder_without_tokenizer_says_so(tiny_model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("token*", "chat_template*"))
-    with pytest.raises(ModelError, match=r"tokenizer.*save_pretrained"):
-        load_tokenizer(ModelConfig(path=str(folder)))
-
-
-def test_a_tokenizer_without_chat_template_says_so(tiny_model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("chat_template*"))
-    with pytest.raises(ModelError, match=r"no chat template.*chat_template\.jinja"):
-        load_tokenizer(str(folder))
-    assert load_tokenizer(str(folder), chat_template=False)
-
-
-def test_a_missing_folder_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no model folder"):
-        load_tokenizer(str(tmp_path / "nowhere"))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match=r"no config\.json"):
-        load_tokenizer(str(tmp_path / "empty"))
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        (["token*", "chat_template*"], r"tokenizer.*save_pretrained"),
+        (["chat_template*"], r"no chat template.*chat_template\.jinja"),
+        (["*"], r"no config\.json"),
+    ],
+)
+def test_a_folder_without_what_is_needed_says_so(tiny_model, tmp_path, missing, message):
+    folder = str(shutil.copytree(tiny_model, tmp_path / "a", ignore=shutil.ignore_patterns(*missing)))
+    refuses(ModelError, message, load_tokenizer, folder)
+    refuses(ModelError, "no model folder", load_tokenizer, str(tmp_path / "nowhere"))
+    if missing == ["chat_template*"]:
+        assert load_tokenizer(ModelConfig(path=folder), chat_template=False)
 
 
 # ------------------------------------------------------------------------------------- SentencePiece
@@ -159,7 +136,7 @@ SPACED = (
 
 
 @pytest.fixture(scope="module", params=["legacy", "first", "always", "never"])
-def sentencepiece(request: pytest.FixtureRequest) -> Any:
+def sentencepiece(request):
     """A tokenizer as Llama 2, Mistral, Zephyr and Gemma have: spaces belong to words, other bytes have tokens."""
     special = ["<unk>", "<s>", "</s>"]
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
@@ -190,8 +167,8 @@ def sentencepiece(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.parametrize("template", [LLAMA_2, MISTRAL, ZEPHYR, OPEN, SPACED])
 @pytest.mark.parametrize("text", ["Hello to you", "naïve 日本", "it", "two\nlines", ""])
 def test_sentencepiece_completions_are_the_end_of_the_encoded_conversation(
-    sentencepiece: Any, template: str, text: str
-) -> None:
+    sentencepiece, template, text: str
+):
     sentencepiece.chat_template = template
     messages = [*HELLO, {"role": "assistant", "content": text}]
     prompt, completion = encode_prompt(sentencepiece, HELLO), encode_completion(sentencepiece, HELLO, text)
@@ -211,7 +188,7 @@ def test_sentencepiece_completions_are_the_end_of_the_encoded_conversation(
 
 
 @pytest.mark.parametrize("ends", [False, True], ids=["bos", "bos and eos"])
-def test_a_plain_completion_has_one_end_token(tokenizer: Any, ends: bool) -> None:
+def test_a_plain_completion_has_one_end_token(tokenizer, ends):
     begin, end = tokenizer.bos_token, tokenizer.eos_token
     if ends:
         tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
@@ -221,8 +198,7 @@ def test_a_plain_completion_has_one_end_token(tokenizer: Any, ends: bool) -> Non
     for text in (" hello world", f" hello world{end}"):
         prompt, completion = encode_text(tokenizer, "Say", text)
         assert tokenizer.decode(prompt + completion) == f"{begin}Say hello world{end}"
-    with pytest.raises(DataError, match="contains the end token"):
-        encode_text(tokenizer, "Say", f" hello{end} world")
+    refuses(DataError, "contains the end token", encode_text, tokenizer, "Say", f" hello{end} world")
 
 
 # ------------------------------------------------------------------------------------- dates and tools
@@ -241,7 +217,7 @@ WITH_TOOLS = (
 )
 
 
-def test_a_template_that_writes_the_time_gives_rewards_the_same_tokens_at_any_time(tokenizer: Any) -> None:
+def test_a_template_that_writes_the_time_gives_rewards_the_same_tokens_at_any_time(tokenizer):
     tokenizer.chat_template = DATED
     assert encode_prompt(tokenizer, HELLO) != encode_prompt(tokenizer, HELLO)
     assert tokenizer.decode(encode_completion(tokenizer, HELLO, "Hello")) == "Hello<|im_end|>"
@@ -250,7 +226,7 @@ def test_a_template_that_writes_the_time_gives_rewards_the_same_tokens_at_any_ti
     assert tokenizer.decode(first).startswith("Today is 26 Jul 2024")
 
 
-def test_tools_and_tool_calls_reach_the_tokens_or_the_row_is_refused(tokenizer: Any) -> None:
+def test_tools_and_tool_calls_reach_the_tokens_or_the_row_is_refused(tokenizer):
     called = [*HELLO, CALL, {"role": "tool", "content": "2"}]
     tokenizer.chat_template = WITH_TOOLS
     both = encode_prompt(tokenizer, called, TOOLS) + encode_completion(tokenizer, called, "2", TOOLS)
@@ -259,18 +235,15 @@ def test_tools_and_tool_calls_reach_the_tokens_or_the_row_is_refused(tokenizer: 
     assert json.dumps(CALL["tool_calls"]) in text
     assert text.endswith("<|im_end|><|im_start|>tool2<|im_end|><|im_start|>assistant2<|im_end|>")
     tokenizer.chat_template = CHATML
-    with pytest.raises(DataError, match="ignores the tools"):
-        encode_prompt(tokenizer, HELLO, TOOLS)
-    with pytest.raises(DataError, match="ignores tool calls"):
-        encode_prompt(tokenizer, called)
+    refuses(DataError, "ignores the tools", encode_prompt, tokenizer, HELLO, TOOLS)
+    refuses(DataError, "ignores tool calls", encode_prompt, tokenizer, called)
 
 
-def test_named_templates_without_a_default_are_refused_by_name(tiny_model: Path, tmp_path: Path) -> None:
+def test_named_templates_without_a_default_are_refused_by_name(tiny_model, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     tokenizer = load_tokenizer(str(folder))
     tokenizer.chat_template = {"rag": CHATML, "tool_use": WITH_TOOLS}
     tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").unlink(missing_ok=True)
-    with pytest.raises(ModelError, match=r"names rag, tool_use, and none named `default`: save"):
-        load_tokenizer(str(folder))
+    refuses(ModelError, r"names rag, tool_use, and none named `default`: save", load_tokenizer, str(folder))

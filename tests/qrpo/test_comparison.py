@@ -9,11 +9,11 @@ from qrpo.evaluation.comparison import Contender, compare_methods, selection_hal
 PROMPTS = [f"prompt-{number}" for number in range(40)]
 
 
-def contender(name: str, reward_SP: np.ndarray) -> Contender:
+def contender(name, reward_SP: np.ndarray):
     return Contender({"name": name}, {"reward": reward_SP, "length": reward_SP * 0 + 7})
 
 
-def test_the_best_is_chosen_on_one_half_and_reported_on_the_other() -> None:
+def test_the_best_is_chosen_on_one_half_and_reported_on_the_other():
     chosen = selection_half(PROMPTS)
     lucky = np.where(chosen, 1.0, 0.0)[None].repeat(
         2, 0
@@ -28,7 +28,7 @@ def test_the_best_is_chosen_on_one_half_and_reported_on_the_other() -> None:
     assert method["scores"]["length"]["mean"] == 7.0
 
 
-def test_the_lead_of_the_first_is_paired_by_prompt() -> None:
+def test_the_lead_of_the_first_is_paired_by_prompt():
     rng = np.random.default_rng(0)
     difficulty_P = rng.normal(size=40)
     first = contender("first", difficulty_P + 0.1 + 0.001 * rng.normal(size=(3, 40)))
@@ -41,6 +41,6 @@ def test_the_lead_of_the_first_is_paired_by_prompt() -> None:
     assert own["high"] - own["low"] > 0.3
 
 
-def test_scores_of_other_prompts_are_refused() -> None:
+def test_scores_of_other_prompts_are_refused():
     with pytest.raises(DataError, match=r"shapes \[\(2, 39\)\] for 40 prompts"):
         compare_methods({"one": [contender("short", np.zeros((2, 39)))]}, PROMPTS)

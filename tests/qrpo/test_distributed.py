@@ -7,8 +7,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import time
-from pathlib import Path
 
 import numpy as np
 import polars
@@ -24,6 +22,8 @@ from qrpo.training.ranks import stream_ranks
 from qrpo.training.rows import PER_COMPLETION
 from qrpo.training.runs import load_policy
 from tests.support import training
+from tests.support.processes import are_gone, is_gone
+from tests.support.rewards import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -43,13 +43,6 @@ SETTINGS = {
 def rows(make_rows):
     """13 prompts: the last step of an epoch has one, so one of two processes has none."""
     return make_rows(13, 3)
-
-
-@pytest.fixture(scope="module")
-def rows_file(rows, tmp_path_factory):
-    path = tmp_path_factory.mktemp("rows") / "rows"
-    path.write_bytes(pickle.dumps(rows))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +66,9 @@ def assert_same(output, alone):
         torch.testing.assert_close(weights[name], weight, rtol=0, atol=2e-5)
 
 
-def test_torchrun_with_two_processes_is_one_process_on_the_same_batches(folder, rows_file, alone, tmp_path):
-    script = tmp_path / "train.py"
+def test_torchrun_with_two_processes_is_one_process_on_the_same_batches(folder, rows, alone, tmp_path):
+    script, rows_file = tmp_path / "train.py", tmp_path / "rows"
+    rows_file.write_bytes(pickle.dumps(rows))
     script.write_text(
         textwrap.dedent("""
         import json, pickle, sys
@@ -97,19 +91,6 @@ def test_torchrun_with_two_processes_is_one_process_on_the_same_batches(folder, 
 
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same(tmp_path / "run", alone)
-
-
-def test_two_processes_told_to_end_go_on_as_one(folder, rows, rows_file, alone, tmp_path):
-    """A SIGTERM to one process stops both after the same step; another number of processes goes on with the same rows."""
-    output, log = tmp_path / "run", tmp_path / "log"
-    ranks = stream_ranks(
-        f"{TARGETS}:train_and_yield", folder, rows_file, output, SETTINGS, 5, processes=2, log=log
-    )
-    with pytest.raises(TrainingError, match="stopped by SIGTERM after step 6 of 8"):
-        list(ranks)
-    training.train(folder, rows, output, **SETTINGS)
-
-    assert_same(output, alone)
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +144,8 @@ def on_two(folder, folders, rows, make_rows, alone, tmp_path_factory):
         "save_dtype": "bfloat16",
     }
     long = [{**row, "completion_token_ids": [ids * 8 for ids in row["completion_token_ids"]]} for row in rows]
+    bad = [dict(row) for row in rows]
+    bad[7]["quantile_reward"] = np.array([0.1, np.nan, 0.3], dtype=np.float32)
     empty = [{**row, **{name: row[name][:0] for name in PER_COMPLETION}} for row in rows[:3]]
     stopping = {"eval_fraction": 0.5, "eval_steps": 1, "patience": 2, "num_train_epochs": 30}
     plan = {
@@ -173,6 +156,8 @@ def on_two(folder, folders, rows, make_rows, alone, tmp_path_factory):
             "settings": {**SETTINGS, **stopping, "learning_rate": 0.05, "fsdp": True},
             "eval_rows": rows[:3],
         },
+        "nan": {"settings": SETTINGS, "rows": bad},
+        "sigterm": {"settings": SETTINGS, "sigterm_after": 5},
         "stream": {"settings": {**SETTINGS, "max_steps": 4}, "iterable": True},
         "empty rows": {"settings": {**SETTINGS, "max_steps": 4}, "rows": empty + rows[3:], "iterable": True},
     }
@@ -196,7 +181,7 @@ def on_two(folder, folders, rows, make_rows, alone, tmp_path_factory):
     return output, dict(zip(names, found, strict=True))
 
 
-def test_checkpoints_of_one_process_of_ddp_and_of_fsdp_fit_each_other(on_two, alone):
+def test_checkpoints_of_one_process_of_ddp_and_of_fsdp_fit_each_other(on_two, alone, folder, rows):
     output, runs = on_two
     assert runs["fsdp"]["sharded"]
     assert not runs["ddp from fsdp"]["sharded"]
@@ -204,6 +189,10 @@ def test_checkpoints_of_one_process_of_ddp_and_of_fsdp_fit_each_other(on_two, al
         assert "error" not in runs[name]
         assert_same(output / name, alone)
     assert [report["step"] for report in runs["fsdp from one"]["reports"]] == [5, 6, 7, 8]
+    shutil.copytree(output / "fsdp" / "checkpoint-4", output / "one from fsdp" / "checkpoint-4")
+    _, progress = training.train(folder, rows, output / "one from fsdp", **SETTINGS)
+    assert [report["step"] for report in progress] == [5, 6, 7, 8]
+    assert_same(output / "one from fsdp", alone)
 
 
 @pytest.mark.parametrize("model", ["half", "tied"])
@@ -276,44 +265,40 @@ def test_a_multimodal_model_learns_from_text(on_two):
         assert np.isfinite(losses).all()
 
 
-def test_a_rank_s_failure_is_raised_as_what_it_is(folder, rows, tmp_path):
-    bad = [dict(row) for row in rows]
-    bad[7]["quantile_reward"] = np.array([0.1, np.nan, 0.3], dtype=np.float32)
-    (tmp_path / "rows").write_bytes(pickle.dumps(bad))
-
-    arguments = (folder, tmp_path / "rows", tmp_path / "run", SETTINGS)
-    ranks = stream_ranks(f"{TARGETS}:train_and_yield", *arguments, processes=2, log=tmp_path / "log")
-    with pytest.raises(TrainingError, match=r"not finite for these prompts: prompt-7\."):
-        list(ranks)
+def test_a_step_that_is_not_finite_stops_all_and_names_the_prompt_of_any_process(on_two):
+    _, runs = on_two
+    assert "not finite for these prompts: prompt-7." in runs["nan"]["error"]
 
 
-def is_gone(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
+def test_two_processes_told_to_end_go_on_as_one(on_two, folder, rows, alone):
+    """A SIGTERM to one process stops both after the same step; another number of processes goes on with the same rows."""
+    output, runs = on_two
+    assert "stopped by SIGTERM after step 6 of 8" in runs["sigterm"]["error"]
+    training.train(folder, rows, output / "sigterm", **SETTINGS)
+    assert_same(output / "sigterm", alone)
 
 
-def wait_until_gone(pids):
-    deadline = time.monotonic() + 30
-    while not all(map(is_gone, pids)):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
+def test_a_rank_s_failure_is_raised_as_what_it_is(tmp_path):
+    with pytest.raises(TrainingError, match="rank 1 cannot"):
+        list(stream_ranks(f"{TARGETS}:fail_on_the_second", processes=2, log=tmp_path / "log"))
+
+
+def pids_in(folder):
+    """The ids of the two ranks, once both have left theirs."""
+    files = [folder / rank for rank in "01"]
+    assert wait_until(lambda: all(file.exists() and file.read_text() for file in files))
+    return [int(file.read_text()) for file in files]
 
 
 def test_a_killed_rank_ends_all(tmp_path):
     ranks = stream_ranks(f"{TARGETS}:leave_pid_and_wait", tmp_path, processes=2)
     next(ranks)
-    while not (tmp_path / "1").exists() or not (tmp_path / "1").read_text():
-        time.sleep(0.02)
-    pids = [int((tmp_path / rank).read_text()) for rank in "01"]
+    pids = pids_in(tmp_path)
     os.kill(pids[1], 9)
 
     with pytest.raises(EngineError, match="rank 1 of 2, was killed by SIGKILL"):
         list(ranks)
-    assert wait_until_gone(pids)
+    assert are_gone(pids)
 
 
 def test_kill_9_of_the_parent_leaves_no_rank(tmp_path):
@@ -326,13 +311,11 @@ def test_kill_9_of_the_parent_leaves_no_rank(tmp_path):
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
         stage = int(parent.stdout.readline())
-        while not (tmp_path / "1").exists() or not (tmp_path / "1").read_text():
-            time.sleep(0.02)
-        pids = [stage, *(int((tmp_path / rank).read_text()) for rank in "01")]
+        pids = [stage, *pids_in(tmp_path)]
         assert not any(map(is_gone, pids))
         parent.kill()
         parent.wait()
-        assert wait_until_gone(pids)
+        assert are_gone(pids)
 
 
 def test_closing_early_leaves_no_rank(tmp_path):
@@ -341,4 +324,4 @@ def test_closing_early_leaves_no_rank(tmp_path):
     )
     next(items)
     items.close()
-    assert wait_until_gone([int(path.read_text()) for path in tmp_path.iterdir() if path.read_text()])
+    assert are_gone([int(path.read_text()) for path in tmp_path.iterdir() if path.read_text()])

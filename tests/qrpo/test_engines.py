@@ -5,289 +5,246 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
 from qrpo.config import keyed
 from qrpo.data.chat import encode_prompt, load_tokenizer
 from qrpo.engines import EngineConfig, open_engine
 from qrpo.engines.decoding import completion_text, stop_token_ids
-from qrpo.engines.sampling import Engine, Sample, SampleRequest, SamplingConfig, sample_seed
+from qrpo.engines.sampling import SampleRequest, SamplingConfig, sample_seed
 from qrpo.errors import ConfigError, DataError, EngineError, ModelError
 from qrpo.models import ModelConfig, load_causal_lm
 from qrpo.rewards import ModelRewardConfig
+from qrpo.tiny import build_tiny_model
 from tasks.retries import is_transient
+from tests.support.refusals import refuses
 
 SAMPLING = SamplingConfig(max_tokens=24)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param("vllm", marks=pytest.mark.slow),
-        pytest.param("transformers", marks=pytest.mark.slow),
-    ],
-)
-def engine(
-    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Engine]:
+def opened(folder, log=None, **settings):
+    return open_engine(EngineConfig(**settings), ModelConfig(path=str(folder)), log=log)
+
+
+@pytest.fixture(scope="module", params=["vllm", "transformers"])
+def engine(request, tiny_model, tmp_path_factory):
     log = tmp_path_factory.mktemp("logs") / f"{request.param}.log"
-    engine = open_engine(
-        EngineConfig(kind=request.param, max_num_seqs=16), ModelConfig(path=str(tiny_model)), log=log
-    )
+    engine = opened(tiny_model, log, kind=request.param, max_num_seqs=16)
     yield engine
     engine.close()
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_model: Path) -> Any:
+def tokenizer(tiny_model):
     return load_tokenizer(str(tiny_model))
 
 
 @pytest.fixture(scope="module")
-def requests(tokenizer: Any) -> list[SampleRequest]:
+def logits(tiny_model):
+    """The model's own logits after some tokens."""
+    model = load_causal_lm(ModelConfig(path=str(tiny_model)), "cpu")
+
+    def compute(token_ids):
+        with torch.inference_mode():
+            return model(torch.tensor([token_ids])).logits[0].double()
+
+    return compute
+
+
+@pytest.fixture(scope="module")
+def requests(tokenizer):
     """12 prompts of different lengths, 4 samples each."""
     texts = [f"What is {n} plus {n}? " * (1 + n % 4) for n in range(12)]
-    return [
-        request(f"p{n}", encode_prompt(tokenizer, [{"role": "user", "content": text}]), range(4))
-        for n, text in enumerate(texts)
-    ]
+    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in texts]
+    return [request(f"p{n}", prompt, range(4)) for n, prompt in enumerate(prompts)]
 
 
-def request(key: str, prompt_token_ids: list[int], indices: range) -> SampleRequest:
+@pytest.fixture(scope="module")
+def prompt(requests):
+    return list(requests[0].prompt_token_ids)
+
+
+def request(key, prompt_token_ids, indices):
     return SampleRequest(key, prompt_token_ids, [(index, sample_seed(0, key, index)) for index in indices])
 
 
-def ids_of(answers: dict[str, list[Sample]]) -> dict[str, list[list[int]]]:
-    return {key: [sample.token_ids for sample in samples] for key, samples in answers.items()}
+def drawn(engine, requests, **settings):
+    """The samples of each request."""
+    return dict(engine.sample(requests, SAMPLING.model_copy(update=settings)))
 
 
-def test_every_request_is_answered_in_full(
-    engine: Engine, requests: list[SampleRequest], tokenizer: Any
-) -> None:
-    answers = list(engine.sample(requests, SAMPLING))
-    assert sorted(key for key, _ in answers) == sorted(request.key for request in requests)
-    for _, samples in answers:
+def ids_of(engine, requests, **settings):
+    answers = drawn(engine, requests, **settings).items()
+    return {key: [sample.token_ids for sample in samples] for key, samples in answers}
+
+
+@pytest.mark.slow
+def test_every_request_is_answered_in_full_with_the_models_own_logprobs(engine, requests, tokenizer, logits):
+    answers = drawn(engine, requests)
+    assert sorted(answers) == sorted(request.key for request in requests)
+    everything = {tuple(sample.token_ids) for samples in answers.values() for sample in samples}
+    assert len(everything) == 48
+    for samples in answers.values():
         assert [sample.index for sample in samples] == [0, 1, 2, 3]
         for sample in samples:
-            assert 1 <= len(sample.token_ids) <= 24
             ended = sample.token_ids[-1] == tokenizer.eos_token_id
             assert sample.finish_reason == ("stop" if ended else "length")
-            assert ended or len(sample.token_ids) == 24
+            assert len(sample.token_ids) == 24 or (ended and 1 <= len(sample.token_ids) < 24)
             decoded = tokenizer.decode(sample.token_ids, skip_special_tokens=True)
-            assert sample.text.rstrip("\ufffd") == decoded.rstrip(
-                "\ufffd"
-            )  # half a character, cut by the length
-            assert sample.sampled_logprob < 0
-    everything = [tuple(sample.token_ids) for _, samples in answers for sample in samples]
-    assert len(set(everything)) == len(everything)
-
-
-def test_a_sample_depends_on_its_seed_and_prompt_alone(engine: Engine, requests: list[SampleRequest]) -> None:
-    together = ids_of(dict(engine.sample(requests, SAMPLING)))
-    assert ids_of(dict(engine.sample(requests[::-1], SAMPLING))) == together
-    for request_ in requests[:3]:
-        assert ids_of(dict(engine.sample([request_], SAMPLING))) == {request_.key: together[request_.key]}
-    some = SampleRequest("p5", requests[5].prompt_token_ids, [requests[5].samples[3], requests[5].samples[1]])
-    assert ids_of(dict(engine.sample([some], SAMPLING)))["p5"] == [together["p5"][3], together["p5"][1]]
-
-
-def test_results_come_as_they_end(engine: Engine, requests: list[SampleRequest]) -> None:
-    prompt = list(requests[0].prompt_token_ids)
-    many = [request(f"m{n}", prompt, range(4)) for n in range(40)]  # ten times what runs at once
-    order = [key for key, _ in engine.sample(many, SAMPLING)]
-    assert sorted(order) == sorted(request_.key for request_ in many)
-    assert {order[0], order[1]} <= {f"m{n}" for n in range(8)}
-
-
-def test_sampled_logprobs_are_the_models_own(
-    engine: Engine, requests: list[SampleRequest], tiny_model: Path
-) -> None:
-    import torch
-
-    model = load_causal_lm(ModelConfig(path=str(tiny_model)), "cpu")
-    hot = SAMPLING.model_copy(update={"temperature": 0.7, "top_p": 0.9})  # raw log-probabilities all the same
-    for sampling in (SAMPLING, hot):
-        for key, samples in engine.sample(requests[:3], sampling):
-            prompt = next(list(r.prompt_token_ids) for r in requests if r.key == key)
-            for sample in samples:
-                with torch.inference_mode():
-                    logits = model(torch.tensor([prompt + sample.token_ids])).logits[0, len(prompt) - 1 : -1]
-                logprobs = torch.log_softmax(logits.double(), -1)
+            # half a character, cut by the length
+            assert sample.text.rstrip("\ufffd") == decoded.rstrip("\ufffd")
+    # raw log-probabilities under every setting
+    for settings in ({}, {"temperature": 0.7, "top_p": 0.9}):
+        for one in requests[:3]:
+            before = list(one.prompt_token_ids)
+            for sample in drawn(engine, [one], **settings)[one.key]:
+                logprobs = logits(before + sample.token_ids)[len(before) - 1 : -1].log_softmax(-1)
                 expected = logprobs.gather(1, torch.tensor(sample.token_ids)[:, None]).sum().item()
                 assert sample.sampled_logprob == pytest.approx(expected, abs=1e-3)
 
 
-def test_samples_follow_the_models_distribution(
-    engine: Engine, requests: list[SampleRequest], tiny_model: Path
-) -> None:
-    import torch
-
-    prompt = list(requests[0].prompt_token_ids)
-    count = 4000
-    draws = [
-        sample.token_ids[0]
-        for _, samples in engine.sample([request("many", prompt, range(count))], SamplingConfig(max_tokens=1))
-        for sample in samples
+@pytest.mark.slow
+def test_a_sample_depends_on_its_seed_and_prompt_alone(engine, requests):
+    together = ids_of(engine, requests)
+    assert ids_of(engine, requests[::-1]) == together
+    for one in requests[:3]:
+        assert ids_of(engine, [one]) == {one.key: together[one.key]}
+    some = SampleRequest("p5", requests[5].prompt_token_ids, [requests[5].samples[3], requests[5].samples[1]])
+    assert ids_of(engine, [some])["p5"] == [together["p5"][3], together["p5"][1]]
+    # threads take turns
+    answers = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(ids_of(engine, requests[:4]))) for _ in range(3)
     ]
-    model = load_causal_lm(ModelConfig(path=str(tiny_model)), "cpu")
-    with torch.inference_mode():
-        probabilities = torch.softmax(model(torch.tensor([prompt])).logits[0, -1].double(), -1).numpy()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [{one.key: together[one.key] for one in requests[:4]}] * 3
+
+
+@pytest.mark.slow
+def test_results_come_as_they_end(engine, prompt):
+    many = [request(f"m{n}", prompt, range(4)) for n in range(40)]  # ten times what runs at once
+    order = [key for key, _ in engine.sample(many, SAMPLING)]
+    assert sorted(order) == sorted(one.key for one in many)
+    assert {order[0], order[1]} <= {f"m{n}" for n in range(8)}
+
+
+@pytest.mark.slow
+def test_samples_follow_the_models_distribution(engine, prompt, logits):
+    count, probabilities = 4000, logits(prompt)[-1].softmax(-1).numpy()
+    draws = [ids[0] for ids in ids_of(engine, [request("many", prompt, range(count))], max_tokens=1)["many"]]
     seen = np.bincount(draws, minlength=len(probabilities))
     statistic = ((seen - count * probabilities) ** 2 / (count * probabilities)).sum()  # Pearson's chi-squared
     degrees = len(probabilities) - 1
     assert abs(statistic - degrees) < 5 * np.sqrt(2 * degrees)
 
 
-def test_temperature_zero_takes_the_likeliest_token(
-    engine: Engine, requests: list[SampleRequest], tiny_model: Path
-) -> None:
-    import torch
-
-    greedy = SamplingConfig(temperature=0.0, max_tokens=4)
-    ((_, samples),) = engine.sample(requests[:1], greedy)
-    assert len({tuple(sample.token_ids) for sample in samples}) == 1
-    model = load_causal_lm(ModelConfig(path=str(tiny_model)), "cpu")
-    with torch.inference_mode():
-        logits = model(torch.tensor([list(requests[0].prompt_token_ids)])).logits[0, -1]
-    assert samples[0].token_ids[0] == int(logits.argmax())
+@pytest.mark.slow
+def test_temperature_zero_top_k_and_min_p_narrow_the_choice(engine, prompt, logits):
+    greedy = ids_of(engine, [request("p0", prompt, range(4))], temperature=0.0, max_tokens=4)["p0"]
+    assert len({tuple(ids) for ids in greedy}) == 1
+    assert greedy[0][0] == int(logits(prompt)[-1].argmax())
+    probabilities = logits(prompt)[-1].softmax(-1)
+    likely = int((probabilities >= 0.95 * probabilities.max()).sum())
+    for narrow, most in (({"top_k": 3}, 3), ({"min_p": 0.95}, likely)):
+        found = ids_of(engine, [request("narrow", prompt, range(60))], max_tokens=1, **narrow)["narrow"]
+        assert 1 <= len({ids[0] for ids in found}) <= most
 
 
-def test_top_k_and_min_p_narrow_the_choice(engine: Engine, requests: list[SampleRequest]) -> None:
-    prompt = list(requests[0].prompt_token_ids)
-    for narrow in ({"top_k": 3}, {"min_p": 0.95}):
-        sampling = SamplingConfig(max_tokens=1, **narrow)
-        ((_, samples),) = engine.sample([request("narrow", prompt, range(60))], sampling)
-        assert 1 <= len({sample.token_ids[0] for sample in samples}) <= 3 + 100 * ("min_p" in narrow)
-
-
-def test_stop_strings_end_a_completion(engine: Engine, requests: list[SampleRequest]) -> None:
-    free = dict(engine.sample(requests[:1], SAMPLING))["p0"][0]
-    stop = free.text[3:5]
-    stopped = dict(engine.sample(requests[:1], SAMPLING.model_copy(update={"stop": (stop,)})))["p0"][0]
+@pytest.mark.slow
+def test_stop_strings_and_stop_tokens_end_a_completion(engine, requests, tokenizer):
+    free = drawn(engine, requests)
+    first = free["p0"][0]
+    string = first.text[3:5]
+    stopped = drawn(engine, requests[:1], stop=(string,))["p0"][0]
     assert stopped.finish_reason == "stop"
-    assert stopped.text == free.text[: free.text.index(stop)]
-    assert free.token_ids[: len(stopped.token_ids)] == stopped.token_ids
-
-
-def test_stop_tokens_end_a_completion(engine: Engine, requests: list[SampleRequest], tokenizer: Any) -> None:
-    free = dict(engine.sample(requests[:1], SAMPLING))["p0"]
-    at = next(i for i, token in enumerate(free[0].token_ids) if i and token not in free[0].token_ids[:i])
-    stop = free[0].token_ids[at]
-    special = next(
-        (sample, i)
-        for _, samples in engine.sample(requests, SAMPLING)
+    assert stopped.text == first.text[: first.text.index(string)]
+    assert first.token_ids[: len(stopped.token_ids)] == stopped.token_ids
+    at = next(i for i, token in enumerate(first.token_ids) if i and token not in first.token_ids[:i])
+    stopped = drawn(engine, requests[:1], stop_token_ids=(first.token_ids[at],))["p0"][0]
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids == first.token_ids[: at + 1]
+    assert stopped.text == tokenizer.decode(stopped.token_ids[:-1], skip_special_tokens=True)
+    # a stop string that is a special token
+    key, sample, place = next(
+        (key, sample, i)
+        for key, samples in free.items()
         for sample in samples
         for i, token in enumerate(sample.token_ids[:-1])
         if token in tokenizer.all_special_ids or token in tokenizer.added_tokens_decoder
     )
-    stopped = dict(engine.sample(requests[:1], SAMPLING.model_copy(update={"stop_token_ids": (stop,)})))[
-        "p0"
-    ][0]
-    assert stopped.finish_reason == "stop"
-    assert stopped.token_ids == free[0].token_ids[: at + 1]
-    assert stopped.text == tokenizer.decode(stopped.token_ids[:-1], skip_special_tokens=True)
-    # a stop string that is a special token
-    sample, place = special
-    string = tokenizer.convert_ids_to_tokens(sample.token_ids[place])
-    sampling = SAMPLING.model_copy(update={"stop": (string,)})
-    again = next(
-        one
-        for _, samples in engine.sample(requests, sampling)
-        for one in samples
-        if one.token_ids == sample.token_ids[: place + 1]
-    )
-    assert again.finish_reason == "stop"
-    with pytest.raises(ConfigError, match=r"stop: .* contains the special token .* stop at"):
-        list(engine.sample(requests[:1], SAMPLING.model_copy(update={"stop": (f"{string} and",)})))
-    with pytest.raises(ConfigError, match=r"stop_token_ids: got 999999, but"):
-        list(engine.sample(requests[:1], SAMPLING.model_copy(update={"stop_token_ids": (999999,)})))
-
-
-def test_requests_that_do_not_fit_are_refused_before_anything_runs(
-    engine: Engine, requests: list[SampleRequest], tokenizer: Any
-) -> None:
-    assert engine.max_model_len == 256
-    for bad, message in [
-        (
-            request("long", [5] * 233, range(1)),
-            r"request 'long': the prompt's 233 tokens and 24 .* 256 tokens",
-        ),
-        (request("empty", [], range(1)), "request 'empty': the prompt has no tokens"),
-        (requests[0], "two requests have the key 'p0'"),
-        (request("odd", [len(tokenizer) + 1000], range(1)), "request 'odd': a token id is outside"),
-    ]:
-        with pytest.raises(DataError, match=message):
-            list(engine.sample([*requests[:2], bad], SAMPLING))
-    longest = request("just fits", [5] * 232, range(1))
-    assert len(dict(engine.sample([longest], SAMPLING))["just fits"]) == 1
-    assert list(engine.sample([], SAMPLING)) == []
-
-
-def test_threads_take_turns(engine: Engine, requests: list[SampleRequest]) -> None:
-    expected = ids_of(dict(engine.sample(requests, SAMPLING)))
-    answers: list[dict[str, list[list[int]]]] = []
-    threads = [
-        threading.Thread(target=lambda: answers.append(ids_of(dict(engine.sample(requests, SAMPLING)))))
-        for _ in range(3)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert answers == [expected] * 3
-
-
-def test_a_dead_engine_is_an_engine_error_and_the_next_call_starts_it_again(
-    engine: Engine, requests: list[SampleRequest]
-) -> None:
-    expected = ids_of(dict(engine.sample(requests, SAMPLING)))
-    prompt = list(requests[0].prompt_token_ids)
-    items = engine.sample([request(f"m{n}", prompt, range(4)) for n in range(200)], SAMPLING)
-    next(items)
-    os.kill(engine.pid, signal.SIGKILL)  # type: ignore[attr-defined]
-    with pytest.raises(EngineError, match=r"engine of .* was killed by SIGKILL.*log"):
-        list(items)
-    assert ids_of(dict(engine.sample(requests, SAMPLING))) == expected
+    special = tokenizer.convert_ids_to_tokens(sample.token_ids[place])
+    again = drawn(engine, requests, stop=(special,))[key][sample.index]
+    assert (again.finish_reason, again.token_ids) == ("stop", sample.token_ids[: place + 1])
+    for match, settings in (
+        (r"stop: .* contains the special token .* stop at", {"stop": (f"{special} and",)}),
+        (r"stop_token_ids: got 999999, but", {"stop_token_ids": (999999,)}),
+    ):
+        refuses(ConfigError, match, drawn, engine, requests[:1], **settings)
 
 
 @pytest.mark.slow
-def test_a_killed_engine_core_is_an_error_and_the_next_call_starts_it_again(
-    tiny_model: Path, requests: list[SampleRequest], tmp_path: Path
-) -> None:
-    config = EngineConfig(separate_process=True, max_num_seqs=4)
-    engine: Any = open_engine(config, ModelConfig(path=str(tiny_model)), log=tmp_path / "log")
-    prompt = list(requests[0].prompt_token_ids)
+def test_requests_that_do_not_fit_are_refused_before_anything_runs(engine, requests, tokenizer):
+    assert engine.max_model_len == 256
+    too_long = r"request 'long': the prompt's 233 tokens and 24 .* 256 tokens"
+    for bad, message in (
+        (request("long", [5] * 233, range(1)), too_long),
+        (request("empty", [], range(1)), "request 'empty': the prompt has no tokens"),
+        (requests[0], "two requests have the key 'p0'"),
+        (request("odd", [len(tokenizer) + 1000], range(1)), "request 'odd': a token id is outside"),
+    ):
+        refuses(DataError, message, drawn, engine, [*requests[:2], bad])
+    assert len(drawn(engine, [request("just fits", [5] * 232, range(1))])["just fits"]) == 1
+    assert list(engine.sample([], SAMPLING)) == []
+
+
+@pytest.mark.slow
+def test_a_dead_engine_is_an_engine_error_and_the_next_call_starts_it_again(engine, requests, prompt):
+    expected = ids_of(engine, requests[:2])
+    items = engine.sample([request(f"m{n}", prompt, range(4)) for n in range(200)], SAMPLING)
+    next(items)
+    os.kill(engine.pid, signal.SIGKILL)
+    refuses(EngineError, r"engine of .* was killed by SIGKILL.*log", list, items)
+    assert ids_of(engine, requests[:2]) == expected
+
+
+@pytest.mark.slow
+def test_a_killed_engine_core_is_an_error_and_work_to_try_again(tiny_model, prompt, tmp_path):
+    engine = opened(tiny_model, tmp_path / "log", separate_process=True, max_num_seqs=4)
     items = engine.sample([request(f"m{n}", prompt, range(4)) for n in range(2000)], SAMPLING)
     next(items)
+    children = Path(f"/proc/{engine.pid}/task/{engine.pid}/children").read_text().split()
+    names = ("comm", "cmdline")
     (core,) = [
         int(pid)
-        for pid in Path(f"/proc/{engine.pid}/task/{engine.pid}/children").read_text().split()
-        if "EngineCore" in Path(f"/proc/{pid}/comm").read_text()
-        or "EngineCore" in Path(f"/proc/{pid}/cmdline").read_text()
+        for pid in children
+        if any("EngineCore" in Path(f"/proc/{pid}/{name}").read_text() for name in names)
     ]
     os.kill(core, signal.SIGKILL)
-    with pytest.raises(EngineError, match="EngineDeadError") as raised:
-        list(items)
-    assert is_transient(raised.value)
-    assert len(dict(engine.sample(requests[:1], SAMPLING))) == 1
+    assert is_transient(refuses(EngineError, "EngineDeadError", list, items))
     engine.close()
 
 
 @pytest.mark.slow
-def test_an_engine_without_progress_is_killed(tiny_model: Path, requests: list[SampleRequest]) -> None:
-    config = EngineConfig(kind="transformers", timeout=0.2)
-    engine: Any = open_engine(config, ModelConfig(path=str(tiny_model)))
-    many = request("many", list(requests[0].prompt_token_ids), range(5000))
-    with pytest.raises(EngineError, match=r"finished no prompt in 0\.2 s \(engine\.timeout\)") as raised:
-        list(engine.sample([many], SAMPLING))
-    assert is_transient(raised.value)
+def test_an_engine_starts_with_the_first_sample_and_is_killed_without_progress(tiny_model, requests, prompt):
+    engine = opened(tiny_model, kind="transformers", timeout=0.2)
+    assert engine.pid is None
+    many = request("many", prompt, range(5000))
+    message = r"finished no prompt in 0\.2 s \(engine\.timeout\)"
+    assert is_transient(refuses(EngineError, message, drawn, engine, [many]))
+    assert engine.pid is None
+    engine = opened(tiny_model, kind="transformers")
+    drawn(engine, requests[:1])
+    assert engine.pid is not None
+    engine.close()
     assert engine.pid is None
 
 
@@ -306,90 +263,53 @@ def test_an_engine_without_progress_is_killed(tiny_model: Path, requests: list[S
         ({"disable_custom_all_reduce": 1}, "disable_custom_all_reduce is 1, expected bool"),
     ],
 )
-def test_options_that_vllm_lacks_or_results_rely_on_are_refused(
-    options: dict[str, Any], message: str
-) -> None:
-    for section in (
-        EngineConfig,
-        partial(ModelRewardConfig, model=ModelConfig(path="org/rm"), engine="vllm"),
-    ):
-        with pytest.raises(ValidationError, match=message):
-            section(options=options)
+def test_options_that_vllm_lacks_or_results_rely_on_are_refused(options, message):
+    reward = partial(ModelRewardConfig, model=ModelConfig(path="org/rm"), engine="vllm")
+    for section in (EngineConfig, reward):
+        refuses(ValidationError, message, section, options=options)
 
 
-def test_other_options_are_passed_on() -> None:
-    options = {
-        "quantization": "fp8",
-        "kv_cache_dtype": "fp8",
-        "cpu_offload_gb": 4,
-        "compilation_config": {"level": 0},
-    }
+def test_other_options_are_passed_on():
+    options = {"quantization": "fp8", "cpu_offload_gb": 4, "compilation_config": {"level": 0}}
     assert EngineConfig(options=options).options == options
 
 
-def test_a_context_beyond_the_models_is_refused(tiny_model: Path) -> None:
-    with pytest.raises(ConfigError, match=r"engine\.max_model_len: got 512, but .* context of 256"):
-        open_engine(EngineConfig(max_model_len=512), ModelConfig(path=str(tiny_model)))
-    with pytest.raises(ModelError, match="no model folder"):
-        open_engine(EngineConfig(), ModelConfig(path="/nowhere"))
-
-
-def test_speed_settings_are_not_in_the_fingerprint() -> None:
-    fast = EngineConfig(
-        max_num_seqs=7, tensor_parallel_size=2, gpu_memory_utilization=0.5, enforce_eager=True
-    )
-    assert keyed(fast) == keyed(EngineConfig())
+def test_speed_settings_are_not_in_the_fingerprint():
+    fast = {"max_num_seqs": 7, "tensor_parallel_size": 2, "gpu_memory_utilization": 0.5}
+    assert keyed(EngineConfig(**fast, enforce_eager=True)) == keyed(EngineConfig())
     assert keyed(EngineConfig(dtype="float32")) != keyed(EngineConfig())
 
 
-@pytest.mark.slow
-def test_nothing_is_started_before_the_first_sample_and_nothing_is_left_after_close(
-    tiny_model: Path, requests: list[SampleRequest]
-) -> None:
-    engine: Any = open_engine(EngineConfig(kind="transformers"), ModelConfig(path=str(tiny_model)))
-    assert engine.pid is None
-    dict(engine.sample(requests[:1], SAMPLING))
-    assert engine.pid is not None
-    engine.close()
-    assert engine.pid is None
-
-
-def test_a_missing_vllm_says_what_to_do(
-    tiny_model: Path, requests: list[SampleRequest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_start_says_what_to_do(tiny_model, requests, tmp_path, monkeypatch):
+    too_long = r"engine\.max_model_len: got 512, but .* context of 256"
+    refuses(ConfigError, too_long, opened, tiny_model, max_model_len=512)
+    refuses(ModelError, "no model folder", opened, "/nowhere")
     (tmp_path / "vllm.py").write_text("raise ImportError('no vLLM here')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    engine = open_engine(EngineConfig(kind="vllm"), ModelConfig(path=str(tiny_model)))
-    with pytest.raises(
-        ConfigError, match=r"vLLM cannot be imported \(no vLLM here\): install it .* transformers"
-    ):
-        list(engine.sample(requests[:1], SAMPLING))
+    engine = opened(tiny_model)
+    missing = r"vLLM cannot be imported \(no vLLM here\): install it .* transformers"
+    refuses(ConfigError, missing, drawn, engine, requests[:1])
     engine.close()
 
 
 @pytest.mark.slow
-def test_heads_that_vllm_cannot_take_on_a_cpu_are_told_at_the_start(tmp_path: Path) -> None:
-    from qrpo.tiny import build_tiny_model
-
-    folder = build_tiny_model(tmp_path / "small", ["some text"], hidden_size=32, heads=2)
-    engine = open_engine(EngineConfig(kind="vllm"), ModelConfig(path=str(folder)))
-    with pytest.raises(ModelError, match=r"heads of size 16, but vLLM on a CPU takes only 32, 64"):
-        list(engine.sample([request("p", [5], range(1))], SAMPLING))
+def test_heads_that_vllm_cannot_take_on_a_cpu_are_told_at_the_start(tmp_path):
+    engine = opened(build_tiny_model(tmp_path / "small", ["some text"], hidden_size=32, heads=2))
+    message = r"heads of size 16, but vLLM on a CPU takes only 32, 64"
+    refuses(ModelError, message, drawn, engine, [request("p", [5], range(1))])
     engine.close()
 
 
-def test_the_end_of_a_turn_is_read_from_the_template(tiny_model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model, folder)
-    tokenizer = load_tokenizer(str(folder))
+def test_the_end_of_a_turn_is_read_from_the_template(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    model, tokenizer = ModelConfig(path=str(folder)), load_tokenizer(str(folder))
     turn, end = (tokenizer.convert_tokens_to_ids(token) for token in ("<|system|>", "<|end|>"))
-    assert stop_token_ids(tokenizer, ModelConfig(path=str(folder)), SAMPLING) == {end}
+    assert stop_token_ids(tokenizer, model, SAMPLING) == {end}
     template = (folder / "chat_template.jinja").read_text().replace("eos_token", "'<|system|>'")
     (folder / "chat_template.jinja").write_text(template)
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
-    tokenizer = load_tokenizer(str(folder))
     named = SAMPLING.model_copy(update={"stop_token_ids": (9,)})
-    assert stop_token_ids(tokenizer, ModelConfig(path=str(folder)), named) == {turn, end, 7, 8, 9}
+    assert stop_token_ids(load_tokenizer(str(folder)), model, named) == {turn, end, 7, 8, 9}
 
 
 @pytest.mark.parametrize(
@@ -404,9 +324,7 @@ def test_the_end_of_a_turn_is_read_from_the_template(tiny_model: Path, tmp_path:
         ("[user]", "▁Hello <s> ▁you", {0}, [" y", "lo"], " Hel"),
     ],
 )
-def test_the_text_of_a_completion(
-    prompt: str, completion: str, stops: set[int], strings: list[str], text: str
-) -> None:
+def test_the_text_of_a_completion(prompt, completion, stops, strings, text):
     from tokenizers import AddedToken, Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 

@@ -27,7 +27,7 @@ from qrpo.errors import DataError, ModelError
 from qrpo.tiny import build_tiny_model
 from qrpo.training.batches import length_sorted_batches
 from qrpo.training.logprobs import completion_logprobs, score_logprobs
-from tests.support.training import plain_logprobs
+from tests.support.training import plain_logprobs, value_and_gradients
 
 SMALL = {
     "vocab_size": 256,
@@ -89,51 +89,53 @@ def flat(rows):
     return prompts, [completion for row in rows for completion in row["completion_token_ids"]]
 
 
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+def assert_plain(model, prompts, completions, rtol, gradient_rtol, weights=1.0, **options):
+    """The numbers and gradients of `completion_logprobs` are those of all logits."""
+    ours, ours_grad = value_and_gradients(
+        completion_logprobs, model, prompts, completions, weights=weights, **options
+    )
+    plain, plain_grad = value_and_gradients(plain_logprobs, model, prompts, completions, weights=weights)
+    torch.testing.assert_close(ours, plain, rtol=rtol, atol=rtol)
+    assert ours_grad.keys() == plain_grad.keys()
+    for name, gradient in plain_grad.items():
+        torch.testing.assert_close(ours_grad[name], gradient, rtol=gradient_rtol, atol=gradient_rtol)
 
 
 # 1 row of logits at a time, a chunk that cuts through sequences, everything in one chunk
 @pytest.mark.parametrize("chunk_elements", [1, 7 * 512, 2**26])
 def test_value_and_gradient_equal_the_plain_computation_in_float64(model, chunk_elements):
-    model = model.double()
-    prompts, completions = flat(draw_rows(7))
     weights = torch.linspace(-1, 2, 7, dtype=torch.float64)
-
-    ours = completion_logprobs(model, prompts, completions, chunk_elements=chunk_elements)
-    ours_grad = gradients(model, (weights * ours**2).sum())
-    plain = plain_logprobs(model, prompts, completions)
-    plain_grad = gradients(model, (weights * plain**2).sum())
+    options = {"weights": weights, "chunk_elements": chunk_elements}
+    assert_plain(model.double(), *flat(draw_rows(7)), 1e-12, 1e-10, **options)
     model.float()
-
-    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
-    for name, gradient in plain_grad.items():
-        torch.testing.assert_close(ours_grad[name], gradient, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        lambda: Gemma2ForCausalLM(
-            Gemma2Config(**{**SMALL, "num_hidden_layers": 2}, head_dim=8, final_logit_softcapping=0.5)
+        pytest.param(
+            lambda: Gemma2ForCausalLM(
+                Gemma2Config(**{**SMALL, "num_hidden_layers": 2}, head_dim=8, final_logit_softcapping=0.5)
+            ),
+            id="capped logits, tied head",
         ),
-        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=256, n_embd=16, n_layer=2, n_head=2, n_positions=64)),
-        lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=3.0)),
-        lambda: PhiForCausalLM(PhiConfig(**SMALL)),
-        lambda: FalconH1ForCausalLM(FalconH1Config(**SMALL, **MAMBA, lm_head_multiplier=0.1)),
-        lambda: MultipliedLogits(GraniteConfig(**SMALL, logits_scaling=0.5)),
-        lambda: ShiftedLogits(LlamaConfig(**SMALL)),
-    ],
-    ids=[
-        "capped logits, tied head",
-        "learned positions, tied head",
-        "scaled logits",
-        "head with a bias",
-        "a multiplier of another name",
-        "a scale that multiplies, as HyperCLOVA X does",
-        "logits of a formula of their own",
+        pytest.param(
+            lambda: GPT2LMHeadModel(
+                GPT2Config(vocab_size=256, n_embd=16, n_layer=2, n_head=2, n_positions=64)
+            ),
+            id="learned positions, tied head",
+        ),
+        pytest.param(lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=3.0)), id="scaled"),
+        pytest.param(lambda: PhiForCausalLM(PhiConfig(**SMALL)), id="head with a bias"),
+        pytest.param(
+            lambda: FalconH1ForCausalLM(FalconH1Config(**SMALL, **MAMBA, lm_head_multiplier=0.1)),
+            id="a multiplier of another name",
+        ),
+        pytest.param(
+            lambda: MultipliedLogits(GraniteConfig(**SMALL, logits_scaling=0.5)),
+            id="a scale that multiplies, as HyperCLOVA X does",
+        ),
+        pytest.param(lambda: ShiftedLogits(LlamaConfig(**SMALL)), id="logits of a formula of their own"),
     ],
 )
 def test_other_architectures_agree_with_their_own_forward(other):
@@ -141,17 +143,8 @@ def test_other_architectures_agree_with_their_own_forward(other):
     model = other().double().eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    prompts, completions = flat(draw_rows(4))
-
-    ours = completion_logprobs(model, prompts, completions, chunk_elements=7 * 256)
-    ours_grad = gradients(model, (ours**2).sum())
-    plain = plain_logprobs(model, prompts, completions)
-    plain_grad = gradients(model, (plain**2).sum())
-
-    torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
-    for name, gradient in plain_grad.items():
-        # some norms are float32 in any model, and their gradients
-        torch.testing.assert_close(ours_grad[name], gradient, rtol=1e-4, atol=1e-4)
+    # some norms are float32 in any model, and their gradients
+    assert_plain(model, *flat(draw_rows(4)), 1e-10, 1e-4, chunk_elements=7 * 256)
 
 
 def test_logits_that_do_not_follow_from_the_hidden_states_are_refused():
@@ -168,33 +161,25 @@ def test_an_adapted_head_and_a_frozen_one_have_the_plain_gradients():
     adapted = peft.get_peft_model(
         base, peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
     ).double()
-    prompts, completions = flat(draw_rows(3))
     for model in (adapted, base.requires_grad_(False)):
         model.get_input_embeddings().weight.requires_grad_(True)
-        found = []
-        for compute in (completion_logprobs, plain_logprobs):
-            model.zero_grad()
-            compute(model, prompts, completions).square().sum().backward()
-            found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-        assert found[0].keys() == found[1].keys()
-        for name, gradient in found[1].items():
-            torch.testing.assert_close(found[0][name], gradient, rtol=1e-9, atol=1e-9)
+        assert_plain(model, *flat(draw_rows(3)), 1e-9, 1e-9)
 
 
 def test_mixed_precision_rounds_as_autocast_does():
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SMALL))
     prompts, completions = flat(draw_rows(5))
-    found = []
-    for compute in (completion_logprobs, plain_logprobs):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logprobs = compute(model, prompts, completions)
-        found.append((logprobs, gradients(model, logprobs.sum())))
-    exact = gradients(model, plain_logprobs(model, prompts, completions).sum())
+    _, exact = value_and_gradients(plain_logprobs, model, prompts, completions)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = [
+            value_and_gradients(compute, model, prompts, completions)
+            for compute in (completion_logprobs, plain_logprobs)
+        ]
 
     assert found[0][0].dtype == torch.float32
     for name, gradient in exact.items():
-        errors = [(one[1][name] - gradient).norm() / gradient.norm() for one in found]
+        errors = [(gradients[name] - gradient).norm() / gradient.norm() for _, gradients in found]
         assert errors[0] < max(1.5 * errors[1], 0.02), name
 
 
@@ -243,23 +228,16 @@ def test_batches_hold_every_row_once_within_the_budget(lengths, token_budget):
         assert padded <= token_budget or len(batch) == 1
 
 
-def test_like_lengths_share_a_batch_so_little_is_padded():
-    lengths = np.random.default_rng(0).lognormal(4, 1, size=2000).astype(int) + 1
-
-    batches = length_sorted_batches(lengths.tolist(), 8192)
-
-    padded = sum(lengths[batch].max() * len(batch) for batch in batches)
-    assert padded < 1.15 * lengths.sum()
-
-
-def test_a_step_smaller_than_the_budget_is_not_padded_for_nothing():
-    lengths = np.random.default_rng(0).lognormal(6, 0.7, size=64).astype(int) + 1
-
-    batches = length_sorted_batches(lengths.tolist(), 10**9)
-
-    padded = sum(lengths[batch].max() * len(batch) for batch in batches)
-    assert padded < 1.2 * lengths.sum()
-    assert len(batches) < 16
+@pytest.mark.parametrize(
+    ("draw", "rows", "budget", "waste", "most"),
+    [((4, 1), 2000, 8192, 1.15, 2000), ((6, 0.7), 64, 10**9, 1.2, 15)],
+    ids=["like lengths share a batch", "a step smaller than the budget"],
+)
+def test_little_is_padded(draw, rows, budget, waste, most):
+    lengths = np.random.default_rng(0).lognormal(*draw, size=rows).astype(int) + 1
+    batches = length_sorted_batches(lengths.tolist(), budget)
+    assert sum(lengths[batch].max() * len(batch) for batch in batches) < waste * lengths.sum()
+    assert len(batches) <= most
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from qrpo.method.losses import (
 from qrpo.method.partition import log_z
 from qrpo.method.quantiles import quantile_rewards
 from qrpo.method.transforms import reference_scale
+from tests.support.refusals import refuses
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "published_losses.json"
 
@@ -153,14 +154,6 @@ def test_the_loss_is_its_definition_with_one_beta_per_completion(transform, part
     assert not any(value.requires_grad or value.ndim for value in metrics.values())
 
 
-def test_one_beta_per_prompt_is_broadcast_over_its_completions():
-    inputs = batch()
-    beta = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
-    per_prompt, _ = qrpo_loss(**inputs, beta=beta)
-    per_completion, _ = qrpo_loss(**inputs, beta=beta[:, None].expand(6, 4))
-    assert torch.equal(per_prompt, per_completion)
-
-
 def test_length_normalised_beta_regresses_the_mean_log_ratio():
     # with beta/|y| in both terms: (f(q) - (beta/|y|) log Z(beta/|y|) - beta * mean log-ratio)^2
     inputs = batch(dtype=torch.float64)
@@ -220,13 +213,16 @@ def test_quantiles_at_an_infinite_end_need_the_number_of_references():
     assert torch.isfinite(qrpo_loss(**interior, beta=0.1, transform="log")[0]).all()
 
 
-def test_one_number_of_references_per_prompt_or_completion():
+def test_one_beta_and_one_number_of_references_per_prompt_are_broadcast_over_its_completions():
     inputs = batch(dtype=torch.float64)
-    num_ref = torch.tensor([3, 3, 10, 10, 50, 50])
-    loss, _ = qrpo_loss(**inputs, beta=0.1, partition="finite", transform="log", num_ref=num_ref)
+    beta, num_ref = torch.linspace(0.1, 0.6, 6, dtype=torch.float64), torch.tensor([3, 3, 10, 10, 50, 50])
+    settings = {"partition": "finite", "transform": "log"}
+    loss, _ = qrpo_loss(**inputs, beta=beta, num_ref=num_ref, **settings)
+    each, _ = qrpo_loss(**inputs, beta=beta[:, None].expand(6, 4), num_ref=num_ref, **settings)
+    assert torch.equal(loss, each)
     for b in range(6):
         row = {name: tensor[b : b + 1] for name, tensor in inputs.items()}
-        one, _ = qrpo_loss(**row, beta=0.1, partition="finite", transform="log", num_ref=int(num_ref[b]))
+        one, _ = qrpo_loss(**row, beta=float(beta[b]), num_ref=int(num_ref[b]), **settings)
         torch.testing.assert_close(one[0], loss[b])
 
 
@@ -276,15 +272,12 @@ def test_rebel_on_transformed_quantiles_shares_the_optimum_of_qrpo():
 
 def test_wrong_settings_are_named():
     inputs = batch()
-    with pytest.raises(ConfigError, match="loss_type"):
-        qrpo_loss(**inputs, beta=0.1, loss_type="huber")
-    with pytest.raises(ConfigError, match="num_ref"):
-        qrpo_loss(**inputs, beta=0.1, partition="finite")
-    with pytest.raises(ConfigError, match="one scale per prompt"):
-        qrpo_loss(**inputs, beta=0.1, transform="scaled-normal-icdf", num_ref=10)
-    with pytest.raises(ConfigError, match=r"quantile_reward: got shape \(6, 1\)"):
-        qrpo_loss(inputs["logprob"], inputs["ref_logprob"], inputs["quantile_reward"][:, :1], 0.1)
-    with pytest.raises(ConfigError, match="pairs"):
-        choose_pairs(inputs["quantile_reward"], "nearest")
-    with pytest.raises(ConfigError, match="K of at least 2"):
-        choose_pairs(inputs["quantile_reward"][:, :1])
+    for match, settings in (
+        ("loss_type", {"loss_type": "huber"}),
+        ("num_ref", {"partition": "finite"}),
+        ("one scale per prompt", {"transform": "scaled-normal-icdf", "num_ref": 10}),
+        (r"quantile_reward: got shape \(6, 1\)", {"quantile_reward": torch.zeros(6, 1)}),
+    ):
+        refuses(ConfigError, match, qrpo_loss, **inputs | {"beta": 0.1, **settings})
+    refuses(ConfigError, "pairs", choose_pairs, inputs["quantile_reward"], "nearest")
+    refuses(ConfigError, "K of at least 2", choose_pairs, inputs["quantile_reward"][:, :1])

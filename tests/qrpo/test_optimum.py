@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from benchmarks import optimum
-from qrpo.method import theory
+from qrpo.method import optimum as method
 from qrpo.method.partition import log_z
 
 
@@ -38,7 +38,7 @@ def test_every_transform_finds_its_own_optimum():
 def test_the_optimum_of_a_large_world_is_what_theory_promises():
     # no training: the exact pi* over enumerated completions against integrals over quantiles, up to the atoms' size
     judge = optimum.Judge(optimum.make_world(60, seed=5), "identity", 0.3)
-    numbers, promise = judge(judge.optimum()), theory.optimum("identity", 0.3)
+    numbers, promise = judge(judge.optimum()), method.optimum("identity", 0.3)
     assert numbers["win_rate"] == pytest.approx(promise.win_rate, abs=0.02)
     assert numbers["kl_to_reference"] == pytest.approx(promise.kl, rel=0.15)
     ref = judge.world.log_probabilities(judge.world.ref_logits).exp()

@@ -27,11 +27,11 @@ from tests.support import training
 pytestmark = pytest.mark.slow
 
 KILLS = 20
-STEPS = 80
+STEPS = 56
 SETTINGS = {
     **training.SETTINGS,
     "lr_scheduler_type": "linear",
-    "num_train_epochs": 10,
+    "num_train_epochs": 7,
     "warmup_steps": 0.2,
     "save_steps": 2,
 }

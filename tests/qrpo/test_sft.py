@@ -7,9 +7,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qrpo.errors import ConfigError, DataError
-from qrpo.training.runs import settle_generation_config, train_sft
+from qrpo.training.runs import settle_generation_config, train_policy
 from qrpo.training.settings import SftConfig
-from tests.support.training import Stopped, metrics, same_weights
 
 SETTINGS = {"learning_rate": 1e-2, "prompts_per_step": 4, "warmup_steps": 0.0, "token_budget": 64}
 
@@ -36,7 +35,7 @@ def test_the_loss_is_the_mean_over_the_steps_completion_tokens(folder, rows, tmp
         count += tokens
     progress, config = [], SftConfig(**SETTINGS | {"prompts_per_step": 10})
 
-    train_sft(folder, rows, config, tmp_path, on_progress=progress.append)
+    train_policy(folder, rows, config, tmp_path, on_progress=progress.append)
 
     assert progress[0]["loss"] == pytest.approx(total / count, rel=1e-5)
 
@@ -44,12 +43,11 @@ def test_the_loss_is_the_mean_over_the_steps_completion_tokens(folder, rows, tmp
 def test_the_model_learns_the_answers(folder, rows, tmp_path):
     progress = []
 
-    final = train_sft(
-        folder, rows, SftConfig(**SETTINGS, num_train_epochs=60), tmp_path, on_progress=progress.append
-    )
+    config = SftConfig(**SETTINGS | {"learning_rate": 2e-2}, num_train_epochs=40)
+    final = train_policy(folder, rows, config, tmp_path, on_progress=progress.append)
 
     assert progress[-1]["loss"] < 0.1 < progress[0]["loss"]
-    assert progress[-1]["total_steps"] == 180
+    assert progress[-1]["total_steps"] == 120
     model = AutoModelForCausalLM.from_pretrained(final)
     prompt = torch.tensor([rows[0]["prompt_token_ids"]])
     expected = rows[0]["completion_token_ids"][0]
@@ -67,7 +65,7 @@ def test_the_saved_generation_config_ends_at_the_turns_end_and_can_be_saved(fold
     (model / "generation_config.json").write_text('{"eos_token_id": 2, "temperature": 0.6, "top_p": 0.9}')
     config = SftConfig(**SETTINGS, max_steps=1)
 
-    final = train_sft(model, rows, config, tmp_path / "run")
+    final = train_policy(model, rows, config, tmp_path / "run")
 
     saved = GenerationConfig.from_pretrained(final)
     assert saved.eos_token_id == [
@@ -81,33 +79,17 @@ def test_the_saved_generation_config_ends_at_the_turns_end_and_can_be_saved(fold
         settle_generation_config(broken, None)
 
 
-def test_an_interrupted_fine_tuning_ends_with_the_same_weights(folder, rows, tmp_path):
-    config = SftConfig(**SETTINGS, num_train_epochs=3, save_steps=2)
-
-    def stop(entry):
-        if entry["step"] == 5:
-            raise Stopped
-
-    whole = load_file(train_sft(folder, rows, config, tmp_path / "a", seed=3) / "model.safetensors")
-    with pytest.raises(Stopped):
-        train_sft(folder, rows, config, tmp_path / "b", seed=3, on_progress=stop)
-    resumed = load_file(train_sft(folder, rows, config, tmp_path / "b", seed=3) / "model.safetensors")
-
-    assert same_weights(resumed, whole)
-    assert metrics(tmp_path / "b")["step"] == list(range(1, 10))
-
-
 def test_weights_keep_the_precision_they_came_in(folder, rows, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "half")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / "half" / name).write_bytes((folder / name).read_bytes())
 
-    final = train_sft(tmp_path / "half", rows, SftConfig(**SETTINGS), tmp_path / "run")
+    final = train_policy(tmp_path / "half", rows, SftConfig(**SETTINGS), tmp_path / "run")
 
     assert {weight.dtype for weight in load_file(final / "model.safetensors").values()} == {torch.bfloat16}
 
 
 def test_no_rows_is_an_error_that_says_where_to_look(folder, tmp_path):
     with pytest.raises(DataError, match="no rows to train on"):
-        train_sft(folder, [], SftConfig(), tmp_path)
+        train_policy(folder, [], SftConfig(), tmp_path)

@@ -2,9 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,16 +18,17 @@ from qrpo.evaluation.suites.files import read_rows
 from qrpo.evaluation.suites.leetcode import read_problems, score_solutions
 from qrpo.rewards import CodeRewardConfig
 from qrpo.sandbox import Limits
+from tests.support.refusals import refuses
 from tests.support.rewards import LEETCODE, needs_bubblewrap
-from tests.support.servers import FakeChatServer, Reply, closed_url, token_completion
+from tests.support.servers import FakeChatServer, closed_url, token_completion
 
 OUTPUT = re.compile(r'"model_identifier": "(m|M)",\s*"output": """(.*?)"""', re.DOTALL)
 
 
-def preferring(prefer: Callable[[str, str], float]) -> FakeChatServer:
+def preferring(prefer):
     """A judge at a URL: `prefer(answer of m, answer of M)` is its probability that m is the better one."""
 
-    def answer(number: int, body: dict[str, Any]) -> Reply:
+    def answer(number, body):
         outputs = dict(OUTPUT.findall(body["messages"][-1]["content"]))
         chance = prefer(outputs["m"], outputs["M"])
         chances = {"m": chance, "M": 1 - chance} if 0 < chance < 1 else {"Both": 1.0}
@@ -39,7 +37,7 @@ def preferring(prefer: Callable[[str, str], float]) -> FakeChatServer:
     return FakeChatServer(answer)
 
 
-def write_pair(folder: Path, baseline: list[str], outputs: list[str]) -> tuple[Path, Path]:
+def write_pair(folder, baseline, outputs):
     """The two files of a comparison, in the package's format."""
     rows = [
         {"instruction": f"question {number}", "output": text, "generator": "baseline", "dataset": "made"}
@@ -50,24 +48,19 @@ def write_pair(folder: Path, baseline: list[str], outputs: list[str]) -> tuple[P
     return folder / "outputs.json", folder / "baseline.json"
 
 
-def longer(first: str, second: str) -> float:
+def longer(first, second):
     """Likes what is longer, by the logarithm of the ratio, and nothing else."""
     return len(first) / (len(first) + len(second))
 
 
 @pytest.mark.slow
-def test_win_rate_is_the_judges_mean_preference_and_length_explains_it_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_win_rate_is_the_judges_mean_preference_and_length_explains_it_all(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret-of-the-test")
     rng = np.random.default_rng(0)
     lengths = rng.integers(20, 60, 60)
     ratios = rng.choice([1.0, 1.5, 2.0, 3.0], 60)
-    outputs, baseline = write_pair(
-        tmp_path,
-        ["b" * n for n in lengths],
-        ["p" * round(n * r) for n, r in zip(lengths, ratios, strict=True)],
-    )
+    longer_answers = ["p" * round(n * r) for n, r in zip(lengths, ratios, strict=True)]
+    outputs, baseline = write_pair(tmp_path, ["b" * n for n in lengths], longer_answers)
     with preferring(longer) as judge:
         settings = AlpacaEvalJudge(url=judge.url, model="my/judge", api_key="MY_KEY")
         result = judge_outputs(outputs, baseline, tmp_path / "judged", settings)
@@ -85,10 +78,8 @@ def test_win_rate_is_the_judges_mean_preference_and_length_explains_it_all(
     assert result["mean_length"] == pytest.approx(mine.mean())
     assert {request.body["model"] for request in judge.requests} == {"my/judge"}
     assert {request.path for request in judge.requests} == {"/v1/chat/completions"}
-    keys = {
-        value for r in judge.requests for name, value in r.headers.items() if name.lower() == "authorization"
-    }
-    assert keys == {"Bearer secret-of-the-test"}
+    headers = [{name.lower(): value for name, value in r.headers.items()} for r in judge.requests]
+    assert {header["authorization"] for header in headers} == {"Bearer secret-of-the-test"}
     kept = "".join(path.read_text() for path in (tmp_path / "judged").iterdir())
     assert "secret-of-the-test" not in kept
     numbers = {key: value for key, value in result.items() if not isinstance(value, str)}
@@ -97,25 +88,22 @@ def test_win_rate_is_the_judges_mean_preference_and_length_explains_it_all(
 
 @pytest.mark.slow
 def test_published_regression_takes_the_difficulties_from_a_local_file(
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     rng = np.random.default_rng(1)
     outputs, baseline = write_pair(
         tmp_path, ["b" * 40] * 30, ["p" * int(n) for n in rng.integers(30, 90, 30)]
     )
     lines = ["model,index,preference,std_delta_len,instruction_difficulty,not_gamed_baseline"]
     for gamed in ("verbose", "concise"):  # the published file's order, on which the package relies
-        for index in range(30):
-            lines.append(
-                f"{gamed},{index},{rng.uniform(0.2, 0.8):.3f},{rng.normal():.3f},{rng.normal():.3f},False"
-            )
+        numbers = np.column_stack([rng.uniform(0.2, 0.8, 30), rng.normal(size=(30, 2))]).round(3)
+        lines += [f"{gamed},{index},{','.join(map(str, row))},False" for index, row in enumerate(numbers)]
     (tmp_path / "df_gamed.csv").write_text("\n".join(lines) + "\n")
 
     with preferring(longer) as server:
         judge = AlpacaEvalJudge(url=server.url)
-        result = judge_outputs(
-            outputs, baseline, tmp_path / "judged", judge, difficulty=tmp_path / "df_gamed.csv"
-        )
+        difficulty = tmp_path / "df_gamed.csv"
+        result = judge_outputs(outputs, baseline, tmp_path / "judged", judge, difficulty=difficulty)
 
     assert result["length_control"] == "length_controlled_v1"
     assert 0 < result["length_controlled_win_rate"] < result["win_rate"]
@@ -123,8 +111,8 @@ def test_published_regression_takes_the_difficulties_from_a_local_file(
 
 @pytest.mark.slow
 def test_answers_of_a_judge_that_cannot_be_read_are_counted_and_none_at_all_is_an_error(
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     outputs, baseline = write_pair(tmp_path, ["one", "two", "three", "four"], ["1", "2", "3", "4"])
     with preferring(lambda first, second: 0.0 if "three" in (first, second) else 0.5) as some:
         result = judge_outputs(outputs, baseline, tmp_path / "some", AlpacaEvalJudge(url=some.url))
@@ -141,24 +129,29 @@ def test_answers_of_a_judge_that_cannot_be_read_are_counted_and_none_at_all_is_a
 
 
 @pytest.mark.slow
-def test_judge_that_does_not_answer_is_told_apart_from_one_that_is_not_set_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_judge_that_does_not_answer_is_told_apart_from_one_that_is_not_set_up(tmp_path, monkeypatch):
     outputs, baseline = write_pair(tmp_path, ["a"], ["b"])
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     url = closed_url()
-    with pytest.raises(ConfigError, match="no OPENAI_API_KEY"):
-        judge_outputs(outputs, baseline, tmp_path, AlpacaEvalJudge())
-    with pytest.raises(EngineError, match="cannot be asked"):
-        judge_outputs(outputs, baseline, tmp_path, AlpacaEvalJudge(url=url))
-    with pytest.raises(ConfigError, match="has no configuration 'nobody'"):
-        judge_outputs(outputs, baseline, tmp_path, AlpacaEvalJudge(url=url, annotator="nobody"))
+    refuses(ConfigError, "no OPENAI_API_KEY", judge_outputs, outputs, baseline, tmp_path, AlpacaEvalJudge())
+    refuses(
+        EngineError, "cannot be asked", judge_outputs, outputs, baseline, tmp_path, AlpacaEvalJudge(url=url)
+    )
+    refuses(
+        ConfigError,
+        "has no configuration 'nobody'",
+        judge_outputs,
+        outputs,
+        baseline,
+        tmp_path,
+        AlpacaEvalJudge(url=url, annotator="nobody"),
+    )
 
 
 @pytest.mark.slow
 def test_real_preferences_of_real_instructions_come_out_as_their_mean(
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     path = LEETCODE.with_name("alpaca_eval_rewards_200.parquet")
     if not path.is_file():
         pytest.skip(f"{path} does not exist")
@@ -171,7 +164,7 @@ def test_real_preferences_of_real_instructions_come_out_as_their_mean(
         f"answer {row['prompt_index']}": row["preference"] - 1 for row in rows.iter_rows(named=True)
     }
 
-    def judged(first: str, second: str) -> float:
+    def judged(first, second):
         chance = preference[first] if first in preference else 1 - preference[second]
         return min(max(chance, 1e-6), 1 - 1e-6)
 
@@ -192,7 +185,7 @@ def test_real_preferences_of_real_instructions_come_out_as_their_mean(
     assert result["win_rate"] == pytest.approx(100 * np.mean(list(preference.values())), abs=0.01)
 
 
-def test_rows_come_from_lists_and_lines_and_a_bad_one_is_named(tmp_path: Path) -> None:
+def test_rows_come_from_lists_and_lines_and_a_bad_one_is_named(tmp_path):
     rows = [{"instruction": "say\u2028[1]\x85", "output": "é"}, {"instruction": "b", "output": "c"}]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     (tmp_path / "list.json").write_text(f"[{','.join(lines)}]", encoding="utf-8-sig")
@@ -209,28 +202,22 @@ def test_rows_come_from_lists_and_lines_and_a_bad_one_is_named(tmp_path: Path) -
         ("broken.json", "is not valid JSON"),
         ("none.json", "no file"),
     ):
-        with pytest.raises(DataError, match=message):
-            read_rows(tmp_path / name, ("instruction", "output"))
+        refuses(DataError, message, read_rows, tmp_path / name, ("instruction", "output"))
 
 
-def problem(name: str, body: str) -> dict[str, Any]:
-    return {
-        "task_id": name,
-        "query": f"Write {name}",
-        "prompt": "from math import *\n",
-        "entry_point": "Solution().f",
-        "test": body,
-    }
+def problem(name, body):
+    given = {"query": f"Write {name}", "prompt": "from math import *\n", "entry_point": "Solution().f"}
+    return {"task_id": name, **given, "test": body}
 
 
-def solution(expression: str) -> str:
+def solution(expression):
     return f"Here it is.\n```python\nclass Solution:\n    def f(self, x):\n        return {expression}\n```\n"
 
 
 @pytest.mark.slow
 @needs_bubblewrap
-def test_tests_passed_and_pass_at_1_are_means_over_problems() -> None:
-    def tested(name: str, *pairs: tuple[int, int]) -> dict[str, Any]:
+def test_tests_passed_and_pass_at_1_are_means_over_problems():
+    def tested(name, *pairs):
         asserts = "".join(f"    assert candidate({given}) == {wanted}\n" for given, wanted in pairs)
         return problem(name, f"def check(candidate):\n{asserts}")
 
@@ -255,7 +242,7 @@ def test_tests_passed_and_pass_at_1_are_means_over_problems() -> None:
 
 @pytest.mark.slow
 @needs_bubblewrap
-def test_published_solutions_of_real_problems_pass_and_another_problems_do_not() -> None:
+def test_published_solutions_of_real_problems_pass_and_another_problems_do_not():
     if not LEETCODE.is_file():
         pytest.skip(f"{LEETCODE} does not exist")
     problems = read_problems(LEETCODE, limit=12)

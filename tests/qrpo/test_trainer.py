@@ -39,16 +39,16 @@ class Reader:
             yield self.rows[index]
 
 
-@pytest.mark.slow
-def test_a_step_minimises_the_paper_s_squared_error(folder, rows, tmp_path):
+@pytest.mark.parametrize(("loss_type", "error"), [("mse", np.square), ("mae", np.abs)])
+def test_a_step_minimises_the_paper_s_error(folder, rows, tmp_path, loss_type, error):
     """The first loss, computed here from its definition, and descent on it."""
     quantiles = np.stack([row["quantile_reward"] for row in rows]).astype(np.float64)
-    at_reference = np.mean((quantiles - 0.5 * log_z("identity", 0.5)) ** 2)
+    at_reference = np.mean(error(quantiles - 0.5 * log_z("identity", 0.5)))
 
-    _, progress = train(folder, rows, tmp_path, num_train_epochs=30, prompts_per_step=12)
+    _, progress = train(folder, rows, tmp_path, num_train_epochs=20, prompts_per_step=12, loss_type=loss_type)
 
     assert progress[0]["loss"] == pytest.approx(at_reference, rel=1e-5)
-    assert progress[-1]["loss"] < 0.2 * at_reference
+    assert progress[-1]["loss"] < 0.5 * at_reference
 
 
 def test_progress_metrics_and_the_final_folder(folder, rows, tmp_path):
@@ -59,6 +59,9 @@ def test_progress_metrics_and_the_final_folder(folder, rows, tmp_path):
     assert expected | {"rewards/chosen", "rewards/margins", "tokens_per_second"} <= set(progress[-1])
     assert progress[0]["rewards/accuracies"] == 0.5
     assert metrics(tmp_path)["loss"] == [p["loss"] for p in progress]
+    assert all(p["tokens_per_second"] > 0 for p in progress)
+    assert progress[0]["eta_seconds"] > progress[-1]["eta_seconds"] == 0
+    assert "mfu" not in progress[-1]  # a CPU's peak is not known
     (largest,) = metrics(tmp_path)["initial_log_ratio/max_abs"]
     assert largest < 1e-3
     # an ordinary model with its tokenizer
@@ -71,15 +74,14 @@ def test_progress_metrics_and_the_final_folder(folder, rows, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("as_dataset", [list, Reader], ids=["rows", "reader"])
-def test_a_killed_run_goes_on_exactly_where_it_was(folder, rows, tmp_path, as_dataset):
+def test_a_killed_run_goes_on_exactly_where_it_was(folder, rows, tmp_path):
     settings = {"num_train_epochs": 3, "save_steps": 2}
-    uninterrupted, progress = train(folder, as_dataset(rows), tmp_path / "a", **settings)
+    uninterrupted, progress = train(folder, Reader(rows), tmp_path / "a", **settings)
 
     with pytest.raises(Stopped):
-        train(folder, as_dataset(rows), tmp_path / "b", stop_at=5, **settings)
+        train(folder, Reader(rows), tmp_path / "b", stop_at=5, **settings)
     (tmp_path / "b" / "checkpoint-5").mkdir()  # half written: no marker
-    dataset = as_dataset(rows)
+    dataset = Reader(rows)
     resumed, rest = train(folder, dataset, tmp_path / "b", **settings)
 
     assert [entry["step"] for entry in rest] == [5, 6, 7, 8, 9]
@@ -89,8 +91,7 @@ def test_a_killed_run_goes_on_exactly_where_it_was(folder, rows, tmp_path, as_da
     (mean,) = metrics(tmp_path / "a")["train_loss"]
     assert mean == pytest.approx(np.mean(metrics(tmp_path / "a")["loss"]))
     assert metrics(tmp_path / "b")["train_loss"] == [mean]
-    if isinstance(dataset, Reader):
-        assert dataset.starts[0] == (1, 4)  # one seek, no reading of what was trained on
+    assert dataset.starts[0] == (1, 4)  # one seek, no reading of what was trained on
 
 
 def test_a_checkpoint_counts_only_when_it_is_complete(tmp_path):
@@ -155,19 +156,14 @@ def test_a_reference_of_other_weights_stops_before_the_first_step(folder, tmp_pa
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (
-            another_template,
-            r"Prompt asked: it comes from another chat template, this one's prompts end in '<\|end\|><\|assistant\|>'",
-        ),
-        (another_tokenizer, r"Prompt asked: its \d+ tokens come from another tokenizer"),
-        (
-            larger_tokenizer,
-            r"token \d+ is not in the model. Prompt asked: its token \d+ comes from another tokenizer",
-        ),
+        (another_template, r"another chat template, this one's prompts end in '<\|end\|><\|assistant\|>'"),
+        (another_tokenizer, r"its \d+ tokens come from another tokenizer"),
+        (larger_tokenizer, r"its token \d+ comes from another tokenizer"),
     ],
+    ids=["template", "tokenizer", "larger tokenizer"],
 )
 def test_rows_of_another_template_or_tokenizer_stop_before_the_first_step(folder, tmp_path, change, reason):
-    with pytest.raises(TrainingError, match=r"before the first step.*" + reason):
+    with pytest.raises(TrainingError, match=r"before the first step.*Prompt asked: .*" + reason):
         train(folder, with_other_tokens(folder, change), tmp_path)
     assert not (tmp_path / "final").exists()
 
@@ -228,35 +224,22 @@ def test_trl_rows_without_reference_rewards_are_refused_by_row(folder, tmp_path)
         QRPOTrainer(load_policy(folder), args, dataset, AutoTokenizer.from_pretrained(folder))
 
 
-def test_an_iterable_dataset_trains_for_max_steps(folder, rows, tmp_path):
-    class Endless(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            while True:
-                yield from rows
-
-    _, progress = train(folder, Endless(), tmp_path, max_steps=4)
-
-    assert [p["step"] for p in progress] == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize("transform", ["log", "logit", "normal-icdf"])
-@pytest.mark.parametrize("partition", ["continuous", "finite"])
+@pytest.mark.parametrize(
+    ("transform", "partition"), [("log", "continuous"), ("logit", "finite"), ("normal-icdf", "finite")]
+)
 def test_transforms_and_partitions_reach_the_loss(folder, rows, tmp_path, transform, partition):
     extreme = [{**row, "quantile_reward": np.array([0.0, 1.0, 0.5])} for row in rows]
-    settings = {"transform": transform, "partition": partition, "beta": 2.0, "learning_rate": 1e-4}
+    settings = {
+        "transform": transform,
+        "partition": partition,
+        "beta": 2.0,
+        "max_steps": 2,
+        "learning_rate": 1e-4,
+    }
 
     _, progress = train(folder, extreme, tmp_path, **settings)
 
     assert np.isfinite([p["loss"] for p in progress]).all()
-
-
-def test_the_absolute_loss_is_the_mean_absolute_residual(folder, rows, tmp_path):
-    quantiles = np.stack([row["quantile_reward"] for row in rows]).astype(np.float64)
-    expected = np.mean(np.abs(quantiles - 0.5 * log_z("identity", 0.5)))
-
-    _, progress = train(folder, rows, tmp_path, loss_type="mae", prompts_per_step=12, max_steps=1)
-
-    assert progress[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_mixed_precision_and_gradient_checkpointing_train(folder, rows, tmp_path):

@@ -10,9 +10,10 @@ from transformers import AutoTokenizer
 
 from qrpo.config import keyed
 from qrpo.errors import DataError
-from qrpo.training.runs import load_policy, training_arguments
+from qrpo.training.runs import load_policy
 from qrpo.training.settings import PolicyConfig
 from qrpo.training.trainer import QRPOConfig, QRPOTrainer
+from qrpo.training.trainer_arguments import training_arguments
 from tests.support.training import SETTINGS, train
 
 
@@ -37,41 +38,45 @@ def chosen_and_rejected(rows, values):
     )
 
 
-def test_dpo_starts_from_log_2_and_learns_the_preferences(folder, rows, tmp_path):
-    losses = losses_of(folder, rows, tmp_path, loss="dpo", num_train_epochs=20)
+def first_rebel(regressed):
+    def expected(rows):
+        chosen, rejected = chosen_and_rejected(rows, [row[regressed] for row in rows])
+        return np.mean(((chosen - rejected) / 0.5) ** 2)
 
-    assert losses[0] == pytest.approx(np.log(2), rel=1e-5)
-    assert losses[-1] < 0.1
-
-
-@pytest.mark.parametrize("regressed", ["reward", "quantile_reward"])
-def test_rebel_starts_from_the_squared_difference_of_rewards_over_beta(folder, rows, tmp_path, regressed):
-    losses = losses_of(folder, rows, tmp_path, loss="rebel", rebel_reward=regressed, num_train_epochs=20)
-
-    chosen, rejected = chosen_and_rejected(rows, [row[regressed] for row in rows])
-    assert losses[0] == pytest.approx(np.mean(((chosen - rejected) / 0.5) ** 2), rel=1e-4)
-    assert losses[-1] < 0.5 * losses[0]
+    return expected
 
 
-def test_simpo_needs_no_reference_and_starts_from_mean_log_probabilities(folder, rows, tmp_path):
-    unscored = [{name: value for name, value in row.items() if name != "ref_logprob"} for row in rows]
-
-    losses = losses_of(folder, unscored, tmp_path, loss="simpo", gamma_beta_ratio=0.25, num_train_epochs=20)
-
+def first_simpo(rows):
     means = [row["ref_logprob"] / [len(ids) for ids in row["completion_token_ids"]] for row in rows]
     chosen, rejected = chosen_and_rejected(rows, means)
-    assert losses[0] == pytest.approx(np.mean(np.logaddexp(0, 0.5 * (0.25 - (chosen - rejected)))), rel=1e-4)
-    assert losses[-1] < 0.9 * losses[0]
+    return np.mean(np.logaddexp(0, 0.5 * (0.25 - (chosen - rejected))))
 
 
-def test_sft_learns_the_best_completion_token_by_token(folder, rows, tmp_path):
-    losses = losses_of(folder, rows, tmp_path, loss="sft", num_train_epochs=20)
-
+def first_sft(rows):
     best = [int(np.argmax(row["reward"])) for row in rows]
     total = sum(row["ref_logprob"][k] for row, k in zip(rows, best, strict=True))
-    tokens = sum(len(row["completion_token_ids"][k]) for row, k in zip(rows, best, strict=True))
-    assert losses[0] == pytest.approx(-total / tokens, rel=1e-4)
-    assert losses[-1] < 0.5 * losses[0]
+    return -total / sum(len(row["completion_token_ids"][k]) for row, k in zip(rows, best, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "first", "falls_to"),
+    [
+        ({"loss": "dpo"}, lambda rows: np.log(2), 0.15),
+        ({"loss": "rebel", "rebel_reward": "reward"}, first_rebel("reward"), 0.5),
+        ({"loss": "rebel", "rebel_reward": "quantile_reward"}, first_rebel("quantile_reward"), 0.5),
+        ({"loss": "simpo", "gamma_beta_ratio": 0.25}, first_simpo, 0.9),  # no reference log-probabilities
+        ({"loss": "sft"}, first_sft, 0.5),  # the best completion, token by token
+    ],
+    ids=["dpo", "rebel", "rebel on quantiles", "simpo", "sft"],
+)
+def test_each_loss_starts_from_its_definition_and_falls(folder, rows, tmp_path, settings, first, falls_to):
+    hidden = "ref_logprob" if settings["loss"] == "simpo" else None
+    given = [{name: value for name, value in row.items() if name != hidden} for row in rows]
+
+    losses = losses_of(folder, given, tmp_path, num_train_epochs=20, **settings)
+
+    assert losses[0] == pytest.approx(first(rows), rel=1e-4)
+    assert losses[-1] < falls_to * losses[0]
 
 
 def test_the_dataset_s_own_preference_is_known_by_its_origin(folder, rows, tmp_path):
@@ -91,8 +96,7 @@ def test_the_dataset_s_own_preference_is_known_by_its_origin(folder, rows, tmp_p
     [
         ("qrpo", "best-worst"),
         ("dpo", "random"),
-        ("rebel", "best-worst"),
-        ("simpo", "random"),
+        ("simpo", "best-worst"),
         ("sft", "random"),
     ],
 )
@@ -135,13 +139,8 @@ def text_trainer(folder, output, dataset, **arguments):
 
 def test_preference_data_in_trl_s_format_trains_dpo_without_any_reward(folder, tmp_path):
     rows = [{"prompt": f"prompt {i}", "chosen": "some words", "rejected": "more"} for i in range(4)]
-    settings = {
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 4,
-        "num_train_epochs": 10,
-        "logging_steps": 1,
-    }
-    trainer = text_trainer(folder, tmp_path, Dataset.from_list(rows), loss="dpo", **settings)
+    settings = {"learning_rate": 1e-2, "per_device_train_batch_size": 4, "num_train_epochs": 10}
+    trainer = text_trainer(folder, tmp_path, Dataset.from_list(rows), loss="dpo", logging_steps=1, **settings)
     trainer.train()
 
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]

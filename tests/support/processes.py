@@ -121,3 +121,19 @@ def survivors(of: list[Process], seconds: float = 60.0) -> list[str]:
         if not left or time.monotonic() > deadline:
             return left
         time.sleep(0.05)
+
+
+def are_gone(pids: list[int], seconds: float = 60.0) -> bool:
+    """Whether all these processes end within some seconds."""
+    deadline = time.monotonic() + seconds
+    while not all(map(is_gone, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return all(map(is_gone, pids))
+
+
+def is_gone(pid: int) -> bool:
+    """Whether the process has ended, reaped or not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True

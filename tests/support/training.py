@@ -19,7 +19,7 @@ import time
 import traceback
 from pathlib import Path
 
-from qrpo.errors import QRPOError
+from qrpo.errors import QRPOError, TrainingError
 
 SETTINGS = {
     "beta": 0.5,
@@ -83,25 +83,21 @@ def plain_logprobs(model, prompts, completions):
     return torch.stack(sums)
 
 
-def train_and_yield(folder, rows, output, settings, sigterm_after=None):
-    """Train on pickled rows and yield what was reported. Rank 0 sends itself a SIGTERM after a
-    step."""
-    import torch
+def value_and_gradients(compute, model, *arguments, weights=1.0, **options):
+    """The log-probabilities that `compute` gives, and the gradients of their weighted squares."""
+    model.zero_grad()
+    logprob_B = compute(model, *arguments, **options)
+    (weights * logprob_B**2).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return logprob_B.detach(), gradients
 
-    from qrpo.training.runs import train_policy
-    from qrpo.training.settings import PolicyConfig
 
-    torch.set_num_threads(1)
-    reports = []
-
-    def on_progress(report):
-        reports.append(report)
-        if report["step"] == sigterm_after:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    read = pickle.loads(rows.read_bytes())  # noqa: S301
-    train_policy(folder, read, PolicyConfig(**settings), output, on_progress=on_progress)
-    yield from reports
+def fail_on_the_second():
+    """Raise an error on the second rank; the first one waits."""
+    if os.environ["RANK"] == "1":
+        raise TrainingError("rank 1 cannot")
+    time.sleep(1000)
+    yield
 
 
 def train_runs(runs):
@@ -109,7 +105,8 @@ def train_runs(runs):
     the log-probabilities that its loss got, and whether its weights were sharded; or its error.
 
     A run has `folder`, `rows`, `output` and `settings`, and may have `eval_rows`, `iterable` rows,
-    the `checkpoint` of another run to continue from, and `sft` to fine-tune instead.
+    the `checkpoint` of another run to continue from, `sft` to fine-tune instead, and a step
+    `sigterm_after` which rank 0 sends itself a SIGTERM.
     """
     import torch
     from torch.distributed.tensor import DTensor
@@ -135,6 +132,12 @@ def train_runs(runs):
             return iter(self.rows)
 
     module.QRPOTrainer = Watched
+
+    def report(entry):
+        seen["reports"].append(entry)
+        if entry["step"] == run.get("sigterm_after"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
     for run in runs:
         seen = {"reports": [], "dtypes": set(), "sharded": False}
         if (checkpoint := run.get("checkpoint")) and os.environ.get("RANK", "0") == "0":
@@ -143,17 +146,10 @@ def train_runs(runs):
             torch.distributed.barrier()
         rows = Stream(run["rows"]) if run.get("iterable") else run["rows"]
         try:
-            if run.get("sft"):
-                module.train_sft(run["folder"], rows, SftConfig(**run["settings"]), run["output"])
-            else:
-                module.train_policy(
-                    run["folder"],
-                    rows,
-                    PolicyConfig(**{**SETTINGS, **run["settings"]}),
-                    run["output"],
-                    eval_rows=run.get("eval_rows"),
-                    on_progress=seen["reports"].append,
-                )
+            settings = run["settings"]
+            config = SftConfig(**settings) if run.get("sft") else PolicyConfig(**{**SETTINGS, **settings})
+            options = {"eval_rows": run.get("eval_rows"), "on_progress": report}
+            module.train_policy(run["folder"], rows, config, run["output"], **options)
         except QRPOError as error:
             seen["error"] = str(error)
         yield seen

@@ -55,6 +55,10 @@ VALUES: dict[str, dict[str, Any]] = {
     "rewards.0.version": {"rewards.0.version": "2"},
     "run.cluster": {"run.runner": "dask", "run.cluster": "tcp://127.0.0.1:1"},
     "run.max_reject_fraction": {"run.max_reject_fraction": 0.2},
+    **{
+        f"{section}.weights": {f"{section}.weights": "bfloat16", f"{section}.bf16": True}
+        for section in ("policy", "reference.sft")
+    },
     "policy.lora": {"policy.lora": {"rank": 2}},
     "policy.patience": {"policy.patience": 2, "policy.eval_fraction": 0.3},
     "policy.fsdp": {"policy.fsdp": True, "policy.processes": 2},

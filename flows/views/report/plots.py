@@ -15,7 +15,8 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from flows.views.report.content import Content
 from qrpo.evaluation.statistics import Floats
-from qrpo.method.theory import attained, beta_table, estimate_noise, expected_reward, optimum_density
+from qrpo.method.optimum import expected_reward, optimum_density
+from qrpo.method.theory import attained, beta_table, estimate_noise
 from qrpo.method.transforms import get_transform
 from tasks.charts import plot_curves, plot_histogram
 

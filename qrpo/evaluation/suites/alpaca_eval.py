@@ -27,8 +27,6 @@ from qrpo.errors import ConfigError, DataError, EngineError
 from qrpo.evaluation.suites.files import read_rows
 from qrpo.processes.child import Child
 
-__all__ = ["AlpacaEvalJudge", "judge_outputs", "model_outputs", "read_baseline", "write_outputs"]
-
 _FOLDS = 5  # the package cross-validates its regression
 
 

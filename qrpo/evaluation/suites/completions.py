@@ -11,8 +11,6 @@ from qrpo.errors import DataError
 from qrpo.models import ModelConfig
 from qrpo.models.limits import model_limits
 
-__all__ = ["Completions", "draw_completions"]
-
 
 @dataclass(frozen=True)
 class Completions:

@@ -6,8 +6,6 @@ from typing import Any
 from qrpo.data import sources
 from qrpo.errors import DataError
 
-__all__ = ["read_rows"]
-
 
 def read_rows(path: Path, required: tuple[str, ...]) -> list[dict[str, Any]]:
     """All rows of a file; DataError if a row lacks text in a required field."""

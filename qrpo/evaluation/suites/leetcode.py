@@ -18,8 +18,6 @@ from qrpo.evaluation.statistics import bootstrap_interval, mean_by_prompt, promp
 from qrpo.evaluation.suites.files import read_rows
 from qrpo.rewards.code import CodeRewardConfig, run_tests
 
-__all__ = ["read_problems", "score_solutions"]
-
 
 def read_problems(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
     """The problems in the file's order, the first `limit` of them."""
