@@ -10,10 +10,8 @@ from typing import Any, BinaryIO
 from fsspec import AbstractFileSystem
 
 from storage.contents import open_checked
-from storage.files import Files
 from storage.parts import FileEntry, PartRecord
-
-__all__ = ["CheckedFiles"]
+from storage.remote import Files
 
 
 class CheckedFiles(AbstractFileSystem):  # type: ignore[misc]

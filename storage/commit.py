@@ -23,14 +23,13 @@ import pyarrow.parquet as pq
 from storage.contents import again
 from storage.crashpoints import crash_point
 from storage.errors import DamagedError, SchemaError, StoreError
-from storage.files import Files, plain_errors
+from storage.files import plain_errors
 from storage.fingerprints import canonical_json, file_digest, stream_digest
 from storage.manifest import code_version, now
 from storage.names import check_key, check_name
 from storage.parts import FileEntry, PartKey, PartRecord
+from storage.remote import Files
 from storage.table import REJECTS, Table, UniqueKeys, conform
-
-__all__ = ["PartWriter", "Provenance", "Rejects"]
 
 Rejects: TypeAlias = "pa.Table | Callable[[], pa.Table | None] | None"
 """The rejected rows: a table, or a function that is called once all rows are written."""
@@ -162,22 +161,34 @@ class PartWriter:
 
     def part(self, key: PartKey) -> PartRecord | None:
         """The record of a committed part; None where it is not committed; raises DamagedError."""
-        try:
-            return again(self.files, lambda: PartRecord.from_file(self.files.read(key.record), key))
-        except FileNotFoundError:
-            return None
+        return self.find_parts([key]).get(key.fingerprint)
 
-    def find_parts(self, keys: Iterable[PartKey]) -> dict[str, PartRecord]:
-        """The committed ones of these parts: fingerprint -> record. Reads in parallel."""
+    def find_parts(self, keys: Iterable[PartKey], *, required: bool = False) -> dict[str, PartRecord]:
+        """The committed ones of these parts: fingerprint -> record. Reads in parallel.
+
+        Raises DamagedError for a damaged record and, if `required`, for a missing one.
+        """
         wanted = {key.record: key for key in keys}
         found: dict[str, PartRecord] = {}
-        for name, data in self.files.read_many(wanted).items():
-            key = wanted[name]
-            try:
-                found[key.fingerprint] = PartRecord.from_file(data, key)
-            except DamagedError:
-                if (record := self.part(key)) is not None:  # it is read again
-                    found[key.fingerprint] = record
+
+        def read() -> None:
+            fault = None
+            for name, data in self.files.read_many(list(wanted)).items():
+                key = wanted[name]
+                try:
+                    found[key.fingerprint] = PartRecord.from_file(data, key)
+                    del wanted[name]
+                except DamagedError as error:
+                    fault = error
+            if wanted and required:
+                fault = fault or DamagedError(
+                    f"{next(iter(wanted))} is missing, one of {len(wanted)} parts that are needed. "
+                    "`qrpo verify --repair` computes only these again."
+                )
+            if fault is not None:
+                raise fault
+
+        again(self.files, read)
         return found
 
     def family_parts(self, stage: str, family: str) -> list[PartRecord]:

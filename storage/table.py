@@ -22,8 +22,6 @@ from storage.errors import SchemaError
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["REJECTS", "Check", "Table", "UniqueKeys", "column", "conform", "is_list", "rejects_table"]
-
 Check: TypeAlias = Callable[[pa.RecordBatch], str | None]
 """Looks for a fault in the values of a row group: a sentence, or None."""
 

@@ -10,18 +10,6 @@ import polars as pl
 
 from storage import Manifest, Store
 
-__all__ = [
-    "MAIN_MEASURES",
-    "QUANTILES",
-    "Cell",
-    "compare_models",
-    "grid_edges",
-    "interval",
-    "numbers_of",
-    "reject_reasons",
-    "training_metrics",
-]
-
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _BINS = 32
 _MAX_GRID = 120  # bars

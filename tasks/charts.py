@@ -18,8 +18,6 @@ from tasks.stages import STAGES
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw", "plot_curves", "plot_histogram"]
-
 Chart = tuple[str, bytes]
 """A title and a PNG file."""
 Drawer = Callable[["Axes", Manifest, Store], str]

@@ -12,8 +12,6 @@ from pathlib import Path
 from qrpo.training.checkpoints import MARKER, latest_checkpoint
 from storage import PartKey, Store
 
-__all__ = ["clear_checkpoints", "fetch_checkpoints", "keep_checkpoints"]
-
 
 def keep_checkpoints(store: Store, key: PartKey, folder: Path) -> None:
     """Bring the store's checkpoints of a part to those of its work folder."""

@@ -4,12 +4,13 @@ Unknown keys are refused with their path, and every default is visible with `qrp
 file are taken from the current folder, as in a shell.
 """
 
+import copy
 import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -28,8 +29,6 @@ from tasks.stages.evaluation import EvaluationConfig
 from tasks.stages.quantiles import QuantilesConfig
 from tasks.stages.reference import ReferenceConfig
 from tasks.stages.shards import ShardsConfig
-
-__all__ = ["PipelineConfig", "apply_overrides", "dump_config", "load_config", "parse_config"]
 
 
 class PipelineConfig(Section):
@@ -150,10 +149,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> PipelineConf
         raise ConfigError(
             f"{path}: expected a mapping of sections (prompts, reference, ...), got {type(raw).__name__}"
         )
-    try:
-        return parse_config(apply_overrides(raw, overrides), where=str(path))
-    except RecursionError:
-        raise ConfigError(f"{path}: a value contains itself, through an alias: remove the alias") from None
+    return parse_config(apply_overrides(raw, overrides), where=str(path))
 
 
 def parse_config(raw: Mapping[str, Any], where: str = "configuration") -> PipelineConfig:
@@ -165,7 +161,8 @@ def parse_config(raw: Mapping[str, Any], where: str = "configuration") -> Pipeli
         return PipelineConfig.model_validate_json(json.dumps(raw, default=str), strict=True)
     except ValueError as error:
         if not isinstance(error, ValidationError):
-            raise ConfigError(f"{where}: {error}") from None
+            circular = "a value contains itself, through an alias: remove the alias"
+            raise ConfigError(f"{where}: {circular if 'Circular' in str(error) else error}") from None
         found = [dict(item) for item in error.errors() if item["type"] != "too_short" or item["input"] == []]
         lines = [_explain(item) for item in found]
         raise ConfigError(f"{where}: " + "\n  ".join(lines)) from None
@@ -173,7 +170,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "configuration") -> Pipeli
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """A copy of `raw` with each `dotted.key=value` set; values are read as YAML, list items by their index."""
-    result = cast("dict[str, Any]", _copy(raw))
+    result = copy.deepcopy(dict(raw))
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or not path:
@@ -254,14 +251,6 @@ def _models_in(annotation: Any) -> list[Any]:
     for argument in getattr(annotation, "__args__", ()):
         found += _models_in(argument)
     return found
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _copy(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_copy(item) for item in value]
-    return value
 
 
 def _assign(target: Any, path: list[str], value: Any, override: str) -> None:

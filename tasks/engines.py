@@ -15,8 +15,6 @@ from qrpo.engines import EngineConfig, open_engine
 from qrpo.engines.sampling import Engine
 from qrpo.models import ModelConfig
 
-__all__ = ["close_engine", "engine_for", "keep"]
-
 
 class Closable(Protocol):
     """Something that holds memory until it is closed."""

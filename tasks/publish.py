@@ -34,8 +34,6 @@ from tasks.stages import STAGES
 if TYPE_CHECKING:
     from tasks.config import PipelineConfig
 
-__all__ = ["artifact_key", "asset_key", "publish_stage"]
-
 log = logging.getLogger("qrpo")
 
 _SAMPLE_ROWS = 20

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 
 from tasks.config import PipelineConfig
 
-__all__ = ["round_configs", "rounds_until"]
-
 
 def round_configs(config: PipelineConfig) -> Iterator[PipelineConfig]:
     """The configuration of every round, each a single one; the first is the given one's own."""

@@ -23,8 +23,6 @@ from tasks.run_note import is_noted, note_artifact, note_families
 from tasks.stage import Stage
 from tasks.stages import STAGES
 
-__all__ = ["StageResult", "run_stage"]
-
 log = logging.getLogger("qrpo")
 
 
@@ -72,8 +70,11 @@ def run_stage(
             plan, computed = _compute(of, plan, planner, force, leases)
             manifest = _commit_manifest(of, plan, config, store, time.monotonic() - started)
             result = _result(plan, manifest, computed, started)
-            _note(planner, result, leases)
-    log.info("%s", _line(result))
+            names = ("fingerprint", "seconds", "parts_computed", "parts_cached")
+            note_artifact(planner, stage, {name: getattr(result, name) for name in names}, leases)
+    counts = {"computed": result.parts_computed, "cached": result.parts_cached}
+    parts = ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "nothing to do"
+    log.info("%-12s %s; %s rows, %.1f s", stage, parts, f"{result.rows:,}", result.seconds)
     if note := manifest.metadata.get("note"):
         log.info("%-12s %s", stage, note)
     _check_rejects(of, manifest, config, store)
@@ -129,18 +130,6 @@ def _result(
         rows_reused=sum(record.metadata.get("reused", 0) for record in computed),
         seconds=round(time.monotonic() - started, 3),
     )
-
-
-def _note(planner: Planner, result: StageResult, leases: Leases) -> None:
-    names = ("fingerprint", "seconds", "parts_computed", "parts_cached")
-    note_artifact(planner, result.stage, {name: getattr(result, name) for name in names}, leases)
-
-
-def _line(result: StageResult) -> str:
-    counts = [f"{result.parts_computed} computed"] if result.parts_computed else []
-    counts += [f"{result.parts_cached} cached"] if result.parts_cached else []
-    parts = ", ".join(counts) or "nothing to do"
-    return f"{result.stage:<12} {parts}; {result.rows:,} rows, {result.seconds:.1f} s"
 
 
 def _read(stage: Stage[Any], plan: StagePlan, planner: Planner) -> tuple[StagePlan, tuple[PartRecord, ...]]:

@@ -7,8 +7,6 @@ from pydantic import Field, field_validator, model_validator
 
 from qrpo.config import Section, Seed, execution_option
 
-__all__ = ["CompareConfig", "RoundsConfig", "RunConfig"]
-
 
 class RunConfig(Section):
     """How the work is cut and when a run gives up. Nothing here changes a number."""

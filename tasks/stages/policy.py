@@ -24,8 +24,6 @@ from tasks.stages.shards import TABLE as SHARDS
 from tasks.training_files import training_files
 from tasks.work import Progress, Work, progress_of
 
-__all__ = ["STAGE", "checkpoint_model", "compute", "plan", "train"]
-
 VERSION = 4
 
 
@@ -130,7 +128,10 @@ def train(work: Work[Settings]) -> Iterator[Progress]:
         arguments = arguments.model_copy(update={"max_initial_log_ratio": math.inf})
     scaled = section.uses_quantiles and get_transform(section.transform).needs_scale
     if scaled and section.mean_ref_std is None:
-        arguments = arguments.model_copy(update={"mean_ref_std": _mean_ref_std(work, part)})
+        shards = work.store.scan(work.inputs(part, "shards"))
+        stds = shards.select("ref_std").drop_nulls().collect()["ref_std"]
+        mean = math.fsum(stds) / len(stds)  # exact, so the same in any order
+        arguments = arguments.model_copy(update={"mean_ref_std": mean})
     folder = work.folder(part)
     options: dict[str, Any] = {
         "seed": seed,
@@ -153,12 +154,6 @@ def _files(work: Work[Settings], part: PartPlan) -> tuple[Store, list[PartRecord
         settings.seed,
         lambda prompt_id: held_out(prompt_id, settings.section.eval_fraction, settings.seed),
     )
-
-
-def _mean_ref_std(work: Work[Settings], part: PartPlan) -> float:
-    """The mean spread of reference rewards over all prompts, by which scaled transforms divide each prompt's own."""
-    stds = work.store.scan(work.inputs(part, "shards")).select("ref_std").drop_nulls().collect()["ref_std"]
-    return math.fsum(stds) / len(stds)  # exact, so the same in any order
 
 
 def checkpoint_model(policy: ModelConfig, step: int) -> ModelConfig:

@@ -25,13 +25,11 @@ from qrpo.data.sources import dataset_names, is_dataset, source_files
 from qrpo.errors import DataError
 from storage import PartKey, PartRecord, Store, file_digest, fingerprint, folder_digest
 from storage.checks import no_null_items, one_of
-from storage.names import TEMPORARY
+from storage.processes import temporary_name
 from storage.table import Table, column
-from tasks.plan import PartPlan, StagePlan, Upstream, add_digests, make_family
+from tasks.plan import PartPlan, StagePlan, Upstream, add_digests, as_planned, make_family
 from tasks.stage import Stage, setting
 from tasks.work import Work
-
-__all__ = ["STAGE", "TABLE", "compute", "content", "plan", "prompt_rows", "read_prompts", "row_hash"]
 
 VERSION = 1
 
@@ -96,8 +94,7 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     manifest = upstream.store.manifest("prompts", empty.fingerprint)
     if manifest is None:
         return empty
-    parts = tuple(PartPlan(record.key, (), record.metadata) for record in manifest.parts)
-    return replace(empty, parts=parts, known=True, manifest=manifest)
+    return replace(empty, parts=as_planned(manifest.parts), known=True, manifest=manifest)
 
 
 def _unread(config: PromptsConfig, outside: dict[str, Any]) -> StagePlan:
@@ -213,7 +210,7 @@ def compute(work: Work[Settings]) -> Iterator[tuple[PartRecord, bool] | StagePla
     place = work.store.local_path("work")
     if place is not None:
         place.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=TEMPORARY, dir=place) as folder:
+    with TemporaryDirectory(prefix=f"{temporary_name()}-", dir=place) as folder:
         copies = _copied(section, Path(folder))
         yield _unread(section, source_identity(section, copies))
         for part in cut(section, work.settings.part_size, copies):
@@ -309,10 +306,6 @@ def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
 
-def _describe(settings: Settings, store: Store, plan: StagePlan) -> dict[str, Any]:
-    return {"source": settings.section.source, "eval_source": settings.section.eval_source}
-
-
 STAGE = Stage(
     name="prompts",
     version=VERSION,
@@ -326,5 +319,5 @@ STAGE = Stage(
     compute=compute,
     read=_read,
     uses_gpu=False,
-    describe=_describe,
+    describe=lambda settings, store, plan: settings.section.model_dump(include={"source", "eval_source"}),
 )

@@ -25,8 +25,6 @@ from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key
 from tasks.stage import Stage, setting
 from tasks.work import Work
 
-__all__ = ["STAGE", "TABLE", "QuantilesConfig", "TrainOn", "compute", "plan", "quantile_table"]
-
 VERSION = 1
 
 TRAINING_COLUMNS = (

@@ -33,8 +33,6 @@ from tasks.stages.quantiles import TRAINING_CHECKS, TRAINING_COLUMNS, QuantilesC
 from tasks.stages.reference import model_for
 from tasks.work import Work
 
-__all__ = ["STAGE", "TABLE", "LogprobScorer", "ShardsConfig", "compute", "plan"]
-
 VERSION = 1
 
 TABLE = Table(

@@ -3,7 +3,7 @@ import json
 import pytest
 
 import storage
-from storage import DamagedError, Store, StoreError, manifest_of
+from storage import DamagedError, Store, manifest_of
 from tests.support.storage import commit_scores, part_key, scores
 
 
@@ -38,19 +38,6 @@ def test_rejects_of_all_parts_lie_beside_the_manifest(store: Store, manifest: st
     assert store.exists(f"artifacts/rewards/{manifest.fingerprint}/rejects.parquet")
     store.write_run("run", {"stages": {"rewards": {"fingerprint": manifest.fingerprint}}})
     assert storage.open(store, "run", "rewards").rejects.num_rows == 2
-
-
-def test_an_artifact_is_opened_by_run_and_stage(store: Store, manifest: storage.Manifest) -> None:
-    store.commit_manifest(manifest)
-    store.write_run("my-run", {"stages": {"rewards": manifest.fingerprint}})
-    artifact = storage.open(store, "my-run", "rewards")
-    assert artifact.manifest == manifest
-    assert artifact.lazy.collect().height == artifact.dataset.count_rows() == 30
-    assert store.runs() == ["my-run"]
-    with pytest.raises(StoreError, match="has no run 'other'; it has my-run"):
-        storage.open(store, "other", "rewards")
-    with pytest.raises(StoreError, match="has no stage 'policy'; it has rewards"):
-        storage.open(store, "my-run", "policy")
 
 
 def test_committing_a_manifest_again_changes_nothing(store: Store, manifest: storage.Manifest) -> None:

@@ -229,7 +229,7 @@ def test_each_kind_of_fault_is_survived_by_reads_and_writes(far_store: Store, li
 
 
 def test_a_line_that_always_fails_ends_in_one_readable_error(
-    far_store: Store, line: Line, monkeypatch
+    far_store: Store, s3_store: Store, line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "ATTEMPTS", 3)
     line.rate, line.kinds = 1.0, ("503",)
@@ -240,22 +240,13 @@ def test_a_line_that_always_fails_ends_in_one_readable_error(
     with pytest.raises(StoreUnavailableError, match="start the same command again"):
         far_store.commit_part(part_key("rewards"), scores(10))
     assert len(line.seen) == 6
-
-
-def test_a_server_that_is_gone_ends_in_one_readable_error(s3_store: Store, monkeypatch) -> None:
-    monkeypatch.setattr(remote, "ATTEMPTS", 2)
-    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
-    store = Store(s3_store.url, client_kwargs={"endpoint_url": "http://127.0.0.1:9"})
-    with pytest.raises(StoreUnavailableError, match="after 2 attempts"):
-        store.read_bytes("x")
-
-
-def test_a_missing_bucket_is_named(s3_store: Store) -> None:
-    store = Store("s3://no-such-bucket-here/folder")
+    gone = Store(s3_store.url, client_kwargs={"endpoint_url": "http://127.0.0.1:9"})
+    with pytest.raises(StoreUnavailableError, match="after 3 attempts"):
+        gone.read_bytes("x")
     with pytest.raises(
         StoreUnavailableError, match=r"s3://no-such-bucket-here/folder/x: .*Create the bucket first"
     ):
-        store.write_bytes("x", b"1")
+        Store("s3://no-such-bucket-here/folder").write_bytes("x", b"1")
 
 
 def test_the_way_of_a_run_lists_nothing_and_reads_once(far_store: Store, line: Line) -> None:

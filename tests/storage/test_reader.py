@@ -120,7 +120,8 @@ def test_the_trainer_s_loader_passes_on_the_reader_s_batches(
     reader = ShardReader(store, records, seed=3, columns=["prompt_id"])
     shares = []
     for rank in range(world_size):
-        loader = step_loader(reader, 600 // world_size, rank, world_size, drop_last=False)
+        copy = pickle.loads(pickle.dumps(reader))  # noqa: S301 (for a worker)
+        loader = step_loader(copy, 600 // world_size, rank, world_size, drop_last=False)
         loader.set_epoch(2)
         batches = [batch["rows"] for batch in loader]
         assert all(isinstance(rows, ColumnBatch) or is_idle(rows) for rows in batches)
@@ -233,16 +234,8 @@ def test_entering_late_reads_only_the_shards_that_follow(store: Store, records: 
     reader = ShardReader(store, [small if shard in wanted else gone for shard in range(12)])
 
     assert len(list(reader.iterate(0, start))) == 12 * small.rows - start
-    with pytest.raises(storage.DamagedError, match="missing"):
+    with pytest.raises(storage.DamagedError, match=f"{file.key} is missing"):
         list(reader.iterate(0))
-
-
-def test_a_damaged_shard_is_named_when_it_is_reached(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    records = commit(store, [100, 100])
-    store.delete(records[1].key.table)
-    with pytest.raises(storage.DamagedError, match=records[1].key.table):
-        list(ShardReader(store, records).iterate(0))
 
 
 def test_a_reader_that_is_left_early_ends_its_threads(store: Store, records: list[PartRecord]) -> None:
@@ -251,12 +244,6 @@ def test_a_reader_that_is_left_early_ends_its_threads(store: Store, records: lis
     assert [thread for thread in threading.enumerate() if thread.name.startswith("shard-reader")]
     rows.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("shard-reader")]
-
-
-def test_a_reader_can_be_sent_to_a_worker(store: Store, records: list[PartRecord]) -> None:
-    reader = ShardReader(store, records, seed=2, columns=["prompt_id"])
-    copy = pickle.loads(pickle.dumps(reader))  # noqa: S301
-    assert numbers(copy.iterate(0)) == numbers(reader.iterate(0))
 
 
 def test_wrong_ranks_and_positions_are_refused(store: Store) -> None:

@@ -24,7 +24,7 @@ from tasks.stages import STAGE_NAMES
 from tests.support.pipeline import TinyPipeline
 from tests.support.storage import at_once
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("drawn")]
 
 GROWING = """
 from pathlib import Path
@@ -39,23 +39,6 @@ def grow(prompts, completions, **columns):
 
 class MachineIsGone(Exception):
     """Raised where a machine dies."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from qrpo.tiny import build_tiny_model
-
-    folder = tmp_path_factory.mktemp("noted") / "model"
-    texts = [f"count to {number}: one two three four" for number in range(60)]
-    return build_tiny_model(folder, texts, hidden_size=32, heads=2, layers=1, vocab_size=290, max_length=64)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, model: Path, prefect_server: str) -> TinyPipeline:
-    """A run of all stages. To be copied."""
-    made = TinyPipeline.create(tmp_path_factory.mktemp("finished") / "task", model)
-    made.run(made.config())
-    return made
 
 
 @pytest.fixture
@@ -164,9 +147,9 @@ def test_a_note_of_an_earlier_release_goes_on(tiny: TinyPipeline) -> None:
 
 @pytest.mark.parametrize("later", ["round", "candidate"])
 def test_prompts_that_arrive_during_a_run_wait_for_the_next(
-    tmp_path: Path, model: Path, prefect_server: str, later: str
+    tmp_path: Path, tiny_model: Path, prefect_server: str, later: str
 ) -> None:
-    tiny = TinyPipeline.create(tmp_path / "task", model)
+    tiny = TinyPipeline.create(tmp_path / "task", tiny_model)
     (tiny.folder / "growing.py").write_text(GROWING)
     changes = {
         "reference.sft": None,
