@@ -29,7 +29,7 @@ from storage.manifest import code_version, now
 from storage.names import check_key, check_name
 from storage.parts import FileEntry, PartKey, PartRecord
 from storage.remote import Files
-from storage.table import REJECTS, Table, UniqueKeys, conform
+from storage.table import REJECTS, Table, check_unique, conform
 
 Rejects: TypeAlias = "pa.Table | Callable[[], pa.Table | None] | None"
 """The rejected rows: a table, or a function that is called once all rows are written."""
@@ -283,7 +283,6 @@ def _write_rejects(files: Files, key: PartKey, rejects: pa.Table | None, sha256:
 
 def _write_table(scratch: Path, key: PartKey, tables: Iterable[pa.Table], table: Table) -> int:
     """Write the rows as Parquet and check them; how many there are."""
-    keys = UniqueKeys(table.key, str(key))
     disk = partial(plain_errors, scratch.parent, scratch.name, writing=True)
     groups = _row_groups(tables, table, key)
     first = next(groups)
@@ -302,7 +301,6 @@ def _write_table(scratch: Path, key: PartKey, tables: Iterable[pa.Table], table:
     try:
         for group in chain([first], groups):
             table.check(group, f"{key}, rows from {written}")
-            keys.add(group)
             with disk():
                 if group.num_rows:
                     writer.write_table(group, row_group_size=group.num_rows)
@@ -317,7 +315,8 @@ def _write_table(scratch: Path, key: PartKey, tables: Iterable[pa.Table], table:
             writer.close()
             file.close()
     crash_point("scratch-written", key.table)
-    keys.finish(scratch)
+    if table.key:
+        check_unique(scratch, table.key, str(key))
     return written
 
 

@@ -200,7 +200,7 @@ def sweep_machine(older_than: float) -> Iterator[FileInfo]:
 
 
 def sweep_temporary(path: Path, older_than: float) -> FileInfo | None:
-    """Remove a temporary file or folder whose writer has ended or that is older than so many seconds."""
+    """Remove a temporary file or folder whose writer has ended or that is older than `older_than` seconds."""
     if not path.name.startswith(TEMPORARY):
         return None
     try:

@@ -114,14 +114,14 @@ def plan_gc(
 def collect(store: Store, plan: GcPlan, progress: Progress | None = None) -> int:
     """Execute a plan; returns the bytes freed.
 
-    What a run has come to need since the plan stays: the plan is made again, and heartbeats are read
+    What runs need since the plan was made stays: the plan is made again, and heartbeats are read
     before each removal. `progress` gets the number of keys processed so far and their total.
     """
 
     def unchanged(runs: Mapping[str, FileInfo]) -> set[str]:
         return {name for name in plan.drop_runs if runs.get(name) == plan.files[_run_key(name)]}
 
-    now = _plan(store, unchanged, plan.rules, None)
+    now = _plan(store, unchanged, plan.rules, None) if plan.keys else plan
     guard = _Guard(store, now)
     freed = done = 0
 

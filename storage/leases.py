@@ -29,7 +29,7 @@ from types import MappingProxyType
 from typing import Self
 
 from storage.contents import again
-from storage.errors import DamagedError, LeaseLostError, StoreError
+from storage.errors import DamagedError, LeaseLostError, StoreError, UnsafeNameError
 from storage.fingerprints import canonical_json
 from storage.parts import PartKey, PartRecord
 from storage.processes import machine, started
@@ -88,7 +88,7 @@ class Watch:
         try:
             value = json.loads(self._store.read_bytes(f"{HOLDERS}/{holder_id}.json"))
             return Holder(**{**value, "families": tuple(value["families"])})
-        except (FileNotFoundError, ValueError, TypeError, KeyError):
+        except (FileNotFoundError, ValueError, TypeError, KeyError, UnsafeNameError):
             return None
 
     def holders(self) -> list[Holder]:

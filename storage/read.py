@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -134,10 +134,8 @@ class PartReader:
         tables = _tables(records)
         if isinstance(self.files, LocalFiles):
             return ds.dataset(_checked_paths(self.files, tables), format="parquet")
-        from storage.checked_files import CheckedFiles  # needs fsspec
-
-        by_key = {entry.key: (entry, record) for entry, record in tables}
-        return ds.dataset(list(by_key), format="parquet", filesystem=CheckedFiles(self.files, by_key))
+        names = [entry.key for entry, _ in tables]
+        return ds.dataset(names, format="parquet", filesystem=_filesystem(self.files, tables))
 
     def fetch_folder(self, record: PartRecord) -> Path:
         """A local folder with the files of a folder part. Do not change its contents.
@@ -189,6 +187,25 @@ def _tables(records: Iterable[PartRecord]) -> list[tuple[FileEntry, PartRecord]]
 def _checked_paths(files: LocalFiles, tables: list[tuple[FileEntry, PartRecord]]) -> list[str]:
     check_files(files, tables)
     return [str(files.path(entry.key)) for entry, _ in tables]
+
+
+def _filesystem(files: Files, tables: list[tuple[FileEntry, PartRecord]]) -> Any:
+    """These tables as a read-only fsspec file system: a file is fetched and checked when it is opened."""
+    from fsspec import AbstractFileSystem  # slow to import
+
+    by_key = {entry.key: (entry, record) for entry, record in tables}
+
+    class CheckedFiles(AbstractFileSystem):  # type: ignore[misc]
+        cachable = False
+
+        def info(self, path: str, **_: Any) -> dict[str, Any]:
+            return {"name": path, "size": by_key[path][0].bytes, "type": "file"}
+
+        def _open(self, path: str, *_: Any, **__: Any) -> BinaryIO:
+            file = open_checked(files, *by_key[path])
+            return open(file, "rb") if isinstance(file, Path) else file
+
+    return CheckedFiles()
 
 
 def _open(files: Files, entry: FileEntry, record: PartRecord, encoded: Sequence[str] = ()) -> pq.ParquetFile:

@@ -119,15 +119,26 @@ class Store(PartWriter, PartReader):
 
     def run(self, name: str) -> dict[str, Any] | None:
         """What `write_run` wrote; None where there is no such run."""
-        key = _run_key(name)
+        try:
+            return self.read_note(_run_key(name))
+        except FileNotFoundError:
+            return None
+
+    def read_note(self, key: str) -> dict[str, Any]:
+        """A JSON object with a checksum. Earlier versions wrote none: such a note is read twice.
+
+        Raises FileNotFoundError, and DamagedError where it is none or was changed.
+        """
 
         def read() -> dict[str, Any]:
             data = self.files.read(key)
             try:
                 value = json.loads(data)
-                if isinstance(value, dict):  # earlier versions wrote no checksum
-                    return load_checksummed(data, key) if "sha256" in value else value
-                found = f"is a JSON {type(value).__name__}, expected an object"
+                if isinstance(value, dict) and "sha256" in value:
+                    return load_checksummed(data, key)
+                if isinstance(value, dict) and self.files.read(key) == data:
+                    return value
+                found = f"is a JSON {type(value).__name__}, expected an object with its sha256"
             except ValueError as error:
                 found = f"is not JSON ({error})"
             except DamagedError:
@@ -137,10 +148,7 @@ class Store(PartWriter, PartReader):
                 "configuration again."
             )
 
-        try:
-            return again(self.files, read)
-        except FileNotFoundError:
-            return None
+        return again(self.files, read)
 
     def set_aside_run(self, name: str) -> None:
         """Rename a damaged note to `runs/<name>.damaged`, so that the run can be noted anew."""

@@ -39,7 +39,7 @@ def training_metrics(store: Store, manifest: Manifest) -> pl.DataFrame | None:
 
 
 def grid_edges(values: Any) -> Any:
-    """Edges of one bin for each point of the grid that the values lie on; None where there is no grid, or too large a one.
+    """Edges of one bin for each point of the grid of the values; None if they are on no grid or on too large a one.
 
     Other bins would hold one point here and two there, and show a comb.
     """

@@ -53,7 +53,7 @@ def plot_histogram(
     density: bool = False,
     colours: Mapping[str, str] | None = None,
 ) -> None:
-    """Histograms of named values on shared bins, one for each value if they lie on a grid, as shares or densities, with
+    """Histograms of named values on shared bins, one for each value of a grid, as shares or densities, with
     their means in the legend."""
     together = np.concatenate(list(values.values())) if values else np.empty(0)
     edges: Any = grid_edges(together)

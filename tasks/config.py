@@ -1,10 +1,9 @@
-"""The pipeline's configuration: one YAML file, one section a stage, composed from the sections that live beside their owners.
+"""The pipeline's configuration: one YAML file, one section a stage, composed from the sections that the stages declare.
 
 Unknown keys are refused with their path, and every default is visible with `qrpo run CONFIG --show-config`. Paths in the
 file are taken from the current folder, as in a shell.
 """
 
-import copy
 import difflib
 import json
 import re
@@ -149,7 +148,10 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> PipelineConf
         raise ConfigError(
             f"{path}: expected a mapping of sections (prompts, reference, ...), got {type(raw).__name__}"
         )
-    return parse_config(apply_overrides(raw, overrides), where=str(path))
+    try:
+        return parse_config(apply_overrides(raw, overrides), where=str(path))
+    except RecursionError:
+        raise ConfigError(f"{path}: a value contains itself, through an alias: remove the alias") from None
 
 
 def parse_config(raw: Mapping[str, Any], where: str = "configuration") -> PipelineConfig:
@@ -161,8 +163,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "configuration") -> Pipeli
         return PipelineConfig.model_validate_json(json.dumps(raw, default=str), strict=True)
     except ValueError as error:
         if not isinstance(error, ValidationError):
-            circular = "a value contains itself, through an alias: remove the alias"
-            raise ConfigError(f"{where}: {circular if 'Circular' in str(error) else error}") from None
+            raise ConfigError(f"{where}: {error}") from None
         found = [dict(item) for item in error.errors() if item["type"] != "too_short" or item["input"] == []]
         lines = [_explain(item) for item in found]
         raise ConfigError(f"{where}: " + "\n  ".join(lines)) from None
@@ -170,7 +171,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "configuration") -> Pipeli
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """A copy of `raw` with each `dotted.key=value` set; values are read as YAML, list items by their index."""
-    result = copy.deepcopy(dict(raw))
+    result: dict[str, Any] = _copy(raw)
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or not path:
@@ -251,6 +252,13 @@ def _models_in(annotation: Any) -> list[Any]:
     for argument in getattr(annotation, "__args__", ()):
         found += _models_in(argument)
     return found
+
+
+def _copy(value: Any) -> Any:
+    """A copy in which no two places share a mapping, as YAML's aliases do."""
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list) else value
 
 
 def _assign(target: Any, path: list[str], value: Any, override: str) -> None:

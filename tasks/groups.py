@@ -33,7 +33,7 @@ log = logging.getLogger("qrpo")
 
 Group = tuple[str, Sequence[PartPlan]]  # a label and the parts of one task
 
-_CHECKPOINT_SECONDS = 300.0  # for a stage that trains to save a checkpoint when it is told to end
+_CHECKPOINT_SECONDS = 300.0  # for a stage that trains to save a checkpoint on SIGTERM
 
 
 def compute_missing(

@@ -8,7 +8,6 @@ the stage says so (`RowReuse.serves`): a score does not depend on its weight.
 that match and computes the rest; `count_rows` tells the plan how many those are.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -16,7 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from storage import DamagedError, PartKey, PartRecord, Store
-from storage.parts import dump_checksummed, load_checksummed
+from storage.parts import dump_checksummed
 from tasks.plan import PartPlan, StagePlan
 from tasks.stage import RowReuse, Stage
 from tasks.work import Work
@@ -49,12 +48,9 @@ def noted_family(store: Store, stage: str, family: str) -> dict[str, Any] | None
 
     None for a family without a sound note and without a finished artifact.
     """
-    key = _family_key(stage, family)
     try:
-        data = store.read_bytes(key)
-        noted: dict[str, Any] = json.loads(data)
-        return load_checksummed(data, key) if "sha256" in noted else noted  # earlier versions wrote none
-    except (FileNotFoundError, ValueError, DamagedError):
+        return store.read_note(_family_key(stage, family))
+    except (FileNotFoundError, DamagedError):
         return _families_of_manifests(store, stage).get(family)
 
 

@@ -80,7 +80,7 @@ def _described(config: PipelineConfig) -> dict[str, Any]:
 
 
 def _is_own(version: Version, config: PipelineConfig, made: Mapping[str, str]) -> bool:
-    """Whether a version belongs to this configuration, and to these artifacts as far as the run has come."""
+    """Whether a version belongs to this configuration, and to these artifacts, as far as they exist."""
     described = _described(config)
     key = "config_digest" if "config_digest" in version else "config"  # absent in notes of earlier releases
     named = named_artifacts(version)

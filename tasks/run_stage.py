@@ -1,4 +1,4 @@
-"""One stage from plan to manifest: its parts, what they came to together, and the run's note of it.
+"""One stage from plan to manifest: its parts, its manifest and the run's note.
 
 Prefect is loaded only where something is to be computed (`tasks.groups`): a run that finds everything in the store needs none.
 """
@@ -28,7 +28,7 @@ log = logging.getLogger("qrpo")
 
 @dataclass(frozen=True)
 class StageResult:
-    """What one stage of a run came to. Small: the artifact itself lies in the store."""
+    """The result of one stage of a run. The artifact itself is in the store."""
 
     stage: str
     fingerprint: str
@@ -184,7 +184,7 @@ def _check_rejects(stage: Stage[Any], manifest: Manifest, config: PipelineConfig
         raise DataError(
             f"{manifest.stage}: {lost} of {total} rows cannot be used ({share:.0%}, and run.max_reject_fraction is "
             f"{config.run.max_reject_fraction:.0%}){_top_reasons(store, manifest.parts)}. "
-            f"They are in {where}; mend the data, or raise run.max_reject_fraction to go on without them"
+            f"They are in {where}; fix the data, or raise run.max_reject_fraction to go on without them"
         )
     log.warning("%s: %d of %d rows cannot be used; reasons in %s", manifest.stage, lost, total, where)
 

@@ -47,7 +47,7 @@ class RowReuse(Generic[S]):
     wanted: Callable[[S, PartPlan, Mapping[str, int]], Sequence[tuple[Any, ...]]]
     """The rows of a part, given its prompts as prompt_id -> number of the dataset's own completions."""
     columns: Sequence[str]
-    """Columns of the stage's table that name a row: scalars, or lists of one length beside a scalar `prompt_id`."""
+    """Columns of the stage's table that name a row: scalars, or a scalar `prompt_id` and lists of one length."""
     versions: Sequence[int] = ()
     """Earlier versions of the stage's code whose rows may serve."""
     unless: str | None = None
@@ -87,7 +87,7 @@ class Stage(Generic[S]):
     in_child: bool = False
     """Whether `compute` runs in a child process, because it loads a model whose memory must come back."""
     trains: bool = False
-    """Whether it saves a checkpoint when it is told to end, and so gets time to."""
+    """Whether it saves a checkpoint on SIGTERM, and so gets time to."""
     uses_gpu: bool = True
     gpus: Callable[[S], int] = lambda settings: 1
     """GPUs that a worker needs, where it uses one."""

@@ -1,7 +1,7 @@
 """Training files: the rows of all shards in an order that depends on the seed and the rows alone, not on how shards were cut.
 
-Rows are sorted by a hash of seed and prompt and written into files of ROWS_PER_FILE rows, in a store of their own in the training
-run's work folder. `ShardReader` then permutes whole files and the rows of a window, so the order of every epoch depends on seed,
+Rows are sorted by a hash of seed and prompt and written into files of ROWS_PER_FILE rows, in a store in the training run's work
+folder. `ShardReader` then permutes whole files and the rows of a window, so the order of every epoch depends on seed,
 epoch and row content only. One pass over the shards: small next to what the rows cost.
 """
 

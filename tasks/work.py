@@ -28,7 +28,7 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the part at hand has come: `done` of `total` units, and what to say about it."""
+    """Progress of the current part: `done` of `total` units, and a message."""
 
     done: float
     total: float
@@ -46,7 +46,7 @@ class Work(Generic[S]):
     store: Store
     parts: tuple[PartPlan, ...]
     holder: str = ""
-    """Who holds the leases of these parts (`Leases.holder`); empty where nobody shares the store."""
+    """Who holds the leases of these parts (`Leases.holder`); empty where no other run shares the store."""
     read: dict[PartKey, PartRecord] = field(default_factory=dict, repr=False, compare=False)
     """The records that were used: what is computed was made from these bytes, whatever the store has later."""
 
@@ -156,7 +156,7 @@ class Work(Generic[S]):
 
 
 def progress_of(run: Callable[[Callable[[Mapping[str, Any]], None]], object]) -> Iterator[Progress]:
-    """What a training run reports, as it comes; `run` gets the function to report with and is called in a thread of its own.
+    """What a training run reports, as it comes; `run` gets the function to report with and is called in a thread.
 
     A report has `step`, `total_steps` and metrics. What the run raises is raised here. Called in the main thread, a SIGTERM is
     noted for the run, which saves a checkpoint and stops.

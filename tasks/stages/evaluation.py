@@ -155,7 +155,7 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
             (quantiles,) = quantiles_of[prompts.key.fingerprint]
             key = part_key("evaluation", family, name, identity, quantiles.key.fingerprint)
             trained = [part.key for part in policy.parts] if name == "policy" or name in on_the_way else []
-            # the first completions part has the prompts' tokens; a model of its own has a template of its own
+            # the first completions part has the prompts' tokens; another model has another template
             tokens = [part.key for part in completions_of[prompts.key.fingerprint][:1] if name not in others]
             inputs = (prompts.key, quantiles.key, *tokens, *trained, *upstream.reference_inputs)
             common = {"prompts": prompts.key.fingerprint, "split": "eval", "model": name}

@@ -82,7 +82,7 @@ def _row_sum(shards: Sequence[PartRecord]) -> str | None:
 
 
 def compute(work: Work[Settings]) -> Iterator[PartRecord | Progress]:
-    """Train and commit the policy's folder. Runs in a child process; checkpoints lie in the store's work folder."""
+    """Train and commit the policy's folder. Runs in a child process; checkpoints are in the store's work folder."""
     (part,) = work.parts
     started = time.monotonic()
     work.resume(part)
@@ -163,7 +163,7 @@ def checkpoint_model(policy: ModelConfig, step: int) -> ModelConfig:
         kept = ", ".join(sorted((path.name for path in folder.glob("*")), key=int)) or "none"
         raise ConfigError(
             f"evaluation.checkpoints: the policy keeps no checkpoint of step {step}; its checkpoints: {kept}. "
-            "policy.checkpoint_steps says which are kept, in a training run of their own"
+            "policy.checkpoint_steps says which are kept; changing it trains again"
         )
     return policy.model_copy(update={"path": str(folder / str(step))})
 

@@ -1,7 +1,6 @@
 """The `rewards` stage: score every completion with the configured rewards and combine them by weight.
 
-Several small parts are scored together, as a reward model's batches are fuller the more it may choose from; each is
-committed on its own all the same.
+Several small parts are scored together, so that a reward model's batches are full. Each is committed separately.
 """
 
 import json
@@ -196,7 +195,7 @@ def _ask(reward: Reward, rows: Sequence[Mapping[str, Any]], *, watched: bool) ->
     except (RewardError, EngineError) as error:
         if not watched:
             raise
-        log.warning("a reward of weight 0 failed on %d completions and is left out: %s", len(rows), error)
+        log.warning("a reward of weight 0 failed on %d completions and is ignored: %s", len(rows), error)
         return [Score(None, str(error))] * len(rows)
 
 

@@ -24,7 +24,7 @@ ROWS = sum(SIZES)
 
 
 def commit(store: Store, sizes: Sequence[int]) -> list[PartRecord]:
-    """Shards with so many rows each, numbered through."""
+    """Shards with these numbers of rows, numbered through."""
     starts = itertools.accumulate([0, *sizes])
     return [
         store.commit_part(PartKey("shards", "family", f"{first}-{rows}"), shards(rows, first), table=SHARDS)
@@ -43,7 +43,7 @@ def records(store: Store) -> list[PartRecord]:
 
 
 def unread(store: Store, sizes: Iterable[int], seed: int = 0) -> ShardReader:
-    """A reader of shards that nobody wrote: the order is known without reading any."""
+    """A reader of shards that were not written: the order is known without reading any."""
     return ShardReader(store, [PartRecord("shards", "family", "none", (), rows, 0) for rows in sizes], seed)
 
 
@@ -89,7 +89,7 @@ def test_small_shards_from_all_over_are_mixed(store: Store) -> None:
     order = np.array(list(unread(store, [256] * 400).order(0)))
     first, last = order[:256] // 256, order[-256:] // 256
     assert len(set(first.tolist())) >= 6, "eight shards make a window"
-    assert np.abs(np.diff(np.unique(first))).max() > 8, "and they do not lie side by side"
+    assert np.abs(np.diff(np.unique(first))).max() > 8, "and they are not neighbours"
     assert np.corrcoef(np.arange(len(order)), order)[0, 1] < 0.2
     assert set(first.tolist()).isdisjoint(last.tolist())
 
@@ -162,7 +162,7 @@ def test_arrays_have_the_stored_types_and_can_be_written(store: Store, records: 
 
 
 def test_a_batch_is_columns_that_are_padded_at_once(store: Store, records: list[PartRecord]) -> None:
-    for rows in ShardReader(store, records, seed=1).batches(900, 0):  # some lie in two windows
+    for rows in ShardReader(store, records, seed=1).batches(900, 0):  # some are in two windows
         column = rows.columns["prompt_token_ids"]
         padded = column.padded(-1)
         assert padded.shape == (len(rows), column.lengths.max())

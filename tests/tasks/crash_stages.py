@@ -131,7 +131,8 @@ def _content(store: Path) -> dict[str, str]:
                 plain = str(
                     metrics.select(column for column in METRICS if column in metrics).to_dict(as_series=False)
                 )
-            seen["/".join([*names[:4], names[5]])] = plain
+            name = "/".join([*names[:4], names[5]])
+            seen[f"{name} (second copy)" if name in seen else name] = plain
         elif path.suffix == ".json":
             more = ("files", "bytes") if "policy" in names else ()
             value = timeless(json.loads(path.read_text()), "parts_computed", "parts_cached", *more)

@@ -108,6 +108,10 @@ def test_numbers_are_those_of_yaml_1_2():
     assert list(read_yaml(text).values()) == values
     for value in [*values, "010", "1e5", "0o17", "null", "true", "~", "", "<<"]:
         assert read_yaml(write_yaml({"key": value})) == {"key": value}
+    keys = read_yaml("{2.50: 1, 010: 2, True: 3, null: 4}")
+    assert keys == {"2.50": 1, "010": 2, "True": 3, "null": 4}, "keys are text as written"
+    merged = read_yaml("base: &base {x: 1, y: 2}\nused: {<<: *base, x: 3}\n")
+    assert merged["used"] == {"x": 3, "y": 2}, "a key of a merged mapping may be set again"
 
 
 @pytest.mark.parametrize(
@@ -133,15 +137,6 @@ def test_yaml_that_means_two_things_is_refused(tmp_path: Path, text: str, messag
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_config(path)
-
-
-def test_keys_are_text_as_written() -> None:
-    assert read_yaml("{2.50: 1, 010: 2, True: 3, null: 4}") == {"2.50": 1, "010": 2, "True": 3, "null": 4}
-
-
-def test_keys_of_a_merged_mapping_may_be_set_again():
-    text = "base: &base {x: 1, y: 2}\nused: {<<: *base, x: 3}\n"
-    assert read_yaml(text)["used"] == {"x": 3, "y": 2}
 
 
 @pytest.mark.parametrize(

@@ -50,16 +50,12 @@ VALUES: dict[str, dict[str, Any]] = {
             "prompts.limit": 20,
             "prompts.source_name": "other",
             "prompts.system_prompt": "Be short.",
-            "quantiles.num_completions": 3,
-            "quantiles.num_ref": 2,
             "quantiles.train_on": "both",
             "reference.model.dtype": "bfloat16",
             "rewards.0.name": "other",
             "rewards.0.version": "2",
-            "run.max_reject_fraction": 0.2,
             "policy.transform": "log",
             "policy.seed": 2,
-            "shards.max_length": 4000,
         }.items()
     },
     "run.cluster": {"run.runner": "dask", "run.cluster": "tcp://127.0.0.1:1"},
@@ -76,7 +72,7 @@ ELSEWHERE = {
     "reference.model.revision",
     "rewards.0.function",
     "rewards.0.kind",
-    "completions.engine.kind",  # vllm: another engine, for which the tests have files of their own
+    "completions.engine.kind",  # vllm: another engine, tested in other files
     "completions.engine.options",  # of vLLM
     "evaluation.models",
     "rounds.count",
