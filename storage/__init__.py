@@ -7,7 +7,6 @@
     commit         PartWriter: how parts are written, found and discarded
     read           PartReader: how parts are read
     contents       the committed bytes of a part's files, checked by sha256
-    checked_files  the same as an fsspec file system, for pyarrow's datasets
     processes      this machine, its processes, names of temporary files
     parts          PartKey and PartRecord: the unit of caching and commit
     manifest       Manifest: the parts and the provenance of one artifact

@@ -17,15 +17,6 @@ if TYPE_CHECKING:
     import polars as pl
     import pyarrow.dataset as ds
 
-__all__ = [
-    "Artifact",
-    "artifact_summary",
-    "named_artifacts",
-    "open_artifact",
-    "run_versions",
-    "unfinished_families",
-]
-
 
 @dataclass(frozen=True)
 class Artifact:

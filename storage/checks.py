@@ -15,19 +15,6 @@ import pyarrow.compute as pc
 
 from storage.table import Check
 
-__all__ = [
-    "ascending",
-    "at_least",
-    "finite",
-    "in_range",
-    "length_equals",
-    "lists_agree",
-    "no_null_items",
-    "one_of",
-    "ordered",
-    "rule",
-]
-
 
 def one_of(name: str, allowed: tuple[str, ...]) -> Check:
     """Every value is one of these strings."""

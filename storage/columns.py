@@ -13,8 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-__all__ = ["Column", "ColumnBatch", "Ragged", "concatenate", "gather"]
-
 Values: TypeAlias = "npt.NDArray[Any] | Ragged | list[Any]"
 Column: TypeAlias = "Ragged | list[Any]"
 """One value per row: nested lists of numbers, or Python values of any other kind."""

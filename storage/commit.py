@@ -23,14 +23,13 @@ import pyarrow.parquet as pq
 from storage.contents import again
 from storage.crashpoints import crash_point
 from storage.errors import DamagedError, SchemaError, StoreError
-from storage.files import Files, plain_errors
+from storage.files import plain_errors
 from storage.fingerprints import canonical_json, file_digest, stream_digest
 from storage.manifest import code_version, now
 from storage.names import check_key, check_name
 from storage.parts import FileEntry, PartKey, PartRecord
-from storage.table import REJECTS, Table, UniqueKeys, conform
-
-__all__ = ["PartWriter", "Provenance", "Rejects"]
+from storage.remote import Files
+from storage.table import REJECTS, Table, check_unique, conform
 
 Rejects: TypeAlias = "pa.Table | Callable[[], pa.Table | None] | None"
 """The rejected rows: a table, or a function that is called once all rows are written."""
@@ -162,22 +161,34 @@ class PartWriter:
 
     def part(self, key: PartKey) -> PartRecord | None:
         """The record of a committed part; None where it is not committed; raises DamagedError."""
-        try:
-            return again(self.files, lambda: PartRecord.from_file(self.files.read(key.record), key))
-        except FileNotFoundError:
-            return None
+        return self.find_parts([key]).get(key.fingerprint)
 
-    def find_parts(self, keys: Iterable[PartKey]) -> dict[str, PartRecord]:
-        """The committed ones of these parts: fingerprint -> record. Reads in parallel."""
+    def find_parts(self, keys: Iterable[PartKey], *, required: bool = False) -> dict[str, PartRecord]:
+        """The committed ones of these parts: fingerprint -> record. Reads in parallel.
+
+        Raises DamagedError for a damaged record and, if `required`, for a missing one.
+        """
         wanted = {key.record: key for key in keys}
         found: dict[str, PartRecord] = {}
-        for name, data in self.files.read_many(wanted).items():
-            key = wanted[name]
-            try:
-                found[key.fingerprint] = PartRecord.from_file(data, key)
-            except DamagedError:
-                if (record := self.part(key)) is not None:  # it is read again
-                    found[key.fingerprint] = record
+
+        def read() -> None:
+            fault = None
+            for name, data in self.files.read_many(list(wanted)).items():
+                key = wanted[name]
+                try:
+                    found[key.fingerprint] = PartRecord.from_file(data, key)
+                    del wanted[name]
+                except DamagedError as error:
+                    fault = error
+            if wanted and required:
+                fault = fault or DamagedError(
+                    f"{next(iter(wanted))} is missing, one of {len(wanted)} parts that are needed. "
+                    "`qrpo verify --repair` computes only these again."
+                )
+            if fault is not None:
+                raise fault
+
+        again(self.files, read)
         return found
 
     def family_parts(self, stage: str, family: str) -> list[PartRecord]:
@@ -272,7 +283,6 @@ def _write_rejects(files: Files, key: PartKey, rejects: pa.Table | None, sha256:
 
 def _write_table(scratch: Path, key: PartKey, tables: Iterable[pa.Table], table: Table) -> int:
     """Write the rows as Parquet and check them; how many there are."""
-    keys = UniqueKeys(table.key, str(key))
     disk = partial(plain_errors, scratch.parent, scratch.name, writing=True)
     groups = _row_groups(tables, table, key)
     first = next(groups)
@@ -291,7 +301,6 @@ def _write_table(scratch: Path, key: PartKey, tables: Iterable[pa.Table], table:
     try:
         for group in chain([first], groups):
             table.check(group, f"{key}, rows from {written}")
-            keys.add(group)
             with disk():
                 if group.num_rows:
                     writer.write_table(group, row_group_size=group.num_rows)
@@ -306,7 +315,8 @@ def _write_table(scratch: Path, key: PartKey, tables: Iterable[pa.Table], table:
             writer.close()
             file.close()
     crash_point("scratch-written", key.table)
-    keys.finish(scratch)
+    if table.key:
+        check_unique(scratch, table.key, str(key))
     return written
 
 

@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
 
 from storage.errors import DamagedError
-from storage.files import Files
 from storage.fingerprints import stream_digest
 from storage.parts import FileEntry, PartRecord
-
-__all__ = ["again", "check_files", "check_size", "damaged", "fetch", "open_checked"]
+from storage.remote import Files
 
 T = TypeVar("T")
 

@@ -7,8 +7,6 @@ itself at the first, the second, ... in later runs. No setting or environment va
 
 from collections.abc import Callable
 
-__all__ = ["CRASH_POINTS", "crash_point", "on_crash_point"]
-
 CRASH_POINTS = {
     "scratch-opened": "a temporary file exists, empty",
     "scratch-half": "about half of a temporary file's bytes are written",

@@ -25,8 +25,6 @@ import pyarrow.compute as pc
 
 from storage.table import is_list
 
-__all__ = ["row_digest"]
-
 _STEP = 16_384  # rows that are encoded together: bounds the memory
 
 
@@ -43,17 +41,13 @@ def row_digest(table: pa.Table, exclude: Sequence[str] = ()) -> int:
     total = 0
     for first in range(0, table.num_rows, _STEP):
         rows = table.select(names).slice(first, _STEP).combine_chunks()
-        texts = _join([header, *(_encoded(_chunk(rows[name])) for name in names)], rows.num_rows)
+        texts = _join([header, *(_encoded(rows[name].chunk(0)) for name in names)], rows.num_rows)
         ends = np.frombuffer(texts.buffers()[1], np.int64).tolist()
         data = memoryview(texts.buffers()[2])
         digests = b"".join(hashlib.sha256(data[start:end]).digest() for start, end in pairwise(ends))
         words = np.frombuffer(digests, "<u4").reshape(-1, 8).sum(axis=0, dtype=np.uint64)
         total += sum(int(word) << 32 * place for place, word in enumerate(words))
     return total % 2**256
-
-
-def _chunk(column: pa.ChunkedArray) -> pa.Array:
-    return column.chunk(0) if column.num_chunks else pa.array([], column.type)
 
 
 def _kind(kind: pa.DataType) -> str:

@@ -11,16 +11,6 @@ StoreError
 A message says what was found, what was expected, where, and what to do. It never contains credentials.
 """
 
-__all__ = [
-    "DamagedError",
-    "LeaseLostError",
-    "SchemaError",
-    "StoreError",
-    "StoreURLError",
-    "StoreUnavailableError",
-    "UnsafeNameError",
-]
-
 
 class StoreError(Exception):
     """Base of all errors of the store that a user can fix."""

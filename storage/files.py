@@ -1,4 +1,4 @@
-"""Bytes by key: the interface of backends, and the local folder, with durable writes.
+"""Bytes by key in a local folder, with durable writes. `RemoteFiles` has the same methods.
 
 A local write goes to a temporary file in the target folder, is flushed to the disk (fsync), then gets
 its name in one atomic step (rename to replace, hard link to create), and the folder is flushed. After
@@ -11,19 +11,18 @@ So committed parts are immutable, even with two runs that do not know of each ot
 import errno
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 from storage.crashpoints import crash_point
 from storage.errors import StoreUnavailableError
 from storage.names import TEMPORARY, check_key, is_key
-from storage.processes import has_ended, temporary_name
-
-__all__ = ["FileInfo", "Files", "LocalFiles", "plain_errors", "sweep_temporary"]
+from storage.processes import cache_folder, has_ended, temporary_name
 
 
 @dataclass(frozen=True)
@@ -35,71 +34,29 @@ class FileInfo:
     modified: float | None
 
 
-class Files(Protocol):
-    """A backend. A missing key raises FileNotFoundError, other failures StoreUnavailableError."""
-
-    pauses: tuple[float, ...]
-    """Seconds to wait before each new attempt to read what seems damaged."""
-
-    def read(self, key: str) -> bytes:
-        """All bytes of a key."""
-
-    def read_many(self, keys: Iterable[str]) -> dict[str, bytes]:
-        """The bytes of those keys that exist, read in parallel."""
-
-    def write(self, key: str, data: bytes) -> None:
-        """Create or replace a key, atomically and durably."""
-
-    def create(self, key: str, data: bytes) -> bool:
-        """Create a key; False, without a change, where it exists."""
-
-    def scratch(self, key: str) -> Path:
-        """A new local file name for the content of a key, for `create_from`."""
-
-    def create_from(self, key: str, scratch: Path) -> bool:
-        """Create a key from a scratch file; False where the key exists. The caller removes the file."""
-
-    def copy_from(self, key: str, source: Path) -> bool:
-        """Create a key with a copy of any local file; False where the key exists."""
-
-    def size(self, key: str) -> int | None:
-        """Size in bytes; None where there is no such key."""
-
-    def delete(self, key: str) -> None:
-        """Delete a key; nothing happens where there is none."""
-
-    def list(self, prefix: str) -> Iterator[FileInfo]:
-        """Every file under a folder ("" for all), in the order of keys."""
-
-    def open_input(self, key: str, size: int | None = None) -> BinaryIO:
-        """A readable, seekable binary file. `size`, the expected size, may save a request."""
-
-    def open_ranges(self, key: str, size: int) -> BinaryIO:
-        """The file of `size` bytes; only the ranges that are read are fetched."""
-
-    def sweep(self, older_than: float) -> Iterator[FileInfo]:
-        """Remove and yield what killed writers left on this machine, and all older than `older_than` seconds."""
-
-    def path(self, key: str) -> Path | None:
-        """The local path of a key; None where the store is not a local folder."""
-
-
 class LocalFiles:
-    """Files under a local folder."""
+    """Files under a local folder.
+
+    A missing key raises FileNotFoundError, another failure StoreUnavailableError.
+    """
 
     pauses: tuple[float, ...] = (0.0,)
+    """Seconds to wait before each new attempt to read what seems damaged."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def path(self, key: str) -> Path:
+        """The local path of a key."""
         return self.root / check_key(key)
 
     def read(self, key: str) -> bytes:
+        """All bytes of a key."""
         with plain_errors(self.root, key):
             return self.path(key).read_bytes()
 
     def read_many(self, keys: Iterable[str]) -> dict[str, bytes]:
+        """The bytes of those keys that exist."""
         found = {}
         for key in keys:
             with suppress(FileNotFoundError):
@@ -107,6 +64,7 @@ class LocalFiles:
         return found
 
     def write(self, key: str, data: bytes) -> None:
+        """Create or replace a key, atomically and durably."""
         with self._scratch(key) as scratch:
             _write(scratch, data, key)
             os.replace(scratch, self.path(key))
@@ -115,23 +73,27 @@ class LocalFiles:
             crash_point("published-synced", key)
 
     def create(self, key: str, data: bytes) -> bool:
+        """Create a key; False, without a change, where it exists."""
         with self._scratch(key) as scratch:
             _write(scratch, data, key)
             return self._publish(key, scratch)
 
     def scratch(self, key: str) -> Path:
+        """A new local file name for the content of a key, for `create_from`."""
         with plain_errors(self.root, key, writing=True):
             folder = self.path(key).parent
             self._make_folder(folder, key)
             return folder / temporary_name()
 
     def create_from(self, key: str, scratch: Path) -> bool:
+        """Create a key from a scratch file, which the caller removes; False where the key exists."""
         with plain_errors(self.root, key, writing=True):
             _sync(scratch)
             crash_point("scratch-synced", key)
             return self._publish(key, scratch)
 
     def copy_from(self, key: str, source: Path) -> bool:
+        """Create a key with a copy of any local file; False where the key exists."""
         with self._scratch(key) as scratch:
             shutil.copyfile(source, scratch)
             crash_point("scratch-written", key)
@@ -179,6 +141,7 @@ class LocalFiles:
             crash_point("folder-made", key)
 
     def size(self, key: str) -> int | None:
+        """Size in bytes; None where there is no such key."""
         with plain_errors(self.root, key):
             try:
                 return self.path(key).stat().st_size
@@ -186,6 +149,7 @@ class LocalFiles:
                 return None
 
     def delete(self, key: str) -> None:
+        """Delete a key; nothing happens where there is none."""
         with plain_errors(self.root, key):
             path = self.path(key)
             crash_point("delete-before", key)
@@ -195,6 +159,7 @@ class LocalFiles:
             crash_point("delete-after", key)
 
     def list(self, prefix: str) -> Iterator[FileInfo]:
+        """Every file under a folder ("" for all), in the order of keys."""
         start = self.path(prefix) if prefix else self.root
         with plain_errors(self.root, prefix):
             for folder, folders, names in os.walk(start):
@@ -208,14 +173,17 @@ class LocalFiles:
                             yield FileInfo(key, status.st_size, status.st_mtime)
 
     def open_input(self, key: str, size: int | None = None) -> BinaryIO:
+        """A readable, seekable binary file. `size`, the expected size, may save a request."""
         with plain_errors(self.root, key):
             return open(self.path(key), "rb")
 
     def open_ranges(self, key: str, size: int) -> BinaryIO:
+        """The file of `size` bytes; only the ranges that are read are fetched."""
         return self.open_input(key)
 
     def sweep(self, older_than: float) -> Iterator[FileInfo]:
         """Remove and yield temporary files of killed writers, and all older than `older_than` seconds."""
+        yield from sweep_machine(older_than)
         for folder, folders, names in os.walk(self.root):
             for name in [*names, *folders]:
                 path = Path(folder, name)
@@ -223,8 +191,16 @@ class LocalFiles:
                     yield replace(info, key=path.relative_to(self.root).as_posix())
 
 
+def sweep_machine(older_than: float) -> Iterator[FileInfo]:
+    """Remove and yield such files and folders outside of stores: in TMPDIR, and in the user's cache."""
+    for folder in (Path(tempfile.gettempdir()), cache_folder() / "folders"):
+        for path in folder.glob(f"{TEMPORARY}*"):
+            if info := sweep_temporary(path, older_than):
+                yield info
+
+
 def sweep_temporary(path: Path, older_than: float) -> FileInfo | None:
-    """Remove a temporary file or folder whose writer has ended or that is older than so many seconds."""
+    """Remove a temporary file or folder whose writer has ended or that is older than `older_than` seconds."""
     if not path.name.startswith(TEMPORARY):
         return None
     try:

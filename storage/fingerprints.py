@@ -9,21 +9,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
 from storage.errors import StoreError
-
-__all__ = [
-    "canonical_json",
-    "file_digest",
-    "fingerprint",
-    "folder_digest",
-    "plain_json",
-    "stream_digest",
-]
 
 _CHUNK = 1 << 20
 
@@ -104,13 +94,11 @@ def folder_digest(path: str | os.PathLike[str]) -> str:
     root = Path(path)
     if not root.is_dir():
         raise StoreError(f"{root} is not a folder. Check the path.")
-    files = sorted(_files_under(root))
+    files = sorted(
+        Path(folder, name).relative_to(root).as_posix()
+        for folder, _, names in os.walk(root, followlinks=True)
+        for name in names
+    )
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
         digests = list(pool.map(lambda name: file_digest(root / name), files))
     return hashlib.sha256(canonical_json(list(zip(files, digests, strict=True)))).hexdigest()
-
-
-def _files_under(root: Path) -> Iterator[str]:
-    for folder, _, names in os.walk(root, followlinks=True):
-        for name in names:
-            yield (Path(folder) / name).relative_to(root).as_posix()

@@ -18,6 +18,7 @@ copies of removed models in the user's cache. `families/` and `answers/` are nev
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,25 @@ from typing import Any
 from storage.artifact import named_artifacts, run_versions, unfinished_families
 from storage.errors import DamagedError, StoreError
 from storage.files import FileInfo
-from storage.leases import CLAIMS, HOLDERS, Watch, claim_holder
+from storage.leases import CLAIMS, HOLDERS, Holder, Watch, claim_holder
 from storage.manifest import Manifest, manifest_key
 from storage.parts import PartKey
 from storage.processes import cache_folder
 from storage.store import Store
 
-__all__ = ["GcPlan", "collect", "plan_gc"]
-
 _DEAD_AFTER = 3600.0  # seconds without a heartbeat; more than the clocks of two machines may differ
 _TEMPORARY_AGE = 24 * 3600.0  # seconds
 
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """The arguments of `plan_gc` that hold for every run."""
+
+    grace: float
+    unfinished: bool
+    versions: int | None
 
 
 @dataclass(frozen=True)
@@ -53,11 +61,12 @@ class GcPlan:
     unfinished_bytes: int
     files: Mapping[str, FileInfo]
     """Every file to remove, as it was listed."""
+    families: Mapping[str, set[str]]
+    """File -> families: a live run that protects one of these keeps the file."""
     work: Mapping[Path, int]
     """Folders on this machine to remove, and their sizes: work folders, copies of models."""
     kept_bytes: int
-    versions: int | None
-    """How many versions of each kept run are kept; None: all."""
+    rules: _Rules
 
     @property
     def bytes(self) -> int:
@@ -95,50 +104,137 @@ def plan_gc(
     manifests read so far and their total. Raises StoreError where a kept run is missing or cannot be
     read.
     """
-    files = {info.key: info for info in store.listing() if not info.key.startswith("work/")}
+
+    def dropped(runs: Mapping[str, FileInfo]) -> set[str]:
+        return runs.keys() - _kept_runs(runs, tuple(keep_runs), newest, max_age)
+
+    return _plan(store, dropped, _Rules(grace, unfinished, versions), progress)
+
+
+def collect(store: Store, plan: GcPlan, progress: Progress | None = None) -> int:
+    """Execute a plan; returns the bytes freed.
+
+    What runs need since the plan was made stays: the plan is made again, and heartbeats are read
+    before each removal. `progress` gets the number of keys processed so far and their total.
+    """
+
+    def unchanged(runs: Mapping[str, FileInfo]) -> set[str]:
+        return {name for name in plan.drop_runs if runs.get(name) == plan.files[_run_key(name)]}
+
+    now = _plan(store, unchanged, plan.rules, None) if plan.keys else plan
+    guard = _Guard(store, now)
+    freed = done = 0
+
+    def advance(size: int) -> None:
+        nonlocal freed, done
+        freed, done = freed + size, done + 1
+        if progress is not None:
+            progress(done, len(plan.keys))
+
+    for key in plan.single_files:
+        needed = guard.claims(key) if key.startswith(f"{CLAIMS}/") else guard.protects(plan.families[key])
+        removable = key in now.files and not needed
+        if removable:
+            store.delete(key)
+        advance(plan.files[key].bytes if removable else 0)
+    sizes: dict[PartKey | None, int] = {}
+    for key, info in plan.files.items():
+        sizes[_part_of(key)] = sizes.get(_part_of(key), 0) + info.bytes
+    parts = set(now.parts)
+    for part in plan.parts:
+        removable = part in parts and not guard.protects({part.family})
+        if removable:
+            store.discard_part(part)
+        advance(sizes[part] if removable else 0)
+    for folder, size in plan.work.items():
+        removable = folder in now.work and not guard.claims(
+            f"{CLAIMS}/{folder.parent.name}/{folder.name}.json"
+        )
+        if removable:
+            shutil.rmtree(folder, ignore_errors=True)
+        advance(size if removable else 0)
+    return freed + sum(info.bytes for info in store.files.sweep(_TEMPORARY_AGE))
+
+
+class _Guard:
+    """What live runs need while a plan is executed. A family that was protected once stays protected."""
+
+    def __init__(self, store: Store, plan: GcPlan) -> None:
+        self._store, self._plan = store, plan
+        self._watch = Watch(store)
+        self._families: set[str] = set()
+
+    def protects(self, families: set[str]) -> bool:
+        live = self._live()
+        self._families |= {family for holder in live for family in holder.families}
+        return bool(families & self._families)
+
+    def claims(self, claim: str) -> bool:
+        """Whether a live run holds this claim: it may have taken it over since."""
+        return claim_holder(self._store, claim) in {holder.id for holder in self._live()}
+
+    def _live(self) -> list[Holder]:
+        return [holder for holder in self._watch.holders() if holder.key not in self._plan.files]
+
+
+def _plan(
+    store: Store,
+    drop: Callable[[Mapping[str, FileInfo]], set[str]],
+    rules: _Rules,
+    progress: Progress | None,
+) -> GcPlan:
+    """The plan that drops these runs.
+
+    Heartbeats are read before manifests and runs are listed: a run keeps its heartbeat until it has written
+    its manifest and its note, so one of the two shows each part that it needs.
+    """
+    tops = ("answers", "families", "logs", "parts", "rejects", "leases")
+    files = {info.key: info for top in tops for info in store.listing(top)}
+    holders = Watch(store).holders()
+    files |= {info.key: info for top in ("artifacts", "runs") for info in store.listing(top)}
+    live = [  # heard of lately, whatever the clocks of two machines differ by
+        holder
+        for holder in holders
+        if holder.key not in files or _is_young(files[holder.key], max(_DEAD_AFTER, 2 * holder.ttl))
+    ]
     runs = {
         key[5:-5]: info for key, info in files.items() if key.startswith("runs/") and key.endswith(".json")
     }
     _refuse_unknown_runs(files)
-    live, families = _live_holders(store, files)
-    kept = _kept_runs(runs, tuple(keep_runs), newest, max_age)
+    drop_runs = drop(runs)
+    kept = runs.keys() - drop_runs
+    noted = [one for name in kept for one in run_versions(store.run(name) or {})[: rules.versions]]
     manifests = _read_manifests(store, files, progress)
-    noted = _versions(store, kept, versions)
-    families = families.union(*map(unfinished_families, noted))
     needed = _needed_manifests(noted, manifests)
+    protected = {family for holder in live for family in holder.families}
+    protected = protected.union(*map(unfinished_families, noted))
+
+    def is_young(*infos: FileInfo) -> bool:
+        return any(_is_young(info, rules.grace) for info in infos)
+
     stale = {
         key
         for key, manifest in manifests.items()
-        if key not in needed and not (_families(manifest) & families) and not _is_young(files[key], grace)
+        if key not in needed and not _families(manifest) & protected and not is_young(files[key])
     }
     needed_parts = _parts_of(manifest for key, manifest in manifests.items() if key not in stale)
     finished_parts = _parts_of(manifests.values())
-    dead_leases, claimed = _leases(store, files, live)
-
+    dead_leases, claimed = _leases(store, files, {holder.id for holder in live})
     parts: dict[PartKey, list[FileInfo]] = {}
     for key, info in files.items():
         if (part := _part_of(key)) is not None:
             parts.setdefault(part, []).append(info)
-    unneeded = {
-        part: infos
-        for part, infos in parts.items()
-        if part not in needed_parts
-        and part.family not in families
-        and part.fingerprint not in claimed
-        and not any(_is_young(info, grace) for info in infos)
+    idle = {part for part in parts if part.family not in protected and part.fingerprint not in claimed}
+    unneeded = {part for part in idle - needed_parts if not is_young(*parts[part])}
+    committed = {part for part in parts if part.record in files}
+    without_manifest = unneeded & committed - finished_parts
+    removed_parts = unneeded if rules.unfinished else unneeded - without_manifest
+
+    families = {
+        key: _families(manifests[f"{_folder(key)}/manifest.json"])
+        for key in files
+        if f"{_folder(key)}/manifest.json" in stale
     }
-    without_manifest = {
-        part: infos
-        for part, infos in unneeded.items()
-        if part not in finished_parts and part.record in (info.key for info in infos)
-    }
-    removed_parts = {
-        part: infos for part, infos in unneeded.items() if unfinished or part not in without_manifest
-    }
-    stale_folders = {_folder(key) for key in stale}
-    others = {key for key in files if key not in stale and _folder(key) in stale_folders} | dead_leases
-    drop_runs = set(runs) - kept
-    others |= {key for key in files if key.startswith("logs/") and key.split("/")[1] in drop_runs}
     named = {
         file.key
         for manifest in manifests.values()
@@ -146,137 +242,48 @@ def plan_gc(
         for part in manifest.parts
         for file in part.files
     }
-    others |= {
-        info.key
-        for part in (needed_parts & parts.keys()) - removed_parts.keys()
-        if part.family not in families and part.fingerprint not in claimed
+    families |= {
+        info.key: {part.family}
+        for part in idle & needed_parts
         for info in parts[part]
-        if info.key not in named and not _is_young(info, grace) and _is_orphan(store, part, info.key)
+        if info.key not in named and not is_young(info) and _is_orphan(store, part, info.key)
     }
-    removed = stale | others | {_run_key(name) for name in drop_runs}
-    removed |= {info.key for infos in removed_parts.values() for info in infos}
-    size = sum(files[key].bytes for key in removed)
-    begun = {stage for run in noted for stage in run.get("families", {})}
-    committed = {part.fingerprint for part in parts if part.record in files}
-    work = {
-        folder: _size(folder)
+    logs = {key for key in files if key.startswith("logs/") and key.split("/")[1] in drop_runs}
+    others = families.keys() - stale | dead_leases | logs
+    removed = [
+        *map(_run_key, drop_runs),
+        *stale,
+        *others,
+        *(info.key for part in removed_parts for info in parts[part]),
+    ]
+    begun = {stage for one in noted for stage in one.get("families", {})}
+    finished = {part.fingerprint for part in committed}
+    folders = [
+        folder
         for stage, fingerprint, folder in store.work_folders()
-        if fingerprint not in claimed and not _is_recent(folder, grace)
-        if fingerprint in committed or (unfinished and stage not in begun)
-    }
+        if fingerprint not in claimed and not _is_recent(folder, rules.grace)
+        if fingerprint in finished or (rules.unfinished and stage not in begun)
+    ]
     records = [part for key in stale if (manifest := manifests[key]) for part in manifest.parts]
     copies = [cache_folder() / "folders" / record.digest for record in records if record.key in removed_parts]
-    work |= {folder: _size(folder) for folder in copies if folder.is_dir()}
     return GcPlan(
         keep_runs=tuple(sorted(kept)),
         drop_runs=tuple(sorted(drop_runs)),
         manifests=tuple(sorted(stale)),
-        parts=tuple(sorted(removed_parts, key=lambda part: part.record)),
+        parts=_in_order(removed_parts),
         others=tuple(sorted(others)),
-        unfinished=tuple(sorted(without_manifest, key=lambda part: part.record)),
-        unfinished_bytes=sum(info.bytes for infos in without_manifest.values() for info in infos),
+        unfinished=_in_order(without_manifest),
+        unfinished_bytes=sum(info.bytes for part in without_manifest for info in parts[part]),
         files={key: files[key] for key in sorted(removed)},
-        work=work,
-        kept_bytes=sum(info.bytes for info in files.values()) - size,
-        versions=versions,
+        families={key: families.get(key, set()) for key in removed},
+        work={folder: _size(folder) for folder in (*folders, *filter(Path.is_dir, copies))},
+        kept_bytes=sum(info.bytes for info in files.values()) - sum(files[key].bytes for key in removed),
+        rules=rules,
     )
 
 
-def collect(store: Store, plan: GcPlan, progress: Progress | None = None) -> int:
-    """Execute a plan; returns the bytes freed.
-
-    What a run has come to need since the plan stays: runs and manifests are read again first, and
-    heartbeats before each removal. `progress` gets the number of keys processed so far and their total.
-    """
-    total = len(plan.keys)
-    guard = _Guard(store, plan)
-    spared: set[str] = set()
-    for done, key in enumerate(plan.single_files, start=1):
-        if guard.needs_file(key):
-            spared.add(key)
-        else:
-            store.delete(key)
-        if progress is not None:
-            progress(done, total)
-    spared_parts = set()
-    for done, part in enumerate(plan.parts, start=len(plan.single_files) + 1):
-        if guard.needs_part(part):
-            spared_parts.add(part)
-        else:
-            store.discard_part(part)
-        if progress is not None:
-            progress(done, total)
-    freed = [
-        info.bytes
-        for key, info in plan.files.items()
-        if key not in spared and _part_of(key) not in spared_parts
-    ]
-    for done, (folder, size) in enumerate(plan.work.items(), start=total - len(plan.work) + 1):
-        if not guard.needs_work(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            freed.append(size)
-        if progress is not None:
-            progress(done, total)
-    return sum(freed) + sum(info.bytes for info in store.files.sweep(_TEMPORARY_AGE))
-
-
-class _Guard:
-    """What runs need while a plan is executed.
-
-    The heartbeats are read before the runs and manifests. A run keeps its heartbeat until it has
-    written its manifest and its note, so one of the two shows each part that it needs. A family that
-    was protected once stays protected.
-    """
-
-    def __init__(self, store: Store, plan: GcPlan) -> None:
-        self._store = store
-        self._watch = Watch(store)
-        self._dead = set(plan.others)
-        self._families: set[str] = set()
-        self._look()
-        runs = {info.key: info for info in store.listing("runs")}
-        dropped = {_run_key(name) for name in plan.drop_runs}
-        self._changed_runs = {key for key in dropped if key in runs and runs[key] != plan.files[key]}
-        kept = [
-            key[5:-5] for key in runs if key.endswith(".json") and key not in dropped - self._changed_runs
-        ]
-        noted = _versions(store, kept, plan.versions)
-        self._families = self._families.union(*map(unfinished_families, noted))
-        manifests = _read_manifests(store, [info.key for info in store.listing("artifacts")], None)
-        needed = _needed_manifests(noted, manifests)
-        planned = set(plan.manifests)
-        self._family_of = {key: _families(manifests.get(key)) for key in planned}
-        self._manifests = {_folder(key) for key in needed}
-        self._parts = _parts_of(
-            manifest for key, manifest in manifests.items() if key in needed or key not in planned
-        )
-
-    def needs_file(self, key: str) -> bool:
-        """Whether a run needs the manifest, or the file next to it, or has changed its note."""
-        self._look()
-        if key.startswith(f"{CLAIMS}/"):  # another run may have taken it over
-            return claim_holder(self._store, key) in self._live
-        if key in self._changed_runs or _folder(key) in self._manifests:
-            return True
-        if (part := _part_of(key)) is not None:
-            return part.family in self._families or not _is_orphan(self._store, part, key)
-        families = self._family_of.get(f"{_folder(key)}/manifest.json", set())
-        return bool(families & self._families)
-
-    def needs_part(self, part: PartKey) -> bool:
-        """Whether a run needs the part."""
-        self._look()
-        return part in self._parts or part.family in self._families
-
-    def needs_work(self, folder: Path) -> bool:
-        """Whether a run has claimed the part of a work folder since."""
-        claim = f"{CLAIMS}/{folder.parent.name}/{folder.name}.json"
-        return claim not in self._dead and claim_holder(self._store, claim) is not None
-
-    def _look(self) -> None:
-        live = [holder for holder in self._watch.holders() if holder.key not in self._dead]
-        self._live = {holder.id for holder in live}
-        self._families |= {family for holder in live for family in holder.families}
+def _in_order(parts: Iterable[PartKey]) -> tuple[PartKey, ...]:
+    return tuple(sorted(parts, key=lambda part: part.record))
 
 
 def _refuse_unknown_runs(files: Mapping[str, FileInfo]) -> None:
@@ -291,11 +298,10 @@ def _refuse_unknown_runs(files: Mapping[str, FileInfo]) -> None:
 
 def _is_orphan(store: Store, part: PartKey, key: str) -> bool:
     """Whether a part is committed and this file is not one of it: a killed run left it."""
-    try:
+    with suppress(DamagedError):
         record = store.part(part)
-    except DamagedError:
-        return False
-    return record is not None and key not in {part.record, *(file.key for file in record.files)}
+        return record is not None and key not in {part.record, *(file.key for file in record.files)}
+    return False
 
 
 def _is_recent(folder: Path, age: float) -> bool:
@@ -308,7 +314,7 @@ def _size(folder: Path) -> int:
 
 
 def _kept_runs(
-    runs: dict[str, FileInfo], keep: tuple[str, ...], newest: int | None, max_age: float | None
+    runs: Mapping[str, FileInfo], keep: tuple[str, ...], newest: int | None, max_age: float | None
 ) -> set[str]:
     if missing := sorted(set(keep) - set(runs)):
         raise StoreError(
@@ -319,11 +325,6 @@ def _kept_runs(
     by_age = sorted(runs, key=lambda name: runs[name].modified or float("inf"), reverse=True)
     kept = set(keep) | set(by_age[: max(0, newest or 0)])
     return kept | {name for name in runs if max_age is not None and _is_young(runs[name], max_age)}
-
-
-def _versions(store: Store, runs: Iterable[str], newest: int | None) -> list[Mapping[str, Any]]:
-    """The `newest` versions of each of these runs, or all."""
-    return [version for name in runs for version in run_versions(store.run(name) or {})[:newest]]
 
 
 def _read_manifests(
@@ -368,19 +369,6 @@ def _parts_of(manifests: Iterable[Manifest | None]) -> set[PartKey]:
 def _families(manifest: Manifest | None) -> set[str]:
     """The families of an artifact's parts; none for a damaged manifest."""
     return set() if manifest is None else {manifest.family, *(record.family for record in manifest.parts)}
-
-
-def _live_holders(store: Store, files: dict[str, FileInfo]) -> tuple[set[str], set[str]]:
-    """The ids of the holders that may be alive, and the families that they protect.
-
-    A holder on another machine counts as dead after a silence longer than any difference of clocks.
-    """
-    live = [
-        holder
-        for holder in Watch(store).holders()
-        if holder.key not in files or _is_young(files[holder.key], max(_DEAD_AFTER, 2 * holder.ttl))
-    ]
-    return {holder.id for holder in live}, {family for holder in live for family in holder.families}
 
 
 def _leases(store: Store, files: Iterable[str], live: set[str]) -> tuple[set[str], set[str]]:

@@ -28,13 +28,12 @@ from math import inf
 from types import MappingProxyType
 from typing import Self
 
-from storage.errors import LeaseLostError, StoreError
+from storage.contents import again
+from storage.errors import DamagedError, LeaseLostError, StoreError, UnsafeNameError
 from storage.fingerprints import canonical_json
 from storage.parts import PartKey, PartRecord
 from storage.processes import machine, started
 from storage.store import Store
-
-__all__ = ["CLAIMS", "HOLDERS", "Holder", "Leases", "Watch", "check_claim", "claim_holder"]
 
 HOLDERS = "leases/holders"
 CLAIMS = "leases/parts"
@@ -89,7 +88,7 @@ class Watch:
         try:
             value = json.loads(self._store.read_bytes(f"{HOLDERS}/{holder_id}.json"))
             return Holder(**{**value, "families": tuple(value["families"])})
-        except (FileNotFoundError, ValueError, TypeError, KeyError):
+        except (FileNotFoundError, ValueError, TypeError, KeyError, UnsafeNameError):
             return None
 
     def holders(self) -> list[Holder]:
@@ -181,12 +180,13 @@ class Leases:
         done = self._committed(wanted, known)
         mine = [key for key in wanted if key.fingerprint not in done and self.acquire(key)]
         done |= self._committed(mine, known)  # committed and released before our claim
-        for key in mine:
-            if key.fingerprint in done:
+        missing = []
+        for key in wanted:
+            if key.fingerprint not in done:
+                missing.append(key)
+            elif key in mine:
                 self.release(key)
-        missing = [key for key in wanted if key.fingerprint not in done]
-        mine = [key for key in missing if key in self._held]
-        return done, mine, [key for key in missing if key not in self._held]
+        return done, [key for key in missing if key in mine], [key for key in missing if key not in mine]
 
     def release(self, key: PartKey) -> None:
         """Release a claim, after its part was committed or given up."""
@@ -259,7 +259,7 @@ class Leases:
             self.store.delete(right)
 
     def _give_back(self, claim: str) -> None:
-        if claim_holder(self.store, claim) == self._me.id:
+        if claim_holder(self.store, claim, self._me.id) == self._me.id:
             self.store.delete(claim)
 
     def _waited(self, claim: str, owner: str) -> float:
@@ -275,19 +275,32 @@ class Leases:
                 self.renew()
 
 
-def claim_holder(store: Store, key: str) -> str | None:
-    """The id of the holder in a claim's file; None where there is no file, "" where it cannot be read."""
-    try:
-        return str(json.loads(store.read_bytes(key))["holder"])
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):
-        return ""
+def claim_holder(store: Store, key: str, expected: str | None = None) -> str | None:
+    """The id of the holder in a claim's file; None where there is no file, "" where it cannot be read.
+
+    It is read again where it cannot be read, or is not the `expected` one.
+    """
+    owner: str | None = None
+
+    def read() -> None:
+        nonlocal owner
+        try:
+            owner = str(json.loads(store.read_bytes(key))["holder"])
+        except FileNotFoundError:
+            owner = None
+        except (ValueError, KeyError, TypeError):
+            owner = ""
+        if owner == "" or expected not in (None, owner):
+            raise DamagedError(f"{key} is held by {owner!r}")
+
+    with suppress(DamagedError):
+        again(store.files, read)
+    return owner
 
 
 def check_claim(store: Store, key: PartKey, holder: str) -> None:
     """Raise LeaseLostError where `holder` does not claim the part any more. Any process may call it."""
-    owner = claim_holder(store, _claim(key))
+    owner = claim_holder(store, _claim(key), holder)
     if owner == holder:
         return
     other = Watch(store).holder(owner) if owner else None

@@ -16,8 +16,6 @@ from storage.fingerprints import fingerprint
 from storage.names import check_name
 from storage.parts import PartRecord, dump_checksummed, load_checksummed
 
-__all__ = ["Manifest", "artifact_fingerprint", "code_version", "manifest_of", "now"]
-
 
 @dataclass(frozen=True)
 class Manifest:

@@ -14,17 +14,6 @@ from urllib.parse import urlsplit
 
 from storage.errors import StoreURLError, UnsafeNameError
 
-__all__ = [
-    "TEMPORARY",
-    "check_key",
-    "check_name",
-    "environment_secrets",
-    "is_key",
-    "public_url",
-    "redact",
-    "secrets_of",
-]
-
 TEMPORARY = ".tmp-"
 """The prefix of unfinished files, which are hidden from readers and removed by `gc`."""
 

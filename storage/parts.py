@@ -21,8 +21,6 @@ from storage.errors import DamagedError
 from storage.fingerprints import canonical_json, plain_json
 from storage.names import check_key, check_name, environment_secrets, redact
 
-__all__ = ["FileEntry", "PartKey", "PartRecord", "dump_checksummed", "load_checksummed"]
-
 
 @dataclass(frozen=True)
 class PartKey:

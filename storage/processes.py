@@ -12,8 +12,6 @@ from pathlib import Path
 from storage.errors import StoreError
 from storage.names import TEMPORARY
 
-__all__ = ["cache_folder", "has_ended", "machine", "started", "temporary_name"]
-
 
 def cache_folder() -> Path:
     """The user's cache folder for copies from stores that are not local."""
@@ -49,7 +47,7 @@ def temporary_name() -> str:
 def has_ended(name: str) -> bool:
     """Whether the writer of a temporary file ran on this machine and has ended. False if unknown."""
     fields = name.removeprefix(TEMPORARY).split("-")
-    known = len(fields) == 3 and fields[0] == _short_machine() != "" and fields[1].isdigit()
+    known = len(fields) >= 3 and fields[0] == _short_machine() != "" and fields[1].isdigit()
     return known and not started(int(fields[1]))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,17 +17,15 @@ import pyarrow.parquet as pq
 
 from storage.contents import again, check_files, check_size, damaged, fetch, open_checked
 from storage.errors import DamagedError, StoreError
-from storage.files import Files, LocalFiles
+from storage.files import LocalFiles
 from storage.parts import FileEntry, PartRecord
 from storage.processes import cache_folder, temporary_name
-from storage.remote import RemoteFiles
+from storage.remote import Files, RemoteFiles
 from storage.table import REJECTS
 
 if TYPE_CHECKING:
     import polars as pl
     import pyarrow.dataset as ds
-
-__all__ = ["PartReader", "cache_folder"]
 
 T = TypeVar("T")
 
@@ -123,16 +121,21 @@ class PartReader:
         """
         import polars as pl
 
-        tables = _tables(records)
-        if isinstance(self.files, LocalFiles):
-            return pl.scan_parquet(
-                self._local_paths(tables), missing_columns="insert", extra_columns="ignore", glob=False
-            )
-        return pl.scan_pyarrow_dataset(self._dataset(tables))
+        records = list(records)
+        if not isinstance(self.files, LocalFiles):
+            return pl.scan_pyarrow_dataset(self.dataset(records))
+        paths = _checked_paths(self.files, _tables(records))
+        return pl.scan_parquet(paths, missing_columns="insert", extra_columns="ignore", glob=False)
 
     def dataset(self, records: Iterable[PartRecord]) -> "ds.Dataset":
         """The rows of many parts as one pyarrow Dataset."""
-        return self._dataset(_tables(records))
+        import pyarrow.dataset as ds
+
+        tables = _tables(records)
+        if isinstance(self.files, LocalFiles):
+            return ds.dataset(_checked_paths(self.files, tables), format="parquet")
+        names = [entry.key for entry, _ in tables]
+        return ds.dataset(names, format="parquet", filesystem=_filesystem(self.files, tables))
 
     def fetch_folder(self, record: PartRecord) -> Path:
         """A local folder with the files of a folder part. Do not change its contents.
@@ -167,20 +170,6 @@ class PartReader:
         check_files(LocalFiles(target), copies)
         return target
 
-    def _local_paths(self, tables: list[tuple[FileEntry, PartRecord]]) -> list[str]:
-        check_files(self.files, tables)
-        return [str(self.files.path(entry.key)) for entry, _ in tables]
-
-    def _dataset(self, tables: list[tuple[FileEntry, PartRecord]]) -> "ds.Dataset":
-        import pyarrow.dataset as ds
-
-        if isinstance(self.files, LocalFiles):
-            return ds.dataset(self._local_paths(tables), format="parquet")
-        from storage.checked_files import CheckedFiles  # needs fsspec
-
-        by_key = {entry.key: (entry, record) for entry, record in tables}
-        return ds.dataset(list(by_key), format="parquet", filesystem=CheckedFiles(self.files, by_key))
-
 
 def _table(record: PartRecord) -> FileEntry:
     if record.table is None:
@@ -193,6 +182,30 @@ def _tables(records: Iterable[PartRecord]) -> list[tuple[FileEntry, PartRecord]]
     if not tables:
         raise StoreError("there are no parts to scan: the list is empty.")
     return tables
+
+
+def _checked_paths(files: LocalFiles, tables: list[tuple[FileEntry, PartRecord]]) -> list[str]:
+    check_files(files, tables)
+    return [str(files.path(entry.key)) for entry, _ in tables]
+
+
+def _filesystem(files: Files, tables: list[tuple[FileEntry, PartRecord]]) -> Any:
+    """These tables as a read-only fsspec file system: a file is fetched and checked when it is opened."""
+    from fsspec import AbstractFileSystem  # slow to import
+
+    by_key = {entry.key: (entry, record) for entry, record in tables}
+
+    class CheckedFiles(AbstractFileSystem):  # type: ignore[misc]
+        cachable = False
+
+        def info(self, path: str, **_: Any) -> dict[str, Any]:
+            return {"name": path, "size": by_key[path][0].bytes, "type": "file"}
+
+        def _open(self, path: str, *_: Any, **__: Any) -> BinaryIO:
+            file = open_checked(files, *by_key[path])
+            return open(file, "rb") if isinstance(file, Path) else file
+
+    return CheckedFiles()
 
 
 def _open(files: Files, entry: FileEntry, record: PartRecord, encoded: Sequence[str] = ()) -> pq.ParquetFile:

@@ -26,8 +26,6 @@ from storage.errors import StoreError
 from storage.parts import PartRecord
 from storage.store import Store
 
-__all__ = ["PIECE", "WINDOW", "Row", "ShardReader"]
-
 WINDOW = 2048
 """Rows that are shuffled together, up to one piece more or less. Another value, another order."""
 

@@ -17,15 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeAlias, TypeVar, cast
 
 from storage.crashpoints import crash_point
 from storage.errors import StoreUnavailableError
-from storage.files import FileInfo, sweep_temporary
-from storage.names import TEMPORARY, check_key, environment_secrets, is_key, redact, secrets_of
-from storage.processes import cache_folder, temporary_name
-
-__all__ = ["ATTEMPTS", "PAUSES", "RemoteFiles"]
+from storage.files import FileInfo, LocalFiles, sweep_machine
+from storage.names import check_key, environment_secrets, is_key, redact, secrets_of
+from storage.processes import temporary_name
 
 T = TypeVar("T")
 
@@ -55,7 +53,10 @@ _FINAL_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ParamValidatio
 
 
 class RemoteFiles:
-    """Files on an fsspec file system. Each process makes a connection, also after a fork."""
+    """The methods of `LocalFiles` on an fsspec file system.
+
+    Each process makes a connection, also after a fork.
+    """
 
     def __init__(self, protocol: str, root: str, options: dict[str, Any]) -> None:
         self.protocol = protocol
@@ -142,8 +143,16 @@ class RemoteFiles:
     def copy_from(self, key: str, source: Path) -> bool:
         if source.stat().st_size <= _WHOLE or self.protocol == "memory":
             return self.create(key, source.read_bytes())
+
+        def send(fs: Any, name: str) -> bool:
+            try:
+                fs.put_file(str(source), name, mode="create")
+            except FileExistsError:
+                return False
+            return True
+
         crash_point("put-before", key)
-        created = self._tried("write", key, lambda fs, name: _send(fs, name, source))
+        created = self._tried("write", key, send)
         crash_point("put-after", key)
         return created
 
@@ -190,10 +199,20 @@ class RemoteFiles:
         return io.BufferedReader(_Ranges(self, key, size), buffer_size=128 << 10)
 
     def sweep(self, older_than: float) -> Iterator[FileInfo]:
-        for folder in (Path(tempfile.gettempdir()), cache_folder() / "folders"):
-            for path in folder.glob(f"{TEMPORARY}*"):
-                if info := sweep_temporary(path, older_than):
-                    yield info
+        yield from sweep_machine(older_than)
+        if self.protocol in ("s3", "s3a"):  # uploads in pieces, which cost space and which no listing shows
+            bucket, _, folder = self.root.partition("/")
+            found = self._tried(
+                "list",
+                "",
+                lambda fs, _: fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{folder}/"),
+            )
+            for upload in found.get("Uploads", ()):
+                key, begun = upload["Key"].removeprefix(f"{folder}/"), upload["Initiated"].timestamp()
+                if begun <= time.time() - older_than:
+                    arguments = (bucket, upload["Key"], upload["UploadId"])
+                    self._tried("abort the upload of", key, lambda fs, _, of=arguments: fs.abort_mpu(*of))  # type: ignore[misc]
+                    yield FileInfo(key, 0, begun)
 
     def _name(self, key: str) -> str:
         return f"{self.root}/{check_key(key)}"
@@ -232,6 +251,9 @@ class RemoteFiles:
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, _LONGEST_PAUSE)
         raise AssertionError("unreachable")
+
+
+Files: TypeAlias = LocalFiles | RemoteFiles
 
 
 class _Ranges(io.RawIOBase):
@@ -285,14 +307,6 @@ def _connect(protocol: str, options: dict[str, Any]) -> Any:
             filesystem.retries = 1
         _connections[identity] = filesystem
     return _connections[identity]
-
-
-def _send(fs: Any, name: str, source: Path) -> bool:
-    try:
-        fs.put_file(str(source), name, mode="create")
-    except FileExistsError:
-        return False
-    return True
 
 
 def _modified(info: dict[str, Any]) -> float | None:

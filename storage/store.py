@@ -28,13 +28,11 @@ from storage.contents import again
 from storage.errors import DamagedError, StoreURLError
 from storage.files import FileInfo, LocalFiles
 from storage.manifest import Manifest, manifest_key
-from storage.names import check_key, check_name, public_url
+from storage.names import TEMPORARY, check_key, check_name, public_url
 from storage.parts import PartKey, dump_checksummed, load_checksummed
 from storage.processes import cache_folder
 from storage.read import PartReader
 from storage.remote import RemoteFiles
-
-__all__ = ["Store"]
 
 
 class Store(PartWriter, PartReader):
@@ -121,15 +119,26 @@ class Store(PartWriter, PartReader):
 
     def run(self, name: str) -> dict[str, Any] | None:
         """What `write_run` wrote; None where there is no such run."""
-        key = _run_key(name)
+        try:
+            return self.read_note(_run_key(name))
+        except FileNotFoundError:
+            return None
+
+    def read_note(self, key: str) -> dict[str, Any]:
+        """A JSON object with a checksum. Earlier versions wrote none: such a note is read twice.
+
+        Raises FileNotFoundError, and DamagedError where it is none or was changed.
+        """
 
         def read() -> dict[str, Any]:
             data = self.files.read(key)
             try:
                 value = json.loads(data)
-                if isinstance(value, dict):  # earlier versions wrote no checksum
-                    return load_checksummed(data, key) if "sha256" in value else value
-                found = f"is a JSON {type(value).__name__}, expected an object"
+                if isinstance(value, dict) and "sha256" in value:
+                    return load_checksummed(data, key)
+                if isinstance(value, dict) and self.files.read(key) == data:
+                    return value
+                found = f"is a JSON {type(value).__name__}, expected an object with its sha256"
             except ValueError as error:
                 found = f"is not JSON ({error})"
             except DamagedError:
@@ -139,15 +148,12 @@ class Store(PartWriter, PartReader):
                 "configuration again."
             )
 
-        try:
-            return again(self.files, read)
-        except FileNotFoundError:
-            return None
+        return again(self.files, read)
 
     def set_aside_run(self, name: str) -> None:
         """Rename a damaged note to `runs/<name>.damaged`, so that the run can be noted anew."""
         key = _run_key(name)
-        self.files.write(damaged_run(name), self.files.read(key))
+        self.files.write(f"{key.removesuffix('.json')}.damaged", self.files.read(key))
         self.files.delete(key)
 
     def runs(self) -> builtins.list[str]:
@@ -183,7 +189,8 @@ class Store(PartWriter, PartReader):
     def work_folders(self) -> Iterator[tuple[str, str, Path]]:
         """(stage, part's fingerprint, folder) of every scratch folder on this machine."""
         for folder in sorted(self._work_root().glob("*/*")):
-            yield folder.parent.name, folder.name, folder
+            if not folder.parent.name.startswith(TEMPORARY):
+                yield folder.parent.name, folder.name, folder
 
     def _work_dir(self, key: PartKey) -> Path:
         return self._work_root() / key.stage / key.fingerprint
@@ -206,11 +213,6 @@ _HOLDER = "holder-"
 
 def _run_key(name: str) -> str:
     return f"runs/{check_name(name, 'run name')}.json"
-
-
-def damaged_run(name: str) -> str:
-    """The key of a note that was set aside."""
-    return f"runs/{check_name(name, 'run name')}.damaged"
 
 
 def _remote(protocol: str, url: str, options: dict[str, Any]) -> RemoteFiles:

@@ -7,22 +7,16 @@ Not dataframely 3.1: it validates one polars frame at a time. Keys that are uniq
 row groups and the exact Arrow types on disk would still be checked here, and that is most of the code.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.errors import SchemaError
-
-if TYPE_CHECKING:
-    import polars as pl
-
-__all__ = ["REJECTS", "Check", "Table", "UniqueKeys", "column", "conform", "is_list", "rejects_table"]
 
 Check: TypeAlias = Callable[[pa.RecordBatch], str | None]
 """Looks for a fault in the values of a row group: a sentence, or None."""
@@ -72,54 +66,32 @@ def rejects_table(rows: list[dict[str, str | None]]) -> pa.Table:
     return pa.Table.from_pylist([{"prompt_id": None, **row} for row in rows], schema=REJECTS)
 
 
-class UniqueKeys:
-    """Checks that the key columns identify the rows of a part that arrives in several tables.
+def check_unique(written: Path, key: Sequence[str], where: str) -> None:
+    """Raise SchemaError where a key repeats in a Parquet file.
 
     Keeps 8 bytes per row: a hash of its key. Only rows whose hashes are equal are compared in full.
     """
+    import polars as pl
 
-    def __init__(self, key: Iterable[str], where: str) -> None:
-        self._columns = list(key)
-        self._where = where
-        self._hashes: list[npt.NDArray[np.uint64]] = []
+    with pq.ParquetFile(written) as file:
 
-    def add(self, table: pa.Table) -> None:
-        """Record the keys of the next rows."""
-        if self._columns and table.num_rows:
-            self._hashes.append(self._frame(table).hash_rows().to_numpy())
+        def frames() -> Iterator[pl.DataFrame]:
+            return (cast(pl.DataFrame, pl.from_arrow(rows)) for rows in file.iter_batches(columns=list(key)))
 
-    def finish(self, written: Path) -> None:
-        """Raise SchemaError where a key repeats in the Parquet file that was just written."""
-        if not self._hashes:
-            return
-        hashes = np.sort(np.concatenate(self._hashes))
+        hashes = np.sort(np.concatenate([np.empty(0, np.uint64), *(rows.hash_rows() for rows in frames())]))
         equal = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
         if not equal.size:
             return
-        import polars as pl
-
-        suspects = []
-        with pq.ParquetFile(written) as file:
-            for batch in file.iter_batches(columns=self._columns):
-                frame = self._frame(batch)
-                suspects.append(frame.filter(np.isin(frame.hash_rows().to_numpy(), equal)))
-        counts = pl.concat(suspects).group_by(self._columns, maintain_order=True).len("__count")
-        repeated = counts.filter(pl.col("__count") > 1)
-        if not repeated.height:
-            return
+        suspects = pl.concat([rows.filter(np.isin(rows.hash_rows(), equal)) for rows in frames()])
+    counts = suspects.group_by(key, maintain_order=True).len("__count")
+    repeated = counts.filter(pl.col("__count") > 1)
+    if repeated.height:
         first = repeated.row(0, named=True)
         times = first.pop("__count")
         raise SchemaError(
-            f"{self._where}: the row {first} appears {times} times, expected once. {repeated.height} keys "
-            f"({', '.join(self._columns)}) of {len(hashes)} rows repeat. Remove or reject the repeated rows."
+            f"{where}: the row {first} appears {times} times, expected once. {repeated.height} keys "
+            f"({', '.join(key)}) of {len(hashes)} rows repeat. Remove or reject the repeated rows."
         )
-
-    def _frame(self, rows: pa.Table | pa.RecordBatch) -> "pl.DataFrame":
-        import polars as pl
-
-        frame = pl.from_arrow(rows.select(self._columns))
-        assert isinstance(frame, pl.DataFrame)
-        return frame
 
 
 def conform(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:

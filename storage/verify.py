@@ -24,8 +24,6 @@ from storage.parts import FileEntry, PartKey, PartRecord
 from storage.store import Store
 from storage.table import REJECTS, Table
 
-__all__ = ["Finding", "repair", "verify"]
-
 Kind = Literal[
     "missing", "truncated", "altered", "rows", "schema", "record", "manifest", "run", "stale", "reference"
 ]
@@ -67,7 +65,8 @@ def verify(
                 yield found
             else:
                 artifacts.append(found)
-        keys = dict.fromkeys(_all_parts(store))
+        names = [key.removesuffix(".json").split("/") for key in store.list("parts") if key.endswith(".json")]
+        keys = {PartKey(*name[1:]): None for name in names if len(name) == 4}
         yield from _check_runs(store)
     keys.update((record.key, None) for manifest in artifacts for record in manifest.parts)
     records: dict[PartKey, PartRecord] = {}
@@ -135,13 +134,6 @@ def _all_manifests(store: Store) -> Iterator[Finding | Manifest]:
             yield Finding("manifest", key, message, manifest=key)
         elif manifest is not None:
             yield manifest
-
-
-def _all_parts(store: Store) -> Iterator[PartKey]:
-    for key in store.list("parts"):
-        segments = key.removesuffix(".json").split("/")
-        if key.endswith(".json") and len(segments) == 4:
-            yield PartKey(*segments[1:])
 
 
 def _check_runs(store: Store) -> Iterator[Finding]:

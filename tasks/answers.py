@@ -13,8 +13,6 @@ import pyarrow.parquet as pq
 
 from storage import Store
 
-__all__ = ["StoredAnswers"]
-
 log = logging.getLogger("qrpo")
 
 

@@ -10,18 +10,6 @@ import polars as pl
 
 from storage import Manifest, Store
 
-__all__ = [
-    "MAIN_MEASURES",
-    "QUANTILES",
-    "Cell",
-    "compare_models",
-    "grid_edges",
-    "interval",
-    "numbers_of",
-    "reject_reasons",
-    "training_metrics",
-]
-
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _BINS = 32
 _MAX_GRID = 120  # bars
@@ -51,7 +39,7 @@ def training_metrics(store: Store, manifest: Manifest) -> pl.DataFrame | None:
 
 
 def grid_edges(values: Any) -> Any:
-    """Edges of one bin for each point of the grid that the values lie on; None where there is no grid, or too large a one.
+    """Edges of one bin for each point of the grid of the values; None if they are on no grid or on too large a one.
 
     Other bins would hold one point here and two there, and show a comb.
     """

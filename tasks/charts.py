@@ -18,8 +18,6 @@ from tasks.stages import STAGES
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw", "plot_curves", "plot_histogram"]
-
 Chart = tuple[str, bytes]
 """A title and a PNG file."""
 Drawer = Callable[["Axes", Manifest, Store], str]
@@ -55,7 +53,7 @@ def plot_histogram(
     density: bool = False,
     colours: Mapping[str, str] | None = None,
 ) -> None:
-    """Histograms of named values on shared bins, one for each value if they lie on a grid, as shares or densities, with
+    """Histograms of named values on shared bins, one for each value of a grid, as shares or densities, with
     their means in the legend."""
     together = np.concatenate(list(values.values())) if values else np.empty(0)
     edges: Any = grid_edges(together)

@@ -8,8 +8,6 @@ from typing import Any
 
 from tasks.config import PipelineConfig, apply_overrides, parse_config
 
-__all__ = ["Candidate", "candidates"]
-
 
 @dataclass(frozen=True)
 class Candidate:

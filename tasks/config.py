@@ -1,4 +1,4 @@
-"""The pipeline's configuration: one YAML file, one section a stage, composed from the sections that live beside their owners.
+"""The pipeline's configuration: one YAML file, one section a stage, composed from the sections that the stages declare.
 
 Unknown keys are refused with their path, and every default is visible with `qrpo run CONFIG --show-config`. Paths in the
 file are taken from the current folder, as in a shell.
@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -28,8 +28,6 @@ from tasks.stages.evaluation import EvaluationConfig
 from tasks.stages.quantiles import QuantilesConfig
 from tasks.stages.reference import ReferenceConfig
 from tasks.stages.shards import ShardsConfig
-
-__all__ = ["PipelineConfig", "apply_overrides", "dump_config", "load_config", "parse_config"]
 
 
 class PipelineConfig(Section):
@@ -173,7 +171,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "configuration") -> Pipeli
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """A copy of `raw` with each `dotted.key=value` set; values are read as YAML, list items by their index."""
-    result = cast("dict[str, Any]", _copy(raw))
+    result: dict[str, Any] = _copy(raw)
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or not path:
@@ -257,11 +255,10 @@ def _models_in(annotation: Any) -> list[Any]:
 
 
 def _copy(value: Any) -> Any:
+    """A copy in which no two places share a mapping, as YAML's aliases do."""
     if isinstance(value, Mapping):
         return {key: _copy(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_copy(item) for item in value]
-    return value
+    return [_copy(item) for item in value] if isinstance(value, list) else value
 
 
 def _assign(target: Any, path: list[str], value: Any, override: str) -> None:

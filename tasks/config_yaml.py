@@ -10,8 +10,6 @@ from typing import Any
 
 import yaml
 
-__all__ = ["read_yaml", "write_yaml"]
-
 _MERGE, _TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
 _SCALARS = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),

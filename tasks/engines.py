@@ -1,4 +1,4 @@
-"""The one thing that is dear to start, kept between the tasks of a stage: an engine, a reward model, a child with a loaded model.
+"""Keeps an engine, a reward model or a child process with a loaded model between the tasks of a stage.
 
 Starting an engine costs up to a minute, so the tasks of a stage share one: on this machine through this module's single slot, on
 workers once in each. Asking for another one, or the end of the stage (`close_engine`), shuts the old one down and gives its
@@ -14,8 +14,6 @@ from typing import Protocol, TypeVar, cast
 from qrpo.engines import EngineConfig, open_engine
 from qrpo.engines.sampling import Engine
 from qrpo.models import ModelConfig
-
-__all__ = ["close_engine", "engine_for", "keep"]
 
 
 class Closable(Protocol):

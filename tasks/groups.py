@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from prefect import task
@@ -28,13 +29,11 @@ from tasks.stage import Stage
 from tasks.stages import STAGES
 from tasks.work import Progress, Work
 
-__all__ = ["compute_missing", "compute_parts"]
-
 log = logging.getLogger("qrpo")
 
 Group = tuple[str, Sequence[PartPlan]]  # a label and the parts of one task
 
-_CHECKPOINT_SECONDS = 300.0  # for a stage that trains to save a checkpoint when it is told to end
+_CHECKPOINT_SECONDS = 300.0  # for a stage that trains to save a checkpoint on SIGTERM
 
 
 def compute_missing(
@@ -137,7 +136,7 @@ def compute_parts(label: str, work: Work[Any] | RemoteWork, reporter: Reporter |
     ]  # a retry comes here again
     before = reporter.done + len(work.parts) - len(todo)
     committed: list[str] = []
-    for item in _checked(work.only(todo)) if todo else ():
+    for item in _items(work.only(todo)) if todo else ():
         if isinstance(item, Progress):
             reporter.update(item.done, item.message, total=item.total)
         else:
@@ -149,23 +148,17 @@ def compute_parts(label: str, work: Work[Any] | RemoteWork, reporter: Reporter |
     return committed
 
 
-def _checked(work: Work[Any]) -> Iterator[PartRecord | Progress]:
+def _items(work: Work[Any]) -> Iterator[PartRecord | Progress]:
     """What the stage yields; where it fails because another run has taken over, that is the error."""
+    stage = STAGES[work.stage]
     try:
-        yield from _items(work)
+        prepared = (stage.prepare(work),) if stage.prepare is not None else ()
+        compute = partial(_in_child, stage) if stage.in_child else stage.compute
+        yield from compute(work, *prepared)
     except Exception:
         for part in work.parts:
             work.check_lease(part)
         raise
-
-
-def _items(work: Work[Any]) -> Iterator[PartRecord | Progress]:
-    stage = STAGES[work.stage]
-    prepared = (stage.prepare(work),) if stage.prepare is not None else ()
-    if stage.in_child:
-        yield from _in_child(stage, work, *prepared)
-    else:
-        yield from stage.compute(work, *prepared)
 
 
 def _in_child(stage: Stage[Any], work: Work[Any], *prepared: Any) -> Iterator[PartRecord | Progress]:

@@ -15,19 +15,23 @@ from storage import Store, StoreError
 from storage.fingerprints import canonical_json
 from tasks.reuse import family_names, noted_family
 
-__all__ = ["known_identity"]
-
 
 def known_identity(model: ModelConfig, store: Store, *stages: str) -> dict[str, Any]:
-    """`model_identity`, or the identity of earlier versions if the store has rows of one of `stages` under it."""
+    """`model_identity`, or the identity of earlier versions if the store has rows of one of `stages` under it.
+
+    Every file is hashed only where a store has rows of these stages and none under the present identity.
+    """
     identity = model_identity(model)
     if "digest" not in identity:
         return identity
     key = f"families/models/{identity['digest']}.json"
     if store.exists(key):
         return dict(json.loads(store.read_bytes(key)))
+    known = [outside for stage in stages for outside in _outside_inputs(store, stage)]
+    if not known or any(identity["digest"] in outside for outside in known):
+        return identity
     earlier = model_identity(model, every_file=True)
-    if earlier == identity or not any(_uses(store, stage, earlier["digest"]) for stage in stages):
+    if not any(earlier["digest"] in outside for outside in known):
         return identity
     with suppress(StoreError, OSError):  # a plan also works on a store that it cannot write to
         store.write_bytes(key, canonical_json(earlier))
@@ -35,7 +39,7 @@ def known_identity(model: ModelConfig, store: Store, *stages: str) -> dict[str, 
 
 
 @lru_cache(256)
-def _uses(store: Store, stage: str, digest: str) -> bool:
-    """Whether any family of a stage depends on a model with this digest."""
+def _outside_inputs(store: Store, stage: str) -> tuple[str, ...]:
+    """What the families of a stage depend on, as JSON."""
     noted = (noted_family(store, stage, family) for family in family_names(store, stage))
-    return any(family is not None and digest in json.dumps(family["outside"]) for family in noted)
+    return tuple(json.dumps(family["outside"]) for family in noted if family is not None)

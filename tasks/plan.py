@@ -19,19 +19,6 @@ from typing import Any
 from qrpo.errors import ConfigError
 from storage import Manifest, PartKey, PartRecord, Store, artifact_fingerprint, fingerprint
 
-__all__ = [
-    "PartPlan",
-    "StagePlan",
-    "Upstream",
-    "add_digests",
-    "flat",
-    "make_family",
-    "part_key",
-    "previous_policy",
-    "short",
-    "single_part",
-]
-
 
 @dataclass(frozen=True)
 class PartPlan:
@@ -113,11 +100,15 @@ class StagePlan:
             **digests,
             **{part.fingerprint: part.digest for part in (manifest.parts if manifest else ())},
         }
-        if manifest is not None and all(_is_current(record, digests) for record in manifest.parts):
+        if manifest is not None and all(
+            digests.get(parent) == digest
+            for part in manifest.parts
+            for parent, digest in part.parents.items()
+        ):
             planned = {part.key: part for part in self.parts}
-            kept = [planned.get(record.key, _as_planned(record)) for record in manifest.parts]
+            kept = tuple(planned.get(part.key, part) for part in as_planned(manifest.parts))
             records = {record.fingerprint: record for record in manifest.parts}
-            return replace(self, parts=tuple(kept), records=records, manifest=manifest)
+            return replace(self, parts=kept, records=records, manifest=manifest)
         found = store.find_parts([part.key for part in self.parts])
         fresh = {
             name: record
@@ -217,16 +208,20 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
     }
 
 
-def short(value: Any) -> str:
-    """A setting's value in at most 60 characters."""
-    text = "nothing" if value is None else str(value)
-    return text if len(text) <= 60 else f"{text[:28]}…{text[-28:]}"
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`key changed from old to new` for every leaf that differs; values in at most 60 characters."""
+
+    def short(value: Any) -> str:
+        text = "nothing" if value is None else str(value)
+        return text if len(text) <= 60 else f"{text[:28]}…{text[-28:]}"
+
+    return [
+        f"{prefix}{key} changed from {short(old.get(key))} to {short(new.get(key))}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
 
 
-def _is_current(record: PartRecord, digests: Mapping[str, str]) -> bool:
-    """Whether every parent of a part is there with the bytes that the part was made from."""
-    return all(digests.get(parent) == digest for parent, digest in record.parents.items())
-
-
-def _as_planned(record: PartRecord) -> PartPlan:
-    return PartPlan(record.key, (), record.metadata)
+def as_planned(records: Iterable[PartRecord]) -> tuple[PartPlan, ...]:
+    """Committed parts as parts of a plan; what they were made from is not asked for again."""
+    return tuple(PartPlan(record.key, (), record.metadata) for record in records)

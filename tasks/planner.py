@@ -14,10 +14,8 @@ from qrpo.errors import ConfigError
 from storage import PartRecord, Store
 from storage.artifact import named_artifacts, run_versions
 from tasks.config import PipelineConfig
-from tasks.plan import PartPlan, StagePlan, Upstream, previous_policy
+from tasks.plan import StagePlan, Upstream, as_planned, previous_policy
 from tasks.stages import STAGE_NAMES, STAGES
-
-__all__ = ["Planner", "noted_prompts", "plan_pipeline", "planner_of", "planning"]
 
 
 class Planner:
@@ -39,7 +37,7 @@ class Planner:
         self.prompts = prompts
         self.uncommitted: dict[str, list[dict[str, Any]]] = {}
         """Rows of the source that were read for a plan, by the fingerprint of their part."""
-        self._plans: dict[str, StagePlan] = {}
+        self.plans: dict[str, StagePlan] = {}
         self._checked: set[str] = set()  # by `check_files`
         self._previous = policy or previous_policy(config.rounds.from_run, store)
 
@@ -49,13 +47,13 @@ class Planner:
         Where the prompts have not been read yet, their plan and all that follow are not `known`; `read_source` then reads and cuts
         the source in memory, without writing anything.
         """
-        for name in STAGE_NAMES[len(self._plans) : STAGE_NAMES.index(stage) + 1]:
-            self._plans[name] = self._make(name, read_source)
-        return self._plans[stage]
+        for name in STAGE_NAMES[len(self.plans) : STAGE_NAMES.index(stage) + 1]:
+            self.plans[name] = self._make(name, read_source)
+        return self.plans[stage]
 
     def following(self, config: PipelineConfig) -> "Planner":
         """The planner of a later round or another candidate, on the prompts that this one read and from its policy."""
-        prompts, policy = self._plans.get("prompts"), self._plans.get("policy")
+        prompts, policy = self.plans.get("prompts"), self.plans.get("policy")
         same = config.prompts == self.config.prompts and prompts is not None and prompts.complete
         before = None
         if policy is not None and config.rounds.from_run == self.config.name:
@@ -65,25 +63,19 @@ class Planner:
     def cut_anew(self, stage: str) -> StagePlan:
         """The plan of a stage in parts of the configured size, also where a finished artifact has another cut."""
         self._forget(stage)
-        self._plans[stage] = self._make(stage, keep_cut=False)
-        return self._plans[stage]
+        return self.plans.setdefault(stage, self._make(stage, keep_cut=False))
 
     def computed(self, plan: StagePlan) -> StagePlan:
         """Note that the parts of `plan` were computed: read their records again, and forget the plans of later stages."""
         self._forget(plan.stage)
-        self._plans[plan.stage] = self._with_records(plan, keep_cut=False)
-        return self._plans[plan.stage]
+        return self.plans.setdefault(plan.stage, self._with_records(plan, keep_cut=False))
 
     def read(self, plan: StagePlan, records: tuple[PartRecord, ...]) -> StagePlan:
         """Note the parts that reading the source gave."""
         self._forget(plan.stage)
-        self._plans[plan.stage] = replace(
-            plan,
-            parts=tuple(PartPlan(record.key, (), record.metadata) for record in records),
-            records={record.fingerprint: record for record in records},
-            known=True,
-        )
-        return self._plans[plan.stage]
+        found = {record.fingerprint: record for record in records}
+        read = replace(plan, parts=as_planned(records), records=found, known=True)
+        return self.plans.setdefault(plan.stage, read)
 
     def require_parents(self, stage: str) -> None:
         """Raise ConfigError where a stage that `stage` is made from has parts missing."""
@@ -109,7 +101,7 @@ class Planner:
 
     def _forget(self, stage: str) -> None:
         for name in STAGE_NAMES[STAGE_NAMES.index(stage) :]:
-            self._plans.pop(name, None)
+            self.plans.pop(name, None)
 
     def _make(self, name: str, read_source: bool = False, keep_cut: bool = True) -> StagePlan:
         stage = STAGES[name]
@@ -117,14 +109,14 @@ class Planner:
         if name == "prompts" and self.prompts is not None:
             plan = self.prompts
         else:
-            plan = stage.plan(settings, Upstream(self._plans, self.store, self._previous))
+            plan = stage.plan(settings, Upstream(self.plans, self.store, self._previous))
         if stage.read is not None and not plan.known and read_source:
             parts = []
             for part, rows in stage.read(settings):
                 parts.append(part)
                 self.uncommitted[part.key.fingerprint] = rows
             plan = replace(plan, parts=tuple(parts), known=True)
-        if not all(before.known for before in self._plans.values()):
+        if not all(before.known for before in self.plans.values()):
             plan = replace(plan, known=False)
         return self._with_records(plan, keep_cut)
 
@@ -132,7 +124,7 @@ class Planner:
         digests: dict[str, str] = {}
         if self._previous is not None:
             digests[self._previous.fingerprint] = self._previous.digest
-        for before in self._plans.values():
+        for before in self.plans.values():
             digests |= before.digests
         return plan.with_records(self.store, digests, keep_cut=keep_cut)
 
@@ -142,10 +134,8 @@ def plan_pipeline(
 ) -> dict[str, StagePlan]:
     """The plans of all stages up to `until`; see `Planner.plan`."""
     planner = Planner(config, store)
-    return {
-        name: planner.plan(name, read_source=read_source)
-        for name in STAGE_NAMES[: STAGE_NAMES.index(until) + 1]
-    }
+    planner.plan(until, read_source=read_source)
+    return planner.plans
 
 
 _active: ContextVar[Planner | None] = ContextVar("planner", default=None)
@@ -180,9 +170,6 @@ def noted_prompts(config: PipelineConfig, store: Store) -> StagePlan | None:
         same = version.get("config", {}).get("prompts") == config.prompts.model_dump(mode="json")
         manifest = store.manifest("prompts", artifact) if artifact and same else None
         if manifest is not None:
-            parts = tuple(PartPlan(record.key, (), record.metadata) for record in manifest.parts)
-            settings, outside = dict(manifest.config), dict(manifest.inputs)
-            return StagePlan(
-                "prompts", manifest.family, settings, outside, parts, {}, artifact=artifact, manifest=manifest
-            )
+            described = ("prompts", manifest.family, dict(manifest.config), dict(manifest.inputs))
+            return StagePlan(*described, as_planned(manifest.parts), {}, artifact=artifact, manifest=manifest)
     return None

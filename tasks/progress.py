@@ -26,8 +26,6 @@ from rich.progress import (
 )
 from rich.text import Text
 
-__all__ = ["Reporter", "reporting"]
-
 log = logging.getLogger("qrpo")
 _LINE_SECONDS = 10.0  # between log lines
 _ARTIFACT_SECONDS = 2.0  # between updates of the artifact; a shorter stage has none

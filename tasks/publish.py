@@ -14,7 +14,7 @@ import base64
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -33,8 +33,6 @@ from tasks.stages import STAGES
 
 if TYPE_CHECKING:
     from tasks.config import PipelineConfig
-
-__all__ = ["artifact_key", "asset_key", "publish_stage"]
 
 log = logging.getLogger("qrpo")
 
@@ -146,7 +144,10 @@ def _summary(manifest: Manifest, result: StageResult, config: "PipelineConfig", 
         reasons = reject_reasons(store, manifest)
         lines += _table(("reason of rejects", "rows"), reasons.items())
     if stage == "evaluation" and "summary" in manifest.metadata:
-        lines += _comparison(manifest.metadata["summary"])
+        summary = manifest.metadata["summary"]
+        models, rows = compare_models(summary)
+        main = [(title, *cells) for title, cells in rows.items() if title in MAIN_MEASURES]
+        lines += _table((f"{summary['prompts']} held-out prompts", *models), main)
     lines += ["", "Look further on a machine that reaches the store:", ""]
     lines += [f"    qrpo {command} {name} {stage} --store {store.url}" for command in ("inspect", "show")]
     return "\n".join(lines)
@@ -176,12 +177,6 @@ def _numbers(manifest: Manifest, store: Store) -> Iterator[str]:
         if known is not None
     ]
     return _table(("column", *keys), rows)
-
-
-def _comparison(summary: Mapping[str, Any]) -> Iterator[str]:
-    models, rows = compare_models(summary)
-    main = [(title, *cells) for title, cells in rows.items() if title in MAIN_MEASURES]
-    return _table((f"{summary['prompts']} held-out prompts", *models), main)
 
 
 def _sample(manifest: Manifest, store: Store) -> list[dict[str, str]]:

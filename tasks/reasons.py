@@ -1,16 +1,14 @@
 """Why a stage has something to compute: which setting, input, parent or version changed since the run's last artifact."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from storage import Manifest
 from storage.artifact import named_artifacts, run_versions
-from tasks.plan import StagePlan, flat, short
+from tasks.plan import StagePlan, changes, flat
 from tasks.planner import Planner
 from tasks.reuse import RowCount
 from tasks.stages import STAGES
-
-__all__ = ["reasons"]
 
 
 def reasons(
@@ -33,7 +31,7 @@ def reasons(
     words: list[str] = []
     if previous is not None:
         words += _changed_settings(previous, plan, planner, noted)
-        words += _changed_inputs(previous, plan)
+        words += changes(flat(previous.inputs), flat(plan.outside), f"{plan.stage}.")
         version = previous.metadata.get("version")
         if version not in (None, stage.version):
             words.append(
@@ -70,7 +68,7 @@ def reasons(
 
 def _changed_settings(
     previous: Manifest, plan: StagePlan, planner: Planner, noted: Mapping[str, Any]
-) -> Iterator[str]:
+) -> list[str]:
     """`key changed from old to new` for every setting that the stage reads."""
     new = flat(STAGES[plan.stage].read_values(planner.config))
     if "reads" in previous.metadata:
@@ -78,13 +76,4 @@ def _changed_settings(
     else:  # written by an earlier version: the run's note has the configuration, with keys that may be others
         known = flat(noted.get("config", {}))
         old = {key: known.get(key, value) for key, value in new.items()}
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            yield f"{key} changed from {short(old.get(key))} to {short(new.get(key))}"
-
-
-def _changed_inputs(previous: Manifest, plan: StagePlan) -> Iterator[str]:
-    old, new = flat(previous.inputs), flat(plan.outside)
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            yield f"{plan.stage}.{key} changed from {short(old.get(key))} to {short(new.get(key))}"
+    return changes(old, new)

@@ -13,8 +13,6 @@ from prefect.settings import get_current_settings
 from qrpo.errors import EngineError
 from storage import StoreUnavailableError
 
-__all__ = ["NO_RESULT", "RETRY_DELAYS", "is_transient", "retry_if_transient"]
-
 NO_RESULT: dict[str, Any] = {
     "persist_result": False,
     "result_storage": Path(

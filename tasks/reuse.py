@@ -8,33 +8,20 @@ the stage says so (`RowReuse.serves`): a score does not depend on its weight.
 that match and computes the rest; `count_rows` tells the plan how many those are.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
 from storage import DamagedError, PartKey, PartRecord, Store
-from storage.parts import dump_checksummed, load_checksummed
+from storage.parts import dump_checksummed
 from tasks.plan import PartPlan, StagePlan
 from tasks.stage import RowReuse, Stage
 from tasks.work import Work
 
 if TYPE_CHECKING:
     import polars as pl
-
-__all__ = [
-    "RowCount",
-    "count_rows",
-    "family_names",
-    "note_family",
-    "noted_family",
-    "reusable_rows",
-    "with_candidates",
-]
 
 Name = tuple[Any, ...]
 
@@ -61,12 +48,9 @@ def noted_family(store: Store, stage: str, family: str) -> dict[str, Any] | None
 
     None for a family without a sound note and without a finished artifact.
     """
-    key = _family_key(stage, family)
     try:
-        data = store.read_bytes(key)
-        noted: dict[str, Any] = json.loads(data)
-        return load_checksummed(data, key) if "sha256" in noted else noted  # earlier versions wrote none
-    except (FileNotFoundError, ValueError, DamagedError):
+        return store.read_note(_family_key(stage, family))
+    except (FileNotFoundError, DamagedError):
         return _families_of_manifests(store, stage).get(family)
 
 
@@ -225,26 +209,16 @@ def _servants(
 ) -> Iterable[PartRecord]:
     """Committed parts of every family whose rows may serve, without those that are about to be computed."""
     assert stage.reuse is not None
-    replaced = {part.key for part in missing}
+    replaced = {part.key for part in missing}  # made from other bytes of their parents, or forced
     families = {part.key.family for part in missing}
     if plan.family in families:
-        families |= _serving_families(store, stage, plan)
-    for family in sorted(families):
-        for record in store.family_parts(stage.name, family):
-            if record.key not in replaced:  # else stale: made from other bytes of its parents, or forced
-                yield record
-
-
-def _serving_families(store: Store, stage: Stage[Any], plan: StagePlan) -> set[str]:
-    assert stage.reuse is not None
-    ours = _family_of(stage, plan)
-    found = set()
-    for family in family_names(store, stage.name):
-        theirs = noted_family(store, stage.name, family)
-        same_code = theirs is not None and theirs["version"] in (None, stage.version, *stage.reuse.versions)
-        if theirs is not None and same_code and stage.reuse.serves(theirs, ours):
-            found.add(family)
-    return found
+        ours, versions = _family_of(stage, plan), (None, stage.version, *stage.reuse.versions)
+        for family in family_names(store, stage.name):
+            theirs = noted_family(store, stage.name, family)
+            if theirs is not None and theirs["version"] in versions and stage.reuse.serves(theirs, ours):
+                families.add(family)
+    parts = (record for family in sorted(families) for record in store.family_parts(stage.name, family))
+    return (record for record in parts if record.key not in replaced)
 
 
 def _candidates(
@@ -275,22 +249,14 @@ def _overlaps(part: PartPlan, record: PartRecord) -> bool:
 
 def _names(store: Store, record: PartRecord, reuse: RowReuse[Any]) -> Iterable[Name]:
     """The names of a committed part's rows that may serve."""
-    columns = list(reuse.columns) + ([reuse.unless] if reuse.unless else [])
-    table: pa.Table = store.read_part(record, columns=columns)
-    for row in table.to_pylist():
-        if reuse.unless and row[reuse.unless] is not None:
-            continue
-        values = [row[column] for column in reuse.columns]
-        if any(isinstance(value, list) for value in values):
-            yield from zip(
-                *[v if isinstance(v, list) else [v] * _length(values) for v in values], strict=True
-            )
-        else:
-            yield tuple(values)
+    import polars as pl
 
-
-def _length(values: Sequence[Any]) -> int:
-    return next(len(value) for value in values if isinstance(value, list))
+    rows = store.scan([record])
+    if reuse.unless:
+        rows = rows.filter(pl.col(reuse.unless).is_null())
+    names = rows.select(reuse.columns).collect()
+    lists = [name for name, kind in names.schema.items() if kind == pl.List]
+    return (names.explode(lists, empty_as_null=False) if lists else names).iter_rows()
 
 
 def _family_of(stage: Stage[Any], plan: StagePlan) -> dict[str, Any]:

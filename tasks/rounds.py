@@ -1,16 +1,14 @@
-"""Rounds: train on fresh samples of the policy itself, judged against the same reference rewards as ever.
+"""Rounds: train on fresh samples of the policy itself, judged against the same reference rewards.
 
 A policy that has outgrown its reference finds little more in the reference's samples. So a later round draws training completions from
 the policy of the round before, scores them, takes their quantiles among the reference rewards that the first round computed, and goes
 on training that policy. Quantiles, log Z and log ratios stay relative to the one reference, hence so does the optimum that all
-rounds approach. Each round is a run of its own, `NAME.round-2` and so on, with the cache of any other.
+rounds approach. Each round is a separate run, `NAME.round-2` and so on.
 """
 
 from collections.abc import Iterator
 
 from tasks.config import PipelineConfig
-
-__all__ = ["round_configs", "rounds_until"]
 
 
 def round_configs(config: PipelineConfig) -> Iterator[PipelineConfig]:

@@ -17,11 +17,9 @@ from storage.artifact import named_artifacts, run_versions, unfinished_families
 from storage.leases import Leases
 from storage.manifest import now
 from tasks.config import PipelineConfig
-from tasks.plan import StagePlan, flat, short
+from tasks.plan import StagePlan, changes, flat
 from tasks.planner import Planner
 from tasks.stages import STAGE_NAMES
-
-__all__ = ["is_noted", "note_artifact", "note_families"]
 
 log = logging.getLogger("qrpo")
 
@@ -82,7 +80,7 @@ def _described(config: PipelineConfig) -> dict[str, Any]:
 
 
 def _is_own(version: Version, config: PipelineConfig, made: Mapping[str, str]) -> bool:
-    """Whether a version belongs to this configuration, and to these artifacts as far as the run has come."""
+    """Whether a version belongs to this configuration, and to these artifacts, as far as they exist."""
     described = _described(config)
     key = "config_digest" if "config_digest" in version else "config"  # absent in notes of earlier releases
     named = named_artifacts(version)
@@ -113,12 +111,8 @@ def _say_what_is_replaced(config: PipelineConfig, before: Version, version: Vers
     left = named_artifacts(before).items() - named_artifacts(version).items()
     if not left:
         return
-    old, new = flat({**before.get("config", {}), "run": None}), flat({**version["config"], "run": None})
-    changed = [
-        f"{key} changed from {short(old.get(key))} to {short(new.get(key))}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
+    old, new = (flat({**one.get("config", {}), "run": None}) for one in (before, version))
+    changed = changes(old, new)
     more = f" and {len(changed) - _CHANGES} more settings" if len(changed) > _CHANGES else ""
     stages = ", ".join(name for name in STAGE_NAMES if name in dict(left))
     log.warning(

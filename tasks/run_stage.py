@@ -1,4 +1,4 @@
-"""One stage from plan to manifest: its parts, what they came to together, and the run's note of it.
+"""One stage from plan to manifest: its parts, its manifest and the run's note.
 
 Prefect is loaded only where something is to be computed (`tasks.groups`): a run that finds everything in the store needs none.
 """
@@ -23,14 +23,12 @@ from tasks.run_note import is_noted, note_artifact, note_families
 from tasks.stage import Stage
 from tasks.stages import STAGES
 
-__all__ = ["StageResult", "run_stage"]
-
 log = logging.getLogger("qrpo")
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """What one stage of a run came to. Small: the artifact itself lies in the store."""
+    """The result of one stage of a run. The artifact itself is in the store."""
 
     stage: str
     fingerprint: str
@@ -72,8 +70,11 @@ def run_stage(
             plan, computed = _compute(of, plan, planner, force, leases)
             manifest = _commit_manifest(of, plan, config, store, time.monotonic() - started)
             result = _result(plan, manifest, computed, started)
-            _note(planner, result, leases)
-    log.info("%s", _line(result))
+            names = ("fingerprint", "seconds", "parts_computed", "parts_cached")
+            note_artifact(planner, stage, {name: getattr(result, name) for name in names}, leases)
+    counts = {"computed": result.parts_computed, "cached": result.parts_cached}
+    parts = ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "nothing to do"
+    log.info("%-12s %s; %s rows, %.1f s", stage, parts, f"{result.rows:,}", result.seconds)
     if note := manifest.metadata.get("note"):
         log.info("%-12s %s", stage, note)
     _check_rejects(of, manifest, config, store)
@@ -131,18 +132,6 @@ def _result(
     )
 
 
-def _note(planner: Planner, result: StageResult, leases: Leases) -> None:
-    names = ("fingerprint", "seconds", "parts_computed", "parts_cached")
-    note_artifact(planner, result.stage, {name: getattr(result, name) for name in names}, leases)
-
-
-def _line(result: StageResult) -> str:
-    counts = [f"{result.parts_computed} computed"] if result.parts_computed else []
-    counts += [f"{result.parts_cached} cached"] if result.parts_cached else []
-    parts = ", ".join(counts) or "nothing to do"
-    return f"{result.stage:<12} {parts}; {result.rows:,} rows, {result.seconds:.1f} s"
-
-
 def _read(stage: Stage[Any], plan: StagePlan, planner: Planner) -> tuple[StagePlan, tuple[PartRecord, ...]]:
     """Run a stage that finds its parts by reading: its plan, and the parts that are new."""
     config, store = planner.config, planner.store
@@ -195,7 +184,7 @@ def _check_rejects(stage: Stage[Any], manifest: Manifest, config: PipelineConfig
         raise DataError(
             f"{manifest.stage}: {lost} of {total} rows cannot be used ({share:.0%}, and run.max_reject_fraction is "
             f"{config.run.max_reject_fraction:.0%}){_top_reasons(store, manifest.parts)}. "
-            f"They are in {where}; mend the data, or raise run.max_reject_fraction to go on without them"
+            f"They are in {where}; fix the data, or raise run.max_reject_fraction to go on without them"
         )
     log.warning("%s: %d of %d rows cannot be used; reasons in %s", manifest.stage, lost, total, where)
 

@@ -26,7 +26,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from glob import glob
 from importlib import import_module
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from prefect.futures import PrefectFuture, as_completed
@@ -37,13 +36,17 @@ from tasks.config import PipelineConfig
 from tasks.engines import close_engine
 from tasks.work import Work
 
-__all__ = ["RemoteWork", "WorkerPool", "WorkerSetup", "uses_workers"]
-
 T = TypeVar("T")
 
 _GROUPS_PER_WORKER = 2  # submitted at a time: one running, one waiting
 _MAX_DEATHS = 3  # of pool workers without a finished group in between; Dask and Ray have the same default
-_WORKER_DIED = {"KilledWorker", "WorkerCrashedError", "NodeDiedError", "OutOfMemoryError"}  # in Dask and Ray
+_WORKER_DIED = {
+    "BrokenProcessPool",
+    "KilledWorker",
+    "WorkerCrashedError",
+    "NodeDiedError",
+    "OutOfMemoryError",
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,14 @@ class WorkerSetup:
     def apply(self) -> None:
         """Limit this process to its own GPUs, and end it when the driver ends."""
         if self.gpus and self.gpus_per_worker:
-            first = _worker_number(self.runner) * self.gpus_per_worker % len(self.gpus)
+            if self.runner == "dask":
+                from distributed import get_worker
+
+                name = get_worker().name
+            else:
+                name = multiprocessing.current_process().name.rpartition("-")[2]
+            # the workers of one pool or local cluster have consecutive numbers
+            first = int(name) * self.gpus_per_worker % len(self.gpus)
             own = self.gpus[first : first + self.gpus_per_worker]
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
         if self.driver and not _watching.is_set():
@@ -92,15 +102,6 @@ def _end_session(session: str) -> None:
     """Run in every worker of a cluster that outlives the run."""
     _ended_sessions.add(session)
     close_engine()
-
-
-def _worker_number(runner: str) -> int:
-    """The workers of one pool or local cluster have consecutive numbers."""
-    if runner == "dask":
-        from distributed import get_worker
-
-        return int(get_worker().name)
-    return int(multiprocessing.current_process().name.rpartition("-")[2])
 
 
 def _end_with(driver: int) -> None:
@@ -157,9 +158,7 @@ class WorkerPool:
         self._open()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._close(kill=error is not None)
 
     def group_size(self, parts: int, maximum: int) -> int:
@@ -188,26 +187,32 @@ class WorkerPool:
             call = running.pop(done)
             try:
                 result = done.result()
-            except BrokenProcessPool:
+            except Exception as error:
+                if type(error).__name__ not in _WORKER_DIED:
+                    raise
                 deaths += 1
-                if deaths > _MAX_DEATHS:
-                    raise EngineError(_deaths_message(deaths)) from None
+                # Dask and Ray have tried this often themselves
+                if deaths > _MAX_DEATHS or not isinstance(error, BrokenProcessPool):
+                    raise EngineError(
+                        f"the workers of one group of parts died {_MAX_DEATHS + 1} times in a row ({type(error).__name__}; the "
+                        "system kills them when memory runs out): give them more memory, or lower run.workers. Committed "
+                        "parts are kept"
+                    ) from error
                 lost.extend([call, *running.values()])
                 running.clear()
                 self._close(kill=True)
                 self._open()
-            except Exception as error:
-                if type(error).__name__ not in _WORKER_DIED:
-                    raise
-                message = f"{_deaths_message(_MAX_DEATHS + 1)} ({type(error).__name__})"
-                raise EngineError(message) from error
             else:
                 deaths = 0
                 yield call, result
 
     def _open(self) -> None:
         try:
-            self._runner = {"process": self._process, "dask": self._dask, "ray": self._ray}[self.kind]()
+            self._runner = {
+                "process": lambda: ProcessPoolTaskRunner(max_workers=self.count),
+                "dask": self._dask,
+                "ray": self._ray,
+            }[self.kind]()
             self._stack.enter_context(self._runner)
             if not self.count:
                 self.count = self._cluster_workers()
@@ -225,22 +230,14 @@ class WorkerPool:
         if not self.count:
             raise ConfigError(f"run.cluster: the {self.kind} cluster at {self.cluster} has no workers yet")
 
-    def _process(self) -> TaskRunner[Any]:
-        return ProcessPoolTaskRunner(max_workers=self.count)
-
     def _dask(self) -> TaskRunner[Any]:
         from prefect_dask.task_runners import DaskTaskRunner
 
         if self.cluster is not None:
             return DaskTaskRunner(address=self.cluster)
         # no memory limit: Dask does not see the memory of a worker's child processes
-        local = {
-            "n_workers": self.count,
-            "threads_per_worker": 1,
-            "memory_limit": 0,
-            "dashboard_address": None,
-        }
-        return DaskTaskRunner(cluster_kwargs=local)
+        local = {"n_workers": self.count, "threads_per_worker": 1, "memory_limit": 0}
+        return DaskTaskRunner(cluster_kwargs={**local, "dashboard_address": None})
 
     def _ray(self) -> TaskRunner[Any]:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -248,9 +245,8 @@ class WorkerPool:
         remote_options: Any = import_module("prefect_ray.context").remote_options
         # by default a GPU worker lives for one task, and each group would start its engine again
         self._stack.enter_context(remote_options(num_cpus=1, num_gpus=self.gpus_per_worker, max_calls=0))
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-        if self.cluster is None:
-            options |= {"num_cpus": self.count, "include_dashboard": False}
+        local = {"num_cpus": self.count, "include_dashboard": False} if self.cluster is None else {}
+        options = {"log_to_driver": False, "logging_level": "error", **local}
         opened: TaskRunner[Any] = runner(address=self.cluster or "local", init_kwargs=options)
         return opened
 
@@ -258,11 +254,8 @@ class WorkerPool:
         if self.kind == "dask":
             return sum(self._runner.client.nthreads().values())
         resources = import_module("ray").cluster_resources()
-        return int(
-            resources.get("GPU", 0) // self.gpus_per_worker
-            if self.gpus_per_worker
-            else resources.get("CPU", 0)
-        )
+        kind = "GPU" if self.gpus_per_worker else "CPU"
+        return int(resources.get(kind, 0) // (self.gpus_per_worker or 1))
 
     def _close(self, kill: bool) -> None:
         if self.kind == "dask" and self.cluster is not None and self._runner is not None:
@@ -272,13 +265,6 @@ class WorkerPool:
                 process.kill()
         self._runner = None
         self._stack.close()
-
-
-def _deaths_message(deaths: int) -> str:
-    return (
-        f"the workers of one group of parts died {deaths} times in a row (the system kills them when memory runs out): "
-        "give them more memory, or lower run.workers. Committed parts are kept"
-    )
 
 
 def _gpus() -> tuple[str, ...]:

@@ -7,8 +7,6 @@ from pydantic import Field, field_validator, model_validator
 
 from qrpo.config import Section, Seed, execution_option
 
-__all__ = ["CompareConfig", "RoundsConfig", "RunConfig"]
-
 
 class RunConfig(Section):
     """How the work is cut and when a run gives up. Nothing here changes a number."""
@@ -20,7 +18,7 @@ class RunConfig(Section):
     runner: Literal["local", "process", "dask", "ray"] = execution_option("local")
     """Where tasks run: one after another in this process, or spread over the workers of a process pool, Dask or Ray."""
     workers: int | None = execution_option(None, ge=1)
-    """Workers, each with an engine of its own; by default as many as the GPUs allow, without GPUs one for each core."""
+    """Workers, each with its own engine; by default as many as the GPUs allow, without GPUs one for each core."""
     gpus_per_worker: int | None = execution_option(None, ge=0)
     """GPUs of one worker; by default what its stage needs: the engine's, the largest reward model's, or one per training process."""
     cluster: str | None = execution_option(None)

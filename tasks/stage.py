@@ -7,6 +7,7 @@ choices of the command line, the deployments and the artifacts in Prefect's UI f
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import reduce
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel
@@ -15,8 +16,6 @@ from qrpo.config import Section, effective
 from storage import Manifest, Store, Table
 from tasks.plan import PartPlan, StagePlan, Upstream
 from tasks.work import Work
-
-__all__ = ["RowReuse", "Stage", "setting", "setting_paths"]
 
 S = TypeVar("S")
 _ABSENT = object()
@@ -35,21 +34,6 @@ def setting_paths(kind: type[Any]) -> dict[str, str]:
     return {item.name: item.metadata.get("path", item.name) for item in fields(kind)}
 
 
-def read_settings(kind: type[S], config: BaseModel) -> S:
-    """What a stage reads of the configuration, as its `Settings`."""
-    values = {}
-    for name, path in setting_paths(kind).items():
-        value: Any = config
-        for step in path.split("."):
-            value = getattr(value, step)
-        values[name] = value
-    return kind(**values)
-
-
-def _rejects(manifest: Manifest, store: Store) -> tuple[int, int]:
-    return manifest.rejects, manifest.rows + manifest.rejects
-
-
 @dataclass(frozen=True)
 class RowReuse(Generic[S]):
     """How rows of committed parts serve in a part that is cut differently or asks for more.
@@ -63,7 +47,7 @@ class RowReuse(Generic[S]):
     wanted: Callable[[S, PartPlan, Mapping[str, int]], Sequence[tuple[Any, ...]]]
     """The rows of a part, given its prompts as prompt_id -> number of the dataset's own completions."""
     columns: Sequence[str]
-    """Columns of the stage's table that name a row: scalars, or lists of one length beside a scalar `prompt_id`."""
+    """Columns of the stage's table that name a row: scalars, or a scalar `prompt_id` and lists of one length."""
     versions: Sequence[int] = ()
     """Earlier versions of the stage's code whose rows may serve."""
     unless: str | None = None
@@ -103,7 +87,7 @@ class Stage(Generic[S]):
     in_child: bool = False
     """Whether `compute` runs in a child process, because it loads a model whose memory must come back."""
     trains: bool = False
-    """Whether it saves a checkpoint when it is told to end, and so gets time to."""
+    """Whether it saves a checkpoint on SIGTERM, and so gets time to."""
     uses_gpu: bool = True
     gpus: Callable[[S], int] = lambda settings: 1
     """GPUs that a worker needs, where it uses one."""
@@ -111,7 +95,10 @@ class Stage(Generic[S]):
     read: Callable[[S], Iterator[tuple[PartPlan, list[dict[str, Any]]]]] | None = None
     """For the stage that reads outside data: its parts and their rows, without committing anything. Its `compute` yields (record, whether it
     is new) for every part, and the plan of what it read."""
-    lost_rows: Callable[[Manifest, Store], tuple[int, int]] = _rejects
+    lost_rows: Callable[[Manifest, Store], tuple[int, int]] = lambda manifest, store: (
+        manifest.rejects,
+        manifest.rows + manifest.rejects,
+    )
     """(rows lost, rows there would be)."""
     describe: Callable[[S, Store, StagePlan], dict[str, Any]] | None = None
     """What the manifest says of the artifact beyond its parts."""
@@ -128,7 +115,8 @@ class Stage(Generic[S]):
 
     def settings_of(self, config: BaseModel) -> S:
         """What this stage reads of the configuration."""
-        return read_settings(self.settings, config)
+        paths = setting_paths(self.settings).items()
+        return self.settings(**{name: reduce(getattr, path.split("."), config) for name, path in paths})
 
     def work(self, config: Any, store: Store, parts: Sequence[PartPlan] = ()) -> Work[S]:
         """Parts to compute, with what this stage reads of a `PipelineConfig`."""

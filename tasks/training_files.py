@@ -1,12 +1,12 @@
 """Training files: the rows of all shards in an order that depends on the seed and the rows alone, not on how shards were cut.
 
-Rows are sorted by a hash of seed and prompt and written into files of ROWS_PER_FILE rows, in a store of their own in the training
-run's work folder. `ShardReader` then permutes whole files and the rows of a window, so the order of every epoch depends on seed,
+Rows are sorted by a hash of seed and prompt and written into files of ROWS_PER_FILE rows, in a store in the training run's work
+folder. `ShardReader` then permutes whole files and the rows of a window, so the order of every epoch depends on seed,
 epoch and row content only. One pass over the shards: small next to what the rows cost.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,6 @@ import pyarrow as pa
 
 from qrpo.seeds import seeded_hash
 from storage import PartKey, PartRecord, Store, Table, fingerprint
-
-__all__ = ["training_files"]
 
 ROWS_PER_FILE = 1024
 """Part of the order: a change is another order. Also the rows of a row group, which the reader reads as a whole."""
@@ -43,9 +41,12 @@ def training_files(
     kept = [row for row in order if not held_out(names[row])]
     out = [row for row in order if held_out(names[row])]
     wanted = [
-        (PartKey("training", split, fingerprint([content, seed, number])), rows)
+        (
+            PartKey("training", split, fingerprint([content, seed, number])),
+            chosen[number * ROWS_PER_FILE : (number + 1) * ROWS_PER_FILE],
+        )
         for split, chosen in (("train", kept), ("held-out", out))
-        for number, rows in enumerate(_cut(chosen))
+        for number in range(math.ceil(len(chosen) / ROWS_PER_FILE))
     ]
     missing = [(key, rows) for key, rows in wanted if not files.exists(key.table) or files.part(key) is None]
     passes = max(1, math.ceil(sum(record.bytes for record in shards) / _BYTES_PER_PASS))
@@ -55,11 +56,6 @@ def training_files(
     records = files.find_parts([key for key, _ in wanted])
     train = [records[key.fingerprint] for key, _ in wanted if key.family == "train"]
     return files, train, [records[key.fingerprint] for key, _ in wanted if key.family == "held-out"]
-
-
-def _cut(rows: Sequence[int]) -> Iterator[Sequence[int]]:
-    for start in range(0, len(rows), ROWS_PER_FILE):
-        yield rows[start : start + ROWS_PER_FILE]
 
 
 def _write(

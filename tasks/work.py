@@ -15,23 +15,20 @@ from typing import Any, Generic, TypeVar
 import pyarrow as pa
 
 from qrpo.processes.preemption import noting_sigterm
-from storage import DamagedError, PartKey, PartRecord, Store
-from storage.contents import again
+from storage import PartKey, PartRecord, Store
 from storage.leases import check_claim
-from storage.read import cache_folder
+from storage.processes import cache_folder
 from storage.table import Table, rejects_table
 from tasks.checkpoints import clear_checkpoints, fetch_checkpoints, keep_checkpoints
 from tasks.plan import PartPlan
 from tasks.sections import RunConfig
-
-__all__ = ["Progress", "Work", "progress_of"]
 
 S = TypeVar("S")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the part at hand has come: `done` of `total` units, and what to say about it."""
+    """Progress of the current part: `done` of `total` units, and a message."""
 
     done: float
     total: float
@@ -49,7 +46,7 @@ class Work(Generic[S]):
     store: Store
     parts: tuple[PartPlan, ...]
     holder: str = ""
-    """Who holds the leases of these parts (`Leases.holder`); empty where nobody shares the store."""
+    """Who holds the leases of these parts (`Leases.holder`); empty where no other run shares the store."""
     read: dict[PartKey, PartRecord] = field(default_factory=dict, repr=False, compare=False)
     """The records that were used: what is computed was made from these bytes, whatever the store has later."""
 
@@ -103,19 +100,9 @@ class Work(Generic[S]):
 
     def records(self, keys: Sequence[PartKey]) -> list[PartRecord]:
         """The records of parts that must be there by now; raises DamagedError."""
-
-        def find() -> None:
-            self.read.update(
-                (record.key, record)
-                for record in self.store.find_parts(key for key in keys if key not in self.read).values()
-            )
-            if missing := [key for key in keys if key not in self.read]:
-                raise DamagedError(
-                    f"{self.stage}: {missing[0].record} is missing, one of {len(missing)} parts that it is made "
-                    "from. `qrpo verify --repair` computes only these again."
-                )
-
-        again(self.store.files, find)
+        lacking = [key for key in keys if key not in self.read]
+        found = self.store.find_parts(lacking, required=True)
+        self.read.update((key, found[key.fingerprint]) for key in lacking)
         return [self.read[key] for key in keys]
 
     def commit(
@@ -130,11 +117,15 @@ class Work(Generic[S]):
     ) -> PartRecord:
         """Commit one part's rows with the digests of its parents; `table` is the stage's, `started` from `time.monotonic`."""
         self.check_lease(part)
+        texts: list[dict[str, str | None]] = [
+            {"stage": self.stage, **{name: str(value) for name, value in reject.items() if value is not None}}
+            for reject in rejects
+        ]
         return self.store.commit_part(
             part.key,
             rows,
             table=table,
-            rejects=self._rejects(rejects) if rejects else None,
+            rejects=rejects_table(texts),
             parents=self.parent_digests(part),
             metadata={**part.slice, **(metadata or {})},
             replace=part.replace,
@@ -163,15 +154,9 @@ class Work(Generic[S]):
         """The digest of every parent part, by fingerprint."""
         return {record.fingerprint: record.digest for record in self.records(part.inputs)}
 
-    def _rejects(self, rejects: Sequence[Mapping[str, Any]]) -> pa.Table:
-        texts = [
-            {name: str(value) for name, value in reject.items() if value is not None} for reject in rejects
-        ]
-        return rejects_table([{"stage": self.stage, **reject} for reject in texts])
-
 
 def progress_of(run: Callable[[Callable[[Mapping[str, Any]], None]], object]) -> Iterator[Progress]:
-    """What a training run reports, as it comes; `run` gets the function to report with and is called in a thread of its own.
+    """What a training run reports, as it comes; `run` gets the function to report with and is called in a thread.
 
     A report has `step`, `total_steps` and metrics. What the run raises is raised here. Called in the main thread, a SIGTERM is
     noted for the run, which saves a checkpoint and stops.

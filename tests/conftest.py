@@ -2,11 +2,16 @@
 
 import os
 import signal
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from storage import Store
 
 # deadlines would fail on a busy machine
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -78,3 +83,27 @@ def s3_endpoint() -> Iterator[str]:
     host, port = server.get_host_and_port()
     yield f"http://{host}:{port}"
     server.stop()
+
+
+@pytest.fixture
+def s3_store(s3_endpoint: str, request: pytest.FixtureRequest) -> "Iterator[Store]":
+    """A store in a bucket of its own."""
+    from storage import Store
+    from tests.support.flows import new_bucket
+
+    name = f"bucket-{zlib.crc32(request.node.nodeid.encode())}"
+    with new_bucket(s3_endpoint, name, "verysecretaccesskey") as bucket:
+        yield Store(f"{bucket}/some/folder")
+
+
+@pytest.fixture(params=["local", "memory", pytest.param("s3", marks=pytest.mark.slow)])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> "Store":
+    """A store on each kind of backend."""
+    from storage import Store
+
+    if request.param == "s3":
+        found: Store = request.getfixturevalue("s3_store")
+        return found
+    return Store(
+        tmp_path / "store" if request.param == "local" else f"memory://{tmp_path.name}-{os.getpid()}/store"
+    )

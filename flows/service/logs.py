@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from storage import Store
-from storage.read import cache_folder
+from storage.processes import cache_folder
 
 __all__ = ["log_path", "logging_to"]
 

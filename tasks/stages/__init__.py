@@ -11,8 +11,6 @@ if TYPE_CHECKING:  # slow to load, and the names do not need it
     from storage import Table
     from tasks.stage import Stage
 
-__all__ = ["STAGES", "STAGE_NAMES", "TABLES"]
-
 STAGE_NAMES = (
     "prompts",
     "reference",

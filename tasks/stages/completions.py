@@ -36,21 +36,6 @@ from tasks.work import Work
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = [
-    "STAGE",
-    "TABLE",
-    "CompletionsConfig",
-    "compute",
-    "count_cut",
-    "engine_settings",
-    "plan",
-    "prompt_tokens",
-    "remark_on_cut",
-    "sample_requests",
-    "sample_row",
-    "samples_of",
-]
-
 VERSION = 1
 
 ORIGINS = ("reference", "offline", "policy")
@@ -222,7 +207,8 @@ def _encode_offline(work: Work[Settings], part: PartPlan) -> PartRecord:
                 key = f"{prompt['prompt_id']}/offline/{index}"
                 rejects.append({"key": key, "reason": error, "prompt_id": prompt["prompt_id"]})
                 continue
-            rows.append(_row(prompt["prompt_id"], index, "offline", text, token_ids, "dataset", None))
+            row = {"prompt_id": prompt["prompt_id"], "sample_index": index, "origin": "offline"}
+            rows.append({**row, "text": text, "token_ids": token_ids, "finish_reason": "dataset"})
     return work.commit(part, _table(rows), table=TABLE, started=started, rejects=rejects)
 
 
@@ -337,8 +323,15 @@ def sample_requests(
 
 def sample_row(prompt_id: str, sample: Sample, origin: str) -> dict[str, Any]:
     """One row of the completions table."""
-    logprob = sample.sampled_logprob
-    return _row(prompt_id, sample.index, origin, sample.text, sample.token_ids, sample.finish_reason, logprob)
+    return {
+        "prompt_id": prompt_id,
+        "sample_index": sample.index,
+        "origin": origin,
+        "text": sample.text,
+        "token_ids": list(sample.token_ids),
+        "finish_reason": sample.finish_reason,
+        "sampled_logprob": sample.sampled_logprob,
+    }
 
 
 def _table(
@@ -350,26 +343,6 @@ def _table(
     places = pa.array([place.get(row["prompt_id"]) for row in rows], pa.int32())
     sampled_from = pa.array(list(tokens.values()), pa.list_(pa.int32())).take(places)
     return table.set_column(table.num_columns - 1, TABLE.schema.field("prompt_token_ids"), sampled_from)
-
-
-def _row(
-    prompt_id: str,
-    sample_index: int,
-    origin: str,
-    text: str,
-    token_ids: Sequence[int],
-    finish_reason: str,
-    sampled_logprob: float | None,
-) -> dict[str, Any]:
-    return {
-        "prompt_id": prompt_id,
-        "sample_index": sample_index,
-        "origin": origin,
-        "text": text,
-        "token_ids": list(token_ids),
-        "finish_reason": finish_reason,
-        "sampled_logprob": sampled_logprob,
-    }
 
 
 def _lost_rows(manifest: Manifest, store: Store) -> tuple[int, int]:
@@ -396,10 +369,6 @@ def remark_on_cut(manifest: Manifest) -> str | None:
     )
 
 
-def _to_sample(settings: Settings, part: PartPlan, prompts: Mapping[str, int]) -> list[tuple[str, str, int]]:
-    return samples_of(part, prompts) if part.slice["origin"] != "offline" else []  # these are only encoded
-
-
 STAGE = Stage(
     name="completions",
     version=VERSION,
@@ -412,7 +381,13 @@ STAGE = Stage(
     plan=plan,
     compute=compute,
     gpus=lambda settings: settings.section.engine.gpus,
-    reuse=RowReuse("completions to sample", _to_sample, ("prompt_id", "origin", "sample_index")),
+    reuse=RowReuse(
+        "completions to sample",
+        lambda settings, part, prompts: (
+            samples_of(part, prompts) if part.slice["origin"] != "offline" else []  # these are only encoded
+        ),
+        ("prompt_id", "origin", "sample_index"),
+    ),
     lost_rows=_lost_rows,
     remark=remark_on_cut,
     chart="tasks.charts:completion_lengths",

@@ -47,6 +47,9 @@ from tasks.stages.policy import checkpoint_model
 from tasks.stages.prompts import prompt_rows
 from tasks.stages.reference import model_for
 from tasks.stages.rewards import (
+    TABLE as REWARDS,
+)
+from tasks.stages.rewards import (
     Scorer,
     input_digest,
     known_scores,
@@ -57,8 +60,6 @@ from tasks.stages.rewards import (
 )
 from tasks.stages.shards import LogprobScorer
 from tasks.work import Work
-
-__all__ = ["STAGE", "TABLE", "EvaluationConfig", "compute", "plan", "sample", "summary"]
 
 VERSION = 3
 
@@ -154,7 +155,7 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
             (quantiles,) = quantiles_of[prompts.key.fingerprint]
             key = part_key("evaluation", family, name, identity, quantiles.key.fingerprint)
             trained = [part.key for part in policy.parts] if name == "policy" or name in on_the_way else []
-            # the first completions part has the prompts' tokens; a model of its own has a template of its own
+            # the first completions part has the prompts' tokens; another model has another template
             tokens = [part.key for part in completions_of[prompts.key.fingerprint][:1] if name not in others]
             inputs = (prompts.key, quantiles.key, *tokens, *trained, *upstream.reference_inputs)
             common = {"prompts": prompts.key.fingerprint, "split": "eval", "model": name}
@@ -296,11 +297,8 @@ def _score_logprobs(work: Work[Settings], rows: Sequence[dict[str, Any]]) -> Non
         row["ref_logprob"] = sum(row["ref_token_logprobs"])
 
 
-_COMPONENTS = pa.list_(
-    pa.struct([pa.field("name", pa.string(), nullable=False), pa.field("value", pa.float64())])
-)
-_SCHEMA = pa.schema(
-    [*TABLE.schema, pa.field("components", _COMPONENTS), pa.field("input_digest", pa.string())]
+_SCHEMA = TABLE.schema.append(REWARDS.schema.field("components")).append(
+    pa.field("input_digest", pa.string())
 )
 
 
@@ -388,17 +386,8 @@ def summary(settings: Settings, store: Store, stage_plan: StagePlan) -> dict[str
     return {"summary": found, "note": f"the KL is {note}"}
 
 
-def _to_sample(settings: Settings, part: PartPlan, prompts: Mapping[str, int]) -> list[tuple[str, str, int]]:
-    samples = range(settings.section.num_samples)
-    return [(prompt_id, part.slice["model"], index) for prompt_id in prompts for index in samples]
-
-
-def _serves(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
-    """Samples do not depend on the rewards, nor on how many of them there are."""
-    return _sampled(theirs) == _sampled(ours)
-
-
 def _sampled(family: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What samples depend on: not on the rewards, nor on how many samples there are."""
     ignored = ("rewards", "num_samples")
     both: list[Mapping[str, Any]] = [family["settings"], family["outside"]]
     return [{name: value for name, value in of.items() if name not in ignored} for of in both]
@@ -437,9 +426,13 @@ STAGE = Stage(
     gpus=lambda settings: max(settings.engine.gpus, reward_gpus(settings.rewards)),
     reuse=RowReuse(
         "samples and scores",
-        _to_sample,
+        lambda settings, part, prompts: [
+            (prompt_id, part.slice["model"], index)
+            for prompt_id in prompts
+            for index in range(settings.section.num_samples)
+        ],
         ("prompt_id", "model", "sample_index"),
-        serves=_serves,
+        serves=lambda theirs, ours: _sampled(theirs) == _sampled(ours),
         matches=_same_model,
         costs=_costs,
     ),

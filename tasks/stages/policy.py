@@ -24,8 +24,6 @@ from tasks.stages.shards import TABLE as SHARDS
 from tasks.training_files import training_files
 from tasks.work import Progress, Work, progress_of
 
-__all__ = ["STAGE", "checkpoint_model", "compute", "plan", "train"]
-
 VERSION = 4
 
 
@@ -84,7 +82,7 @@ def _row_sum(shards: Sequence[PartRecord]) -> str | None:
 
 
 def compute(work: Work[Settings]) -> Iterator[PartRecord | Progress]:
-    """Train and commit the policy's folder. Runs in a child process; checkpoints lie in the store's work folder."""
+    """Train and commit the policy's folder. Runs in a child process; checkpoints are in the store's work folder."""
     (part,) = work.parts
     started = time.monotonic()
     work.resume(part)
@@ -130,7 +128,10 @@ def train(work: Work[Settings]) -> Iterator[Progress]:
         arguments = arguments.model_copy(update={"max_initial_log_ratio": math.inf})
     scaled = section.uses_quantiles and get_transform(section.transform).needs_scale
     if scaled and section.mean_ref_std is None:
-        arguments = arguments.model_copy(update={"mean_ref_std": _mean_ref_std(work, part)})
+        shards = work.store.scan(work.inputs(part, "shards"))
+        stds = shards.select("ref_std").drop_nulls().collect()["ref_std"]
+        mean = math.fsum(stds) / len(stds)  # exact, so the same in any order
+        arguments = arguments.model_copy(update={"mean_ref_std": mean})
     folder = work.folder(part)
     options: dict[str, Any] = {
         "seed": seed,
@@ -155,12 +156,6 @@ def _files(work: Work[Settings], part: PartPlan) -> tuple[Store, list[PartRecord
     )
 
 
-def _mean_ref_std(work: Work[Settings], part: PartPlan) -> float:
-    """The mean spread of reference rewards over all prompts, by which scaled transforms divide each prompt's own."""
-    stds = work.store.scan(work.inputs(part, "shards")).select("ref_std").drop_nulls().collect()["ref_std"]
-    return math.fsum(stds) / len(stds)  # exact, so the same in any order
-
-
 def checkpoint_model(policy: ModelConfig, step: int) -> ModelConfig:
     """The model of a step of the training that made the policy; ConfigError where its folder does not keep that one."""
     folder = Path(policy.path) / "checkpoints"
@@ -168,7 +163,7 @@ def checkpoint_model(policy: ModelConfig, step: int) -> ModelConfig:
         kept = ", ".join(sorted((path.name for path in folder.glob("*")), key=int)) or "none"
         raise ConfigError(
             f"evaluation.checkpoints: the policy keeps no checkpoint of step {step}; its checkpoints: {kept}. "
-            "policy.checkpoint_steps says which are kept, in a training run of their own"
+            "policy.checkpoint_steps says which are kept; changing it trains again"
         )
     return policy.model_copy(update={"path": str(folder / str(step))})
 

@@ -1,6 +1,6 @@
 """The `prompts` stage: read the source, understand each row, hold some prompts out, and cut the rest into parts.
 
-A part's fingerprint is the hash of its rows, so what lies in the source around a part does not matter to it. Where a part ends depends
+A part's fingerprint is the hash of its rows, so the other rows of the source do not matter to it. Where a part ends depends
 on the prompts near its end alone (content-defined chunking, as in rsync and restic): prompts inserted, removed or appended move one
 border, not all that follow.
 """
@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,13 +26,11 @@ from qrpo.data.sources import dataset_names, is_dataset, read_rows, source_files
 from qrpo.errors import DataError
 from storage import PartKey, PartRecord, Store, file_digest, fingerprint, folder_digest
 from storage.checks import no_null_items, one_of
-from storage.names import TEMPORARY
+from storage.processes import temporary_name
 from storage.table import Table, column
-from tasks.plan import PartPlan, StagePlan, Upstream, add_digests, make_family
+from tasks.plan import PartPlan, StagePlan, Upstream, add_digests, as_planned, make_family
 from tasks.stage import Stage, setting
 from tasks.work import Work
-
-__all__ = ["STAGE", "TABLE", "compute", "content", "plan", "prompt_rows", "read_prompts", "row_hash"]
 
 VERSION = 1
 
@@ -85,10 +84,6 @@ class PromptsPart:
         tools = {TOOL_USE.name: True} if any(TOOL_USE.name in row for row in self.rows) else {}
         return PartPlan(key, (), {**named, **tools, **_content(self.rows)})
 
-    def table(self) -> pa.Table:
-        """The part's rows."""
-        return pa.Table.from_pylist(self.rows, schema=TABLE.schema)
-
 
 def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     """The parts as an earlier run of the same source and settings cut them; none are known where there was none."""
@@ -96,8 +91,7 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     manifest = upstream.store.manifest("prompts", empty.fingerprint)
     if manifest is None:
         return empty
-    parts = tuple(PartPlan(record.key, (), record.metadata) for record in manifest.parts)
-    return replace(empty, parts=parts, known=True, manifest=manifest)
+    return replace(empty, parts=as_planned(manifest.parts), known=True, manifest=manifest)
 
 
 def _unread(config: PromptsConfig, outside: dict[str, Any]) -> StagePlan:
@@ -141,19 +135,19 @@ def read_prompts(store: Store, record: PartRecord, *columns: str) -> list[dict[s
 
 def source_identity(config: PromptsConfig, copies: "Copies") -> dict[str, Any]:
     """What the sources, or their copies, are: the digests of files, or a hub dataset's name as it is given."""
+
+    def identity(source: str) -> Any:
+        if not is_dataset(source):
+            files = copies[source].values() if source in copies else source_files(source)
+            return [file_digest(file) for file in files]
+        folder, *which = dataset_names(source)
+        return {"which": which, "files": folder_digest(folder)} if os.path.isdir(folder) else source
+
     named = {"source": config.source, "eval_source": config.eval_source}
-    return {name: _identity(source, copies) for name, source in named.items() if source is not None}
+    return {name: identity(source) for name, source in named.items() if source is not None}
 
 
-def _identity(source: str, copies: "Copies") -> Any:
-    if not is_dataset(source):
-        files = copies[source].values() if source in copies else source_files(source)
-        return [file_digest(file) for file in files]
-    folder, *which = dataset_names(source)
-    return {"which": which, "files": folder_digest(folder)} if os.path.isdir(folder) else source
-
-
-Copies = dict[str, dict[str, Path]]
+Copies = dict[str, dict[str, str]]
 """Source -> URL of each of its files -> a local copy."""
 
 
@@ -172,22 +166,18 @@ def _copied(config: PromptsConfig, folder: Path) -> Copies:
                     shutil.copyfileobj(file, written)
             except OSError as error:
                 raise DataError(f"cannot copy {url} into {folder} to read it: {error}") from error
-            copies[source][url] = copy
+            copies[source][url] = str(copy)
     return copies
-
-
-def _read_all(config: PromptsConfig, copies: Copies) -> Iterator[tuple[str, str, Prompt | DataError]]:
-    """(where, split, prompt or why there is none) for every row of the sources, in order."""
-    yield from _read_source(config, config.source, None, copies)
-    if config.eval_source is not None:
-        yield from _read_source(config, config.eval_source, "eval", copies)
 
 
 def cut(config: PromptsConfig, part_size: int, copies: Copies) -> Iterator[PromptsPart]:
     """The parts of the sources, of about `part_size` prompts each; a repeated prompt is a reject."""
     parts = {split: PromptsPart(split) for split in ("train", "eval")}
     seen: dict[str, str] = {}
-    for where, split, prompt in _read_all(config, copies):
+    read = _read_source(config, config.source, None, copies)
+    if config.eval_source is not None:
+        read = chain(read, _read_source(config, config.eval_source, "eval", copies))
+    for where, split, prompt in read:
         if isinstance(prompt, DataError):
             parts[split].rejects.append({"key": where, "reason": str(prompt)})
         elif prompt.prompt_id in seen:
@@ -213,7 +203,7 @@ def compute(work: Work[Settings]) -> Iterator[tuple[PartRecord, bool] | StagePla
     place = work.store.local_path("work")
     if place is not None:
         place.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=TEMPORARY, dir=place) as folder:
+    with TemporaryDirectory(prefix=f"{temporary_name()}-", dir=place) as folder:
         copies = _copied(section, Path(folder))
         yield _unread(section, source_identity(section, copies))
         for part in cut(section, work.settings.part_size, copies):
@@ -223,7 +213,11 @@ def compute(work: Work[Settings]) -> Iterator[tuple[PartRecord, bool] | StagePla
             new = record is None
             if record is None:
                 record = work.commit(
-                    planned, part.table(), table=TABLE, started=started, rejects=part.rejects
+                    planned,
+                    pa.Table.from_pylist(part.rows, TABLE.schema),
+                    table=TABLE,
+                    started=started,
+                    rejects=part.rejects,
                 )
             yield record, new
 
@@ -235,11 +229,7 @@ def _read(settings: Settings) -> Iterator[tuple[PartPlan, list[dict[str, Any]]]]
 
 def _rows(source: str, copies: Copies) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
     """The rows of a source, from copies where it has some, each with its place in the source."""
-    if source not in copies:
-        yield from read_rows(source)
-        return
-    for url, copy in copies[source].items():
-        path = str(copy)
+    for url, path in copies.get(source, {source: source}).items():
         try:
             for where, row in read_rows(path):
                 named = DataError(str(row).replace(path, url)) if isinstance(row, DataError) else row
@@ -251,18 +241,15 @@ def _rows(source: str, copies: Copies) -> Iterator[tuple[str, dict[str, Any] | D
 def _read_source(
     config: PromptsConfig, source: str, split: str | None, copies: Copies
 ) -> Iterator[tuple[str, str, Prompt | DataError]]:
-    for number, (where, row) in enumerate(_rows(source, copies)):
-        if config.limit is not None and number >= config.limit:
-            return
-        if isinstance(row, DataError):
-            yield where, split or "train", row
-            continue
+    """(where, split, prompt or why there is none) for every row of a source, in order."""
+    for where, row in islice(_rows(source, copies), config.limit):
         try:
+            if isinstance(row, DataError):
+                raise row
             prompt = parse_row(row, config)
+            yield where, split or split_of(prompt.prompt_id, config.eval_fraction), prompt
         except DataError as error:
             yield where, split or "train", error
-            continue
-        yield where, split or split_of(prompt.prompt_id, config.eval_fraction), prompt
 
 
 def _ends_part(prompt_id: str, size: int, part_size: int) -> bool:
@@ -309,10 +296,6 @@ def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
 
-def _describe(settings: Settings, store: Store, plan: StagePlan) -> dict[str, Any]:
-    return {"source": settings.section.source, "eval_source": settings.section.eval_source}
-
-
 STAGE = Stage(
     name="prompts",
     version=VERSION,
@@ -326,5 +309,5 @@ STAGE = Stage(
     compute=compute,
     read=_read,
     uses_gpu=False,
-    describe=_describe,
+    describe=lambda settings, store, plan: settings.section.model_dump(include={"source", "eval_source"}),
 )

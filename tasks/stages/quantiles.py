@@ -25,8 +25,6 @@ from tasks.plan import PartPlan, StagePlan, Upstream, make_family, part_key
 from tasks.stage import Stage, setting
 from tasks.work import Work
 
-__all__ = ["STAGE", "TABLE", "QuantilesConfig", "TrainOn", "compute", "plan", "quantile_table"]
-
 VERSION = 1
 
 TRAINING_COLUMNS = (
@@ -86,7 +84,7 @@ class QuantilesConfig(Section):
     num_completions: int | None = Field(None, ge=1)
     """How many reference samples of each prompt are trained on; null for all of them."""
     num_ref: int | None = Field(None, ge=1)
-    """Take the quantiles of training completions among so many reference samples that are not trained on, the first after
+    """Take the quantiles of training completions among this many reference samples that are not trained on, the first after
     `num_completions`; null for all samples of the prompt but the completion itself. Shows what more samples are worth."""
     ties: Literal["weak", "strict", "mid", "randomized"] = "weak"
     """How equal rewards count: `weak` is the paper's P(s <= r)."""
@@ -184,7 +182,7 @@ def _origins() -> pa.Array:
 def quantile_table(
     prompt_ids: pa.Array, rewards: pa.Table, config: QuantilesConfig, split: str, seed: int
 ) -> tuple[pa.Table, list[dict[str, Any]]]:
-    """The quantiles rows of one part, and the prompts left out because too few of their reference samples have a reward.
+    """The quantiles rows of one part, and the prompts rejected because too few of their reference samples have a reward.
 
     `rewards` has `prompt_id`, `origin`, `sample_index` and `reward`, in any order; null rewards and other prompts are passed over.
     """

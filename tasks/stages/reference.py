@@ -27,17 +27,6 @@ from tasks.stage import Stage, setting
 from tasks.stages.prompts import content, read_prompts
 from tasks.work import Progress, Work, progress_of
 
-__all__ = [
-    "STAGE",
-    "ReferenceConfig",
-    "compute",
-    "model_for",
-    "on_ranks",
-    "plan",
-    "precision_settings",
-    "train",
-]
-
 VERSION = 2
 
 

@@ -1,7 +1,6 @@
 """The `rewards` stage: score every completion with the configured rewards and combine them by weight.
 
-Several small parts are scored together, as a reward model's batches are fuller the more it may choose from; each is
-committed on its own all the same.
+Several small parts are scored together, so that a reward model's batches are full. Each is committed separately.
 """
 
 import json
@@ -19,7 +18,7 @@ import pyarrow.compute as pc
 from qrpo.config import keyed
 from qrpo.errors import EngineError, RewardError
 from qrpo.rewards import Reward, RewardConfig, Score, combine, identity, open_reward
-from storage import Manifest, PartRecord, Store, fingerprint
+from storage import PartRecord, Store, fingerprint
 from storage.checks import at_least, finite, one_of, rule
 from storage.table import Table, column
 from tasks.answers import StoredAnswers
@@ -34,20 +33,6 @@ from tasks.work import Work
 
 if TYPE_CHECKING:
     import polars as pl
-
-__all__ = [
-    "STAGE",
-    "TABLE",
-    "Scorer",
-    "compute",
-    "input_digest",
-    "known_scores",
-    "missing_rewards",
-    "plan",
-    "reward_gpus",
-    "reward_settings",
-    "sees_tokens",
-]
 
 VERSION = 2  # 1 rounded rewards to float32 and had no notes
 
@@ -158,10 +143,8 @@ class Scorer:
 
     def __init__(self, rewards: Sequence[RewardConfig], log: Path, store: Store | None = None) -> None:
         answers = StoredAnswers(store) if store is not None else None
+        self._configs = rewards
         self._rewards = [open_reward(reward, log=log, answers=answers) for reward in rewards]
-        self._names = [reward.name for reward in rewards]
-        self._weights = [reward.weight for reward in rewards]
-        self._watched = {reward.name for reward in rewards if not reward.weight}
 
     def __enter__(self) -> Self:
         return self
@@ -183,22 +166,25 @@ class Scorer:
             return []
         known = known or [{}] * len(rows)
 
-        def ask(reward: Reward, name: str) -> list[Score]:
+        def ask(reward: Reward, config: RewardConfig) -> tuple[str, float, list[Score]]:
+            name = config.name
             fresh = [row for row, values in zip(rows, known, strict=True) if name not in values]
-            scores = iter(_ask(reward, fresh, name in self._watched) if fresh else ())
-            return [Score(values[name]) if name in values else next(scores) for values in known]
+            scores = iter(_ask(reward, fresh, watched=not config.weight) if fresh else ())
+            own = [Score(values[name]) if name in values else next(scores) for values in known]
+            return name, config.weight, own
 
         if len(self._rewards) == 1:
-            scores = [ask(self._rewards[0], self._names[0])]
-        else:  # side by side: a judge only waits, while a model computes
-            with ThreadPoolExecutor(len(self._rewards), thread_name_prefix="rewards") as threads:
-                scores = list(threads.map(ask, self._rewards, self._names))
-        return combine(list(zip(self._names, self._weights, scores, strict=True)))
+            return combine([ask(self._rewards[0], self._configs[0])])
+        # side by side: a judge only waits, while a model computes
+        with ThreadPoolExecutor(len(self._rewards), thread_name_prefix="rewards") as threads:
+            return combine(list(threads.map(ask, self._rewards, self._configs)))
 
 
-def _ask(reward: Reward, rows: Sequence[Mapping[str, Any]], watched: bool) -> list[Score]:
+def _ask(reward: Reward, rows: Sequence[Mapping[str, Any]], *, watched: bool) -> list[Score]:
     """One score a row; a reward that is only watched fails on rows instead of ending the stage."""
-    columns = _columns([json.loads(row["metadata"]) for row in rows])
+    metadata = [json.loads(row["metadata"]) for row in rows]
+    names = sorted({name for one in metadata for name in one})
+    columns = {name: [one.get(name) for one in metadata] for name in names}
     if "token_ids" in rows[0]:
         columns["completion_ids"] = [row["token_ids"] for row in rows]  # TRL's name
     prompts = [row["messages"] for row in rows]
@@ -209,7 +195,7 @@ def _ask(reward: Reward, rows: Sequence[Mapping[str, Any]], watched: bool) -> li
     except (RewardError, EngineError) as error:
         if not watched:
             raise
-        log.warning("a reward of weight 0 failed on %d completions and is left out: %s", len(rows), error)
+        log.warning("a reward of weight 0 failed on %d completions and is ignored: %s", len(rows), error)
         return [Score(None, str(error))] * len(rows)
 
 
@@ -236,19 +222,28 @@ def compute(work: Work[Settings]) -> Iterator[PartRecord]:
         part = _read_part(work, plan)
         waiting.append(part)
         to_score += sum(len(values) < len(rewards) for values in part.known)
-        if to_score >= _TOGETHER:
-            yield from _score_parts(work, waiting, scorer)
-            waiting, to_score = [], 0
-    yield from _score_parts(work, waiting, scorer)
+        if to_score < _TOGETHER and plan is not work.parts[-1]:
+            continue
+        rows = [row for part in waiting for row in part.rows]
+        scores = iter(scorer.score(rows, [values for part in waiting for values in part.known]))
+        for part in waiting:
+            yield _commit(work, part, [next(scores) for _ in part.rows])
+        waiting, to_score = [], 0
 
 
 def _read_part(work: Work[Settings], part: PartPlan) -> _Part:
-    started = time.monotonic()
-    rows = _inputs(work, part)
+    started, rewards = time.monotonic(), work.settings.rewards
+    columns = ["prompt_id", "sample_index", "origin", "text"]
+    see_tokens = sees_tokens(rewards)
+    if see_tokens or part.reuse:
+        columns.append("token_ids")
+    prompts = prompt_rows(work, part, "messages", "conversational", "metadata")
+    completions = work.store.read_part(work.input(part, "completions"), columns=columns).to_pylist()
+    rows = [{**prompts[row["prompt_id"]], **row} for row in completions]
+    for row in rows:
+        row["input_digest"] = input_digest(row, tokens=see_tokens)
     reusable = reusable_rows(work, part, on=["input_digest"])
-    return _Part(
-        part, started, rows, known_scores(work.settings.rewards, rows, reusable, work.store, "rewards")
-    )
+    return _Part(part, started, rows, known_scores(rewards, rows, reusable, work.store, "rewards"))
 
 
 def known_scores(
@@ -306,18 +301,18 @@ def _rewards_of(family: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[s
     return settings.get("rewards", settings), outside.get("rewards", outside)
 
 
-def _score_parts(work: Work[Settings], parts: Sequence[_Part], scorer: Scorer) -> Iterator[PartRecord]:
-    rows = [row for part in parts for row in part.rows]
-    scores = iter(scorer.score(rows, [values for part in parts for values in part.known]))
-    for part in parts:
-        yield _commit(work, part, [next(scores) for _ in part.rows])
-
-
 def _commit(work: Work[Settings], part: _Part, scores: Sequence[Score]) -> PartRecord:
     table, rejects = [], []
     _warn_of_broken_tests(part.rows, scores)
     for row, score in zip(part.rows, scores, strict=True):
-        table.append(_row(row, score))
+        components = [{"name": name, "value": value} for name, value in score.components]
+        scored = {
+            "reward": score.reward,
+            "components": components,
+            "error": score.error,
+            "note": score.note or None,
+        }
+        table.append({**row, **scored})
         if score.error is not None:
             key = f"{row['prompt_id']}/{row['origin']}/{row['sample_index']}"
             rejects.append({"key": key, "reason": score.error, "prompt_id": row["prompt_id"]})
@@ -341,28 +336,15 @@ def _warn_of_broken_tests(rows: Sequence[Mapping[str, Any]], scores: Sequence[Sc
         failed = next((score.note for origin, score in scored if origin == "offline" and score.note), "")
         rewards = {score.reward for _, score in scored}
         if failed and len(rewards) == 1 and len(scored) > 1:
-            logging.getLogger("qrpo").warning(
-                f"prompt {prompt_id}: all {len(scored)} completions have the reward {rewards.pop()}. The reference solution "
-                f"fails its own tests: {failed}"
+            log.warning(
+                "prompt %s: all %d completions have the reward %s. The reference solution fails its own tests: %s",
+                *(prompt_id, len(scored), rewards.pop(), failed),
             )
 
 
 _SCHEMA = TABLE.schema.append(column("input_digest", pa.string())).append(
     column("note", pa.string(), null=True)
 )
-
-
-def _inputs(work: Work[Settings], part: PartPlan) -> list[dict[str, Any]]:
-    columns = ["prompt_id", "sample_index", "origin", "text"]
-    see_tokens = sees_tokens(work.settings.rewards)
-    if see_tokens or part.reuse:
-        columns.append("token_ids")
-    completions = work.store.read_part(work.input(part, "completions"), columns=columns).to_pylist()
-    prompts = prompt_rows(work, part, "messages", "conversational", "metadata")
-    rows = [{**prompts[row["prompt_id"]], **row} for row in completions]
-    for row in rows:
-        row["input_digest"] = input_digest(row, tokens=see_tokens)
-    return rows
 
 
 def sees_tokens(rewards: Sequence[RewardConfig]) -> bool:
@@ -374,29 +356,6 @@ def input_digest(row: Mapping[str, Any], tokens: bool) -> str:
     """What a reward can see of a row; two rows with the same digest have the same reward."""
     names = ("prompt_id", "conversational", "metadata", "text", "origin", "sample_index")
     return row_hash([*(row[name] for name in names), *([row["token_ids"]] if tokens else [])])
-
-
-def _columns(metadata: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    names = {name for row in metadata for name in row}
-    return {name: [row.get(name) for row in metadata] for name in sorted(names)}
-
-
-def _row(row: Mapping[str, Any], score: Score) -> dict[str, Any]:
-    return {
-        "prompt_id": row["prompt_id"],
-        "sample_index": row["sample_index"],
-        "origin": row["origin"],
-        "reward": score.reward,
-        "components": [{"name": name, "value": value} for name, value in score.components],
-        "error": score.error,
-        "note": score.note or None,
-        "input_digest": row["input_digest"],
-    }
-
-
-def _lost_rows(manifest: Manifest, store: Store) -> tuple[int, int]:
-    """A completion without a reward keeps its row."""
-    return manifest.rejects, manifest.rows
 
 
 STAGE = Stage(
@@ -420,6 +379,6 @@ STAGE = Stage(
         matches=lambda part, metadata: metadata.get("samples") in (None, part.slice["samples"]),
         costs=lambda ours, theirs, same: missing_rewards(ours, theirs if same else None),
     ),
-    lost_rows=_lost_rows,
+    lost_rows=lambda manifest, store: (manifest.rejects, manifest.rows),  # each keeps its row
     chart="tasks.charts:completion_rewards",
 )

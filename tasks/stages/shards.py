@@ -1,6 +1,6 @@
 """The `shards` stage: training rows with their tokens, quantile rewards and reference log-probabilities.
 
-One row is a prompt with its K training completions. The reference log-probabilities come from the very forward code that training uses, so
+One row is a prompt with its K training completions. The reference log-probabilities come from the forward code that training uses, so
 that at step 0 the log ratio is zero up to rounding. Rows of a part are shuffled by a hash of the seed and the prompt; the order of an
 epoch over all parts is the reader's.
 """
@@ -32,8 +32,6 @@ from tasks.stages.prompts import prompt_rows
 from tasks.stages.quantiles import TRAINING_CHECKS, TRAINING_COLUMNS, QuantilesConfig
 from tasks.stages.reference import model_for
 from tasks.work import Work
-
-__all__ = ["STAGE", "TABLE", "LogprobScorer", "ShardsConfig", "compute", "plan"]
 
 VERSION = 1
 
@@ -96,16 +94,12 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
     parts = []
     for prompts in upstream.prompt_parts("train"):
         (quantiles,) = quantiles_of[prompts.key.fingerprint]
-        sources = [
-            part for part in completions_of[prompts.key.fingerprint] if _trained_on(part, settings.quantiles)
-        ]
+        completions = completions_of[prompts.key.fingerprint]
+        sources = [part for part in completions if _trained_on(part, settings.quantiles)]
         key = part_key("shards", family, quantiles.key.fingerprint)
-        sampled = [
-            part for part in completions_of[prompts.key.fingerprint] if part.slice["origin"] != "offline"
-        ]
-        read = dict.fromkeys(
-            part.key for part in (*sampled[:1], *sources)
-        )  # the first has the prompts' tokens
+        sampled = [part for part in completions if part.slice["origin"] != "offline"]
+        # the first has the prompts' tokens
+        read = dict.fromkeys(part.key for part in (*sampled[:1], *sources))
         inputs = (prompts.key, quantiles.key, *read, *upstream.reference_inputs)
         samples = fingerprint(sorted({part.key.family for part in sources}))
         common = {"prompts": prompts.key.fingerprint, "split": "train", "samples": samples}
@@ -134,37 +128,37 @@ def compute(work: Work[Settings]) -> Iterator[PartRecord]:
         started = time.monotonic()
         rows, rejects = _rows(work, part, tokenizer, limits)
         known = _known_logprobs(work, part)
-        reused = sum(_take(row, known) for row in rows)
+        for row in rows:
+            prompt = tuple(row["prompt_token_ids"])
+            row["ref_logprob"] = [
+                known.get((prompt, tuple(tokens))) for tokens in row["completion_token_ids"]
+            ]
         unknown = [row for row in rows if None in row["ref_logprob"]]
+        computed = sum(row["ref_logprob"].count(None) for row in unknown)
         if unknown:
             _score_unknown(unknown, keep((model_config, "log-probabilities"), scorer))
         rows.sort(key=lambda row: seeded_hash("shards", settings.seed, row["prompt_id"]))
         table = pa.Table.from_pylist(rows, schema=TABLE.schema)
         total = sum(len(row["ref_logprob"]) for row in rows)
-        counts = {"computed": total - reused, "reused": reused, "row_sum": f"{row_digest(table):064x}"}
+        digest = f"{row_digest(table):064x}"
+        counts = {"computed": computed, "reused": total - computed, "row_sum": digest}
         yield work.commit(part, table, table=TABLE, started=started, rejects=rejects, metadata=counts)
-
-
-def _take(row: dict[str, Any], known: Mapping[tuple[Any, ...], float]) -> int:
-    """Set the row's log-probabilities to those that are known, else None; returns how many are."""
-    prompt = tuple(row["prompt_token_ids"])
-    row["ref_logprob"] = [known.get((prompt, tuple(tokens))) for tokens in row["completion_token_ids"]]
-    return sum(logprob is not None for logprob in row["ref_logprob"])
 
 
 def _score_unknown(rows: Sequence[dict[str, Any]], scorer: "LogprobScorer") -> None:
     """Score the completions of rows whose log-probability is None."""
-    lacking = [[k for k, logprob in enumerate(row["ref_logprob"]) if logprob is None] for row in rows]
+    for row in rows:
+        row["places"] = [k for k, logprob in enumerate(row["ref_logprob"]) if logprob is None]
     asked = [
         {
             "prompt_token_ids": row["prompt_token_ids"],
-            "completion_token_ids": [row["completion_token_ids"][k] for k in places],
+            "completion_token_ids": [row["completion_token_ids"][k] for k in row["places"]],
         }
-        for row, places in zip(rows, lacking, strict=True)
+        for row in rows
     ]
     scorer.score(asked, "ref_logprob")
-    for row, places, answer in zip(rows, lacking, asked, strict=True):
-        for k, logprob in zip(places, answer["ref_logprob"], strict=True):
+    for row, answer in zip(rows, asked, strict=True):
+        for k, logprob in zip(row.pop("places"), answer["ref_logprob"], strict=True):
             row["ref_logprob"][k] = logprob
 
 

@@ -161,20 +161,14 @@ def committed(url: str) -> dict[str, Any]:
     """Every committed part of a store, after checking all its files' digests; and what identifies them on a disk."""
     store = storage.Store(url)
     found: dict[str, Any] = {}
-    for name in store.list("parts"):
-        if is_record(name):
-            stage, family, fingerprint = name.removeprefix("parts/").removesuffix(".json").split("/")
-            record = store.part(storage.PartKey(stage, family, fingerprint))
-            assert record is not None
-            for entry in record.files:
-                data = store.read_bytes(entry.key)
-                assert hashlib.sha256(data).hexdigest() == entry.sha256, f"{entry.key} is damaged"
-            paths = [
-                store.local_path(entry) for entry in (record.key.record, *(file.key for file in record.files))
-            ]
-            found[name] = [
-                (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths if path is not None
-            ]
+    for name in filter(is_record, store.list("parts")):
+        record = store.part(storage.PartKey(*name.removesuffix(".json").split("/")[1:]))
+        assert record is not None
+        for entry in record.files:
+            digest = hashlib.sha256(store.read_bytes(entry.key)).hexdigest()
+            assert digest == entry.sha256, f"{entry.key} is damaged"
+        paths = [store.local_path(key) for key in (name, *(file.key for file in record.files))]
+        found[name] = [(path.stat().st_ino, path.stat().st_mtime_ns) for path in paths if path is not None]
     return found
 
 

@@ -47,18 +47,13 @@ def test_fingerprint_tells_close_values_apart() -> None:
         ({"a": np.float32(1)}, r"\$\.a is a float32"),
         ({"a": {1: 2}}, r"\$\.a has the key 1 of type int"),
         (b"bytes", r"\$ is a bytes"),
+        ({"x": [float("nan")]}, r"\$\.x\[0\] is nan"),
+        (float("inf"), r"\$ is inf"),
     ],
 )
 def test_a_value_that_is_not_json_is_refused_with_its_path(value: object, path: str) -> None:
-    with pytest.raises(TypeError, match=path):
+    with pytest.raises((TypeError, ValueError), match=path):
         fingerprint(value)
-
-
-def test_nan_and_infinity_are_refused_with_their_path() -> None:
-    with pytest.raises(ValueError, match=r"\$\.x\[0\] is nan"):
-        fingerprint({"x": [float("nan")]})
-    with pytest.raises(ValueError, match=r"\$ is inf"):
-        fingerprint(float("inf"))
 
 
 def test_file_digest_is_the_same_for_a_path_and_a_url(tmp_path: Path) -> None:

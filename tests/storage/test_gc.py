@@ -35,18 +35,13 @@ def make_run(store: Store) -> Callable[..., dict[str, Manifest]]:
     return make
 
 
-def test_a_store_whose_runs_are_all_kept_loses_nothing(store: Store, make_run) -> None:
-    make_run("a", [1, 2])
-    plan = plan_gc(store, grace=0)
-    assert (plan.keys, plan.bytes) == ((), 0)
-    assert plan.kept_bytes == sum(info.bytes for info in store.listing())
-
-
 def test_a_dropped_run_goes_with_just_its_own_parts(store: Store, make_run) -> None:
     make_run("a", [1, 2, 3])
     kept = make_run("b", [2, 3, 4])
     before = {info.key: info.bytes for info in store.listing()}
     time.sleep(0.01)
+    plan = plan_gc(store, grace=0)  # without a rule every run is kept
+    assert (plan.keys, plan.bytes, plan.kept_bytes) == ((), 0, sum(before.values()))
     plan = plan_gc(store, keep_runs=["b"], grace=0)
     assert plan.drop_runs == ("a",)
     assert [key.fingerprint for key in plan.parts] == [storage.fingerprint(["rewards", "family", 1])]
@@ -85,10 +80,14 @@ def test_parts_of_an_unfinished_run_stay_while_it_lives_or_they_are_young(store:
     store.commit_part(key, scores(10))
     time.sleep(0.01)
     assert plan_gc(store).parts == ()  # younger than an hour
+    before = plan_gc(store, grace=0, unfinished=True)
+    assert before.parts == (key,)
     with Leases(store) as leases:
         leases.protect(key.family)
         plan = plan_gc(store, grace=0, unfinished=True)
         assert (plan.parts, plan.unfinished) == ((), ())
+        collect(store, before)  # a plan that was made before the run began
+        assert store.part(key) is not None
     plan = plan_gc(store, grace=0)
     assert (plan.parts, plan.unfinished) == ((), (key,))
     assert plan.unfinished_bytes > 0
@@ -114,23 +113,13 @@ def test_parts_of_a_stage_that_a_kept_run_has_not_finished_stay(store: Store, ma
         collect(store, plan)
         assert store.list() == before
 
+    collect(store, plan_gc(store, newest=0, grace=0))
+    assert store.list("artifacts") == store.list("runs") == []
+    assert {key.split(".")[0] for key in store.list("parts")} == {key.folder for key in begun}
     plan = plan_gc(store, newest=0, grace=0, unfinished=True)
     assert set(plan.unfinished) == set(begun)
     collect(store, plan)
     assert store.list() == ["answers/judge/one.json", "families/completions/other.json"]
-
-
-def test_dropping_a_run_removes_its_finished_parts_and_lists_the_unfinished_ones(
-    store: Store, make_run
-) -> None:
-    make_run("a", [1])
-    begun = part_key("completions")
-    store.commit_part(begun, scores(10))
-    time.sleep(0.01)
-    collect(store, plan_gc(store, newest=0, grace=0))
-    assert store.list("artifacts") == store.list("runs") == []
-    assert {key.split(".")[0] for key in store.list("parts")} == {begun.folder}
-    assert plan_gc(store, grace=0).unfinished == (begun,)
 
 
 def test_what_a_run_finished_after_the_plan_stays(store: Store, make_run) -> None:
@@ -202,18 +191,6 @@ def test_gc_in_a_loop_with_a_run_loses_nothing(tmp_path: Path) -> None:
     assert len(store.runs()) == rounds
     assert list(verify(store)) == []
     assert len([key for key in store.list("parts") if key.endswith(".json")]) == 4 * rounds
-
-
-def test_a_plan_made_before_a_run_began_does_not_take_its_parts(store: Store) -> None:
-    key = part_key("rewards")
-    store.commit_part(key, scores(10))
-    time.sleep(0.01)
-    plan = plan_gc(store, grace=0, unfinished=True)
-    assert plan.parts == (key,)
-    with Leases(store) as leases:
-        leases.protect(key.family)
-        collect(store, plan)
-        assert store.part(key) is not None
 
 
 def test_what_killed_writers_and_dead_runs_left_is_collected(tmp_path: Path) -> None:

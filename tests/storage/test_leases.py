@@ -1,11 +1,8 @@
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,32 +10,20 @@ import pytest
 import storage
 from storage import PartKey, Store
 from storage.gc import collect, plan_gc
-from storage.leases import CLAIMS, HOLDERS, Leases, Watch, check_claim
+from storage.leases import CLAIMS, Leases, Watch, check_claim
 from tests.support.storage import at_once, part_key, scores
 
 HOLD = """
 import sys, time, storage
 from storage.leases import Leases
-store = storage.Store(sys.argv[1])
-with Leases(store, ttl=float(sys.argv[2])) as leases:
+with Leases(storage.Store(sys.argv[1]), ttl=3600) as leases:
     assert leases.acquire(storage.PartKey("rewards", "family", "part"))
     print("held", flush=True)
     time.sleep(60)
 """
-KEY = PartKey("rewards", "family", "part")
 
 
-@contextmanager
-def holder_process(url: str, ttl: float) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen([sys.executable, "-c", HOLD, url, str(ttl)], stdout=subprocess.PIPE, text=True)
-    with process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        yield process
-        process.kill()
-
-
-def test_a_part_is_claimed_by_one(store: Store) -> None:
+def test_a_part_is_claimed_by_one_until_it_is_given_back(store: Store) -> None:
     key = part_key("rewards")
     with Leases(store) as first, Leases(store) as second:
         assert first.acquire(key)
@@ -47,13 +32,11 @@ def test_a_part_is_claimed_by_one(store: Store) -> None:
         first.release(key)
         assert second.acquire(key)
         assert not first.acquire(key)
-
-
-def test_leaving_gives_everything_back(store: Store) -> None:
-    with Leases(store) as leases:
-        assert leases.acquire(part_key("rewards", 0))
-        assert leases.acquire(part_key("rewards", 1))
-        leases.protect("family")
+        assert second.acquire(part_key("rewards", 1))
+        second.protect("abc")
+        holders = Watch(store).holders()
+        assert sorted(holder.families for holder in holders) == [(), ("abc",)]
+        assert not any(holder.is_gone for holder in holders)
     assert store.list("leases") == []
 
 
@@ -94,12 +77,15 @@ def test_a_waiter_takes_over_what_is_given_back_without_a_commit(store: Store) -
 
 
 def test_a_holder_killed_on_this_machine_is_taken_over_from_at_once(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    with holder_process(store.url, ttl=3600) as process, Leases(store) as mine:
-        assert not mine.acquire(KEY)
-        os.kill(process.pid, signal.SIGKILL)
+    store, key = Store(tmp_path), PartKey("rewards", "family", "part")
+    command = [sys.executable, "-c", HOLD, store.url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, Leases(store) as mine:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        assert not mine.acquire(key)
+        process.kill()
         process.wait()
-        assert mine.acquire(KEY)
+        assert mine.acquire(key)
 
 
 def test_a_silent_holder_elsewhere_is_taken_over_after_its_time_to_live(store: Store) -> None:
@@ -117,13 +103,16 @@ def test_a_silent_holder_elsewhere_is_taken_over_after_its_time_to_live(store: S
         check_claim(store, key, dead.holder)
 
 
-def test_a_holder_that_beats_is_never_taken_over_from_within_patience(store: Store) -> None:
+def test_a_holder_that_beats_is_never_taken_over_from_within_patience(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     key = part_key("rewards")
     with Leases(store, ttl=0.3) as busy, Leases(store, ttl=0.3, poll=0.05) as waiter:
         assert busy.acquire(key)
+        monkeypatch.setattr(time, "time", lambda: 4e9)  # this machine's clock is decades ahead
         started = time.monotonic()
         settled = list(waiter.wait([key], patience=1.2))
-    assert settled == [(key, None)]  # patience ended: nobody waits for ever
+    assert settled == [(key, None)]  # patience ended
     assert time.monotonic() - started >= 1.2
 
 
@@ -227,14 +216,6 @@ def test_a_lock_is_held_by_one_at_a_time(store: Store) -> None:
     assert store.list(CLAIMS) == []
 
 
-def test_clocks_of_machines_are_not_compared(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    key = part_key("rewards")
-    with Leases(store, ttl=30) as busy:
-        assert busy.acquire(key)
-        monkeypatch.setattr(time, "time", lambda: 4e9)  # this machine's clock is decades ahead
-        assert not Leases(store, ttl=30).acquire(key)
-
-
 def test_share_sorts_parts_into_done_mine_and_others(store: Store) -> None:
     keys = [part_key("rewards", number) for number in range(3)]
     record = store.commit_part(keys[0], scores(10))
@@ -250,15 +231,6 @@ def test_a_claim_that_cannot_be_read_is_nobodys(store: Store) -> None:
     with Leases(store) as leases:
         assert leases.acquire(key)
         check_claim(store, key, leases.holder)
-
-
-def test_the_heartbeat_says_what_is_being_made(store: Store) -> None:
-    with Leases(store) as leases:
-        leases.protect("abc")
-        (holder,) = Watch(store).holders()
-        assert holder.families == ("abc",)
-        assert not holder.is_gone
-    assert store.list(HOLDERS) == []
 
 
 @pytest.mark.slow

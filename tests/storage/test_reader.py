@@ -24,7 +24,7 @@ ROWS = sum(SIZES)
 
 
 def commit(store: Store, sizes: Sequence[int]) -> list[PartRecord]:
-    """Shards with so many rows each, numbered through."""
+    """Shards with these numbers of rows, numbered through."""
     starts = itertools.accumulate([0, *sizes])
     return [
         store.commit_part(PartKey("shards", "family", f"{first}-{rows}"), shards(rows, first), table=SHARDS)
@@ -43,7 +43,7 @@ def records(store: Store) -> list[PartRecord]:
 
 
 def unread(store: Store, sizes: Iterable[int], seed: int = 0) -> ShardReader:
-    """A reader of shards that nobody wrote: the order is known without reading any."""
+    """A reader of shards that were not written: the order is known without reading any."""
     return ShardReader(store, [PartRecord("shards", "family", "none", (), rows, 0) for rows in sizes], seed)
 
 
@@ -89,7 +89,7 @@ def test_small_shards_from_all_over_are_mixed(store: Store) -> None:
     order = np.array(list(unread(store, [256] * 400).order(0)))
     first, last = order[:256] // 256, order[-256:] // 256
     assert len(set(first.tolist())) >= 6, "eight shards make a window"
-    assert np.abs(np.diff(np.unique(first))).max() > 8, "and they do not lie side by side"
+    assert np.abs(np.diff(np.unique(first))).max() > 8, "and they are not neighbours"
     assert np.corrcoef(np.arange(len(order)), order)[0, 1] < 0.2
     assert set(first.tolist()).isdisjoint(last.tolist())
 
@@ -120,7 +120,8 @@ def test_the_trainer_s_loader_passes_on_the_reader_s_batches(
     reader = ShardReader(store, records, seed=3, columns=["prompt_id"])
     shares = []
     for rank in range(world_size):
-        loader = step_loader(reader, 600 // world_size, rank, world_size, drop_last=False)
+        copy = pickle.loads(pickle.dumps(reader))  # noqa: S301 (for a worker)
+        loader = step_loader(copy, 600 // world_size, rank, world_size, drop_last=False)
         loader.set_epoch(2)
         batches = [batch["rows"] for batch in loader]
         assert all(isinstance(rows, ColumnBatch) or is_idle(rows) for rows in batches)
@@ -161,7 +162,7 @@ def test_arrays_have_the_stored_types_and_can_be_written(store: Store, records: 
 
 
 def test_a_batch_is_columns_that_are_padded_at_once(store: Store, records: list[PartRecord]) -> None:
-    for rows in ShardReader(store, records, seed=1).batches(900, 0):  # some lie in two windows
+    for rows in ShardReader(store, records, seed=1).batches(900, 0):  # some are in two windows
         column = rows.columns["prompt_token_ids"]
         padded = column.padded(-1)
         assert padded.shape == (len(rows), column.lengths.max())
@@ -233,16 +234,8 @@ def test_entering_late_reads_only_the_shards_that_follow(store: Store, records: 
     reader = ShardReader(store, [small if shard in wanted else gone for shard in range(12)])
 
     assert len(list(reader.iterate(0, start))) == 12 * small.rows - start
-    with pytest.raises(storage.DamagedError, match="missing"):
+    with pytest.raises(storage.DamagedError, match=f"{file.key} is missing"):
         list(reader.iterate(0))
-
-
-def test_a_damaged_shard_is_named_when_it_is_reached(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    records = commit(store, [100, 100])
-    store.delete(records[1].key.table)
-    with pytest.raises(storage.DamagedError, match=records[1].key.table):
-        list(ShardReader(store, records).iterate(0))
 
 
 def test_a_reader_that_is_left_early_ends_its_threads(store: Store, records: list[PartRecord]) -> None:
@@ -251,12 +244,6 @@ def test_a_reader_that_is_left_early_ends_its_threads(store: Store, records: lis
     assert [thread for thread in threading.enumerate() if thread.name.startswith("shard-reader")]
     rows.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("shard-reader")]
-
-
-def test_a_reader_can_be_sent_to_a_worker(store: Store, records: list[PartRecord]) -> None:
-    reader = ShardReader(store, records, seed=2, columns=["prompt_id"])
-    copy = pickle.loads(pickle.dumps(reader))  # noqa: S301
-    assert numbers(copy.iterate(0)) == numbers(reader.iterate(0))
 
 
 def test_wrong_ranks_and_positions_are_refused(store: Store) -> None:

@@ -42,17 +42,16 @@ def test_a_committed_part_is_found_and_read_back(store: Store) -> None:
     assert store.read_part(record).to_pylist() == scores(10).to_pylist()
     assert store.read_part(record, ["reward"]).column_names == ["reward"]
     assert store.read_rejects(record).to_pylist() == [REJECT]
-
-
-def test_the_record_says_what_lies_in_the_store(store: Store) -> None:
-    record = store.commit_part(part_key("rewards"), scores(10))
     table = record.table
     assert table is not None
     data = store.read_bytes(table.key)
-    assert len(data) == table.bytes
-    assert hashlib.sha256(data).hexdigest() == table.sha256
+    assert (len(data), hashlib.sha256(data).hexdigest()) == (table.bytes, table.sha256)
     assert table.key == f"parts/rewards/{record.family}/{record.fingerprint}.parquet"
-    assert store.list() == [f"parts/rewards/{record.family}/{record.fingerprint}.json", table.key]
+    assert store.list("parts") == [f"parts/rewards/{record.family}/{record.fingerprint}.json", table.key]
+    copy = pickle.loads(pickle.dumps(store))  # noqa: S301 (for another process)
+    assert copy.part(key) == record
+    assert store.commit_part(key, scores(10, seed=1)) == record, "never written again"
+    assert store.read_bytes(table.key) == data
 
 
 def test_equal_rows_give_equal_bytes_however_they_arrive(store: Store) -> None:
@@ -66,34 +65,18 @@ def test_equal_rows_give_equal_bytes_however_they_arrive(store: Store) -> None:
     assert whole.rows == pieces.rows == 5000
 
 
-def test_a_committed_part_is_never_written_again(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    key = part_key("rewards")
-    record = store.commit_part(key, scores(10, seed=0))
-    path = store.local_path(key.table)
-    assert path is not None
-    before = path.stat()
-    assert store.commit_part(key, scores(10, seed=1)) == record
-    assert path.stat() == before
-
-
-def test_replace_puts_the_new_rows_in_place_of_the_old(store: Store) -> None:
+def test_replace_puts_the_new_rows_in_place_of_the_old_unless_they_fail(store: Store) -> None:
     key = part_key("rewards")
     old = store.commit_part(key, scores(10), rejects=REJECTS)
+    with pytest.raises(storage.SchemaError):
+        store.commit_part(key, scores(12).drop_columns("reward"), table=SCORES, replace=True)
+    assert store.part(key) == old
+    assert store.read_part(old).num_rows == 10
     new = store.commit_part(key, scores(12, seed=1), replace=True)
     assert new.digest != old.digest
     assert store.part(key) == new
     assert store.read_part(new).num_rows == 12
     assert store.list() == [key.record, key.table]
-
-
-def test_replace_keeps_the_old_part_where_the_new_rows_fail(store: Store) -> None:
-    key = part_key("rewards")
-    old = store.commit_part(key, scores(10))
-    with pytest.raises(storage.SchemaError):
-        store.commit_part(key, scores(12).drop_columns("reward"), table=SCORES, replace=True)
-    assert store.part(key) == old
-    assert store.read_part(old).num_rows == 10
 
 
 def test_a_failing_iterator_leaves_nothing_behind(store: Store) -> None:
@@ -205,25 +188,19 @@ def test_a_folder_is_committed_and_fetched(store: Store, tmp_path: Path, monkeyp
     fetched = store.fetch_folder(record)
     assert storage.folder_digest(fetched) == storage.folder_digest(model)
     assert store.fetch_folder(record) == fetched
+    store.delete(record.key.record)
+    store.delete(record.files[1].key)  # half a copy is no part
+    assert store.part(record.key) is None
+    assert store.commit_folder(record.key, model).digest == record.digest
     store.discard_part(part_key("policy"))
     assert store.list() == []
 
 
-def test_a_half_copied_folder_is_not_a_part(store: Store, tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "a").write_text("a")
-    (tmp_path / "model" / "b").write_text("b")
-    key = part_key("policy")
-    record = store.commit_folder(key, tmp_path / "model")
-    store.delete(key.record)
-    store.delete(record.files[1].key)
-    assert store.part(key) is None
-    assert store.commit_folder(key, tmp_path / "model").digest == record.digest
-
-
-def test_polars_and_duckdb_read_a_family_by_a_glob(tmp_path: Path) -> None:
+def test_many_parts_are_read_as_one_table(tmp_path: Path) -> None:
     store = Store(tmp_path)
     records = commit_scores(store, 3)
+    lazy = store.scan(records).filter(pl.col("sample_index") == 1).select("prompt_id", "reward")
+    assert lazy.collect().shape == (15, 2)
     glob = str(tmp_path / "parts" / "rewards" / records[0].family / "*.parquet")
     assert pl.scan_parquet(glob).select(pl.len()).collect().item() == 30
     assert duckdb.sql(f"select count(*), count(distinct prompt_id) from '{glob}'").fetchall() == [(30, 15)]
@@ -256,12 +233,6 @@ def test_the_folder_of_a_store_is_never_a_pattern(
         Store("memory://[x]/folder")
 
 
-def test_scan_reads_many_parts_as_one_table(store: Store) -> None:
-    records = commit_scores(store, 3)
-    lazy = store.scan(records).filter(pl.col("sample_index") == 1).select("prompt_id", "reward")
-    assert lazy.collect().shape == (15, 2)
-
-
 def test_row_groups_and_statistics_let_a_reader_skip(tmp_path: Path) -> None:
     store = Store(tmp_path)
     record = store.commit_part(part_key("rewards"), scores(150_000), table=SCORES)
@@ -270,21 +241,6 @@ def test_row_groups_and_statistics_let_a_reader_skip(tmp_path: Path) -> None:
         column = file.metadata.row_group(0).column(0)
         assert column.compression == "ZSTD"
         assert column.statistics.has_min_max
-
-
-def test_a_store_can_be_sent_to_another_process(store: Store) -> None:
-    record = store.commit_part(part_key("rewards"), scores(10))
-    copy = pickle.loads(pickle.dumps(store))  # noqa: S301
-    assert copy.part(part_key("rewards")) == record
-
-
-def test_work_folders_survive_until_they_are_cleared(store: Store, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    key = part_key("policy")
-    (store.work_dir(key) / "checkpoint").write_text("1")
-    assert (store.work_dir(key) / "checkpoint").read_text() == "1"
-    store.clear_work(key)
-    assert list(store.work_dir(key).iterdir()) == []
 
 
 def test_a_work_folder_moves_to_its_next_holder(store: Store, tmp_path: Path, monkeypatch) -> None:

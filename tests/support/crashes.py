@@ -9,8 +9,6 @@ from typing import Any
 
 from storage.crashpoints import on_crash_point
 
-__all__ = ["in_fork", "timeless"]
-
 Report = Callable[[str], object]
 
 

@@ -2,20 +2,23 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from uuid import uuid4
 
 import polars as pl
+import pytest
 
 from flows.views.plan import preview
 from qrpo.config import Section
+from qrpo.engines.transformers import TransformersEngine
+from qrpo.models.limits import model_limits
 from storage import Store, row_digest
 from tasks.config import PipelineConfig, apply_overrides, parse_config
 from tasks.planner import Planner, plan_pipeline
 from tasks.run_stage import StageResult, run_stage
-from tasks.stages import STAGE_NAMES, STAGES
+from tasks.stages import STAGE_NAMES, STAGES, completions, evaluation
 from tests.support.flows import copy_store
 
 REWARD = """\
@@ -43,24 +46,29 @@ class TinyPipeline:
     The store is in this process's memory, so every stage computes in this process and starts no child.
     """
 
-    def __init__(self, folder: Path, model: Path) -> None:
+    def __init__(self, folder: Path, model: Path, store: Store | None = None) -> None:
         self.folder, self.model = folder, model
-        self.store = Store(f"memory://{uuid4().hex}")
+        self.store = store or Store(f"memory://{uuid4().hex}")
 
     @classmethod
-    def create(cls, folder: Path, model: Path, prompts: int = 24) -> "TinyPipeline":
+    def create(cls, folder: Path, model: Path, prompts: int = 24) -> Self:
         """Write the inputs."""
         folder.mkdir(parents=True)
-        rows = [{"prompt": f"count to {n}", "chosen": "one two", "rejected": "no"} for n in range(prompts)]
-        (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "reward.py").write_text(REWARD)
-        return cls(folder, model)
+        made = cls(folder, model)
+        made.write_prompts(range(prompts))
+        return made
 
-    def copy(self, folder: Path) -> "TinyPipeline":
-        """The same with a copy of the store, where nothing has been called yet."""
+    def write_prompts(self, numbers: Iterable[int]) -> None:
+        """Write one prompt for each number."""
+        rows = [{"prompt": f"count to {n}", "chosen": "one two", "rejected": "no"} for n in numbers]
+        (self.folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def copy(self, folder: Path, store: Store | None = None) -> Self:
+        """The same with a copy of the store, by default in memory, where nothing has been called yet."""
         shutil.copytree(self.folder, folder)
         (folder / "calls.txt").unlink(missing_ok=True)
-        copied = TinyPipeline(folder, self.model)
+        copied = type(self)(folder, self.model, store)
         copy_store(self.store, copied.store)
         return copied
 
@@ -132,16 +140,27 @@ class TinyPipeline:
         return pl.read_parquet(folder / "metrics.parquet")["loss"].drop_nulls().to_list()
 
 
-class CountingEngine:
-    """A real engine that notes the samples it is asked for."""
+class EngineHere:
+    """The transformers engine in this process; notes the samples that it is asked for in `drawn`."""
 
-    def __init__(self, engine: Any, drawn: list[tuple[str, int]]) -> None:
-        self._engine, self._drawn = engine, drawn
-        self.max_model_len = engine.max_model_len
+    def __init__(self, config: Any, model: Any, drawn: list[tuple[str, int]]) -> None:
+        if config.dtype != "auto":
+            model = model.model_copy(update={"dtype": config.dtype})
+        limits = model_limits(model, config.max_model_len)
+        self.max_model_len = limits.max_length
+        self._engine, self._drawn = TransformersEngine(config, model, limits), drawn
 
     def sample(self, requests: Sequence[Any], sampling: Any) -> Iterator[Any]:
         self._drawn += [(request.key, index) for request in requests for index, _ in request.samples]
-        return self._engine.sample(requests, sampling)  # type: ignore[no-any-return]
+        return self._engine.sample(requests, sampling)
+
+
+def sample_here(patch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Let all stages sample in this process; the samples that they ask for."""
+    drawn: list[tuple[str, int]] = []
+    for module in (completions, evaluation):
+        patch.setattr(module, "engine_for", lambda config, model, log: EngineHere(config, model, drawn))
+    return drawn
 
 
 def fields_of(section: Section, path: str = "") -> Iterator[tuple[str, type[Section], str, Any]]:

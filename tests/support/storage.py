@@ -15,19 +15,6 @@ from storage.checks import at_least, finite, one_of
 from storage.reader import PIECE
 from storage.table import Table, column
 
-__all__ = [
-    "REJECT",
-    "REJECTS",
-    "SCORES",
-    "SHARDS",
-    "at_once",
-    "commit_scores",
-    "part_key",
-    "run_code",
-    "scores",
-    "shards",
-]
-
 T = TypeVar("T")
 
 SCORES = Table(

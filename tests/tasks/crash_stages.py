@@ -8,8 +8,8 @@ The points take turns in how the stage ends: SIGKILL, SIGTERM, SIGINT.
 An uninterrupted run goes first, and the store is copied before and after each stage. Then, for every
 stage and every point at which it changes the store: a fork of this process runs the stage from the copy
 before it and kills itself there; another fork runs it to the end. Every file must then be what the
-uninterrupted run left, apart from times, the metrics of training and gc's work included, and no part
-that was committed before the kill may change.
+uninterrupted run left once both were collected, temporary files included, apart from times; of the metrics
+of training its losses and rates count. No part that was committed before the kill may change.
 
 All stages run in the forks themselves, not in child processes, so that a kill hits their commits.
 Prefect's task wrapper is removed: it does not affect what is written.
@@ -21,6 +21,9 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,62 +31,39 @@ from typing import Any
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 import polars
+import pytest
 import torch
 
-from qrpo.engines.transformers import TransformersEngine
 from qrpo.tiny import build_tiny_model
 from storage import Store
 from storage.gc import collect, plan_gc
+from storage.names import TEMPORARY
 from tasks import groups, run_stage
-from tasks.config import PipelineConfig, parse_config
-from tasks.stages import STAGES, completions, evaluation
+from tasks.config import PipelineConfig
+from tasks.stages import STAGES
 from tests.support.crashes import in_fork, timeless
+from tests.support.pipeline import TinyPipeline, sample_here
 
 SLOW = ("reference", "policy", "evaluation")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 METRICS = ("step", "loss", "train_loss", "learning_rate", "grad_norm", "log_ratio/mean", "eval_loss")
-REWARD = "def reward(prompts, completions, **columns):\n    return [len(text) + text.count('a') / 7 for text in completions]\n"
 
 
 def write_task(folder: Path) -> PipelineConfig:
-    """Twelve prompts, one of them broken and two held out, on a model of a few thousand weights."""
-    words = ["alpha beta", "gamma a", "delta aa", "epsilon"]
+    """Twelve prompts, one line broken and some prompts held out, on a model of a few thousand weights."""
+    words = ["count to", "one two", "three", "no"]
     build_tiny_model(folder / "base", words, hidden_size=32, heads=1, layers=1, max_length=96)
-    rows = [{"prompt": f"{words[i % 4]} {i}", "completion": words[(i + 1) % 4]} for i in range(12)]
-    lines = [json.dumps(row) for row in rows] + ["{broken"]
-    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "reward.py").write_text(REWARD)
-    return parse_config(
-        {
-            "name": "crash",
-            "prompts": {"source": str(folder / "prompts.jsonl"), "eval_fraction": 0.3},
-            "reference": {
-                "model": {"path": str(folder / "base")},
-                "sft": {"max_steps": 1, "prompts_per_step": 8},
-            },
-            "completions": {
-                "num_ref": 3,
-                "samples_per_part": 2,
-                "engine": {"kind": "transformers"},
-                "sampling": {"max_tokens": 6},
-            },
-            "rewards": [{"kind": "function", "function": f"{folder / 'reward.py'}:reward"}],
-            "policy": {"max_steps": 1, "prompts_per_step": 8},
-            "evaluation": {"num_samples": 1},
-            "run": {"part_size": 32, "max_reject_fraction": 0.5},
-        }
-    )
-
-
-class EngineHere:
-    """The transformers engine in this process, one for each model folder."""
-
-    def __init__(self, config: Any, model: Any) -> None:
-        self.max_model_len = 96
-        self._engine = TransformersEngine(config, model, self.max_model_len)
-
-    def sample(self, requests: Any, sampling: Any) -> Any:
-        return self._engine.sample(requests, sampling)
+    tiny = TinyPipeline.create(folder / "inputs", folder / "base", prompts=12)
+    with (tiny.folder / "prompts.jsonl").open("a") as file:
+        file.write("{broken\n")
+    changes = {
+        "completions.num_ref": 3,
+        "policy.max_steps": 1,
+        "reference.sft.max_steps": 1,
+        "evaluation.num_samples": 1,
+        "run": {"part_size": 32, "max_reject_fraction": 0.5},
+    }
+    return tiny.config(changes)
 
 
 def run_here() -> None:
@@ -99,8 +79,7 @@ def run_here() -> None:
         return compute(label, work.unquote(), reporter.unquote())
 
     groups.compute_parts = SimpleNamespace(with_options=lambda **_: here)
-    for module in (completions, evaluation):
-        module.engine_for = lambda config, model, log: EngineHere(config, model)
+    sample_here(pytest.MonkeyPatch())
 
 
 def run_one(
@@ -109,12 +88,21 @@ def run_one(
     store: Path,
     kill_at: int | None = None,
     kill_with: int = signal.SIGKILL,
-) -> tuple[int, int]:
-    """The exit code of a stage in a fork, ended at that crash point, and how many points it reached."""
-    status, reports = in_fork(
-        lambda _: run_stage.run_stage(stage, config, str(store)), kill_at, kill_with=kill_with
-    )
-    return status, int(reports[-1]) if status == 0 else 0
+) -> tuple[int, list[str]]:
+    """The exit code of a stage in a fork, ended at that crash point; the modules it loaded, and how many points it reached."""
+
+    def run(report: Any) -> None:
+        run_stage.run_stage(stage, config, str(store))
+        report(json.dumps(list(sys.modules)))
+
+    return in_fork(run, kill_at, kill_with=kill_with)
+
+
+def load(modules: str) -> None:
+    """Load here what a stage loaded in its fork, so that later forks need not: that takes most of their time."""
+    for name in json.loads(modules):
+        with suppress(Exception):
+            import_module(name)
 
 
 def content(store: Path) -> dict[str, str]:
@@ -130,10 +118,10 @@ def content(store: Path) -> dict[str, str]:
 
 def _content(store: Path) -> dict[str, str]:
     collect(Store(store), plan_gc(Store(store), grace=0))
-    seen = {}
+    seen = {path.name: "temporary" for path in Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*")}
     for path in sorted(store.rglob("*")):
         key = path.relative_to(store).as_posix()
-        if not path.is_file() or key.startswith("logs/") or "/." in f"/{key}":
+        if not path.is_file() or key.startswith("logs/"):
             continue
         names = key.split("/")
         if names[0] == "parts" and len(names) == 6:  # a file of a model folder, below the hash of its files
@@ -143,7 +131,8 @@ def _content(store: Path) -> dict[str, str]:
                 plain = str(
                     metrics.select(column for column in METRICS if column in metrics).to_dict(as_series=False)
                 )
-            seen["/".join([*names[:4], names[5]])] = plain
+            name = "/".join([*names[:4], names[5]])
+            seen[f"{name} (second copy)" if name in seen else name] = plain
         elif path.suffix == ".json":
             more = ("files", "bytes") if "policy" in names else ()
             value = timeless(json.loads(path.read_text()), "parts_computed", "parts_cached", *more)
@@ -169,6 +158,8 @@ def committed(store: Path) -> dict[str, int]:
 def main(folder: Path, every: int) -> dict[str, Any]:
     """Kill and resume every stage at every point, the slow ones at every `every`-th."""
     torch.set_num_threads(1)
+    tempfile.tempdir = str(folder / "temporary")
+    Path(tempfile.tempdir).mkdir()
     run_here()
     config = write_task(folder)
     store = folder / "store"
@@ -176,8 +167,10 @@ def main(folder: Path, every: int) -> dict[str, Any]:
     points: dict[str, int] = {}
     for stage in STAGES:
         shutil.copytree(store, folder / f"before-{stage}")
-        status, points[stage] = run_one(stage, config, store)
+        status, (modules, reached) = run_one(stage, config, store)
         assert status == 0, stage
+        load(modules)
+        points[stage] = int(reached)
         shutil.copytree(store, folder / f"after-{stage}")
     faults = []
     killed = resumed = unharmed = 0

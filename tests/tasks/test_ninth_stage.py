@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -91,10 +90,22 @@ STAGE = Stage(
 '''
 
 
-@pytest.fixture(scope="module")
-def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+PROGRAM = """
+import json, sys
+from typer.testing import CliRunner
+from flows.cli import app
+
+for command in json.loads(sys.argv[1]):
+    done = CliRunner().invoke(app, [*command, "--store", sys.argv[2], "--json"])
+    assert done.exit_code == 0, done.stderr
+    print(json.dumps(json.loads(done.stdout)))
+"""
+
+
+@pytest.fixture
+def extended(tmp_path: Path) -> Path:
     """The project with the stage added: one file, one line."""
-    root = tmp_path_factory.mktemp("extended")
+    root = tmp_path / "extended"
     for package in ("flows", "tasks", "qrpo", "storage"):
         shutil.copytree(ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
     (root / "tasks" / "stages" / "lengths.py").write_text(STAGE)
@@ -124,31 +135,38 @@ def test_a_stage_of_one_file_and_one_line_runs_like_the_others(
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
 
-    def qrpo(*words: str) -> Any:
-        command = "from flows.cli import main; main()"
-        done = subprocess.run(
-            [sys.executable, "-c", command, *words, "--store", str(tmp_path / "store"), "--json"],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(extended)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
     path = str(tmp_path / "config.yaml")
-    assert list(qrpo("plan", path)["stages"])[2:5] == ["completions", "lengths", "rewards"]
-    ran = qrpo("run", path, "--until", "lengths")["stages"]
+    changes = ("--set", "lengths.unit=characters")
+    commands = [
+        ("plan", path),
+        ("run", path, "--until", "lengths"),
+        ("plan", path),
+        ("plan", path, *changes),
+        ("run", path, "--only", "lengths", *changes),
+        ("show", "nine", "lengths"),
+        ("inspect", "nine", "lengths", "--sort=-mean_length", "--limit", "3"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(commands), str(tmp_path / "store")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(extended)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    first, ran, planned, changed, only, shown, inspected = map(json.loads, done.stdout.splitlines())
+
+    assert list(first["stages"])[2:5] == ["completions", "lengths", "rewards"]
+    ran = ran["stages"]
     assert ran["lengths"]["parts_computed"] == ran["prompts"]["parts_computed"] > 1
-    planned = qrpo("plan", path)["stages"]["lengths"]
+    planned = planned["stages"]["lengths"]
     assert planned["parts_cached"] == planned["parts_total"]
-    changed = qrpo("plan", path, "--set", "lengths.unit=characters")["stages"]
+    changed = changed["stages"]
     assert changed["lengths"]["reasons"] == ["lengths.unit changed from tokens to characters"]
     assert changed["completions"]["reasons"] == []
-    only = qrpo("run", path, "--only", "lengths", "--set", "lengths.unit=characters")["stages"]
-    assert list(only) == ["lengths"]
-    assert qrpo("show", "nine", "lengths")["rows"] == len(prompts)
-    rows = qrpo("inspect", "nine", "lengths", "--sort=-mean_length", "--limit", "3")["samples"]
+    assert list(only["stages"]) == ["lengths"]
+    assert shown["rows"] == len(prompts)
+    rows = inspected["samples"]
     assert len(rows) == 3
     assert rows[0]["mean_length"] >= rows[1]["mean_length"] >= rows[2]["mean_length"] > 0

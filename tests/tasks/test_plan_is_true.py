@@ -4,7 +4,6 @@ The fields are read from the configuration's model, so a new setting cannot be f
 """
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -12,65 +11,61 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 
 import tasks.stages.completions
-import tasks.stages.evaluation
 import tasks.stages.shards
 from qrpo.config import Section, is_execution_option
 from qrpo.data.chat import encode_prompt
-from qrpo.engines import open_engine
 from tasks.planner import plan_pipeline
 from tasks.stage import setting_paths
 from tasks.stages import STAGE_NAMES, STAGES
-from tests.support.pipeline import CountingEngine, TinyPipeline, fields_of
+from tests.support.pipeline import TinyPipeline, fields_of
 
 pytestmark = pytest.mark.slow
 
 # Changed values that do not follow from the field's type; several keys where one alone is refused.
 VALUES: dict[str, dict[str, Any]] = {
     **{
-        f"{section}.compile_layers": {f"{section}.compile_layers": False}
+        f"{section}.{name}": {f"{section}.{name}": value}
         for section in ("policy", "reference.sft")
+        for name, value in {
+            "compile_layers": False,
+            "gradient_checkpointing": True,
+            "processes": 2,
+            "report_to": ["tensorboard"],
+            "lora": {"rank": 2},
+        }.items()
     },
     **{
-        f"{section}.gradient_checkpointing": {f"{section}.gradient_checkpointing": True}
-        for section in ("policy", "reference.sft")
+        path: {path: value}
+        for path, value in {
+            "completions.engine.enforce_eager": True,
+            "completions.engine.device": "cpu",
+            "completions.engine.dtype": "float32",
+            "completions.engine.max_model_len": 60,
+            "completions.sampling.stop": ["two"],
+            "completions.sampling.stop_token_ids": [9],
+            "completions.sampling.top_k": 5,
+            "completions.num_ref": 6,
+            "prompts.columns": {"prompt": "prompt"},
+            "prompts.eval_fraction": 0.5,
+            "prompts.limit": 20,
+            "prompts.source_name": "other",
+            "prompts.system_prompt": "Be short.",
+            "quantiles.train_on": "both",
+            "reference.model.dtype": "bfloat16",
+            "rewards.0.name": "other",
+            "rewards.0.version": "2",
+            "policy.transform": "log",
+            "policy.seed": 2,
+        }.items()
     },
-    "completions.engine.enforce_eager": {"completions.engine.enforce_eager": True},
-    "completions.engine.device": {"completions.engine.device": "cpu"},
-    "completions.engine.dtype": {"completions.engine.dtype": "float32"},
-    "completions.engine.max_model_len": {"completions.engine.max_model_len": 60},
-    "completions.sampling.stop": {"completions.sampling.stop": ["two"]},
-    "completions.sampling.stop_token_ids": {"completions.sampling.stop_token_ids": [9]},
-    "completions.sampling.top_k": {"completions.sampling.top_k": 5},
-    "completions.num_ref": {"completions.num_ref": 6},
-    "prompts.columns": {"prompts.columns": {"prompt": "prompt"}},
-    "prompts.eval_fraction": {"prompts.eval_fraction": 0.5},
-    "prompts.limit": {"prompts.limit": 20},
-    "prompts.source_name": {"prompts.source_name": "other"},
-    "prompts.system_prompt": {"prompts.system_prompt": "Be short."},
-    "quantiles.num_completions": {"quantiles.num_completions": 3},
-    "quantiles.num_ref": {"quantiles.num_ref": 2},
-    "quantiles.train_on": {"quantiles.train_on": "both"},
-    "reference.model.dtype": {"reference.model.dtype": "bfloat16"},
-    "rewards.0.name": {"rewards.0.name": "other"},
-    "rewards.0.version": {"rewards.0.version": "2"},
     "run.cluster": {"run.runner": "dask", "run.cluster": "tcp://127.0.0.1:1"},
-    "run.max_reject_fraction": {"run.max_reject_fraction": 0.2},
     **{
         f"{section}.weights": {f"{section}.weights": "bfloat16", f"{section}.bf16": True}
         for section in ("policy", "reference.sft")
     },
-    "policy.lora": {"policy.lora": {"rank": 2}},
     "policy.patience": {"policy.patience": 2, "policy.eval_fraction": 0.3},
     "policy.fsdp": {"policy.fsdp": True, "policy.processes": 2},
-    "policy.processes": {"policy.processes": 2},
-    "reference.sft.lora": {"reference.sft.lora": {"rank": 2}},
-    "reference.sft.processes": {"reference.sft.processes": 2},
-    "policy.transform": {"policy.transform": "log"},
-    "policy.seed": {"policy.seed": 2},
-    "policy.report_to": {"policy.report_to": ["tensorboard"]},
-    "reference.sft.report_to": {"reference.sft.report_to": ["tensorboard"]},
     "evaluation.checkpoints": {"evaluation.checkpoints": [1], "policy.checkpoint_steps": 1},
-    "shards.max_length": {"shards.max_length": 4000},
 }
 # Not tried: where things are (their content is the setting), what belongs to no artifact, and rounds, which need another run.
 ELSEWHERE = {
@@ -81,7 +76,7 @@ ELSEWHERE = {
     "reference.model.revision",
     "rewards.0.function",
     "rewards.0.kind",
-    "completions.engine.kind",  # vllm: another engine, for which the tests have files of their own
+    "completions.engine.kind",  # vllm: another engine, tested in other files
     "completions.engine.options",  # of vLLM
     "evaluation.models",
     "rounds.count",
@@ -123,38 +118,9 @@ def changed(path: str, section: type[Section], name: str, value: Any) -> dict[st
 
 
 @pytest.fixture(scope="module")
-def base(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, prefect_server: str, engines: dict[Any, Any]
-) -> TinyPipeline:
+def base(tmp_path_factory: pytest.TempPathFactory, finished: TinyPipeline) -> TinyPipeline:
     """The finished run that every test changes."""
-    pipeline = TinyPipeline.create(tmp_path_factory.mktemp("plan") / "base", tiny_model)
-    pipeline.run(pipeline.config())
-    return pipeline
-
-
-@pytest.fixture(scope="module")
-def engines() -> Iterator[dict[Any, Any]]:
-    """Engines in their child processes, kept for the module."""
-    running: dict[Any, Any] = {}
-    yield running
-    for engine in running.values():
-        engine.close()
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch, engines: dict[Any, Any]) -> list[tuple[str, int]]:
-    """The samples that engines are asked for."""
-    drawn: list[tuple[str, int]] = []
-
-    def engine_for(config: Any, model: Any, log: Path) -> Any:
-        key = config.model_dump_json(), model.model_dump_json()
-        if key not in engines:
-            engines[key] = open_engine(config, model)
-        return CountingEngine(engines[key], drawn)
-
-    for module in (tasks.stages.completions, tasks.stages.evaluation):
-        monkeypatch.setattr(module, "engine_for", engine_for)
-    return drawn
+    return finished.copy(tmp_path_factory.mktemp("plan") / "base")
 
 
 def all_fields() -> list[Any]:
@@ -280,7 +246,7 @@ def plan_of(pipeline: TinyPipeline, config: Any, stage: str) -> Any:
 
 
 def test_order_of_training_does_not_depend_on_the_cut(
-    base: TinyPipeline, tmp_path: Path, tiny_model: Path
+    base: TinyPipeline, tmp_path: Path, tiny_model: Path, drawn: list[Any]
 ) -> None:
     """Two stores that were filled in different parts train on the same rows in the same order."""
     other = TinyPipeline.create(tmp_path / "other", tiny_model)
@@ -298,7 +264,7 @@ def test_order_of_training_does_not_depend_on_the_cut(
 
 
 def test_a_run_plans_each_stage_once(
-    tmp_path: Path, tiny_model: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_model: Path, prefect_server: str, drawn: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flows import pipeline
 
@@ -319,7 +285,7 @@ def test_a_run_plans_each_stage_once(
 
 
 def test_every_stage_uses_the_tokens_that_were_sampled_from(
-    base: TinyPipeline, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    base: TinyPipeline, tmp_path: Path, tiny_model: Path, drawn: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The chat template writes the time in microseconds, so no two renderings of a prompt are the same."""
     model = tmp_path / "model"
@@ -348,12 +314,12 @@ def test_every_stage_uses_the_tokens_that_were_sampled_from(
     }
     assert rows["evaluation"]
     assert sorted(rendered) == sorted({f"count to {n}" for n in range(24)})
-    drawn = [row for row in rows["completions"] if row["origin"] == "reference"]
-    sampled_from = {row["prompt_id"]: row["prompt_token_ids"] for row in drawn}
-    assert {row["sample_index"] for row in drawn} == set(range(6))
-    for row in (*drawn, *rows["shards"]):
+    sampled = [row for row in rows["completions"] if row["origin"] == "reference"]
+    sampled_from = {row["prompt_id"]: row["prompt_token_ids"] for row in sampled}
+    assert {row["sample_index"] for row in sampled} == set(range(6))
+    for row in (*sampled, *rows["shards"]):
         assert row["prompt_token_ids"] == sampled_from[row["prompt_id"]]
-    logprobs = {(row["prompt_id"], row["sample_index"]): row["sampled_logprob"] for row in drawn}
+    logprobs = {(row["prompt_id"], row["sample_index"]): row["sampled_logprob"] for row in sampled}
     compared = [
         (logprobs[row["prompt_id"], index], logprob)
         for row in rows["shards"]

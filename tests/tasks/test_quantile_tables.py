@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -130,7 +131,7 @@ def odd(prompts, completions, **columns):
 
 @pytest.mark.parametrize("equal_rewards", ["exclude", "keep"])
 def test_prompts_whose_reference_rewards_are_all_equal_are_counted_and_not_trained_on(
-    tmp_path: Path, tiny_model: Path, equal_rewards: str
+    tmp_path: Path, tiny_model: Path, drawn: list[Any], equal_rewards: str
 ):
     pipeline = TinyPipeline.create(tmp_path / "base", tiny_model)
     (pipeline.folder / "odd.py").write_text(ODD)

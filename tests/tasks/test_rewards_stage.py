@@ -1,15 +1,10 @@
 """The rewards stage on stores of several kinds: what a reward sees, what is committed, and that answers are paid for once."""
 
 import json
-import os
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 
 from qrpo.errors import RewardError
@@ -20,8 +15,9 @@ from tasks.config import PipelineConfig, load_config, parse_config
 from tasks.plan import PartPlan
 from tasks.planner import plan_pipeline
 from tasks.stages import rewards as rewards_stage
-from tasks.stages.completions import TABLE
 from tasks.stages.rewards import STAGE, missing_rewards, reward_settings
+from tests.support.servers import FakeChatServer, Reply, token_completion
+from tests.support.views import row, table
 
 FUNCTIONS = """\
 calls = 0
@@ -39,64 +35,15 @@ def even(completions, level):
 """
 
 
-class GradingServer:
-    """A server that grades a completion by its number of words, 1 to 5, and counts what it was asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                text = body["messages"][0]["content"]
-                owner.asked.append(text)
-                grade = str(min(5, len(text.split())))
-                top = [{"token": grade, "logprob": 0.0}]
-                choice = {
-                    "message": {"content": grade},
-                    "logprobs": {"content": [{"token": grade, "top_logprobs": top}]},
-                }
-                data = json.dumps({"choices": [choice], "usage": {"total_tokens": 7}}).encode()
-                self.send_response(200)
-                self.send_header("content-length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *arguments: Any) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-
-
 @pytest.fixture
-def server() -> Iterator[GradingServer]:
-    grading = GradingServer()
-    thread = threading.Thread(target=grading.http.serve_forever, args=(0.02,))
-    thread.start()
-    yield grading
-    grading.http.shutdown()
-    thread.join()
-    grading.http.server_close()
+def server() -> Iterator[FakeChatServer]:
+    """Grades a completion by its number of words, 1 to 5."""
 
+    def grade(_: int, body: dict[str, Any]) -> Reply:
+        return token_completion(str(min(5, len(body["messages"][0]["content"].split()))), tokens=7)
 
-@pytest.fixture(params=["folder", "memory", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    if request.param == "folder":
-        yield Store(tmp_path / "store")
-    elif request.param == "memory":
-        yield Store(f"memory://{tmp_path.name}")
-    else:
-        import s3fs
-
-        endpoint = request.getfixturevalue("s3_endpoint")
-        for name, value in {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "ENDPOINT_URL": endpoint}.items():
-            monkeypatch.setenv(f"AWS_{name}", value)
-        s3fs.S3FileSystem.clear_instance_cache()
-        bucket = f"answers-{os.getpid()}-{time.monotonic_ns()}"
-        s3fs.S3FileSystem().mkdir(bucket)
-        yield Store(f"s3://{bucket}/store")
+    with FakeChatServer(grade) as server:
+        yield server
 
 
 def config_of(rewards: Sequence[Mapping[str, Any]]) -> PipelineConfig:
@@ -121,32 +68,17 @@ def scored(store: Store, rewards: Sequence[Mapping[str, Any]], attempt: str = "1
     for number in range(3):
         keys = {stage: PartKey(stage, "test", f"{number:08d}") for stage in ("prompts", "completions")}
         ids = [f"{2 * number + n:032x}" for n in range(2)]
-        prompt = {"messages": [{"role": "user", "content": "hi"}], "split": "train", "source": "test"}
-        prompts = [
-            {
-                "prompt_id": prompt_id,
-                **prompt,
-                "offline_completions": [],
-                "metadata": json.dumps({"level": None if number == 2 else n}),
-                "conversational": False,
-            }
-            for n, prompt_id in enumerate(ids)
-        ]
+        asked = {"messages": [{"role": "user", "content": "hi"}], "conversational": False}
+        levels = [json.dumps({"level": None if number == 2 else n}) for n in range(2)]
+        prompts = [row("prompts", of, metadata=one, **asked) for of, one in zip(ids, levels, strict=True)]
+        said = {n: {"text": "word " * n, "token_ids": list(range(n + 1))} for n in range(3)}
         completions = [
-            {
-                "prompt_id": prompt_id,
-                "sample_index": sample,
-                "origin": "reference",
-                "text": f"{prompt_id} " + "word " * sample,
-                "token_ids": list(range(sample + 1)),
-                "finish_reason": "stop",
-                "sampled_logprob": -1.0,
-            }
-            for prompt_id in ids
-            for sample in range(3)
+            row("completions", of, **{**one, "sample_index": n, "text": f"{of} {one['text']}"})
+            for of in ids
+            for n, one in said.items()
         ]
-        store.commit_part(keys["prompts"], pa.Table.from_pylist(prompts))
-        store.commit_part(keys["completions"], pa.Table.from_pylist(completions, schema=TABLE.schema))
+        store.commit_part(keys["prompts"], table("prompts", prompts))
+        store.commit_part(keys["completions"], table("completions", completions))
         key = PartKey("rewards", f"test{attempt}", f"{number:08d}")
         slice_ = {"prompts": keys["prompts"].fingerprint}
         parts.append(PartPlan(key, (keys["completions"], keys["prompts"]), slice_))
@@ -180,7 +112,7 @@ def test_values_are_float64_from_the_function_to_the_table(tmp_path: Path) -> No
 
 
 def test_a_watched_reward_that_fails_or_does_not_apply_changes_nothing(
-    tmp_path: Path, server: GradingServer
+    tmp_path: Path, server: FakeChatServer
 ) -> None:
     weighted = function(tmp_path, "precise")
     plain = scored(Store(tmp_path / "plain"), [weighted])
@@ -213,12 +145,12 @@ def test_only_a_models_values_serve_from_the_version_that_rounded_them(
 
 
 def test_answers_are_paid_for_once_on_any_store(
-    store: Store, server: GradingServer, monkeypatch: pytest.MonkeyPatch
+    store: Store, server: FakeChatServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", "secret-123456")
     rows = scored(store, [judge(server.url, api_key_env="JUDGE_KEY")])
     assert [row["reward"] for row in rows] == [1.0, 2.0, 3.0] * 6
-    assert len(server.asked) == 18
+    assert len(server.requests) == 18
     nowhere = "http://127.0.0.1:9/v1"  # answers from here would be an error
     again = scored(store, [judge(nowhere, weight=2.0, attempts=1)], attempt="2")
     assert [row["reward"] for row in again] == [2.0, 4.0, 6.0] * 6
@@ -227,15 +159,15 @@ def test_answers_are_paid_for_once_on_any_store(
 
 
 def test_a_budget_stops_the_stage_and_the_next_run_pays_only_for_the_rest(
-    tmp_path: Path, server: GradingServer
+    tmp_path: Path, server: FakeChatServer
 ) -> None:
     store = Store(tmp_path / "store")
     with pytest.raises(RewardError, match=r"budget is used up .* raise max_calls"):
         scored(store, [judge(server.url, max_calls=5)])
-    assert len(server.asked) == 5
+    assert len(server.requests) == 5
     assert store.family_parts("rewards", "test1") == []
     assert len(scored(store, [judge(server.url, max_calls=18)])) == 18
-    assert len(server.asked) == len(set(server.asked)) == 18
+    assert len(server.requests) == len({request.prompt for request in server.requests}) == 18
 
 
 def test_a_damaged_file_of_answers_costs_its_answers_and_nothing_else(store: Store) -> None:

@@ -24,7 +24,7 @@ from tasks.stages import STAGE_NAMES
 from tests.support.pipeline import TinyPipeline
 from tests.support.storage import at_once
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("drawn")]
 
 GROWING = """
 from pathlib import Path
@@ -39,23 +39,6 @@ def grow(prompts, completions, **columns):
 
 class MachineIsGone(Exception):
     """Raised where a machine dies."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from qrpo.tiny import build_tiny_model
-
-    folder = tmp_path_factory.mktemp("noted") / "model"
-    texts = [f"count to {number}: one two three four" for number in range(60)]
-    return build_tiny_model(folder, texts, hidden_size=32, heads=2, layers=1, vocab_size=290, max_length=64)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, model: Path, prefect_server: str) -> TinyPipeline:
-    """A run of all stages. To be copied."""
-    made = TinyPipeline.create(tmp_path_factory.mktemp("finished") / "task", model)
-    made.run(made.config())
-    return made
 
 
 @pytest.fixture
@@ -164,9 +147,9 @@ def test_a_note_of_an_earlier_release_goes_on(tiny: TinyPipeline) -> None:
 
 @pytest.mark.parametrize("later", ["round", "candidate"])
 def test_prompts_that_arrive_during_a_run_wait_for_the_next(
-    tmp_path: Path, model: Path, prefect_server: str, later: str
+    tmp_path: Path, tiny_model: Path, prefect_server: str, later: str
 ) -> None:
-    tiny = TinyPipeline.create(tmp_path / "task", model)
+    tiny = TinyPipeline.create(tmp_path / "task", tiny_model)
     (tiny.folder / "growing.py").write_text(GROWING)
     changes = {
         "reference.sft": None,
@@ -229,8 +212,9 @@ def test_a_cached_stage_reads_its_manifest_once(tiny: TinyPipeline, monkeypatch:
     assert {count for key, count in read.items() if key.endswith("manifest.json")} == {1}
 
 
+@pytest.mark.parametrize("altered", [False, True], ids=["sound", "altered"])
 def test_training_on_an_object_store_goes_on_on_another_machine(
-    tiny: TinyPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: TinyPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, altered: bool
 ) -> None:
     changes = {"policy.max_steps": 6, "policy.save_steps": 2, "policy.beta": 0.5}
     config, store = tiny.config(changes), tiny.store
@@ -241,7 +225,7 @@ def test_training_on_an_object_store_goes_on_on_another_machine(
     def die(name: str, key: str) -> None:
         if name == "put-after" and key.startswith("work/policy/"):
             written.append(key.split("/", 3)[3])
-            if written[-1] == "checkpoint-4/whole.json":
+            if number == 0 and written[-1] == "checkpoint-4/whole.json":
                 raise MachineIsGone
 
     for number in range(2):
@@ -252,10 +236,17 @@ def test_training_on_an_object_store_goes_on_on_another_machine(
                 tiny.run(config, until="policy")
         finally:
             on_crash_point(None)
-        assert number == 1 or {name.split("/")[0] for name in written} == {"checkpoint-2", "checkpoint-4"}
+        if number == 0:
+            assert {name.split("/")[0] for name in written} == {"checkpoint-2", "checkpoint-4"}
+            written.clear()
+            (optimizer,) = (key for key in store.list("work") if key.endswith("checkpoint-4/optimizer.pt"))
+            data = store.read_bytes(optimizer)
+            store.write_bytes(optimizer, data[:-9] + bytes([data[-9] ^ 1]) + data[-8:] if altered else data)
 
-    after = written[written.index("checkpoint-4/whole.json") + 1 :]
-    assert {name.split("/")[0] for name in after} == {"checkpoint-6"}, "four steps were not repeated"
+    steps = {name.split("/")[0] for name in written}
+    assert (steps == {"checkpoint-6"}) != altered, (
+        "four steps are repeated only where the checkpoint is altered"
+    )
     assert tiny.weights(config) == whole.weights(whole.config(changes))
     assert tiny.losses(config) == whole.losses(whole.config(changes))
     assert store.list("work") == []

@@ -27,62 +27,42 @@ def settings(model: Path, **run: Any) -> PipelineConfig:
     )
 
 
-def test_worker_gets_the_gpus_of_its_engine(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5")
-    config = settings(tiny_model, runner="process")
-
-    workers = WorkerPool(config, "store", uses_gpu=True)
-
-    assert (workers.count, workers.gpus_per_worker) == (3, 2)
-    setup = workers.setup
-    assert (setup.driver, setup.gpus, setup.gpus_per_worker) == (
-        os.getpid(),
-        ("0", "1", "2", "3", "4", "5"),
-        2,
-    )
-
-
 def test_each_stage_needs_the_gpus_of_what_it_runs(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5")
+    gpus = ("0", "1", "2", "3", "4", "5")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(gpus))
     config = settings(tiny_model, runner="process")
+    workers = WorkerPool(config, "store", uses_gpu=True)
+    assert (workers.count, workers.gpus_per_worker) == (3, 2), "by default those of the engine"
+    setup = workers.setup
+    assert (setup.driver, setup.gpus, setup.gpus_per_worker) == (os.getpid(), gpus, 2)
+
     judged = {"kind": "model", "model": {"path": str(tiny_model)}, "tensor_parallel_size": 3}
     raw = config.model_dump(mode="json") | {"rewards": [judged], "policy": {"processes": 4}}
     config = parse_config(raw)
-
     needs = {name: stage.gpus(stage.settings_of(config)) for name, stage in STAGES.items() if stage.uses_gpu}
 
-    assert needs == {
-        "reference": 1,
-        "completions": 2,
-        "rewards": 3,
-        "shards": 1,
-        "policy": 4,
-        "evaluation": 3,
-    }
+    engine_and_reward = {"completions": 2, "rewards": 3, "evaluation": 3}
+    assert needs == {"reference": 1, "shards": 1, "policy": 4, **engine_and_reward}
     assert WorkerPool(config, "store", uses_gpu=True, need=needs["shards"]).count == 6
 
 
-def test_more_workers_than_gpus_are_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
-
-    with pytest.raises(ConfigError, match="2 workers of 2 GPUs each do not fit the 3 GPUs"):
-        WorkerPool(settings(tiny_model, runner="dask", workers=2), "store", uses_gpu=True)
-
-
-def test_stage_without_a_model_takes_no_gpu(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_stage_without_a_model_takes_no_gpu_and_its_groups_suffice_for_all_workers(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
 
     workers = WorkerPool(settings(tiny_model, runner="process", workers=4), "store", uses_gpu=False)
 
     assert (workers.count, workers.gpus_per_worker) == (4, 0)
+    assert [workers.group_size(parts, maximum=32) for parts in (1000, 40, 3)] == [32, 5, 1]
 
 
-def test_store_of_one_process_alone_is_refused(tiny_model: Path):
-    with pytest.raises(ConfigError, match="memory://"):
+def test_workers_that_cannot_work_are_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    with pytest.raises(ConfigError, match="2 workers of 2 GPUs each do not fit the 3 GPUs"):
+        WorkerPool(settings(tiny_model, runner="dask", workers=2), "store", uses_gpu=True)
+    with pytest.raises(ConfigError, match="memory://"):  # a store of one process alone
         WorkerPool(settings(tiny_model, runner="ray"), "memory://store", uses_gpu=True)
-
-
-def test_cluster_without_a_runner_for_it_is_refused(tiny_model: Path):
     with pytest.raises(ConfigError, match="set runner to dask or ray, got 'process'"):
         settings(tiny_model, runner="process", cluster="tcp://head:8786")
 
@@ -92,14 +72,6 @@ def test_single_part_stays_in_this_process_unless_there_is_a_cluster(tiny_model:
     assert uses_workers(settings(tiny_model, runner="ray"), 2)
     assert uses_workers(settings(tiny_model, runner="ray", cluster="ray://head:10001"), 1)
     assert not uses_workers(settings(tiny_model), 100)
-
-
-def test_groups_are_small_enough_for_all_workers(tiny_model: Path):
-    workers = WorkerPool(settings(tiny_model, runner="process", workers=4), "store", uses_gpu=False)
-
-    assert workers.group_size(1000, maximum=32) == 32
-    assert workers.group_size(40, maximum=32) == 5
-    assert workers.group_size(3, maximum=32) == 1
 
 
 def test_runner_is_not_in_any_fingerprint(tiny_model: Path):

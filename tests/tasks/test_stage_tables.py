@@ -7,75 +7,25 @@ import pytest
 import storage
 from storage import PartKey, SchemaError, Store
 from tasks.stages import TABLES
+from tests.support.views import row
 
+PER_COMPLETION = {
+    "sample_index": [0, 1],
+    "origin": ["offline", "reference"],
+    "reward": [0.5, 1.0],
+    "quantile_reward": [0.5, 1.0],
+    "quantile_low": [0.0, 0.5],
+    "quantile_high": [1.0, 1.0],
+}
 GOOD: dict[str, dict[str, Any]] = {
-    "prompts": {
-        "prompt_id": "p",
-        "messages": [{"role": "user", "content": "hi"}],
-        "split": "train",
-        "source": "data.jsonl",
-        "offline_completions": ["yes"],
-        "metadata": "{}",
-        "conversational": True,
-    },
-    "completions": {
-        "prompt_id": "p",
-        "sample_index": 0,
-        "origin": "reference",
-        "text": "yes",
-        "token_ids": [1, 2],
-        "finish_reason": None,
-        "sampled_logprob": None,
-    },
-    "rewards": {
-        "prompt_id": "p",
-        "sample_index": 0,
-        "origin": "offline",
-        "reward": 0.5,
-        "components": [{"name": "length", "value": 0.5}],
-        "error": None,
-    },
-    "quantiles": {
-        "prompt_id": "p",
-        "ref_rewards": [0.0, 1.0, 1.0],
-        "num_ref": 3,
-        "ref_mean": 0.5,
-        "ref_std": None,
-        "num_excluded": 0,
-        "sample_index": [0, 1],
-        "origin": ["offline", "reference"],
-        "reward": [0.5, 1.0],
-        "quantile_reward": [0.5, 1.0],
-        "quantile_low": [0.0, 0.5],
-        "quantile_high": [1.0, 1.0],
-    },
-    "shards": {
-        "prompt_id": "p",
-        "prompt_token_ids": [1, 2],
-        "completion_token_ids": [[3], [4, 5]],
-        "sample_index": [0, 1],
-        "origin": ["offline", "offline"],
-        "reward": [0.5, 1.0],
-        "quantile_reward": [0.5, 1.0],
-        "quantile_low": [0.0, 0.5],
-        "quantile_high": [1.0, 1.0],
-        "ref_logprob": [-1.0, -2.0],
-        "num_ref": 3,
-        "ref_mean": 0.5,
-        "ref_std": 0.1,
-    },
-    "evaluation": {
-        "prompt_id": "p",
-        "model": "policy",
-        "sample_index": 0,
-        "text": "yes",
-        "token_ids": [1],
-        "finish_reason": "stop",
-        "reward": None,
-        "quantile_reward": 1.0,
-        "model_logprob": None,
-        "ref_logprob": None,
-    },
+    "prompts": row("prompts", messages=[{"role": "user", "content": "hi"}], offline_completions=["yes"]),
+    "completions": row("completions", token_ids=[1, 2]),
+    "rewards": row("rewards", reward=0.5, components=[{"name": "length", "value": 0.5}]),
+    "quantiles": row("quantiles", ref_rewards=[0.0, 1.0, 1.0], ref_std=None, **PER_COMPLETION, num_ref=3),
+    "shards": row(
+        "shards", completion_token_ids=[[3], [4, 5]], ref_logprob=[-1.0, -2.0], **PER_COMPLETION, num_ref=3
+    ),
+    "evaluation": row("evaluation", model="policy", token_ids=[1], quantile_reward=1.0),
 }
 
 
@@ -87,8 +37,12 @@ def commit(stage: str, rows: list[dict[str, Any]]) -> storage.PartRecord:
 
 
 @pytest.mark.parametrize("stage", list(TABLES))
-def test_a_right_row_is_accepted(stage: str) -> None:
+def test_a_right_row_is_accepted_from_arrow_and_polars(stage: str) -> None:
     assert commit(stage, [GOOD[stage]]).rows == 1
+    store, arrow = Store("memory://tables-test"), pa.Table.from_pylist([GOOD[stage]], TABLES[stage].schema)
+    key = PartKey(stage, "polars", "part")
+    record = store.commit_part(key, pl.from_arrow(arrow).to_arrow(), table=TABLES[stage])
+    assert store.read_part(record).equals(arrow)
 
 
 @pytest.mark.parametrize(
@@ -140,13 +94,3 @@ def test_two_rows_with_one_key_are_refused(stage: str) -> None:
     other = {**GOOD[stage], "prompt_id": "q"}
     with pytest.raises(SchemaError, match=r"'prompt_id': 'p'.* appears 2 times"):
         commit(stage, [GOOD[stage], other, GOOD[stage]])
-
-
-@pytest.mark.parametrize("stage", list(TABLES))
-def test_tables_from_polars_are_accepted(stage: str) -> None:
-    store = Store("memory://tables-test")
-    arrow = pa.Table.from_pylist([GOOD[stage]], schema=TABLES[stage].schema)
-    record = store.commit_part(
-        PartKey(stage, "polars", "part"), pl.from_arrow(arrow).to_arrow(), table=TABLES[stage]
-    )
-    assert store.read_part(record).equals(arrow)
