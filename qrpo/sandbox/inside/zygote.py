@@ -111,9 +111,15 @@ def _warm_up() -> None:
     """Run a solution's job a few times: Python then specializes instructions and fills caches once,
     in shared pages, and not again in every forked process."""
     preamble, code, entry_point = _WARM_UP
-    call = encode([[], {"numbers": [3, 1, 2], "wanted": 2}])
+    call = encode(["entry", [], {"numbers": [3, 1, 2], "wanted": 2}])
     blocks = json.dumps([[code], ["Solution"]]).encode()
-    job = [marshal.dumps(compile(preamble, "", "exec")), blocks, entry_point.encode(), b"8", *[call] * 8]
+    job = [
+        marshal.dumps(compile(preamble, "", "exec")),
+        blocks,
+        entry_point.encode(),
+        b"in advance",
+        *[call] * 8,
+    ]
     for _ in range(20):
         (job_read, job_write), (answer_read, answer_write) = os.pipe(), os.pipe()
         write_frames(job_write, *job)
@@ -122,6 +128,7 @@ def _warm_up() -> None:
         for fd in (job_read, answer_read, answer_write):
             os.close(fd)
     del sys.modules["solution"]
+    sys.stdout = sys.__stdout__
 
 
 def _run_job(isolation: Isolation, host: socket.socket, job: int, answer: int) -> None:
