@@ -8,9 +8,7 @@ zygote, which foreign code cannot reach, reports how the job's process exited.
 import contextlib
 import json
 import os
-import re
 import select
-import signal
 import socket
 import subprocess
 import tempfile
@@ -18,15 +16,15 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import IO, NoReturn
+from typing import NoReturn
 
 from qrpo.errors import EngineError
 from qrpo.sandbox.inside.framing import HEADER, frame, frame_end
 from qrpo.sandbox.inside.zygote import CLOCK, EXIT_RECORD
-from qrpo.sandbox.isolator import PACKAGES, bare_command, find_packages, jail_command, map_users
+from qrpo.sandbox.isolator import PACKAGES, StartError, bare_command, find_packages, jail_command, map_users
 from qrpo.sandbox.limits import Limits
 
-__all__ = ["Exit", "Jail", "Job", "Spent", "StartError"]
+__all__ = ["Exit", "Jail", "Job", "Spent"]
 
 _START_SECONDS = 120.0
 _PATIENCE_SECONDS = 0.005
@@ -46,10 +44,6 @@ class Exit:
     """Whether it exceeded a limit on time."""
 
 
-class StartError(EngineError):
-    """No jail can be created on this machine."""
-
-
 @dataclass(slots=True)
 class Spent:
     """What a solution has used, in all its processes."""
@@ -60,7 +54,7 @@ class Spent:
 
 
 class Jail:
-    """A running zygote, for one job and one thread at a time. Also a context manager."""
+    """A running zygote, for one job and one thread at a time."""
 
     def __init__(self, limits: Limits, *, packages: Sequence[str] = (), bare: bool = False):
         self.limits = limits
@@ -68,12 +62,6 @@ class Jail:
         self._bare = bare
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
-
-    def __enter__(self) -> "Jail":
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self.close()
 
     def start(self, role: str, *messages: bytes | str, spent: Spent | None = None) -> "Job":
         """Start a job in a new process; StartError if the jail cannot be created."""
@@ -140,7 +128,7 @@ class Jail:
                 os.close(tell)
                 os.close(wait)
                 info = pipes.enter_context(open(told, "rb", 0))  # bubblewrap writes to it until it is ready
-                _map_users(info, pipes.enter_context(open(release, "wb", 0)))
+                map_users(info, pipes.enter_context(open(release, "wb", 0)))
             self._control.settimeout(_START_SECONDS)
             with contextlib.suppress(TimeoutError, ConnectionError):
                 if self._control.recv(1) == b"S":
@@ -154,21 +142,6 @@ class Jail:
                 "forbids them (kernel.apparmor_restrict_unprivileged_userns, user.max_user_namespaces, docker without "
                 "`--security-opt seccomp=unconfined`), allow them"
             )
-
-
-def _map_users(info: IO[bytes], blocked: IO[bytes]) -> None:
-    """Map the users of a jail as soon as bubblewrap tells its process, and let it go on."""
-    if (told := re.search(rb'"child-pid": (\d+)', info.read(4096))) is None:
-        return  # bubblewrap has ended, and said why
-    try:
-        map_users(int(told[1]))
-        blocked.write(b"1")
-    except OSError as error:
-        os.kill(int(told[1]), signal.SIGKILL)
-        raise StartError(
-            f"root runs the sandbox, and solutions cannot run as another user: {error}. Run the pipeline as a user that "
-            "is not root, or give the container the capabilities SETUID and SETGID"
-        ) from error
 
 
 class Job:

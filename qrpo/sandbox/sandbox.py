@@ -14,8 +14,8 @@ from decimal import Decimal
 from typing import Literal, Self
 
 from qrpo.errors import DataError, EngineError
-from qrpo.sandbox.isolator import find_bubblewrap, find_packages
-from qrpo.sandbox.jail import Exit, Jail, Job, Spent, StartError
+from qrpo.sandbox.isolator import StartError, find_bubblewrap, find_packages
+from qrpo.sandbox.jail import Exit, Jail, Job, Spent
 from qrpo.sandbox.limits import Limits
 
 __all__ = ["CheckTests", "ProgramTests", "Sandbox", "Verdict"]
@@ -60,8 +60,8 @@ class Verdict:
 
     passed: tuple[bool, ...]
     note: str = field(default="", compare=False)
-    """Why the first test failed, for people: "wall time", "exit code 1", "line 3: AssertionError";
-    empty if all passed."""
+    """Why the first test failed, for people: "wall time", "exit code 1", "line 3: AssertionError".
+    If all passed: empty, or that the tests are weak."""
 
     @property
     def share(self) -> float:
@@ -79,6 +79,8 @@ class _Prepared:
     """The tests of one problem, compiled by a judge."""
 
     tests: int
+    weak: int
+    """The number of tests that pass for any truthy value, as far as that is known."""
     entry_point: str
     wanted: list[str]
     bound: int
@@ -87,6 +89,11 @@ class _Prepared:
     preamble: bytes
     calls: tuple[bytes, ...] | None
     """The calls that are known in advance; None if they are made one by one."""
+
+    @property
+    def weakness(self) -> str:
+        """What people should know about tests that any truthy value passes."""
+        return f"weak tests: {self.weak} of {self.tests} pass for any truthy value" if self.weak else ""
 
     def zeros(self, note: str) -> Verdict:
         """No test passed."""
@@ -187,6 +194,8 @@ class Sandbox:
             prepared = self._prepared.get(tests)
         if prepared is None:
             prepared = worker.prepare(tests)
+            if isinstance(prepared, _Prepared) and prepared.weak:
+                logger.warning(f"{prepared.weakness}: {tests.test.strip()[:200]!r}")
             with self._lock:
                 self._prepared[tests] = prepared
                 if len(self._prepared) > _MAX_PREPARED:
@@ -202,6 +211,7 @@ class _Worker:
         self._judges = Jail(limits, packages=packages, bare=bare)
         self._judge: Job | None = None  # serves many judgements of calls that are known in advance
         self._uses = 0
+        self._timed_out = False  # the last judge that ended
 
     def close(self) -> None:
         self._judge = None
@@ -215,8 +225,9 @@ class _Worker:
         facts = json.loads(frames[0])
         if facts["error"] is not None:
             return DataError(f"the tests cannot be used: {facts['error']}")
-        named = (facts["tests"], facts["entry_point"], facts["wanted"], facts["bound"])
-        return _Prepared(*named, frames[1], frames[2], tuple(frames[3:-1]) if facts["calls"] else None)
+        named = {name: facts[name] for name in ("tests", "weak", "entry_point", "wanted", "bound")}
+        calls = tuple(frames[3:-1]) if facts["calls"] else None
+        return _Prepared(**named, suite=frames[1], preamble=frames[2], calls=calls)
 
     def judge(self, blocks: list[str], prepared: _Prepared) -> Verdict:
         if prepared.calls is not None and (verdict := self._judge_in_advance(blocks, prepared)) is not None:
@@ -313,7 +324,7 @@ class _Worker:
         frames = self._answer(messages, reply)
         if reply is not None:
             self._end_judge()
-        elif frames[-1:] != [b"."] and not is_new:  # what came before may have used up its limits
+        elif frames[-1:] != [b"."] and not (is_new or self._timed_out):  # it may have had no memory left
             frames = self._answer(messages, None)
         return frames
 
@@ -327,6 +338,7 @@ class _Worker:
         while frames[-1:] != [b"."]:
             message = self._judge.next_frame()
             if message is None:
+                self._timed_out = self._judge.exit is not None and self._judge.exit.timed_out
                 self._end_judge()
                 break
             if message[:1] == b"c" and reply is not None:
@@ -349,7 +361,7 @@ def _verdict(prepared: _Prepared, frames: Sequence[bytes], note: str) -> Verdict
     if len(passed) < prepared.tests:
         reasons.append("the tests did not end within the limits on what the solution returned")
     passed += [False] * (prepared.tests - len(passed))
-    return Verdict(tuple(passed), "" if all(passed) else note or reasons[0])
+    return Verdict(tuple(passed), prepared.weakness if all(passed) else note or reasons[0])
 
 
 def _same_output(printed: str, expected: str, tests: ProgramTests) -> bool:

@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import Any
 
 from . import pytest
-from .codec import CodecError, Encoder
+from .codec import CodecError, Encoder, encode
 from .framing import Reader, write_frames
 from .remote import Link, Remote, has_methods, named, watch_handlers
 from .statements import ASSERTED, CALL, CALL_TEST, CAPTURE, HANDLED
@@ -34,8 +34,8 @@ __all__ = ["Suite", "serve"]
 def serve(jobs: Reader, answer: int, drop_privileges: Callable[[], None]) -> int:
     """Serve requests one after another until the pipe ends. b"." ends each answer.
 
-    - "prepare", preamble, test, entry point: answers with JSON (`tests`, their number; `calls`,
-      whether they are known in advance; `entry_point`; the `wanted` names of the solution and how
+    - "prepare", preamble, test, entry point: answers with JSON (`tests`, their number; `weak`, the
+      number of those that pass for any truthy value; `calls`, whether they are known in advance; `entry_point`; the `wanted` names of the solution and how
       many of them are `bound`; or `error`), the compiled suite, the compiled preamble, and the calls.
     - "judge", compiled suite, number of replies, replies to the calls that are known in advance:
       answers with b"1", or b"0" and the reason, for each test as soon as it is known. Without
@@ -64,19 +64,26 @@ def serve(jobs: Reader, answer: int, drop_privileges: Callable[[], None]) -> int
         write_frames(answer, b".")
 
 
+_UNEXPECTED = "\ue000 a value that no test can expect"
+
+
 def _prepared(preamble: str, test: str, entry_point: str) -> list[bytes]:
     try:
         suite = Suite.read(preamble, test, entry_point)
         calls = suite.captured_calls()
+        known = [b"=" + encode([_UNEXPECTED, [], ""])] * len(calls or ())
+        reasons = list(Suite.loaded(suite.dumped()).reasons(known, bytes)) if known else []
     except BaseException as error:
         said = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         return [json.dumps({"error": said}).encode()]
-    trees = map(ast.parse, (*suite.names.values(), suite.entry))
+    nodes = [n for text in (*suite.names.values(), suite.entry) for n in ast.walk(ast.parse(text))]
+    own = {node.arg for node in nodes if isinstance(node, ast.arg)}
     facts = {
         "tests": sum(step.is_test for step in suite.steps),
+        "weak": reasons.count(""),
         "calls": calls is not None,
         "entry_point": suite.entry,
-        "wanted": sorted({n.id for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Name)}),
+        "wanted": sorted({node.id for node in nodes if isinstance(node, ast.Name)} - own),
         "bound": len(suite.names),
         "error": None,
     }
