@@ -2,18 +2,17 @@
 
 import json
 import os
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 import pytest
 
 from qrpo.errors import RewardError
-from qrpo.rewards import Score
+from qrpo.rewards import Score, combine
 from storage import PartKey, Store
 from tasks.answers import StoredAnswers
 from tasks.config import PipelineConfig, load_config, parse_config
@@ -21,7 +20,8 @@ from tasks.plan import PartPlan
 from tasks.planner import plan_pipeline
 from tasks.stages import rewards as rewards_stage
 from tasks.stages.completions import TABLE
-from tasks.stages.rewards import STAGE, missing_rewards, reward_settings
+from tasks.stages.rewards import STAGE, input_digest, known_scores, missing_rewards, reward_settings
+from tests.support.servers import FakeChatServer, Reply, token_completion
 
 FUNCTIONS = """\
 calls = 0
@@ -39,46 +39,15 @@ def even(completions, level):
 """
 
 
-class GradingServer:
-    """A server that grades a completion by its number of words, 1 to 5, and counts what it was asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                text = body["messages"][0]["content"]
-                owner.asked.append(text)
-                grade = str(min(5, len(text.split())))
-                top = [{"token": grade, "logprob": 0.0}]
-                choice = {
-                    "message": {"content": grade},
-                    "logprobs": {"content": [{"token": grade, "top_logprobs": top}]},
-                }
-                data = json.dumps({"choices": [choice], "usage": {"total_tokens": 7}}).encode()
-                self.send_response(200)
-                self.send_header("content-length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *arguments: Any) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-
-
 @pytest.fixture
-def server() -> Iterator[GradingServer]:
-    grading = GradingServer()
-    thread = threading.Thread(target=grading.http.serve_forever, args=(0.02,))
-    thread.start()
-    yield grading
-    grading.http.shutdown()
-    thread.join()
-    grading.http.server_close()
+def server() -> Iterator[FakeChatServer]:
+    """A server that grades a completion by its number of words, 1 to 5."""
+
+    def grade(number: int, body: Mapping[str, Any]) -> Reply:
+        return token_completion(str(min(5, len(body["messages"][0]["content"].split()))))
+
+    with FakeChatServer(grade) as server:
+        yield server
 
 
 @pytest.fixture(params=["folder", "memory", "s3"])
@@ -180,7 +149,7 @@ def test_values_are_float64_from_the_function_to_the_table(tmp_path: Path) -> No
 
 
 def test_a_watched_reward_that_fails_or_does_not_apply_changes_nothing(
-    tmp_path: Path, server: GradingServer
+    tmp_path: Path, server: FakeChatServer
 ) -> None:
     weighted = function(tmp_path, "precise")
     plain = scored(Store(tmp_path / "plain"), [weighted])
@@ -213,12 +182,12 @@ def test_only_a_models_values_serve_from_the_version_that_rounded_them(
 
 
 def test_answers_are_paid_for_once_on_any_store(
-    store: Store, server: GradingServer, monkeypatch: pytest.MonkeyPatch
+    store: Store, server: FakeChatServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", "secret-123456")
     rows = scored(store, [judge(server.url, api_key_env="JUDGE_KEY")])
     assert [row["reward"] for row in rows] == [1.0, 2.0, 3.0] * 6
-    assert len(server.asked) == 18
+    assert len(server.requests) == 18
     nowhere = "http://127.0.0.1:9/v1"  # answers from here would be an error
     again = scored(store, [judge(nowhere, weight=2.0, attempts=1)], attempt="2")
     assert [row["reward"] for row in again] == [2.0, 4.0, 6.0] * 6
@@ -227,15 +196,15 @@ def test_answers_are_paid_for_once_on_any_store(
 
 
 def test_a_budget_stops_the_stage_and_the_next_run_pays_only_for_the_rest(
-    tmp_path: Path, server: GradingServer
+    tmp_path: Path, server: FakeChatServer
 ) -> None:
     store = Store(tmp_path / "store")
     with pytest.raises(RewardError, match=r"budget is used up .* raise max_calls"):
         scored(store, [judge(server.url, max_calls=5)])
-    assert len(server.asked) == 5
+    assert len(server.requests) == 5
     assert store.family_parts("rewards", "test1") == []
     assert len(scored(store, [judge(server.url, max_calls=18)])) == 18
-    assert len(server.asked) == len(set(server.asked)) == 18
+    assert len({request.prompt for request in server.requests}) == len(server.requests) == 18
 
 
 def test_a_damaged_file_of_answers_costs_its_answers_and_nothing_else(store: Store) -> None:
@@ -299,3 +268,25 @@ def test_a_reference_solution_that_fails_its_own_tests_is_named(caplog: pytest.L
     (message,) = caplog.messages
     assert "prompt a: all 2 completions have the reward 0.0" in message
     assert "line 2: AssertionError" in message
+
+
+def test_notes_of_rows_that_are_reused_are_kept(tmp_path: Path) -> None:
+    rewards = config_of(
+        [{"kind": "code", "name": name, "tests": name} for name in ("check", "stdio")]
+    ).rewards
+    names = ("prompt_id", "conversational", "metadata", "text", "origin")
+    row = {**dict.fromkeys(names, ""), "sample_index": 0, "token_ids": []}
+    scores = {"check": Score(0.5, note="line 2: TypeError; x"), "stdio": Score(0.0, note="exit code 1")}
+    (combined,) = combine([(name, 1.0, [score]) for name, score in scores.items()])
+    committed = pl.DataFrame(
+        {
+            "family": ["f"],
+            "input_digest": [input_digest(row, tokens=False)],
+            "components": [[{"name": name, "value": score.reward} for name, score in scores.items()]],
+            "error": [None],
+            "note": [combined.note],
+        }
+    )
+    (known,) = known_scores(rewards, [row], committed, Store(tmp_path), "rewards")
+    assert known == scores
+    assert {name: score.note for name, score in known.items()} == {n: s.note for n, s in scores.items()}
