@@ -16,35 +16,14 @@
 where it runs foreign code or takes much memory. A row that cannot be scored gets an `error` in its
 place; a reward that scores no row at all raises RewardError.
 
-To add a kind, write one module like the others:
-
-    class LengthConfig(RewardSection):                  # has `name` and `weight`
-        kind: Literal["length"] = "length"
-        longest: int = 100                              # a setting: changing it scores again
-        batch: int = execution_option(64)               # changing it does not
-
-        def identity(self):                             # what else could change a score; see `protocol`
-            return {}
-
-        def open(self, log, answers):
-            return Length(self.longest)
-
-    class Length:
-        def __init__(self, longest):
-            self.longest = longest
-
-        def score(self, prompts, completions, columns, *, conversational=None):
-            return [Score(min(len(text), self.longest) / self.longest) for text in completions]
-
-        def close(self): ...
-
-and add it to `RewardConfig` below. `protocol` defines what each method must do. Use a `WorkerPool`
-for code that may hang or crash, a `qrpo.processes.child.Child` for memory that must be freed, and
-the `answers` given to `open` for answers that cost money.
+To add a kind, write one module with its `RewardSection` and its `Reward`, as `protocol` defines
+them, and add the section to `RewardConfig` below. Use a `WorkerPool` for code that may hang or
+crash, a `qrpo.processes.child.Child` for memory that must be freed, and the `answers` given to
+`open` for answers that cost money.
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Discriminator
 
@@ -67,7 +46,6 @@ __all__ = [
     "RewardSection",
     "Score",
     "combine",
-    "identity",
     "open_reward",
 ]
 
@@ -86,11 +64,3 @@ def open_reward(config: RewardSection, *, log: Path | None = None, answers: Answ
     """
     config.identity()  # reads the file or folder, so that what is missing is reported before anything starts
     return config.open(log, answers)
-
-
-def identity(config: RewardSection) -> dict[str, Any]:
-    """The reward's identity for fingerprints, without paths.
-
-    Two rewards that could score differently differ in it or in `qrpo.config.keyed(config)`.
-    """
-    return config.identity()

@@ -20,12 +20,16 @@ from collections.abc import Mapping
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
+from pydantic import field_validator
 
+from qrpo.config import execution_option, outside_input
 from qrpo.errors import RewardError
+from qrpo.rewards.protocol import RewardSection
 
-__all__ = ["ChatClient", "RequestFailed"]
+__all__ = ["ChatClient", "RequestFailed", "RequestSection"]
 
 _MISCONFIGURED = {
     401: "the API key is missing or wrong",
@@ -44,27 +48,55 @@ class RequestFailed(Exception):
         self.refused = refused
 
 
+class RequestSection(RewardSection):
+    """The settings of the server and of requests to it."""
+
+    base_url: str = outside_input(...)
+    """URL of the server: `http://localhost:8000/v1`. Not in fingerprints: see `version`."""
+    api_key_env: str | None = execution_option(None)
+    """The environment variable that holds the API key. The key itself is never written anywhere."""
+    concurrency: int = execution_option(32, ge=1)
+    """Concurrent requests."""
+    timeout: float = execution_option(120.0, gt=0.0)
+    """Maximum wait for one answer, in seconds."""
+    attempts: int = execution_option(8, ge=1)
+    """Attempts per request where the server is busy or fails."""
+    backoff: float = execution_option(1.0, gt=0.0)
+    """First wait between attempts, in seconds; doubles up to a minute. Retry-After is obeyed."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _names_a_server(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("expected a URL such as http://localhost:8000/v1")
+        if parts.username or parts.password or parts.query:
+            raise ValueError(
+                "the URL may hold no credentials or query: name the key's variable in api_key_env"
+            )
+        return value
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _names_a_variable(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*|[a-z_]{1,40}", value):
+            raise ValueError("expected the name of an environment variable, not a key")
+        return value
+
+
 class ChatClient:
     """A client of one server's `/chat/completions`, for one event loop. Enter `http` first."""
 
-    def __init__(
-        self,
-        base_url: str,
-        api_key: str | None,
-        *,
-        connections: int,
-        attempts: int,
-        backoff: float,
-        timeout: float,
-    ):
-        self._url = f"{base_url.rstrip('/')}/chat/completions"
-        self._key = api_key
-        self._attempts, self._backoff, self._timeout = attempts, backoff, timeout
+    def __init__(self, settings: RequestSection, api_key: str | None):
+        self._url = f"{settings.base_url.rstrip('/')}/chat/completions"
+        self._key, self._settings = api_key, settings
         self._not_before = 0.0  # on time.monotonic
         self.http = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=None,  # `complete` limits the whole request
-            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+            limits=httpx.Limits(
+                max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency
+            ),
         )
 
     async def complete(self, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,17 +106,17 @@ class ChatClient:
         have one.
         """
         problem = ""
-        for attempt in range(self._attempts):
+        for attempt in range(self._settings.attempts):
             if attempt:
-                longest = min(_MAX_BACKOFF, self._backoff * 2 ** (attempt - 1))
+                longest = min(_MAX_BACKOFF, self._settings.backoff * 2 ** (attempt - 1))
                 await asyncio.sleep(random.uniform(longest / 2, longest))
             while (wait := self._not_before - time.monotonic()) > 0:
-                await asyncio.sleep(wait + random.uniform(0, self._backoff / 2))
+                await asyncio.sleep(wait + random.uniform(0, self._settings.backoff / 2))
             try:
-                async with asyncio.timeout(self._timeout):
+                async with asyncio.timeout(self._settings.timeout):
                     response = await self.http.post(self._url, json=dict(body))
             except TimeoutError:
-                problem = f"no answer within {self._timeout:g} s"
+                problem = f"no answer within {self._settings.timeout:g} s"
                 continue
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"
@@ -94,7 +126,7 @@ class ChatClient:
                 return answer
             problem = self._retryable_problem(status, response)
         raise RequestFailed(
-            f"the judge did not answer in {self._attempts} attempts; the last: {self._without_key(problem)}",
+            f"the judge did not answer in {self._settings.attempts} attempts; the last: {self._without_key(problem)}",
             refused=False,
         )
 
@@ -123,9 +155,7 @@ def _retry_after(value: str) -> float:
     with contextlib.suppress(ValueError):
         return seconds if math.isfinite(seconds := float(value)) else 0.0
     with contextlib.suppress(ValueError, TypeError):
-        date = parsedate_to_datetime(
-            value
-        )  # without a zone where that is -0000 or missing: HTTP dates are UTC
+        date = parsedate_to_datetime(value)  # no zone where it is -0000 or missing: HTTP dates are UTC
         return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - time.time()
     return 0.0
 

@@ -6,6 +6,7 @@ reads standard input, as in APPS, TACO and Codeforces. A completion without code
 whose tests are not understood has an error. `run_tests` returns the verdicts themselves.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import re
@@ -18,15 +19,14 @@ from typing import Any, Literal
 from pydantic import Field
 
 from qrpo.config import execution_option
-from qrpo.data.chat import Messages
 from qrpo.errors import DataError
-from qrpo.rewards.protocol import Answers, Columns, RewardSection, Score
+from qrpo.rewards.protocol import Answers, Columns, Forms, Prompts, RewardSection, Score, Texts
 from qrpo.sandbox import CheckTests, Limits, ProgramTests, Sandbox, Verdict
 from qrpo.sandbox.isolator import find_packages
 
-__all__ = ["CodeReward", "CodeRewardConfig", "code_blocks", "fenced_code", "run_tests"]
+__all__ = ["CodeReward", "CodeRewardConfig", "code_blocks", "run_tests"]
 
-_VERSION = 3  # increase it when the verdict on the same code and tests could change
+_VERSION = 4  # increase it when the verdict on the same code and tests could change
 
 _PYTHON = {"python", "py", "pypy", "cpython"}
 
@@ -87,23 +87,21 @@ def code_blocks(text: str, mention: str = "") -> list[str]:
     lines: list[str] = []
     mark, indent, language, quotes = "", 0, "", 0
     for line in [*text.replace("\r\n", "\n").split("\n"), None]:
-        stripped = "" if line is None else line.strip(" \t")
+        stripped = (line or "").strip(" \t")
         fence = (
             stripped[: len(stripped) - len(stripped.lstrip(stripped[0]))]
             if stripped[:1] in ("`", "~")
             else ""
         )
-        depth = 0 if line is None else len(line) - len(line.lstrip(" \t"))
+        depth = len(line or "") - len((line or "").lstrip(" \t"))
+        in_docstring = depth > indent and quotes % 2
         if not mark:
             info = stripped[len(fence) :].strip()
             if len(fence) >= 3 and fence[0] not in info:
                 mark, indent, lines, quotes = fence, depth, [], 0
                 language = (info.split() or [""])[0].strip("{}.").lower().rstrip("0123456789.")
         elif line is None or (
-            fence == stripped
-            and fence.startswith(mark)
-            and depth <= indent + 3
-            and (depth <= indent or quotes % 2 == 0)  # else it is in a docstring
+            fence == stripped and fence.startswith(mark) and depth <= indent + 3 and not in_docstring
         ):
             if language in _PYTHON or not language:
                 blocks.append((bool(language), textwrap.dedent("\n".join(lines))))
@@ -112,17 +110,8 @@ def code_blocks(text: str, mention: str = "") -> list[str]:
             lines.append(line)
             quotes += line.count('"""')
     python = [block for tagged, block in blocks if tagged]
-    return python if any(_mentions(block, mention) for block in python) else [block for _, block in blocks]
-
-
-def fenced_code(text: str, mention: str = "") -> str | None:
-    """The last of `code_blocks` that contains `mention`, or else its last; None without one."""
-    blocks = code_blocks(text, mention)
-    return next((b for b in reversed(blocks) if _mentions(b, mention)), blocks[-1] if blocks else None)
-
-
-def _mentions(block: str, name: str) -> bool:
-    return re.search(rf"\b{re.escape(name)}\b" if name else "", block) is not None
+    mentioned = re.compile(rf"\b{re.escape(mention)}\b" if mention else "")
+    return python if any(map(mentioned.search, python)) else [block for _, block in blocks]
 
 
 class CodeReward:
@@ -130,28 +119,20 @@ class CodeReward:
 
     def __init__(self, config: CodeRewardConfig):
         self._config = config
-        self._sandbox = Sandbox(
-            config.limits,
-            packages=config.packages,
-            workers=config.workers,
-            allow_unsandboxed=config.allow_unsandboxed,
-        )
+        options: dict[str, Any] = {"workers": config.workers, "allow_unsandboxed": config.allow_unsandboxed}
+        self._sandbox = Sandbox(config.limits, packages=config.packages, **options)
 
     def score(
-        self,
-        prompts: Sequence[Messages],
-        completions: Sequence[str],
-        columns: Columns,
-        *,
-        conversational: Sequence[bool] | None = None,
+        self, prompts: Prompts, completions: Texts, columns: Columns, *, conversational: Forms = None
     ) -> list[Score]:
         """One score per completion, in order: the share of its tests that pass."""
-        return [
-            Score(None, str(tested))
-            if isinstance(tested, DataError)
-            else Score(tested.share, note=tested.note)
-            for tested in self.verdicts(completions, columns)
-        ]
+        scores = []
+        for tested in self.verdicts(completions, columns):
+            if isinstance(tested, DataError):
+                scores.append(Score(None, str(tested)))
+            else:
+                scores.append(Score(tested.share, note=tested.note))
+        return scores
 
     def verdicts(self, completions: Sequence[str], columns: Columns) -> list[Verdict | DataError]:
         """The verdict on each completion; a DataError if the row's tests cannot be used."""
@@ -203,10 +184,6 @@ def _version(name: str) -> str | None:
 def _tests_of(values: Mapping[str, Any], config: CodeRewardConfig) -> CheckTests | ProgramTests:
     if config.tests == "stdio":
         inputs, outputs = _programs(values, config)
-        if len(inputs) != len(outputs) or not inputs:
-            raise DataError(
-                f"got {len(inputs)} inputs and {len(outputs)} outputs, expected the same number, not 0"
-            )
         return ProgramTests(inputs, outputs, config.compare, config.tolerance)
     test = "\n".join(_texts(values, config.test))
     entry_point = "" if values.get(config.entry_point) is None else _texts(values, config.entry_point)[0]
@@ -236,10 +213,8 @@ def _programs(values: Mapping[str, Any], config: CodeRewardConfig) -> tuple[tupl
 def _parsed(value: Any) -> Any:
     """The object or list in a column, which may hold it as JSON text."""
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
-        try:
+        with contextlib.suppress(ValueError):
             return json.loads(value)
-        except ValueError:
-            return value
     return value
 
 
@@ -251,11 +226,10 @@ def _texts(values: Mapping[str, Any], column: str) -> tuple[str, ...]:
             f"the code reward finds nothing in column {column!r}; the row has {', '.join(map(repr, values)) or 'no other column'}"
         )
     parsed = _parsed(value)
-    listed = isinstance(parsed, (list, tuple)) and all(isinstance(one, str) for one in parsed)
-    texts = parsed if listed else value if isinstance(value, (list, tuple)) else (value,)
+    texts = parsed if _is_lines(parsed) else value if isinstance(value, (list, tuple)) else (value,)
     texts = ["\n".join(text) if _is_lines(text) else text for text in texts]
     texts = [str(text) if type(text) is int else text for text in texts]
-    if not texts or not all(isinstance(text, str) for text in texts):
+    if not texts or not _is_lines(texts):
         raise DataError(
             f"column {column!r} holds {json.dumps(value, default=str)[:80]}, expected text or a list of texts"
         )

@@ -162,6 +162,7 @@ class GradeSection(RewardSection):
     def _named(self, text: str) -> str | None:
         """The one grade that a text gives; None where it gives none or several."""
         text = text.replace("\u2212", "-")
+        text = re.sub(r"(?im)^(\W*)final answer(?=\W*:)", r"\1grade", text)
         text = re.sub(r"(?<=\d)\s*(?:[-\u2013\u2014]|or|to)\s*(?=\d)", "-", text)  # a range is one token
         text = re.sub(_SCALE, r"/\1", text)
         scale = re.escape(list(self.grades)[-1])

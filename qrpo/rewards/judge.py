@@ -18,22 +18,21 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Self
-from urllib.parse import urlsplit
 
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from qrpo.config import execution_option, outside_input
+from qrpo.config import execution_option
 from qrpo.data.chat import Messages
 from qrpo.errors import ConfigError, RewardError
-from qrpo.rewards.chat_client import ChatClient, RequestFailed
+from qrpo.rewards.chat_client import ChatClient, RequestFailed, RequestSection
 from qrpo.rewards.grades import GradeSection
-from qrpo.rewards.protocol import Answers, Columns, Reward, Score
+from qrpo.rewards.protocol import Answers, Columns, Forms, Prompts, Reward, Score, Texts
 
 __all__ = ["DEFAULT_TEMPLATE", "JudgeReward", "JudgeRewardConfig"]
 
@@ -81,19 +80,15 @@ def _with_tool_calls(message: Mapping[str, Any]) -> dict[str, Any]:
     return {**message, "content": "\n".join(filter(None, (message["content"], calls)))}
 
 
-class JudgeRewardConfig(GradeSection):
+class JudgeRewardConfig(GradeSection, RequestSection):
     """A reward that is a language model's grade."""
 
     kind: Literal["judge"] = "judge"
     """Says that this reward is a language model that grades."""
-    base_url: str = outside_input(...)
-    """URL of the server: `http://localhost:8000/v1`. Not in fingerprints: see `version`."""
     model: str = Field(min_length=1)
     """The model's name at that server."""
     version: str = ""
     """Change it when the name means another model: another revision or quantization."""
-    api_key_env: str | None = execution_option(None)
-    """The environment variable that holds the API key. The key itself is never written anywhere."""
     rubric: str = Field(min_length=1)
     """What makes a good completion, in words. The template shows it to the judge."""
     template: str = DEFAULT_TEMPLATE
@@ -106,37 +101,10 @@ class JudgeRewardConfig(GradeSection):
     """Sampling temperature of the answer."""
     extra: dict[str, Any] = Field(default_factory=dict)
     """More fields of the request (`seed`, `reasoning_effort`, ...); null removes a field."""
-    concurrency: int = execution_option(32, ge=1)
-    """Concurrent requests."""
-    timeout: float = execution_option(120.0, gt=0.0)
-    """Maximum wait for one answer, in seconds."""
-    attempts: int = execution_option(8, ge=1)
-    """Attempts per request where the server is busy or fails."""
-    backoff: float = execution_option(1.0, gt=0.0)
-    """First wait between attempts, in seconds; doubles up to a minute. Retry-After is obeyed."""
     max_calls: int | None = execution_option(None, ge=0)
     """Maximum number of answers to pay for, those in the store included."""
     max_total_tokens: int | None = execution_option(None, ge=0)
     """Maximum tokens of requests and answers to pay for; running calls may exceed it."""
-
-    @field_validator("base_url")
-    @classmethod
-    def _names_a_server(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("expected a URL such as http://localhost:8000/v1")
-        if parts.username or parts.password or parts.query:
-            raise ValueError(
-                "the URL may hold no credentials or query: name the key's variable in api_key_env"
-            )
-        return value
-
-    @field_validator("api_key_env")
-    @classmethod
-    def _names_a_variable(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*|[a-z_]{1,40}", value):
-            raise ValueError("expected the name of an environment variable, not a key")
-        return value
 
     @model_validator(mode="after")
     def _template_is_valid(self) -> Self:
@@ -148,7 +116,7 @@ class JudgeRewardConfig(GradeSection):
 
     def identity(self) -> dict[str, Any]:
         """How answers are read; everything else that could change a grade and can be known is a setting."""
-        return {"reading": 3}
+        return {"reading": 4}
 
     def open(self, log: Path | None, answers: Answers | None) -> Reward:
         """The judge; ConfigError where the API key's variable is not set."""
@@ -191,12 +159,7 @@ class JudgeReward:
         self._scored_any = False
 
     def score(
-        self,
-        prompts: Sequence[Messages],
-        completions: Sequence[str],
-        columns: Columns,
-        *,
-        conversational: Sequence[bool] | None = None,
+        self, prompts: Prompts, completions: Texts, columns: Columns, *, conversational: Forms = None
     ) -> list[Score]:
         """One grade per completion; RewardError if the budget or the server fails."""
         scores: dict[int, Score] = {}
@@ -250,11 +213,9 @@ class JudgeReward:
         if self._answers is None:
             stored = self._store.load(self._group) if self._store is not None else {}
             answers = {key: json.loads(text) for key, text in stored.items()}
-            if (
-                not self._config.reads_first_token
-            ):  # earlier versions did not store whether an answer was cut off
-                answers = {key: answer for key, answer in answers.items() if "finish" in answer}
-            self._answers = answers
+            # earlier versions did not store whether an answer was cut off
+            usable = self._config.reads_first_token
+            self._answers = {key: answer for key, answer in answers.items() if usable or "finish" in answer}
             self._calls = len(self._answers)
             self._tokens = sum(answer["tokens"] for answer in self._answers.values())
         return self._answers
@@ -265,19 +226,15 @@ class JudgeReward:
         """Send all requests; add answers to `answers` and store them. Returns failures by key."""
         config = self._config
         failed: dict[str, str] = {}
+        unstored: dict[str, str] = {}
+        stored_at = time.monotonic()
         waiting = iter(bodies.items())
-        buffer = _AnswerBuffer(self._store, self._group)
-        client = ChatClient(
-            config.base_url,
-            self._key,
-            connections=config.concurrency,
-            attempts=config.attempts,
-            backoff=config.backoff,
-            timeout=config.timeout,
-        )
+        client = ChatClient(config, self._key)
 
         async def work() -> None:
-            for key, body in self._within_budget(waiting):
+            nonlocal stored_at
+            while self._within_budget() and (item := next(waiting, None)) is not None:
+                key, body = item
                 self._in_flight += 1
                 try:
                     answer = config.extract(await client.complete(body))
@@ -291,7 +248,12 @@ class JudgeReward:
                 self._calls += 1
                 self._tokens += answer["tokens"]
                 answers[key] = answer
-                await buffer.add(key, answer)
+                unstored[key] = json.dumps(answer, ensure_ascii=False)
+                if len(unstored) >= _STORE_EVERY or time.monotonic() - stored_at > _STORE_SECONDS:
+                    stored_at = time.monotonic()
+                    batch = dict(unstored)
+                    unstored.clear()
+                    await asyncio.to_thread(self._keep, batch)
 
         try:
             async with client.http, asyncio.TaskGroup() as group:
@@ -300,7 +262,7 @@ class JudgeReward:
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         finally:
-            buffer.flush()
+            self._keep(unstored)
         left = sum(key not in answers and key not in failed for key in bodies)
         if left:
             raise RewardError(
@@ -309,18 +271,11 @@ class JudgeReward:
             )
         return failed
 
-    def _within_budget(
-        self, waiting: Iterator[tuple[str, dict[str, Any]]]
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _within_budget(self) -> bool:
         calls, tokens = self._config.max_calls, self._config.max_total_tokens
-        while True:
-            if calls is not None and self._calls + self._in_flight >= calls:
-                return
-            if tokens is not None and self._tokens >= tokens:
-                return
-            if (item := next(waiting, None)) is None:
-                return
-            yield item
+        return (calls is None or self._calls + self._in_flight < calls) and (
+            tokens is None or self._tokens < tokens
+        )
 
     def _count_unanswered(self, error: RequestFailed) -> None:
         self._unanswered = 0 if error.refused else self._unanswered + 1
@@ -329,25 +284,6 @@ class JudgeReward:
                 f"{self._config.name}: {self._config.base_url} left {self._unanswered} requests in a row without an "
                 f"answer; {error}. The answers so far are kept: check the server and run again"
             )
-
-
-class _AnswerBuffer:
-    """Stores answers in groups, at most a few seconds after they arrive."""
-
-    def __init__(self, store: Answers | None, group: str):
-        self._store, self._group = store, group
-        self._unstored: dict[str, str] = {}
-        self._since = time.monotonic()
-
-    async def add(self, key: str, answer: Mapping[str, Any]) -> None:
-        self._unstored[key] = json.dumps(answer, ensure_ascii=False)
-        if len(self._unstored) >= _STORE_EVERY or time.monotonic() - self._since > _STORE_SECONDS:
-            self._since = time.monotonic()
-            answers, self._unstored = self._unstored, {}
-            await asyncio.to_thread(self._keep, answers)
-
-    def flush(self) -> None:
-        self._keep(self._unstored)
 
     def _keep(self, answers: Mapping[str, str]) -> None:
         if answers and self._store is not None:

@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +28,9 @@ from qrpo.errors import DataError, ModelError
 from qrpo.models import ModelConfig, dtype_setting, is_local, load_reward_model, location, model_identity
 from qrpo.models.limits import Limits, model_limits
 from qrpo.processes.child import Child
-from qrpo.rewards.protocol import Answers, Columns, Reward, RewardSection, Score
+from qrpo.rewards.protocol import Answers, Columns, Forms, Prompts, Reward, RewardSection, Score, Texts
 
-__all__ = ["KEEP_MEMORY", "ModelReward", "ModelRewardConfig", "encode_rows", "not_one_score", "score_rows"]
+__all__ = ["KEEP_MEMORY", "ModelReward", "ModelRewardConfig", "not_one_score", "score_conversations"]
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +106,8 @@ class ModelReward:
         self, prompts: Sequence[Messages], completions: Sequence[str], tools: Sequence[Any] = ()
     ) -> list[Score]:
         """One score per completion; too long rows, and those the template refuses, have an error."""
-        rows = encode_rows(self._tokenizer, prompts, completions, self._limits, tools)
-        return score_rows(*rows, self.score_ids)
+        given = (prompts, completions, tools)
+        return score_conversations(self._tokenizer, self._limits, *given, self.score_ids)
 
     def score_ids(self, ids: Sequence[list[int]]) -> list[float]:
         """The model's scores of rows of token ids, each at its last token."""
@@ -116,10 +116,8 @@ class ModelReward:
         waiting = sorted(range(len(ids)), key=lambda row: len(ids[row]), reverse=True)
         while waiting:
             batch = waiting[: _batch_rows([len(ids[row]) for row in waiting], self._batch_tokens)]
-            pad = self._padding([ids[row] for row in batch])
-            while pad is None and len(batch) > 1:
+            while (pad := self._padding([ids[row] for row in batch])) is None and len(batch) > 1:
                 batch = batch[: len(batch) // 2]
-                pad = self._padding([ids[row] for row in batch])
             rewards = self._forward([ids[row] for row in batch], pad or 0)
             if rewards is None:
                 self._halve(len(batch), len(ids[batch[0]]))
@@ -194,12 +192,7 @@ class _ChildModel:
         self._child = Child(target, config, name=f"reward model {config.model.path}", log=log, env=env)
 
     def score(
-        self,
-        prompts: Sequence[Messages],
-        completions: Sequence[str],
-        columns: Columns,
-        *,
-        conversational: Sequence[bool] | None = None,
+        self, prompts: Prompts, completions: Texts, columns: Columns, *, conversational: Forms = None
     ) -> list[Score]:
         """One score per completion, in order."""
         if not completions:
@@ -226,43 +219,32 @@ def load_in_child(config: ModelRewardConfig) -> ModelReward:
     return ModelReward(config)
 
 
-def encode_rows(
+def score_conversations(
     tokenizer: Any,
+    limits: Limits,
     prompts: Sequence[Messages],
     completions: Sequence[str],
-    limits: Limits,
-    tools: Sequence[Any] = (),
-) -> tuple[dict[int, list[int]], dict[int, Score]]:
-    """Token ids of the rows that can be scored, by index, and the errors of the others.
-
-    `tools` is the dataset's column of that name, if there is one.
-    """
-    encoded: dict[int, list[int]] = {}
-    refused: dict[int, Score] = {}
+    tools: Sequence[Any],
+    score_ids: Callable[[list[list[int]]], list[float]],
+) -> list[Score]:
+    """One score per completion, by the function of token ids; too long rows, and those that the
+    template refuses, have an error. `tools` is the dataset's column of that name, if there is one."""
     conversations = [
         [*prompt, {"role": "assistant", "content": completion}]
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
-    for row, ids in enumerate(
-        encode_conversations(tokenizer, conversations, [functions(given, "tools") for given in tools])
-    ):
-        if isinstance(ids, DataError):
-            refused[row] = Score(None, str(ids))
-        elif problem := limits.problem(ids):
-            refused[row] = Score(None, problem)
+    scores: dict[int, Score] = {}
+    encoded: dict[int, list[int]] = {}
+    given = [functions(column, "tools") for column in tools]
+    for row, ids in enumerate(encode_conversations(tokenizer, conversations, given)):
+        problem = str(ids) if isinstance(ids, DataError) else limits.problem(ids)
+        if problem or isinstance(ids, DataError):
+            scores[row] = Score(None, problem)
         else:
             encoded[row] = ids
-    return encoded, refused
-
-
-def score_rows(
-    encoded: Mapping[int, list[int]],
-    refused: Mapping[int, Score],
-    score_ids: Callable[[list[list[int]]], list[float]],
-) -> list[Score]:
-    """The scores of all rows in order, from what `encode_rows` returns."""
-    rewards = score_ids(list(encoded.values()))
-    scores = {**refused, **dict(zip(encoded, map(as_score, rewards), strict=True))}
+    for row, reward in zip(encoded, score_ids(list(encoded.values())), strict=True):
+        wrong = f"the reward model's score is {reward}, expected a finite number"
+        scores[row] = Score(reward) if math.isfinite(reward) else Score(None, wrong)
     return [scores[row] for row in range(len(scores))]
 
 
@@ -301,13 +283,6 @@ def _pads_with_end(model: ModelConfig) -> bool:
 def not_one_score(path: str, got: int) -> str:
     """The error message for a classifier."""
     return f"{path} gives {got} scores, expected a reward model with one: a classifier's labels are no reward"
-
-
-def as_score(reward: float) -> Score:
-    """The model's output as a score; an error if it is not finite."""
-    if not math.isfinite(reward):
-        return Score(None, f"the reward model's score is {reward}, expected a finite number")
-    return Score(reward)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

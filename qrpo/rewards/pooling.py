@@ -23,7 +23,7 @@ from qrpo.models import (
     weight_count,
 )
 from qrpo.models.limits import model_limits
-from qrpo.rewards.model import ModelReward, ModelRewardConfig, encode_rows, not_one_score, score_rows
+from qrpo.rewards.model import ModelReward, ModelRewardConfig, not_one_score, score_conversations
 from qrpo.rewards.protocol import Score
 
 __all__ = ["PoolingReward"]
@@ -91,8 +91,8 @@ class PoolingReward:
         self, prompts: Sequence[Messages], completions: Sequence[str], tools: Sequence[Any] = ()
     ) -> list[Score]:
         """One score per completion; too long rows, and those the template refuses, have an error."""
-        rows = encode_rows(self._tokenizer, prompts, completions, self._limits, tools)
-        return score_rows(*rows, self._classify)
+        given = (prompts, completions, tools)
+        return score_conversations(self._tokenizer, self._limits, *given, self._classify)
 
     def _classify(self, ids: list[list[int]]) -> list[float]:
         if not ids:
@@ -113,9 +113,16 @@ class PoolingReward:
             config.model_copy(update={"device": "cpu", "engine": "transformers", "options": {}})
         )
         prompts = [[{"role": "user", "content": text}] for text in ("What is 2 + 2?", "Name a colour.", "Hi")]
-        encoded, _ = encode_rows(self._tokenizer, prompts, ["4", "Blue, like the sky.", ""], self._limits)
-        ids = list(encoded.values())
-        return list(zip(ids, reward.score_ids(ids), strict=True))
+        probes: list[tuple[list[int], float]] = []
+
+        def score_ids(ids: list[list[int]]) -> list[float]:
+            scores = reward.score_ids(ids)
+            probes.extend(zip(ids, scores, strict=True))
+            return scores
+
+        completions = ["4", "Blue, like the sky.", ""]
+        score_conversations(self._tokenizer, self._limits, prompts, completions, (), score_ids)
+        return probes
 
     def _compare(self, probes: list[tuple[list[int], float]], dtype: str) -> None:
         """Raise ModelError unless vLLM gives the scores that transformers gives."""

@@ -16,8 +16,12 @@ from pydantic import Field
 from qrpo.config import Section
 from qrpo.data.chat import Messages
 
-__all__ = ["Answers", "Columns", "Reward", "RewardSection", "Score", "combine"]
+__all__ = ["Answers", "Columns", "Forms", "Prompts", "Reward", "RewardSection", "Score", "Texts", "combine"]
 
+Prompts = Sequence[Messages]
+Texts = Sequence[str]
+Forms = Sequence[bool] | None
+"""Whether each prompt was a list of messages in the dataset; None: all were."""
 Columns = Mapping[str, Sequence[Any]]
 """The dataset's other columns by name, one value per completion."""
 
@@ -40,12 +44,7 @@ class Reward(Protocol):
     """Scores completions. Calls from several threads are served one after another."""
 
     def score(
-        self,
-        prompts: Sequence[Messages],
-        completions: Sequence[str],
-        columns: Columns,
-        *,
-        conversational: Sequence[bool] | None = None,
+        self, prompts: Prompts, completions: Texts, columns: Columns, *, conversational: Forms = None
     ) -> list[Score]:
         """One score per completion, in order; it depends on the completion's own row only.
 

@@ -10,16 +10,15 @@ one by one, so one bad row costs no other row. The object is any with
 import math
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from qrpo.config import execution_option
-from qrpo.data.chat import Messages
 from qrpo.errors import EngineError, RewardError
 from qrpo.processes.child import Child
-from qrpo.rewards.protocol import Columns, RewardSection, Score
+from qrpo.rewards.protocol import Columns, Forms, Prompts, RewardSection, Score, Texts
 
 __all__ = ["WorkerPool", "WorkerSection"]
 
@@ -39,49 +38,24 @@ class WorkerSection(RewardSection):
 
     def pool(self, target: str, argument: Any, *, name: str, log: Path | None) -> "WorkerPool":
         """`target(argument)` in `workers` child processes."""
-        return WorkerPool(
-            target,
-            argument,
-            name=name,
-            workers=self.workers,
-            batch_size=self.batch_size,
-            timeout=self.timeout,
-            log=log,
-        )
+        children = [Child(target, argument, name=f"reward {name}", log=log) for _ in range(self.workers)]
+        return WorkerPool(children, self, name)
 
 
 class WorkerPool:
-    """A `Reward` with an object `target(*args)` in each of `workers` child processes."""
+    """A `Reward` with an object in each of several child processes."""
 
-    def __init__(
-        self,
-        target: str,
-        *args: Any,
-        name: str,
-        workers: int,
-        batch_size: int,
-        timeout: float,
-        log: Path | None,
-        env: Mapping[str, str] | None = None,
-    ):
+    def __init__(self, children: Sequence[Child], section: WorkerSection, name: str):
+        self._children = children
+        self._section = section
         self._name = name
-        self._children = [
-            Child(target, *args, name=f"reward {name}", log=log, env=env) for _ in range(workers)
-        ]
-        self._batch_size = batch_size
-        self._timeout = timeout
         self._lock = threading.Lock()  # protects the fields below
         self._scored_any = False
         self._lost = 0  # processes that hung or ended, in a row
         self._abandoned = False  # the caller waits no longer
 
     def score(
-        self,
-        prompts: Sequence[Messages],
-        completions: Sequence[str],
-        columns: Columns,
-        *,
-        conversational: Sequence[bool] | None = None,
+        self, prompts: Prompts, completions: Texts, columns: Columns, *, conversational: Forms = None
     ) -> list[Score]:
         """One score per completion; RewardError if every row so far failed."""
         count = len(completions)
@@ -90,7 +64,7 @@ class WorkerPool:
         wanted = self._children[0].call("columns")  # raises what loading the object raises
         if wanted is not None:
             columns = {name: columns[name] for name in columns if name in wanted}
-        forms = [True] * count if conversational is None else list(conversational)
+        forms = [True] * count if conversational is None else conversational
 
         def call(child: Child, rows: list[int]) -> list[Score]:
             arguments = (
@@ -98,8 +72,9 @@ class WorkerPool:
                 [completions[row] for row in rows],
                 {name: [values[row] for row in rows] for name, values in columns.items()},
             )
+            timeout = self._section.timeout
             try:
-                scores: list[Score] = child.call("call", *arguments, forms[rows[0]], timeout=self._timeout)
+                scores: list[Score] = child.call("call", *arguments, forms[rows[0]], timeout=timeout)
             except (RewardError, EngineError, TimeoutError) as error:
                 if self._abandoned:
                     raise
@@ -111,18 +86,16 @@ class WorkerPool:
                 self._lost = 0
             return scores
 
-        batches = [
-            batch
-            for form in (True, False)
-            for batch in self._batches([row for row in range(count) if forms[row] is form])
-        ]
+        size = max(1, min(self._section.batch_size, math.ceil(count / len(self._children))))
+        batches = []
+        for form in (True, False):
+            alike = [row for row in range(count) if forms[row] is form]
+            batches += [alike[start : start + size] for start in range(0, len(alike), size)]
         found = self._call_all(call, batches)
         scores = dict(zip((row for batch in batches for row in batch), found, strict=True))
-        errors = [score.error for score in scores.values() if score.error is not None]
-        self._scored_any = self._scored_any or len(errors) < count
         if not self._scored_any and count > 1:
             raise RewardError(
-                f"the reward failed on each of the first {count} completions: {errors[0]}. Fix it"
+                f"the reward failed on each of the first {count} completions: {found[0].error}. Fix it"
             )
         return [scores[row] for row in range(count)]
 
@@ -130,10 +103,6 @@ class WorkerPool:
         """End the child processes."""
         for child in self._children:
             child.close()
-
-    def _batches(self, rows: list[int]) -> list[list[int]]:
-        size = max(1, min(self._batch_size, math.ceil(len(rows) / len(self._children))))
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _call_all(
         self, call: Callable[[Child, list[int]], list[Score]], batches: Sequence[list[int]]
@@ -168,12 +137,12 @@ class WorkerPool:
     def _failed(self, error: Exception) -> Score:
         """The score of a row whose call failed; RewardError if too many in a row cost their process."""
         hung = isinstance(error, TimeoutError)
-        reason = f"no answer within {self._timeout:g} s (timeout)" if hung else str(error)
+        reason = f"no answer within {self._section.timeout:g} s (timeout)" if hung else str(error)
         with self._lock:
             self._lost = self._lost + 1 if hung or isinstance(error, EngineError) else 0
             if self._lost >= (_MAX_LOST if self._scored_any else _MAX_LOST_AT_START):
                 raise RewardError(
                     f"{self._name} hung or ended its process on each of {self._lost} completions in a row, at last: "
-                    f"{reason}. Fix the function, or raise the reward's timeout ({self._timeout:g} s)"
+                    f"{reason}. Fix the function, or raise the reward's timeout ({self._section.timeout:g} s)"
                 )
         return Score(None, reason)

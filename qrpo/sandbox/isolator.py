@@ -15,16 +15,28 @@ import importlib.metadata
 import importlib.util
 import os
 import pwd
+import re
 import shutil
+import signal
 import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import IO
 
-from qrpo.errors import RewardError
+from qrpo.errors import EngineError, RewardError
+from qrpo.sandbox.inside.solution import INPUT
 
-__all__ = ["PACKAGES", "bare_command", "find_bubblewrap", "find_packages", "jail_command", "map_users"]
+__all__ = [
+    "PACKAGES",
+    "StartError",
+    "bare_command",
+    "find_bubblewrap",
+    "find_packages",
+    "jail_command",
+    "map_users",
+]
 
 PACKAGES = "/packages"
 """The folder in the jail that holds the packages that solutions may import."""
@@ -34,10 +46,25 @@ SOLUTION_USER = 1000
 
 _INSIDE = Path(__file__).with_name("inside")
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from inside.zygote import main; main(int(sys.argv[2]), sys.argv[3])"
-_AS_VICTIM = (
-    'echo 1000 2>/dev/null >/proc/self/oom_score_adj; exec "$@"'  # if memory ends, it ends here first
-)
+_PYTHON = ("-P", "-s", "-S", "-B", "-c", _BOOT)
+# if memory ends, it ends here first
+_AS_VICTIM = 'echo 1000 2>/dev/null >/proc/self/oom_score_adj; exec "$@"'
 _LIBRARIES = ("/lib", "/lib32", "/lib64", "/libx32", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libx32")
+_ENVIRONMENT = {
+    "LANG": "C.UTF-8",
+    "HOME": "/tmp",
+    "PYTHONHASHSEED": "0",  # sets have the same order in all runs, so verdicts are deterministic
+    "LD_LIBRARY_PATH": "/python/lib",
+    "LD_BIND_NOW": "1",  # symbols are bound before the fork, not in every forked process
+    "MALLOC_ARENA_MAX": "1",
+    # threads that a package starts at import do not survive the fork, and each takes address space
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+
+
+class StartError(EngineError):
+    """No jail can be created on this machine."""
 
 
 def find_bubblewrap() -> str:
@@ -74,15 +101,27 @@ def _libraries(name: str, package: Path) -> list[Path]:
     return [package.parent / folder for folder in sorted(folders)]
 
 
-def map_users(process: int) -> None:
-    """Give a new user namespace root, as 0, and a user that no account has, as `SOLUTION_USER`.
+def map_users(info: IO[bytes], blocked: IO[bytes]) -> None:
+    """Give a new user namespace root, as 0, and a user that no account has, as `SOLUTION_USER`, as
+    soon as bubblewrap tells its process; let it go on.
 
     The kernel does not count the threads of root, so solutions run as the other one.
     """
+    if (told := re.search(rb'"child-pid": (\d+)', info.read(4096))) is None:
+        return  # bubblewrap has ended, and said why
+    process = int(told[1])
     taken = {entry.pw_uid for entry in pwd.getpwall()}
     unused = next(number for number in range(65533, 0, -1) if number not in taken)
-    for name in ("uid_map", "gid_map"):
-        Path(f"/proc/{process}/{name}").write_text(f"0 0 1\n{SOLUTION_USER} {unused} 1\n")
+    try:
+        for name in ("uid_map", "gid_map"):
+            Path(f"/proc/{process}/{name}").write_text(f"0 0 1\n{SOLUTION_USER} {unused} 1\n")
+        blocked.write(b"1")
+    except OSError as error:
+        os.kill(process, signal.SIGKILL)
+        raise StartError(
+            f"root runs the sandbox, and solutions cannot run as another user: {error}. Run the pipeline as a user that "
+            "is not root, or give the container the capabilities SETUID and SETGID"
+        ) from error
 
 
 def jail_command(
@@ -93,38 +132,27 @@ def jail_command(
     `users`: descriptors where it writes its process and waits until `map_users` has been called; by
     default it has one user.
     """
-    user = ("--uid", str(SOLUTION_USER), "--gid", str(SOLUTION_USER))
+    user = ["--uid", str(SOLUTION_USER), "--gid", str(SOLUTION_USER)]
+    capabilities = ["CAP_SYS_ADMIN"]
     if users is not None:
-        user = ("--info-fd", str(users[0]), "--userns-block-fd", str(users[1]))
-    capabilities = ("CAP_SYS_ADMIN", *(("CAP_SETUID", "CAP_SETGID", "CAP_KILL") if users else ()))
-    return [
-        *("/bin/sh", "-c", _AS_VICTIM, "sh", find_bubblewrap()),
-        *("--unshare-all", "--unshare-user", *user, "--hostname", "sandbox"),
-        *("--new-session", "--clearenv", "--cap-drop", "ALL"),
-        *(part for name in capabilities for part in ("--cap-add", name)),
-        *_file_system(),
-        *(("--dir", PACKAGES) if packages else ()),
-        *(
-            part
-            for name, package in packages.items()
-            for path in (package, *_libraries(name, package))
-            for part in ("--ro-bind", str(path), f"{PACKAGES}/{path.name}")
-        ),
-        *("--remount-ro", "/", "--chdir", "/tmp"),
-        # sets have the same order in all runs, so verdicts are deterministic
-        *("--setenv", "LANG", "C.UTF-8", "--setenv", "HOME", "/tmp", "--setenv", "PYTHONHASHSEED", "0"),
-        *("--setenv", "LD_LIBRARY_PATH", "/python/lib", "--setenv", "MALLOC_ARENA_MAX", "1"),
-        # symbols are bound before the fork, not in every forked process
-        *("--setenv", "LD_BIND_NOW", "1"),
-        # threads that a package starts at import do not survive the fork, and each takes address space
-        *("--setenv", "OMP_NUM_THREADS", "1", "--setenv", "OPENBLAS_NUM_THREADS", "1"),
-        *("/python/bin/python3", "-P", "-s", "-S", "-B", "-c", _BOOT, "/sandbox", str(control), settings),
-    ]
+        user = ["--info-fd", str(users[0]), "--userns-block-fd", str(users[1])]
+        capabilities += ["CAP_SETUID", "CAP_SETGID", "CAP_KILL"]
+    options = ["--unshare-all", "--unshare-user", "--hostname", "sandbox", "--new-session", "--clearenv"]
+    options += [*user, "--cap-drop", "ALL", *(part for name in capabilities for part in ("--cap-add", name))]
+    options += _file_system()
+    options += ["--dir", PACKAGES] if packages else []
+    for name, package in packages.items():
+        for path in (package, *_libraries(name, package)):
+            options += ["--ro-bind", str(path), f"{PACKAGES}/{path.name}"]
+    options += ["--remount-ro", "/", "--chdir", "/tmp"]
+    options += [part for variable in _ENVIRONMENT.items() for part in ("--setenv", *variable)]
+    interpreter = ["/python/bin/python3", *_PYTHON, "/sandbox", str(control), settings]
+    return ["/bin/sh", "-c", _AS_VICTIM, "sh", find_bubblewrap(), *options, *interpreter]
 
 
 def bare_command(control: int, settings: str) -> list[str]:
     """How to start the zygote without isolation."""
-    return [sys.executable, "-P", "-s", "-S", "-B", "-c", _BOOT, str(_INSIDE.parent), str(control), settings]
+    return [sys.executable, *_PYTHON, str(_INSIDE.parent), str(control), settings]
 
 
 _distributions = cache(importlib.metadata.packages_distributions)
@@ -154,5 +182,6 @@ def _file_system() -> Sequence[str]:
             arguments += ["--tmpfs", covered, "--remount-ro", covered]
     for device in ("/dev/null", "/dev/zero", "/dev/urandom"):
         arguments += ["--dev-bind", device, device]
+    arguments += ["--symlink", INPUT, "/dev/stdin"]
     made = (part for folder in folders if not Path(folder).is_symlink() for part in ("--dir", folder))
     return (*made, *arguments, "--ro-bind", str(_INSIDE), "/sandbox/inside", "--tmpfs", "/tmp")

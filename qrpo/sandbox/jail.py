@@ -8,9 +8,7 @@ zygote, which foreign code cannot reach, reports how the job's process exited.
 import contextlib
 import json
 import os
-import re
 import select
-import signal
 import socket
 import subprocess
 import tempfile
@@ -18,14 +16,15 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from qrpo.errors import EngineError
 from qrpo.sandbox.inside.framing import HEADER, frame, frame_end
 from qrpo.sandbox.inside.zygote import CLOCK, EXIT_RECORD
-from qrpo.sandbox.isolator import PACKAGES, bare_command, find_packages, jail_command, map_users
+from qrpo.sandbox.isolator import PACKAGES, StartError, bare_command, find_packages, jail_command, map_users
 from qrpo.sandbox.limits import Limits
 
-__all__ = ["Exit", "Jail", "Job", "Spent", "StartError"]
+__all__ = ["Exit", "Jail", "Job", "Spent"]
 
 _START_SECONDS = 120.0
 _PATIENCE_SECONDS = 0.005
@@ -39,20 +38,10 @@ _STARVED = 4.0  # wall seconds for a second of processor time on a busy machine
 class Exit:
     """How a job's process exited."""
 
-    status: int
-    """Exit code, or minus the signal."""
-    reason: str
-    """Why the host killed it: "wall time", "processor time: ..." or "output"; else empty."""
-    cpu_seconds: float
-
-    @property
-    def timed_out(self) -> bool:
-        """Whether it exceeded a limit on time."""
-        return "time" in self.reason
-
-
-class StartError(EngineError):
-    """No jail can be created on this machine."""
+    note: str
+    """Why it failed: "wall time", "processor time: ...", "output", "signal 11 ...", "exit code 1"; else empty."""
+    timed_out: bool
+    """Whether it exceeded a limit on time."""
 
 
 @dataclass(slots=True)
@@ -65,7 +54,7 @@ class Spent:
 
 
 class Jail:
-    """A running zygote, for one job and one thread at a time. Also a context manager."""
+    """A running zygote, for one job and one thread at a time."""
 
     def __init__(self, limits: Limits, *, packages: Sequence[str] = (), bare: bool = False):
         self.limits = limits
@@ -73,15 +62,8 @@ class Jail:
         self._bare = bare
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def __enter__(self) -> "Jail":
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self.close()
-
-    def start(self, *messages: bytes | str, spent: Spent | None = None) -> "Job":
+    def start(self, role: str, *messages: bytes | str, spent: Spent | None = None) -> "Job":
         """Start a job in a new process; StartError if the jail cannot be created."""
         control = self._running()
         job_read, job_write = os.pipe()
@@ -100,8 +82,8 @@ class Jail:
             os.close(answer_write)
         os.set_blocking(job_write, False)
         os.set_blocking(answer_read, False)
-        job = Job(self, control, job_write, answer_read, spent or Spent())
-        job.send(*messages)
+        job = Job(self, control, job_write, answer_read, role, spent or Spent())
+        job.send(role, *messages)
         return job
 
     def close(self) -> None:
@@ -116,52 +98,42 @@ class Jail:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
 
     def _running(self) -> socket.socket:
         if self._control is not None and self._process is not None and self._process.poll() is None:
             return self._control
         self.close()
-        control, zygote_end = socket.socketpair()
-        self._folder = tempfile.TemporaryDirectory(prefix="qrpo-sandbox-")
-        path = [str(package.parent) for package in self._packages.values()] if self._bare else [PACKAGES]
-        importable = {"packages": list(self._packages), "path": path}
         as_root = os.geteuid() == 0 and not self._bare
-        pipes = [*os.pipe(), *os.pipe()] if as_root else []
-        users = (pipes[1], pipes[2]) if as_root else None
-        settings = json.dumps(
-            {**self.limits.plain(), **importable, "bare": self._bare, "other_user": as_root}
-        )
-        command = (
-            bare_command(zygote_end.fileno(), settings)
-            if self._bare
-            else jail_command(zygote_end.fileno(), settings, self._packages, users)
-        )
-        with zygote_end, tempfile.TemporaryFile() as output, contextlib.ExitStack() as ends:
-            for end in (pipes[0], pipes[3]) if as_root else ():
-                ends.callback(os.close, end)
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=(zygote_end.fileno(), *(users or ())),
-                cwd=self._folder.name,
-                env={"PYTHONHASHSEED": "0", "LANG": "C.UTF-8"},
-            )
-            self._control = control
-            zygote_end.close()
+        path = [str(package.parent) for package in self._packages.values()] if self._bare else [PACKAGES]
+        settings = {"packages": list(self._packages), "path": path, "bare": self._bare, "other_user": as_root}
+        settings |= self.limits.plain()
+        self._control, zygote_end = socket.socketpair()
+        told, tell = os.pipe() if as_root else (-1, -1)
+        wait, release = os.pipe() if as_root else (-1, -1)
+        arguments = (zygote_end.fileno(), json.dumps(settings))
+        users = (tell, wait) if as_root else None
+        command = bare_command(*arguments) if self._bare else jail_command(*arguments, self._packages, users)
+        with tempfile.TemporaryFile() as output, contextlib.ExitStack() as pipes:
+            with zygote_end:
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    pass_fds=(zygote_end.fileno(), *(users or ())),
+                    cwd=tempfile.gettempdir(),
+                    env={"PYTHONHASHSEED": "0", "LANG": "C.UTF-8"},
+                )
             if as_root:
-                os.close(pipes[1])
-                os.close(pipes[2])
-                _map_users(pipes[0], pipes[3])
-            control.settimeout(_START_SECONDS)
+                os.close(tell)
+                os.close(wait)
+                info = pipes.enter_context(open(told, "rb", 0))  # bubblewrap writes to it until it is ready
+                map_users(info, pipes.enter_context(open(release, "wb", 0)))
+            self._control.settimeout(_START_SECONDS)
             with contextlib.suppress(TimeoutError, ConnectionError):
-                if control.recv(1) == b"S":
-                    control.settimeout(None)
-                    return control
+                if self._control.recv(1) == b"S":
+                    self._control.settimeout(None)
+                    return self._control
             self.close()
             output.seek(0)
             printed = output.read().decode(errors="replace").strip() or "it printed nothing"
@@ -172,35 +144,18 @@ class Jail:
             )
 
 
-def _map_users(info: int, block: int) -> None:
-    """Map the users of a jail as soon as bubblewrap tells its process, and let it go on."""
-    told = re.search(rb'"child-pid": (\d+)', os.read(info, 4096))
-    if told is None:  # bubblewrap has ended, and said why
-        return
-    try:
-        map_users(int(told[1]))
-        os.write(block, b"1")
-    except OSError as error:
-        os.kill(int(told[1]), signal.SIGKILL)
-        raise StartError(
-            f"root runs the sandbox, and solutions cannot run as another user: {error}. Run the pipeline as a user that "
-            "is not root, or give the container the capabilities SETUID and SETGID"
-        ) from error
-
-
 class Job:
     """A job in its process: the output so far, its messages, and how it exited."""
 
-    def __init__(self, jail: Jail, control: socket.socket, job: int, answer: int, spent: Spent):
-        self._jail = jail
-        self._control = control
+    def __init__(self, jail: Jail, control: socket.socket, job: int, answer: int, role: str, spent: Spent):
+        self._jail, self._control, self._role = jail, control, role
         self._job: int | None = job
-        self._answer = answer
+        self._answer: int | None = answer
         self._pending = bytearray()
         self._reading = True
         self._ordered = ""  # why it was ordered to be killed
         self._cpu = self._cpu_before = 0.0
-        # messages, CPU and wall time at the last one, and when it came
+        # messages, CPU and wall time at the start of a test, and when it was; None: at the next look
         self._mark: tuple[int, float, float, float] | None = (0, 0.0, 0.0, time.monotonic())
         self._parsed = self._messages = self._received = 0
         self._asked: float | None = None  # since when the zygote owes the processor time
@@ -208,7 +163,7 @@ class Job:
         self.spent = spent
         self.output = bytearray()
         self.frames: deque[bytes] = deque()
-        """Messages that `next_frame` has not returned."""
+        """Messages that `next_frame` has not returned. A program's output has none."""
         self.exit: Exit | None = None
         self.is_live = False
         """Whether the time of a test ends at `begin` only, not at each message."""
@@ -229,27 +184,39 @@ class Job:
             self._next_check = time.monotonic() + _CHECK_SECONDS
 
     def finish(self) -> Exit:
-        """Wait for the exit of the process, and keep its whole answer in `output`."""
+        """Wait for the exit of the process, and keep its whole answer in `output` and `frames`."""
         try:
             while self.exit is None:
                 self._exchange(closing=True)
+            self._parse()
             return self.exit
         finally:
-            self._close()
+            self._close_job()
+            if self._answer is not None:
+                os.close(self._answer)
+                self._answer = None
 
     def next_frame(self) -> bytes | None:
         """The next message of the answer; None if the process exited before it."""
         while True:
-            if not self.frames:
-                self.parse()
+            self._parse()
             if self.frames:
                 return self.frames.popleft()
             if self.exit is not None:
                 return None
             self._exchange(closing=False)
 
-    def parse(self) -> None:
+    def kill(self) -> None:
+        """Kill the process now."""
+        if self.exit is None:
+            with contextlib.suppress(OSError):
+                self._control.sendall(b"K")
+        self.finish()
+
+    def _parse(self) -> None:
         """Move the complete messages from `output` to `frames`."""
+        if self._role == "program":
+            return
         while (end := frame_end(self.output, self._parsed)) is not None:
             self.frames.append(bytes(self.output[self._parsed + HEADER : end]))
             self._parsed = end
@@ -257,14 +224,6 @@ class Job:
         if self._parsed > 1 << 16:
             del self.output[: self._parsed]
             self._parsed = 0
-
-    def kill(self) -> None:
-        """Kill the process now."""
-        if self.exit is None:
-            with contextlib.suppress(OSError):
-                self._control.sendall(b"K")
-            self.finish()
-        self._close()
 
     def _exchange(self, *, closing: bool) -> None:
         """Wait for one or several events, and handle them."""
@@ -277,7 +236,7 @@ class Job:
                 return
         poller = select.poll()
         poller.register(self._control, select.POLLIN)
-        if self._reading:
+        if self._reading and self._answer is not None:
             poller.register(self._answer, select.POLLIN)
         if self._pending and self._job is not None:
             poller.register(self._job, select.POLLOUT)
@@ -301,6 +260,7 @@ class Job:
             self._asked = now
 
     def _read(self) -> None:
+        assert self._answer is not None
         with contextlib.suppress(BlockingIOError):
             data = os.read(self._answer, 1 << 16)
             self._reading = bool(data)
@@ -316,14 +276,17 @@ class Job:
             self._asked, self._next_check = None, time.monotonic() + _CHECK_SECONDS
             self._check()
             return
-        status, self._cpu = EXIT_RECORD.unpack(self._control_message(EXIT_RECORD.size))
+        code, self._cpu = EXIT_RECORD.unpack(self._control_message(EXIT_RECORD.size))
         self.spent.cpu_seconds += self._cpu - self._cpu_before
         while self._reading:  # all writers have exited: read the rest
             before = self._received
             self._read()
             if self._received == before:
                 break
-        self.exit = Exit(os.waitstatus_to_exitcode(status), self._ordered, self._cpu)
+        status = os.waitstatus_to_exitcode(code)
+        died = f"signal {-status} after {self._cpu:.1f} s of processor time" if status < 0 else ""
+        note = self._ordered or died or (f"exit code {status}" if status else "")
+        self.exit = Exit(note, "time" in self._ordered)
 
     def _control_message(self, size: int) -> bytes:
         message = b""
@@ -337,7 +300,7 @@ class Job:
     def _check(self) -> None:
         """Order the kill of a process that exceeds a limit on time."""
         limits, spent = self._jail.limits, self.spent
-        self.parse()
+        self._parse()
         cpu, wall = spent.cpu_seconds + self._cpu - self._cpu_before, spent.wall_seconds
         if self._mark is None or (self._mark[0] != self._messages and not self.is_live):
             self._mark = (self._messages, cpu, wall, time.monotonic())
@@ -361,7 +324,7 @@ class Job:
         self._ordered = self._ordered or reason
         self._control.sendall(b"K")
 
-    def _fail(self, how: str) -> None:
+    def _fail(self, how: str) -> NoReturn:
         self._jail.close()
         raise EngineError(f"the sandbox's zygote {how}; the next call starts another", transient=True)
 
@@ -369,9 +332,3 @@ class Job:
         if self._job is not None:
             os.close(self._job)
             self._job = None
-
-    def _close(self) -> None:
-        self._close_job()
-        if self._answer >= 0:
-            os.close(self._answer)
-            self._answer = -1

@@ -14,8 +14,8 @@ from decimal import Decimal
 from typing import Literal, Self
 
 from qrpo.errors import DataError, EngineError
-from qrpo.sandbox.isolator import find_bubblewrap, find_packages
-from qrpo.sandbox.jail import Exit, Jail, Job, Spent, StartError
+from qrpo.sandbox.isolator import StartError, find_bubblewrap, find_packages
+from qrpo.sandbox.jail import Exit, Jail, Job, Spent
 from qrpo.sandbox.limits import Limits
 
 __all__ = ["CheckTests", "ProgramTests", "Sandbox", "Verdict"]
@@ -60,8 +60,8 @@ class Verdict:
 
     passed: tuple[bool, ...]
     note: str = field(default="", compare=False)
-    """Why the first test failed, for people: "wall time", "exit code 1", "line 3: AssertionError";
-    empty if all passed."""
+    """Why the first test failed, for people: "wall time", "exit code 1", "line 3: AssertionError".
+    If all passed: empty, or that the tests are weak."""
 
     @property
     def share(self) -> float:
@@ -79,6 +79,8 @@ class _Prepared:
     """The tests of one problem, compiled by a judge."""
 
     tests: int
+    weak: int
+    """The number of tests that pass for any truthy value, as far as that is known."""
     entry_point: str
     wanted: list[str]
     bound: int
@@ -87,6 +89,11 @@ class _Prepared:
     preamble: bytes
     calls: tuple[bytes, ...] | None
     """The calls that are known in advance; None if they are made one by one."""
+
+    @property
+    def weakness(self) -> str:
+        """What people should know about tests that any truthy value passes."""
+        return f"weak tests: {self.weak} of {self.tests} pass for any truthy value" if self.weak else ""
 
     def zeros(self, note: str) -> Verdict:
         """No test passed."""
@@ -124,7 +131,7 @@ class Sandbox:
         self._workers = workers or len(os.sched_getaffinity(0))
         self._pool: ThreadPoolExecutor | None = None
         self._free: list[_Worker] = []
-        self._prepared: OrderedDict[tuple[CheckTests, bool], _Prepared | DataError] = OrderedDict()
+        self._prepared: OrderedDict[CheckTests, _Prepared | DataError] = OrderedDict()
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -159,27 +166,20 @@ class Sandbox:
     def _judge_one(self, code: str | Sequence[str], tests: CheckTests | ProgramTests) -> Verdict | DataError:
         blocks = [code] if isinstance(code, str) else list(code)
         with self._lock:
-            worker = self._free.pop() if self._free else self._new_worker()
+            worker = self._free.pop() if self._free else _Worker(self.limits, self._packages, self._bare)
         try:
-            return self._judge_with(worker, blocks, tests)
-        except (
-            EngineError
-        ):  # a failure of the jail, which solutions should not cause: try once more in new jails
-            worker.close()
-            try:
-                return self._judge_with(worker, blocks, tests)
-            except StartError:
-                raise
-            except EngineError as error:
-                worker.close()
-                return Verdict((False,), f"the sandbox failed twice on this solution: {error}")
+            for _ in range(2):  # solutions should not be able to make a jail fail: try once more
+                try:
+                    return self._judge_with(worker, blocks, tests)
+                except StartError:
+                    raise
+                except EngineError as error:
+                    failure = error
+                    worker.close()
+            return Verdict((False,), f"the sandbox failed twice on this solution: {failure}")
         finally:
             with self._lock:
                 self._free.append(worker)
-
-    def _new_worker(self) -> "_Worker":
-        jails = [Jail(self.limits, packages=self._packages, bare=self._bare) for _ in range(2)]
-        return _Worker(*jails)
 
     def _judge_with(
         self, worker: "_Worker", blocks: list[str], tests: CheckTests | ProgramTests
@@ -190,60 +190,58 @@ class Sandbox:
                     f"got {len(tests.inputs)} inputs and {len(tests.outputs)} outputs, expected the same number, not 0"
                 )
             return worker.run_program(blocks, tests)
-        prepared = self._prepare(worker, tests, live=False)
-        if isinstance(prepared, DataError):
-            return prepared
-        if prepared.calls is not None:
-            verdict = worker.judge(blocks, prepared, prepared.calls)
-            if verdict is not None:
-                return verdict
-            prepared = self._prepare(worker, tests, live=True)
-        return prepared if isinstance(prepared, DataError) else worker.judge_live(blocks, prepared)
-
-    def _prepare(self, worker: "_Worker", tests: CheckTests, *, live: bool) -> _Prepared | DataError:
-        key = (tests, live)
         with self._lock:
-            prepared = self._prepared.get(key)
+            prepared = self._prepared.get(tests)
         if prepared is None:
-            prepared = worker.prepare(tests, live=live)
+            prepared = worker.prepare(tests)
+            if isinstance(prepared, _Prepared) and prepared.weak:
+                logger.warning(f"{prepared.weakness}: {tests.test.strip()[:200]!r}")
             with self._lock:
-                self._prepared[key] = prepared
+                self._prepared[tests] = prepared
                 if len(self._prepared) > _MAX_PREPARED:
                     self._prepared.popitem(last=False)
-        return prepared
+        return prepared if isinstance(prepared, DataError) else worker.judge(blocks, prepared)
 
 
 class _Worker:
     """Two jails: one runs solutions, the other judges, which see the tests."""
 
-    def __init__(self, solutions: Jail, judges: Jail):
-        self._solutions = solutions
-        self._judge = _Judge(judges)
+    def __init__(self, limits: Limits, packages: Sequence[str], bare: bool):
+        self._solutions = Jail(limits, packages=packages, bare=bare)
+        self._judges = Jail(limits, packages=packages, bare=bare)
+        self._judge: Job | None = None  # serves many judgements of calls that are known in advance
+        self._uses = 0
+        self._timed_out = False  # the last judge that ended
 
     def close(self) -> None:
+        self._judge = None
         self._solutions.close()
-        self._judge.close()
+        self._judges.close()
 
-    def prepare(self, tests: CheckTests, *, live: bool) -> _Prepared | DataError:
-        asked = ("prepare", tests.preamble, tests.test, tests.entry_point, "live" if live else "")
-        frames = self._judge.ask(*asked)
+    def prepare(self, tests: CheckTests) -> _Prepared | DataError:
+        frames = self._ask("prepare", tests.preamble, tests.test, tests.entry_point)
         if not frames or frames[-1] != b".":
             return DataError("the tests cannot be prepared within the limits")
         facts = json.loads(frames[0])
         if facts["error"] is not None:
             return DataError(f"the tests cannot be used: {facts['error']}")
-        calls = None if facts["calls"] is None else tuple(frames[3:-1])
-        named = (facts["tests"], facts["entry_point"], facts["wanted"], facts["bound"])
-        return _Prepared(*named, frames[1], frames[2], calls)
+        named = {name: facts[name] for name in ("tests", "weak", "entry_point", "wanted", "bound")}
+        calls = tuple(frames[3:-1]) if facts["calls"] else None
+        return _Prepared(**named, suite=frames[1], preamble=frames[2], calls=calls)
 
-    def judge(self, blocks: list[str], prepared: _Prepared, calls: Sequence[bytes]) -> Verdict | None:
+    def judge(self, blocks: list[str], prepared: _Prepared) -> Verdict:
+        if prepared.calls is not None and (verdict := self._judge_in_advance(blocks, prepared)) is not None:
+            return verdict
+        return self._judge_live(blocks, prepared)
+
+    def _judge_in_advance(self, blocks: list[str], prepared: _Prepared) -> Verdict | None:
         """The verdict by calls known in advance; None if a result is not data, so that the tests
         must run live."""
-        spent, replies, note, timeouts = Spent(), list[bytes](), "", 0
+        assert prepared.calls is not None
+        calls, spent, replies, note, timeouts = prepared.calls, Spent(), list[bytes](), "", 0
         while len(replies) < len(calls):
-            job = self._define(blocks, prepared, calls[len(replies) :], spent)
+            job = self._define(blocks, prepared, spent, *calls[len(replies) :], mode="in advance")
             result = job.finish()
-            job.parse()
             first, *more = job.frames or [b""]
             if first != b"=":
                 return prepared.zeros(_undefined(first, result))
@@ -252,19 +250,19 @@ class _Worker:
             replies += more[: len(calls) - len(replies)]
             if len(replies) == len(calls):
                 break
-            note = note or _note(result) or "the solution ended its process"
+            note = note or result.note or "the solution ended its process"
             timeouts += result.timed_out
             replies.append(b"x" + note.encode())
             if not result.timed_out or timeouts == _MAX_TIMEOUTS:
                 break
-        frames = self._judge.ask("judge", prepared.suite, str(len(replies)), *replies)
+        frames = self._ask("judge", prepared.suite, str(len(replies)), *replies)
         return _verdict(prepared, frames, note)
 
-    def judge_live(self, blocks: list[str], prepared: _Prepared) -> Verdict:
+    def _judge_live(self, blocks: list[str], prepared: _Prepared) -> Verdict:
         """The verdict by calls that are made one by one."""
         spent, note, timeouts = Spent(), "", 0
         opening: list[bytes] = []
-        solution = self._define(blocks, prepared, (), spent)
+        solution = self._define(blocks, prepared, spent)
         first = solution.next_frame()
         if first != b"=":
             solution.kill()
@@ -273,9 +271,7 @@ class _Worker:
         def reply(request: bytes) -> bytes:
             nonlocal solution, note, timeouts
             if solution.exit is not None and 0 < timeouts < _MAX_TIMEOUTS:  # go on with the next test
-                solution = self._define(blocks, prepared, (), spent)
-                for message in opening:
-                    solution.send(message)
+                solution = self._define(blocks, prepared, spent, *opening)
                 for _ in range(1 + len(opening)):
                     solution.next_frame()
             if len(opening) < prepared.bound:
@@ -286,20 +282,20 @@ class _Worker:
             found = solution.next_frame()
             if found is None:
                 assert solution.exit is not None
-                note = note or _note(solution.exit) or "the solution ended its process"
+                note = note or solution.exit.note or "the solution ended its process"
                 timeouts = timeouts + 1 if solution.exit.timed_out else _MAX_TIMEOUTS
             return b"x" + note.encode() if found is None else found
 
         try:
-            frames = self._judge.ask("step by step", prepared.suite, "0", reply=reply)
-            return _verdict(prepared, frames, note)
+            return _verdict(prepared, self._ask("judge", prepared.suite, "0", reply=reply), note)
         finally:
             solution.kill()
 
-    def _define(self, blocks: list[str], prepared: _Prepared, calls: Sequence[bytes], spent: Spent) -> Job:
-        code = json.dumps([blocks, prepared.wanted])
-        messages: list[bytes | str] = [prepared.preamble, code, prepared.entry_point, str(len(calls)), *calls]
-        return self._solutions.start("solution", *messages, spent=spent)
+    def _define(
+        self, blocks: list[str], prepared: _Prepared, spent: Spent, *requests: bytes, mode: str = "live"
+    ) -> Job:
+        defined = (prepared.preamble, json.dumps([blocks, prepared.wanted]), prepared.entry_point)
+        return self._solutions.start("solution", *defined, mode, *requests, spent=spent)
 
     def run_program(self, blocks: list[str], tests: ProgramTests) -> Verdict:
         spent, note, timeouts = Spent(), "", 0
@@ -312,62 +308,50 @@ class _Worker:
             result = job.finish()
             timeouts += result.timed_out
             printed = job.output.decode(errors="replace")
-            passed.append(not _note(result) and _same_output(printed, expected, tests))
+            passed.append(not result.note and _same_output(printed, expected, tests))
             if not passed[-1]:
-                note = note or _note(result) or f"test {len(passed)}: another output than expected"
+                note = note or result.note or f"test {len(passed)}: another output than expected"
         return Verdict(tuple(passed), note)
 
+    def _ask(self, *messages: bytes | str, reply: Callable[[bytes], bytes] | None = None) -> list[bytes]:
+        """The messages of a judge's answer; the last is b"." unless the process exited before.
 
-class _Judge:
-    """A judge process for many judgements of tests whose calls are known in advance."""
-
-    def __init__(self, jail: Jail):
-        self._jail = jail
-        self._job: Job | None = None
-        self._uses = 0
-
-    def ask(self, *messages: bytes | str, reply: Callable[[bytes], bytes] | None = None) -> list[bytes]:
-        """The messages of the judge's answer; the last is b"." unless the process exited before."""
-        if self._uses >= _MAX_JUDGEMENTS or reply is not None:  # live calls cannot be made twice
-            self._end()
-        is_new = self._job is None
+        A judge that calls the solution itself, by `reply`, serves this judgement alone.
+        """
+        if self._uses >= _MAX_JUDGEMENTS or reply is not None:
+            self._end_judge()
+        is_new = self._judge is None
         frames = self._answer(messages, reply)
         if reply is not None:
-            self._end()
-            return frames
-        if frames[-1:] == [b"."]:
-            return frames
-        if messages[0] == "judge":
-            return self._answer(("step by step", *messages[1:]), None)
-        return frames if is_new else self._answer(messages, None)
-
-    def close(self) -> None:
-        self._job = None
-        self._jail.close()
+            self._end_judge()
+        elif frames[-1:] != [b"."] and not (is_new or self._timed_out):  # it may have had no memory left
+            frames = self._answer(messages, None)
+        return frames
 
     def _answer(self, messages: Sequence[bytes | str], reply: Callable[[bytes], bytes] | None) -> list[bytes]:
-        if self._job is None:
-            self._job, self._uses = self._jail.start("judge"), 0
+        if self._judge is None:
+            self._judge, self._uses = self._judges.start("judge"), 0
         self._uses += 1
-        self._job.begin(Spent())
-        self._job.send(*messages)
+        self._judge.begin(Spent())
+        self._judge.send(*messages)
         frames: list[bytes] = []
         while frames[-1:] != [b"."]:
-            message = self._job.next_frame()
+            message = self._judge.next_frame()
             if message is None:
-                self._end()
+                self._timed_out = self._judge.exit is not None and self._judge.exit.timed_out
+                self._end_judge()
                 break
             if message[:1] == b"c" and reply is not None:
-                self._job.send(reply(message[1:]))
-                self._job.begin()
+                self._judge.send(reply(message[1:]))
+                self._judge.begin()
             else:
                 frames.append(message)
         return frames
 
-    def _end(self) -> None:
-        job, self._job, self._uses = self._job, None, 0
-        if job is not None:
-            job.kill()
+    def _end_judge(self) -> None:
+        judge, self._judge = self._judge, None
+        if judge is not None:
+            judge.kill()
 
 
 def _verdict(prepared: _Prepared, frames: Sequence[bytes], note: str) -> Verdict:
@@ -377,7 +361,7 @@ def _verdict(prepared: _Prepared, frames: Sequence[bytes], note: str) -> Verdict
     if len(passed) < prepared.tests:
         reasons.append("the tests did not end within the limits on what the solution returned")
     passed += [False] * (prepared.tests - len(passed))
-    return Verdict(tuple(passed), "" if all(passed) else note or reasons[0])
+    return Verdict(tuple(passed), prepared.weakness if all(passed) else note or reasons[0])
 
 
 def _same_output(printed: str, expected: str, tests: ProgramTests) -> bool:
@@ -412,14 +396,5 @@ def _lines(text: str) -> list[str]:
 
 def _undefined(first: bytes, result: Exit | None) -> str:
     said = first[1:].decode(errors="replace") if first[:1] == b"!" else ""
-    return (
-        f"the solution cannot be defined: {said or (_note(result) if result else '') or 'its process ended'}"
-    )
-
-
-def _note(result: Exit) -> str:
-    if result.reason:
-        return result.reason
-    if result.status < 0:
-        return f"signal {-result.status} after {result.cpu_seconds:.1f} s of processor time"
-    return f"exit code {result.status}" if result.status else ""
+    reason = said or (result.note if result else "") or "its process ended"
+    return f"the solution cannot be defined: {reason}"

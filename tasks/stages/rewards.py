@@ -5,6 +5,7 @@ Several small parts are scored together, so that a reward model's batches are fu
 
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ import pyarrow.compute as pc
 
 from qrpo.config import keyed
 from qrpo.errors import EngineError, RewardError
-from qrpo.rewards import Reward, RewardConfig, Score, combine, identity, open_reward
+from qrpo.rewards import Reward, RewardConfig, Score, combine, open_reward
 from storage import PartRecord, Store, fingerprint
 from storage.checks import at_least, finite, one_of, rule
 from storage.table import Table, column
@@ -65,8 +66,8 @@ TABLE = Table(
 
 log = logging.getLogger("qrpo")
 
-Known = Mapping[str, float | None]
-"""Values that one row's rewards had before, by the reward's name; None where the reward did not apply."""
+Known = Mapping[str, Score]
+"""Scores that one row's rewards had before, by the reward's name."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def reward_settings(
     A model's scores are float32. All other rewards are float64, and version 1 rounded them, so its values may not serve.
     """
     outside = {
-        reward.name: {**identity(reward), **({} if reward.kind == "model" else {"precision": "float64"})}
+        reward.name: {**reward.identity(), **({} if reward.kind == "model" else {"precision": "float64"})}
         for reward in rewards
     }
     for reward in rewards:
@@ -170,7 +171,7 @@ class Scorer:
             name = config.name
             fresh = [row for row, values in zip(rows, known, strict=True) if name not in values]
             scores = iter(_ask(reward, fresh, watched=not config.weight) if fresh else ())
-            own = [Score(values[name]) if name in values else next(scores) for values in known]
+            own = [values[name] if name in values else next(scores) for values in known]
             return name, config.weight, own
 
         if len(self._rewards) == 1:
@@ -271,13 +272,13 @@ def known_scores(
 
 def _committed_scores(
     rewards: Sequence[RewardConfig], rows: "pl.DataFrame", store: Store, stage: str
-) -> dict[str, dict[str, float | None]]:
-    """Values of these rewards by `input_digest` and the reward's present name.
+) -> dict[str, dict[str, Score]]:
+    """Scores of these rewards by `input_digest` and the reward's present name.
 
     A row that failed says nothing. In the others, a component that is missing did not apply, and one that is null
     failed.
     """
-    known: dict[str, dict[str, float | None]] = {}
+    known: dict[str, dict[str, Score]] = {}
     if rows.is_empty():
         return known
     ours = reward_identities(*reward_settings(rewards, store))
@@ -286,12 +287,20 @@ def _committed_scores(
         noted = noted_family(store, stage, str(family)) or {}
         theirs = reward_identities(*_rewards_of(noted)) if noted else ours
         names = {name: [other for other, value in theirs.items() if value == ours[name]] for name in ours}
-        for row in group.select("input_digest", "components").iter_rows(named=True):
+        a_note = re.compile(rf"(?:^|; )({'|'.join(map(re.escape, theirs))}): ")  # as `combine` writes them
+        read = [name for name in ("input_digest", "components", "note") if name in group.columns]
+        for row in group.select(read).iter_rows(named=True):
+            _, *parts = a_note.split(row.get("note") or "")
+            notes = dict(zip(parts[::2], parts[1::2], strict=True))
             values = {item["name"]: item["value"] for item in row["components"] or ()}
             found = known.setdefault(row["input_digest"], {})
             scored = {name: other[0] for name, other in names.items() if other}
             failed = {name for name, value in values.items() if value is None}
-            found |= {name: values.get(other) for name, other in scored.items() if other not in failed}
+            found |= {
+                name: Score(values.get(other), note=notes.get(other, ""))
+                for name, other in scored.items()
+                if other not in failed
+            }
     return known
 
 
@@ -333,7 +342,8 @@ def _warn_of_broken_tests(rows: Sequence[Mapping[str, Any]], scores: Sequence[Sc
     for row, score in zip(rows, scores, strict=True):
         prompts.setdefault(row["prompt_id"], []).append((row["origin"], score))
     for prompt_id, scored in prompts.items():
-        failed = next((score.note for origin, score in scored if origin == "offline" and score.note), "")
+        notes = [score.note for origin, score in scored if origin == "offline"]
+        failed = next((note for note in notes if note and "weak tests" not in note), "")
         rewards = {score.reward for _, score in scored}
         if failed and len(rewards) == 1 and len(scored) > 1:
             log.warning(

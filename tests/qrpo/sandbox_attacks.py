@@ -4,22 +4,13 @@
 """
 
 CHEATS = {
-    "prints fake results": """
+    "prints and writes fake results": """
+import os
+for fd in range(64):
+    try: os.write(fd, b"RESULT: 1.0\\n1\\n1\\n1\\n1\\n" if fd < 3 else b"\\x01\\x00\\x00\\x001" * 4)
+    except OSError: pass
 def f(x):
     print("RESULT 4 4 PASSED\\n" * 100, flush=True)
-""",
-    "prints fake results to the real standard output": """
-import os
-for fd in range(3):
-    os.write(fd, b"RESULT: 1.0\\n1\\n1\\n1\\n1\\n")
-def f(x): return None
-""",
-    "writes passes to every descriptor": """
-import os
-for fd in range(3, 64):
-    try: os.write(fd, b"\\x01\\x00\\x00\\x001" * 4)
-    except OSError: pass
-def f(x): return None
 """,
     "writes well-formed verdicts to every descriptor": """
 import os, struct

@@ -1,6 +1,7 @@
 """The code reward: what is code in a completion, what is a test, and LeetCode's real ones."""
 
 import ast
+import contextlib
 import json
 import re
 import time
@@ -13,8 +14,8 @@ from pydantic import TypeAdapter
 
 from qrpo.config import keyed
 from qrpo.errors import DataError, RewardError
-from qrpo.rewards import CodeRewardConfig, RewardConfig, Score, identity, open_reward
-from qrpo.rewards.code import code_blocks, fenced_code, run_tests
+from qrpo.rewards import CodeRewardConfig, RewardConfig, Score, open_reward
+from qrpo.rewards.code import code_blocks, run_tests
 from qrpo.sandbox import CheckTests, Limits, ProgramTests, Sandbox, Verdict
 from qrpo.sandbox.jail import Jail
 from tests.support.rewards import LEETCODE, needs_bubblewrap
@@ -45,7 +46,7 @@ def passed(sandbox: Sandbox, code: str, test: str, preamble: str = "", entry: st
         ("Here:\n```python\nx = 1\n```\nDone.", "x = 1"),
         ("```\nx = 1\n```", "x = 1"),
         ("```py\nx = 1\n```\n\n```bash\npip install x\n```", "x = 1"),
-        ("```python\ndef f(): ...\n```\nUse it:\n```python\nprint(1)\n```", "def f(): ..."),
+        ("```python\ndef f(): ...\n```\nOutput:\n```\n1\n```", "def f(): ..."),
         ("```python\nfirst = 1\n```\n```python\nlast = 1\n```", "last = 1"),
         ("1. So:\n   ```python\n   def f():\n       return 1\n   ```", "def f():\n    return 1"),
         ("~~~python\nx = '```'\n~~~", "x = '```'"),
@@ -64,7 +65,7 @@ def passed(sandbox: Sandbox, code: str, test: str, preamble: str = "", entry: st
     ],
 )
 def test_the_code_of_a_completion_is_its_fenced_python(text: str, code: str | None) -> None:
-    assert fenced_code(text, "f") == code
+    assert code_blocks(text, "f")[-1:] == ([] if code is None else [code])
 
 
 @needs_bubblewrap
@@ -99,25 +100,6 @@ def test_broken_tests_are_errors_of_their_row_alone() -> None:
     assert [type(other) for other in others] == [DataError] * 4
     for other, reason in zip(others, broken, strict=True):
         assert reason in str(other)
-
-
-@needs_bubblewrap
-def test_programs_are_judged_by_what_they_print() -> None:
-    config = CodeRewardConfig(tests="stdio", workers=1)
-    program = "```python\nimport sys\nfor line in sys.stdin:\n    print(int(line) ** 2, end='  \\n')\n```"
-    columns = {"inputs": [["2\n3\n", "4"]], "outputs": [["4\n9\n", "17"]]}
-    (verdict,) = run_tests([program], columns, config)
-    assert verdict == Verdict((True, False))
-
-
-@needs_bubblewrap
-def test_a_program_that_fails_after_the_right_output_has_failed(sandbox: Sandbox) -> None:
-    tests = ProgramTests(("",), ("1",))
-    good = "import sys, threading\nthreading.Thread(target=print, args=(1,)).start()\nsys.exit()"
-    verdicts = sandbox.judge(
-        [("print(1)\nraise ValueError", tests), ("print(1)\nexit(3)", tests), (good, tests)]
-    )
-    assert [v.all_passed for v in verdicts if isinstance(v, Verdict)] == [False, False, True]
 
 
 ROUND = "```python\nprint(round(float(input()), {digits}))\n```"
@@ -155,22 +137,31 @@ def test_inputs_and_outputs_are_read_as_their_datasets_write_them(
 
 @needs_bubblewrap
 @pytest.mark.parametrize(
-    ("completion", "printed"),
+    ("program", "printed", "passes"),
     [
-        ("```python\nprint(1)\nexit()\n```", "1"),
-        ("```python\nimport sys\nprint(1)\nquit()\n```\nOutput:\n```\n1 2\n```", "1"),
-        ("```python\ndef one(): return 1\n```\nRead:\n```python\nprint(one(), input())\n```", "1 5"),
-        ("```python\nprint(input())\n```\nUse it:\n```python\nx = 3\n```", "5"),
-        ("```python\nimport os\nprint(os.path.basename(__file__), __name__)\n```", "main.py __main__"),
-        (
-            "```python\nimport io, sys\nsys.stdout = io.StringIO()\nprint(int(input()) + 1)\nsys.__stdout__.write(sys.stdout.getvalue())\n```",
-            "6",
-        ),
+        ("print(1)\nexit()", "1", True),
+        ("import sys\nprint(1)\nquit()\n```\nOutput:\n```\n1 2", "1", True),
+        ("def one(): return 1\n```\nRead:\n```python\nprint(one(), input())", "1 5", True),
+        ("print(input())\n```\nUse it:\n```python\nx = 3", "5", True),
+        ("import os\nprint(os.path.basename(__file__), __name__)", "main.py __main__", True),
+        ("import io, sys\nsys.stdout = io.StringIO()\nsys.__stdout__.write(input())", "5", True),
+        ("import sys\nfor line in sys.stdin: print(int(line) ** 2, end='  \\n')", "25", True),
+        ("import sys, threading\nthreading.Thread(target=print, args=(1,)).start()\nsys.exit()", "1", True),
+        ("print(open(0).read())", "5", True),
+        ("import os\nprint(os.read(0, 9).decode())", "5", True),
+        ("from pathlib import Path\nprint(Path('/dev/stdin').read_text())", "5", True),
+        ("for line in open('/dev/stdin'): print(int(line) + 1)", "6", True),
+        ("print(1)", "2", False),
+        # it fails after the right output
+        ("print(1)\nraise ValueError", "1", False),
+        ("print(1)\nexit(3)", "1", False),
     ],
 )
-def test_honest_programs_run(sandbox: Sandbox, completion: str, printed: str) -> None:
+def test_programs_are_judged_by_what_they_print_and_how_they_end(
+    sandbox: Sandbox, program: str, printed: str, passes: bool
+) -> None:
     tests = ProgramTests(("5",), (printed,))
-    assert sandbox.judge([(code_blocks(completion), tests)]) == [Verdict((True,))]
+    assert sandbox.judge([(code_blocks(f"```python\n{program}\n```"), tests)]) == [Verdict((passes,))]
 
 
 @needs_bubblewrap
@@ -192,50 +183,6 @@ def test_the_block_that_defines_the_entry_point_is_run(completion: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------- tests
-
-
-@needs_bubblewrap
-@pytest.mark.parametrize(
-    ("code", "test", "expected"),
-    [
-        ("def f(x): return 2 * x", CHECK, (True, True)),
-        ("def f(x): return 2 * x", "assert f(1) == 2\nassert f(2) == 5", (True, False)),
-        # calls that depend on one another, and arguments that the solution changes
-        (
-            "def f(xs): xs.sort()",
-            "def check(candidate):\n    xs = [3, 1, 2]\n    candidate(xs)\n    assert xs == [1, 2, 3]\n    assert candidate([]) is None",
-            (True, True),
-        ),
-        (
-            "def f(x): return x + 1",
-            "def check(c):\n    assert c(c(1)) == 3\n    for n in range(3):\n        assert c(n) == n + 1",
-            (True, True),
-        ),
-        ("def f(x): return x", "def check(c):\n    if c(1) == 1:\n        return\n    assert False", (True,)),
-        (
-            "def f(x):\n    raise KeyError(x)",
-            "def check(c):\n    try:\n        c(1)\n        assert False\n    except KeyError:\n        pass",
-            (True,),
-        ),
-        # values of all kinds there and back
-        (
-            "def f(*args, **kwargs): return args, kwargs",
-            "def check(c):\n    assert c(10**5000)[0][0] == 10**5000\n    assert c(float('inf'))[0] == (float('inf'),)\n    assert c(1, 'é', b'x', {1: (2, {3})}, k=[None, 2.5, 1j]) == ((1, 'é', b'x', {1: (2, {3})}), {'k': [None, 2.5, 1j]})",
-            (True, True, True),
-        ),
-        (
-            "from collections import Counter, deque\ndef f(x): return Counter(x) if x else deque([1])",
-            "from collections import deque\ndef check(c):\n    assert c('aab') == {'a': 2, 'b': 1}\n    assert c('') == deque([1])",
-            (True, True),
-        ),
-        ("def f(x): return (i for i in x)", "assert f([1]) == [1]\nassert f([1]) != [2]", (False, False)),
-        # what a dead solution had passed before counts
-        ("import os\ndef f(x):\n    if x > 1: os._exit(0)\n    return 2", CHECK, (True, False)),
-        ("def f(x):\n    while x > 1: pass\n    return 2", CHECK, (True, False)),
-    ],
-)
-def test_each_assertion_is_a_test(sandbox: Sandbox, code: str, test: str, expected: tuple[bool, ...]) -> None:
-    assert passed(sandbox, code, test) == expected
 
 
 DOUBLE = "def f(x): return 2 * x"
@@ -285,6 +232,53 @@ class All:
 @pytest.mark.parametrize(
     ("code", "entry", "test", "expected"),
     [
+        # each assertion is a test
+        ("def f(x): return 2 * x", "f", CHECK, (True, True)),
+        ("def f(x): return 2 * x", "f", "assert f(1) == 2\nassert f(2) == 5", (True, False)),
+        (
+            "def f(xs): xs.sort()",
+            "f",
+            "def check(candidate):\n    xs = [3, 1, 2]\n    candidate(xs)\n    assert xs == [1, 2, 3]\n    assert candidate([]) is None",
+            (True, True),
+        ),
+        (
+            "def f(x): return x + 1",
+            "f",
+            "def check(c):\n    assert c(c(1)) == 3\n    for n in range(3):\n        assert c(n) == n + 1",
+            (True, True),
+        ),
+        (
+            "def f(x): return x",
+            "f",
+            "def check(c):\n    if c(1) == 1:\n        return\n    assert False",
+            (True,),
+        ),
+        (
+            "def f(x):\n    raise KeyError(x)",
+            "f",
+            "def check(c):\n    try:\n        c(1)\n        assert False\n    except KeyError:\n        pass",
+            (True,),
+        ),
+        (
+            "def f(*args, **kwargs): return args, kwargs",
+            "f",
+            "def check(c):\n    assert c(10**5000)[0][0] == 10**5000\n    assert c(float('inf'))[0] == (float('inf'),)\n    assert c(1, 'é', b'x', {1: (2, {3})}, k=[None, 2.5, 1j]) == ((1, 'é', b'x', {1: (2, {3})}), {'k': [None, 2.5, 1j]})",
+            (True, True, True),
+        ),
+        (
+            "from collections import Counter, deque\ndef f(x): return Counter(x) if x else deque([1])",
+            "f",
+            "from collections import deque\ndef check(c):\n    assert c('aab') == {'a': 2, 'b': 1}\n    assert c('') == deque([1])",
+            (True, True),
+        ),
+        (
+            "def f(x): return (i for i in x)",
+            "f",
+            "assert f([1]) == [1]\nassert f([1]) != [2]",
+            (False, False),
+        ),
+        ("import os\ndef f(x):\n    if x > 1: os._exit(0)\n    return 2", "f", CHECK, (True, False)),
+        ("def f(x):\n    while x > 1: pass\n    return 2", "f", CHECK, (True, False)),
         # pytest
         (
             DOUBLE,
@@ -554,6 +548,33 @@ def test_what_did_not_run_to_its_end_on_returned_values_has_failed(
 
 
 @needs_bubblewrap
+def test_tests_that_any_truthy_value_passes_are_weak(
+    sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    tests = [
+        CheckTests(test, "f")
+        for test in ("assert f(2)\nassert f(3), 'no'", "assert f(2)\nassert f(3) == 6", "assert not f(0)")
+    ]
+    verdicts = sandbox.judge([(DOUBLE, test) for test in tests])
+    notes = [verdict.note for verdict in verdicts if isinstance(verdict, Verdict) and verdict.all_passed]
+    weak = ["weak tests: 2 of 2 pass for any truthy value", "weak tests: 1 of 2 pass for any truthy value"]
+    assert notes == [*weak, ""]
+    assert [message[: len(note)] for message, note in zip(caplog.messages, weak, strict=True)] == weak
+
+
+@needs_bubblewrap
+def test_tests_that_hang_on_what_a_solution_returns_end_in_time() -> None:
+    test = "import re\nassert f(1) == 2\nassert re.fullmatch('(a+)+b', f(2)) is None"
+    hangs = "def f(x): return 2 if x == 1 else 'a' * 50"
+    with Sandbox(Limits(cpu_seconds=0.3), workers=1) as quick:
+        right, wrong, again = quick.judge([(code, CheckTests(test, "f")) for code in (DOUBLE, hangs, hangs)])
+        assert quick.judge([(DOUBLE, CheckTests(CHECK, "f"))]) == [Verdict((True, True))]
+    assert (right, wrong, again) == (Verdict((True, False)), Verdict((True, False)), Verdict((True, False)))
+    assert isinstance(wrong, Verdict)
+    assert wrong.note == "the tests did not end within the limits on what the solution returned"
+
+
+@needs_bubblewrap
 @pytest.mark.parametrize(
     "code",
     ["import itertools\ndef f(x): return itertools.count()", "def f(x):\n    while True: yield 1"],
@@ -636,9 +657,9 @@ def test_chance_is_the_same_in_every_run() -> None:
     program = "import random\nprint(random.random(), list({'a', 'b', 'c'}), hash('x'))"
     outputs = set()
     for _ in range(2):
-        with Jail(Limits()) as jail:  # a new interpreter each time
+        with contextlib.closing(Jail(Limits())) as jail:  # a new interpreter each time
             job = jail.start("program", json.dumps([program]), "")
-            assert job.finish().status == 0
+            assert job.finish().note == ""
             outputs.add(bytes(job.output))
     assert len(outputs) == 1
 
@@ -666,9 +687,9 @@ def test_fingerprints_hold_what_could_change_a_verdict() -> None:
     assert keyed(config) == keyed(config.model_copy(update={"workers": 7}))
     assert keyed(config) != keyed(config.model_copy(update={"limits": Limits()}))
     with_package = config.model_copy(update={"packages": ("yaml",)})
-    assert set(identity(with_package)) - set(identity(config)) == {"yaml"}
+    assert set(with_package.identity()) - set(config.identity()) == {"yaml"}
     with pytest.raises(RewardError, match="pip install"):
-        identity(config.model_copy(update={"packages": ("no_such_package",)}))
+        config.model_copy(update={"packages": ("no_such_package",)}).identity()
 
 
 # ------------------------------------------------------------------------------------------- LeetCode

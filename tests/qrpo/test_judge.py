@@ -15,10 +15,13 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from pydantic import ValidationError
 
+from qrpo.data.chat import encode_prompt, load_tokenizer
 from qrpo.errors import ConfigError, RewardError
-from qrpo.rewards import JudgeRewardConfig, Score, open_reward
+from qrpo.models import ModelConfig, load_causal_lm
+from qrpo.rewards import JudgeRewardConfig, Reward, Score, open_reward
 from qrpo.rewards.chat_client import _retry_after
 from qrpo.rewards.judge import JudgeReward
 from tests.support.rewards import HI, wait_until
@@ -152,6 +155,12 @@ TEXTS: list[tuple[str, float | None]] = [
     ("4.5", None),
     ("Grade: 4.5, for 3 errors", None),
     ("Grade -> 4", 4.0),
+    ("It adds up.\nFinal Answer: 4", 4.0),
+    ("**Final answer:** 4/5", 4.0),
+    ("**Rating:** 4", 4.0),
+    ("**Rating**: 4", 4.0),
+    ("Final answer: 4. Grade: 2", None),
+    ("The final answer is 4, as it should be.", None),
     ("Grade: 4 (out of 5)", 4.0),
     ("Grade: 4 (out of 10)", None),
     ("Grade: 4 out of ten", None),
@@ -450,26 +459,18 @@ def test_a_budget_of_tokens_is_passed_by_no_more_than_the_calls_under_way(server
 # ------------------------------------------------------------------------- a real vLLM server
 
 PROMPTS = [[{"role": "user", "content": f"What is {n} plus {n}?"}] for n in range(12)]
-COMPLETIONS = [
-    f"The answer is {word}." * (1 + n % 3)
-    for n, word in enumerate(["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l"])
-]
+COMPLETIONS = [f"The answer is {word}." * (1 + n % 3) for n, word in enumerate("abcdefghijkl")]
 
 
 @pytest.fixture(scope="module")
 def judge_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama with a head that makes it grade: it says one of 1 to 5, and which depends on what it read."""
-    import torch
-
-    from qrpo.data.chat import encode_prompt, load_tokenizer
-    from qrpo.models import ModelConfig, load_causal_lm
-
     model, tokenizer = (
         load_causal_lm(ModelConfig(path=str(tiny_model)), "cpu"),
         load_tokenizer(str(tiny_model)),
     )
-    ids = torch.tensor([encode_prompt(tokenizer, PROMPTS[0])])
     with torch.no_grad():
+        ids = torch.tensor([encode_prompt(tokenizer, PROMPTS[0])])
         seen_D = model.model(ids).last_hidden_state[0, -1]
         common_D = seen_D / seen_D.norm()
         generator = torch.Generator().manual_seed(0)
@@ -482,24 +483,17 @@ def judge_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-@pytest.fixture(scope="module")
-def vllm_url(judge_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@pytest.fixture
+def vllm_url(judge_model: Path, tmp_path: Path) -> Iterator[str]:
     """A real vLLM server of that model, in a process group of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("vllm") / "server.log"
+    log = tmp_path / "server.log"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(judge_model)]
     command += f"--served-model-name tiny-judge --host 127.0.0.1 --port {port} --max-model-len 256".split()
-    command += [
-        "--enforce-eager",
-        "--no-enable-chunked-prefill",
-        "--max-num-seqs",
-        "16",
-        "--dtype",
-        "float32",
-    ]
-    command += ["--kv-cache-memory-bytes", str(64 << 20)]
+    options = "--enforce-eager --no-enable-chunked-prefill --max-num-seqs 16 --dtype float32"
+    command += [*options.split(), "--kv-cache-memory-bytes", str(64 << 20)]
     environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -521,50 +515,43 @@ def vllm_url(judge_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         process.wait()
 
 
-def vllm_judge(url: str, kept: Kept | None = None, **settings: Any) -> JudgeReward:
-    base: dict[str, Any] = {"base_url": url, "model": "tiny-judge", "rubric": "Is it right?"}
-    base["template"] = "{{ rubric }} {{ prompt }} {{ completion }}"
-    reward = open_reward(JudgeRewardConfig(**{**base, **settings}), answers=kept)
-    assert isinstance(reward, JudgeReward)
-    return reward
-
-
-@pytest.mark.slow
-def test_a_vllm_judges_grade_is_the_mean_grade_under_its_own_probabilities(
-    vllm_url: str, judge_model: Path
-) -> None:
-    import torch
-
-    from qrpo.data.chat import encode_prompt, load_tokenizer
-    from qrpo.models import ModelConfig, load_causal_lm
-
-    scores = vllm_judge(vllm_url).score(PROMPTS, COMPLETIONS, {})
+def grades_under_its_own_probabilities(judge_model: Path) -> Iterator[float]:
+    """By a plain forward."""
     model, tokenizer = (
         load_causal_lm(ModelConfig(path=str(judge_model)), "cpu"),
         load_tokenizer(str(judge_model)),
     )
     labels = tokenizer.convert_tokens_to_ids(list("12345"))
-    expected = []
     for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
         text = f"Is it right? {prompt[0]['content']} {completion}"
         ids = torch.tensor([encode_prompt(tokenizer, [{"role": "user", "content": text}])])
         with torch.inference_mode():
             shares = model(ids).logits[0, -1].softmax(-1)[labels]
         assert shares.sum() > 0.9
-        expected.append(float((shares * torch.arange(1.0, 6.0)).sum() / shares.sum()))
-    assert [s.error for s in scores] == [None] * len(scores)
-    assert [s.reward for s in scores] == pytest.approx(expected, abs=1e-3)
-    assert max(expected) - min(expected) > 0.1  # the grades do differ
+        yield float((shares * torch.arange(1.0, 6.0)).sum() / shares.sum())
 
 
 @pytest.mark.slow
-def test_a_vllm_judges_text_is_parsed_and_its_usage_is_counted(vllm_url: str) -> None:
+def test_a_vllm_judge_gives_the_mean_grade_under_its_own_probabilities_or_a_text(
+    vllm_url: str, judge_model: Path
+) -> None:
+    base: dict[str, Any] = {"base_url": vllm_url, "model": "tiny-judge", "rubric": "Is it right?"}
+    base["template"] = "{{ rubric }} {{ prompt }} {{ completion }}"
     kept = Kept()
-    scores = vllm_judge(vllm_url, kept, read="text", max_tokens=1).score(PROMPTS, COMPLETIONS, {})
-    assert all(score.reward in (1.0, 2.0, 3.0, 4.0, 5.0) for score in scores)
-    (answers,) = kept.groups.values()
-    assert all(10 < json.loads(answer)["tokens"] < 256 for answer in answers.values())
-    with pytest.raises(RewardError, match="no such model or URL"):
-        vllm_judge(vllm_url, model="another").score(PROMPTS[:1], COMPLETIONS[:1], {})
-    (score,) = vllm_judge(vllm_url).score(PROMPTS[:1], ["too long " * 300], {})
+
+    def vllm_judge(**settings: Any) -> Reward:
+        return open_reward(JudgeRewardConfig(**{**base, **settings}), answers=kept)
+
+    scores = vllm_judge().score(PROMPTS, COMPLETIONS, {})
+    expected = list(grades_under_its_own_probabilities(judge_model))
+    assert [s.error for s in scores] == [None] * len(scores)
+    assert [s.reward for s in scores] == pytest.approx(expected, abs=1e-3)
+    assert max(expected) - min(expected) > 0.1  # the grades do differ
+    (score,) = vllm_judge().score(PROMPTS[:1], ["too long " * 300], {})
     assert "the judge refused the request: HTTP 400" in str(score.error)
+    texts = vllm_judge(read="text", max_tokens=1).score(PROMPTS, COMPLETIONS, {})
+    assert all(score.reward in (1.0, 2.0, 3.0, 4.0, 5.0) for score in texts)
+    for answers in kept.groups.values():
+        assert all(10 < json.loads(answer)["tokens"] < 256 for answer in answers.values())
+    with pytest.raises(RewardError, match="no such model or URL"):
+        vllm_judge(model="another").score(PROMPTS[:1], COMPLETIONS[:1], {})

@@ -272,42 +272,35 @@ def outcome(program: bytes, arch: int, number: int, *arguments: int) -> int:
             place += then if JUMPS[code](accumulator, operand) else otherwise
 
 
+CONDITIONS: list[tuple[str, tuple[int, ...], int]] = [
+    ("ioctl", (0, 0x5401), ALLOW),
+    ("ioctl", (0, 0x5412), EPERM),
+    ("socketpair", (1,), ALLOW),
+    ("socketpair", (2,), EPERM),
+    ("sendto", (3, 4, 5, 0, 0), ALLOW),
+    ("sendto", (3, 4, 5, 0, 1 << 32), EPERM),
+    ("prlimit64", (0, 7, 0), ALLOW),
+    ("prlimit64", (0, 7, 1), EPERM),
+    ("fcntl", (0, 2), ALLOW),
+    ("fcntl", (0, 1024), EPERM),
+    ("fsync", (0,), 0x50000),
+    ("fdatasync", (0,), 0x50000),
+    ("clone", (0x3D0F00,), ALLOW),
+    ("clone", (0x11,), EPERM),
+    ("clone", (0x3D0B00,), EPERM),
+    ("clone", (0x10010F00,), EPERM),
+    ("clone3", (), ENOSYS),
+]
+
+
 @pytest.mark.parametrize(("machine", "arch"), [("x86_64", 0xC000003E), ("aarch64", 0xC00000B7)])
 def test_the_filter_allows_what_is_listed_and_nothing_else(machine: str, arch: int) -> None:
     program, numbers = build_filter(machine), ALLOWED[machine]
-    conditional = {
-        "ioctl",
-        "fcntl",
-        "fsync",
-        "fdatasync",
-        "socketpair",
-        "sendto",
-        "prlimit64",
-        "clone",
-        "clone3",
-    }
-    free = {number for name, number in numbers.items() if name not in conditional}
-    for number in set(range(1024)) - {numbers[name] for name in conditional}:
+    conditional = {numbers[name] for name, _, _ in CONDITIONS}
+    free = {*numbers.values()} - conditional
+    for number in set(range(1024)) - conditional:
         assert outcome(program, arch, number) == (ALLOW if number in free else EPERM), number
-    for name, arguments, expected in [
-        ("ioctl", (0, 0x5401), ALLOW),
-        ("ioctl", (0, 0x5412), EPERM),
-        ("socketpair", (1,), ALLOW),
-        ("socketpair", (2,), EPERM),
-        ("sendto", (3, 4, 5, 0, 0), ALLOW),
-        ("sendto", (3, 4, 5, 0, 1 << 32), EPERM),
-        ("prlimit64", (0, 7, 0), ALLOW),
-        ("prlimit64", (0, 7, 1), EPERM),
-        ("fcntl", (0, 2), ALLOW),
-        ("fcntl", (0, 1024), EPERM),
-        ("fsync", (0,), 0x50000),
-        ("fdatasync", (0,), 0x50000),
-        ("clone", (0x3D0F00,), ALLOW),
-        ("clone", (0x11,), EPERM),
-        ("clone", (0x3D0B00,), EPERM),
-        ("clone", (0x10010F00,), EPERM),
-        ("clone3", (), ENOSYS),
-    ]:
+    for name, arguments, expected in CONDITIONS:
         assert outcome(program, arch, numbers[name], *arguments) == expected, (name, arguments)
     assert outcome(program, arch, 0x40000000 + numbers["getpid"]) == EPERM
     assert outcome(program, 0x40000003, numbers["getpid"]) == KILL

@@ -5,17 +5,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 from qrpo.errors import RewardError
-from qrpo.rewards import Score
+from qrpo.rewards import Score, combine
 from storage import PartKey, Store
 from tasks.answers import StoredAnswers
 from tasks.config import PipelineConfig, load_config, parse_config
 from tasks.plan import PartPlan
 from tasks.planner import plan_pipeline
 from tasks.stages import rewards as rewards_stage
-from tasks.stages.rewards import STAGE, missing_rewards, reward_settings
+from tasks.stages.rewards import STAGE, input_digest, known_scores, missing_rewards, reward_settings
 from tests.support.servers import FakeChatServer, Reply, token_completion
 from tests.support.views import row, table
 
@@ -231,3 +232,25 @@ def test_a_reference_solution_that_fails_its_own_tests_is_named(caplog: pytest.L
     (message,) = caplog.messages
     assert "prompt a: all 2 completions have the reward 0.0" in message
     assert "line 2: AssertionError" in message
+
+
+def test_notes_of_rows_that_are_reused_are_kept(tmp_path: Path) -> None:
+    rewards = config_of(
+        [{"kind": "code", "name": name, "tests": name} for name in ("check", "stdio")]
+    ).rewards
+    names = ("prompt_id", "conversational", "metadata", "text", "origin")
+    row = {**dict.fromkeys(names, ""), "sample_index": 0, "token_ids": []}
+    scores = {"check": Score(0.5, note="line 2: TypeError; x"), "stdio": Score(0.0, note="exit code 1")}
+    (combined,) = combine([(name, 1.0, [score]) for name, score in scores.items()])
+    committed = pl.DataFrame(
+        {
+            "family": ["f"],
+            "input_digest": [input_digest(row, tokens=False)],
+            "components": [[{"name": name, "value": score.reward} for name, score in scores.items()]],
+            "error": [None],
+            "note": [combined.note],
+        }
+    )
+    (known,) = known_scores(rewards, [row], committed, Store(tmp_path), "rewards")
+    assert known == scores
+    assert {name: score.note for name, score in known.items()} == {n: s.note for n, s in scores.items()}

@@ -15,40 +15,99 @@ the reader resolves.
 
 import array
 import builtins
-import datetime
 import json
 import re
 import sys
+import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Sequence
+from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
 from pathlib import PosixPath, PurePosixPath
-from types import (
-    BuiltinFunctionType,
-    FunctionType,
-    GeneratorType,
-    MemberDescriptorType,
-    MethodType,
-    ModuleType,
-)
 from typing import Any
 from uuid import UUID
 
 __all__ = ["DATA", "CodecError", "Encoder", "decode", "decode_parts", "encode"]
 
+FindClass = Callable[[str], Any]
+"""Maps a name to the class that its objects get, and to anything but a class for unknown names."""
+FindHandle = Callable[..., Any] | None
+"""Gets the contents of each handle."""
+
 _ATOMS = frozenset({type(None), bool, int, float, str})
 _JSON_INT = 1 << 63  # larger ones are written in hexadecimal, for which Python has no size limit
 _WRITER, _READER = json.JSONEncoder(separators=(",", ":")), json.JSONDecoder()
-_NO_DATA = (type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, GeneratorType)
-_VIEWS: dict[Any, str] = {type({}.keys()): "keys", type({}.values()): "values", type({}.items()): "items"}
-_DATES: tuple[Any, ...] = (datetime.datetime, datetime.date, datetime.time)
-_TEXTS: tuple[Any, ...] = (UUID, PosixPath, PurePosixPath)
+_NO_DATA = (type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 _TYPES = {kind.__name__: kind for kind in vars(builtins).values() if isinstance(kind, type)}
-DATA = (int, float, complex, str, bytes, bytearray, tuple, list, dict, set, frozenset, deque, array.array, range, memoryview, Decimal, Fraction, datetime.timedelta, *_DATES, *_VIEWS, *_TEXTS)  # fmt: skip
+
+
+def _integers(*texts: str) -> list[int]:
+    return [int(text, 16) for text in texts]
+
+
+def _array(code: str, data: str) -> Any:
+    return array.array(code, bytes.fromhex(data))
+
+
+def _numpy(kind: str, shape: list[int], data: str) -> Any:
+    if not re.fullmatch(r"[<>|][biufc]\d+", kind):
+        raise CodecError(f"an array of {kind!r}")
+    numpy = sys.modules["numpy"]
+    return numpy.frombuffer(bytes.fromhex(data), kind).reshape(shape).copy()[()]  # a scalar if it has no axes
+
+
+_PLAIN: dict[str, tuple[Any, Callable[[Any], list[Any]], Callable[..., Any]]] = {
+    # types without parts: type, how to write the contents, how to read them
+    "bytes": (bytes, lambda v: [v.hex()], bytes.fromhex),
+    "memoryview": (memoryview, lambda v: [v.tobytes().hex()], bytes.fromhex),
+    "bytearray": (bytearray, lambda v: [v.hex()], bytearray.fromhex),
+    "complex": (complex, lambda v: [v.real, v.imag], complex),
+    "range": (range, lambda v: [hex(v.start), hex(v.stop), hex(v.step)], lambda *v: range(*_integers(*v))),
+    "Decimal": (Decimal, lambda v: [str(Decimal(v))], Decimal),
+    "Fraction": (Fraction, lambda v: [*map(hex, v.as_integer_ratio())], lambda *v: Fraction(*_integers(*v))),
+    "timedelta": (timedelta, lambda v: [v.days, v.seconds, v.microseconds], timedelta),
+    "datetime": (datetime, lambda v: [datetime.isoformat(v)], datetime.fromisoformat),
+    "date": (date, lambda v: [date.isoformat(v)], date.fromisoformat),
+    "time": (time, lambda v: [time.isoformat(v)], time.fromisoformat),
+    "UUID": (UUID, lambda v: [str(v)], UUID),
+    "PosixPath": (PosixPath, lambda v: [str(v)], PosixPath),
+    "PurePosixPath": (PurePosixPath, lambda v: [str(v)], PurePosixPath),
+    "array": (array.array, lambda v: [v.typecode, v.tobytes().hex()], _array),
+}
+_EMPTY: dict[str, tuple[type, Callable[..., Any]]] = {
+    # types whose parts are filled in when all nodes exist: type, how to create an empty one
+    "list": (list, lambda items: []),
+    "OrderedDict": (OrderedDict, lambda keys, values: OrderedDict()),
+    "Counter": (Counter, lambda keys, values: Counter()),
+    "defaultdict": (defaultdict, lambda keys, values, factory: defaultdict()),
+    "dict": (dict, lambda keys, values: {}),
+    "set": (set, lambda items: set()),
+    "deque": (deque, lambda items, longest: deque(maxlen=longest)),
+}
+_FROZEN: dict[str, Any] = {  # types that are created from their parts
+    "tuple": tuple,
+    "frozenset": frozenset,
+    **{name: type(getattr({}, name)()) for name in ("keys", "values", "items")},
+}
+_KINDS = {
+    **{name: kind for name, (kind, _) in _EMPTY.items()},
+    **_FROZEN,
+    **{name: kind for name, (kind, _, _) in _PLAIN.items()},
+}
+_READERS: dict[str, Callable[..., Any]] = {
+    "int": lambda text: int(text, 16),
+    "type": _TYPES.__getitem__,
+    "numpy": _numpy,
+    "ndarray": _numpy,
+    **{name: read for name, (_, _, read) in _PLAIN.items()},
+    **{name: make for name, (_, make) in _EMPTY.items()},
+}
+_MUTABLE = {*_EMPTY, "bytearray", "array", "ndarray", "object"}
+_DICTS = {name for name, (kind, _) in _EMPTY.items() if issubclass(kind, dict)}
+DATA = (int, float, str, *_KINDS.values())
 """The types that travel as data, their subclasses too."""
-_MUTABLE = {"list", "dict", "OrderedDict", "Counter", "defaultdict", "set", "deque", "bytearray", "array", "ndarray", "object"}  # fmt: skip
 
 
 class CodecError(Exception):
@@ -84,96 +143,65 @@ class Encoder:
             raise CodecError(str(error)) from None
 
     def _reference(self, value: Any) -> Any:
-        kind = type(value)
-        if kind in _ATOMS:
-            if kind is int and not -_JSON_INT < value < _JSON_INT:
-                return self._add(["int", hex(value)])
-            return value
-        index = self._indices.get(id(value))
-        if index is not None:
+        if type(value) in _ATOMS:
+            return self._add(["int", hex(value)]) if _is_large(value) else value
+        if (index := self._indices.get(id(value))) is not None:
             return [index]
         if isinstance(value, (int, float, str)) and not isinstance(value, Enum):
             return self._reference(_plain(value))
         self._alive.append(value)
         if self._export is not None and (handle := self._export(value)) is not None:
-            return self._keep(value, ["handle", *handle])
-        if (node := self._whole(value)) is not None:
-            return self._keep(value, node)
-        name = _kind_of(value)
-        reference = self._keep(value, None)
-        if name in _MUTABLE:
-            self.mutable.append(value)
-        self._waiting.append((reference[0], name, value))
-        return reference
-
-    def _whole(self, value: Any) -> Any:
-        """The node of a value that the reader creates complete, after its parts; None for others."""
-        if isinstance(value, Enum):
-            plain = isinstance(value, (int, float, str))
-            return ["enum", type(value).__name__, self._reference(value._value_), plain]
-        if isinstance(value, (tuple, frozenset)):
-            if hasattr(type(value), "_fields"):
-                return ["named", type(value).__name__, self._references(value)]
-            return ["tuple" if isinstance(value, tuple) else "frozenset", self._references(value)]
-        if isinstance(value, (bytes, memoryview)):
-            return ["bytes", bytes(value).hex()]
-        if isinstance(value, complex):
-            return ["complex", value.real, value.imag]
-        if isinstance(value, range):
-            return ["range", hex(value.start), hex(value.stop), hex(value.step)]
-        if isinstance(value, Decimal):
-            return ["Decimal", str(Decimal(value))]
-        if isinstance(value, Fraction):
-            return ["Fraction", hex(int(value.numerator)), hex(int(value.denominator))]
-        if isinstance(value, datetime.timedelta):
-            return ["timedelta", value.days, value.seconds, value.microseconds]
-        for kind in _DATES:
-            if isinstance(value, kind):
-                return [kind.__name__, kind.isoformat(value)]
-        if type(value) in _TEXTS:
-            return [type(value).__name__, str(value)]
-        for view, name in _VIEWS.items():
-            if isinstance(value, view):
-                return [name, self._reference(dict(value.mapping))]
-        if isinstance(value, type) and _TYPES.get(value.__name__) is value:
-            return ["type", value.__name__]
-        numpy = sys.modules.get("numpy")
-        if numpy and isinstance(value, numpy.generic) and value.dtype.kind in "biufc":
-            return ["numpy", value.dtype.str, [], value.tobytes().hex()]
-        return None
+            return self._keep(value, "handle", handle)
+        kind = _kind_of(value)
+        if kind in _EMPTY or kind == "object":
+            reference = self._keep(value, kind, ())
+            self._waiting.append((reference[0], kind, value))
+            return reference
+        return self._keep(value, kind, self._contents(kind, value))
 
     def _references(self, values: Any) -> list[Any]:
         values = list(values)
-        if _ATOMS.issuperset(map(type, values)) and not any(
-            type(value) is int and not -_JSON_INT < value < _JSON_INT for value in values
-        ):
+        if _ATOMS.issuperset(map(type, values)) and not any(map(_is_large, values)):
             return values  # type: ignore[no-any-return]
         return [self._reference(value) for value in values]
 
-    def _contents(self, kind: str, value: Any) -> list[Any]:
-        if kind in ("dict", "OrderedDict", "Counter", "defaultdict"):
+    def _contents(self, kind: str, value: Any) -> Sequence[Any]:
+        if kind in _PLAIN:
+            return _PLAIN[kind][1](value)
+        if kind in _DICTS:
             own: Any = OrderedDict if kind == "OrderedDict" else dict
             pairs = [self._references(own.keys(value)), self._references(own.values(value))]
             return [*pairs, self._reference(value.default_factory)] if kind == "defaultdict" else pairs
+        name = type(value).__name__
         if kind == "object":
             attributes = _attributes(value)
-            return [type(value).__name__, list(map(str, attributes)), self._references(attributes.values())]
-        if kind == "ndarray":
-            return [value.dtype.str, list(value.shape), value.tobytes().hex()]
-        if kind == "bytearray":
-            return [bytes(value).hex()]
-        if kind == "array":
-            return [value.typecode, value.tobytes().hex()]
-        return [self._references(value), *([value.maxlen] if kind == "deque" else [])]
+            return name, list(map(str, attributes)), self._references(attributes.values())
+        if kind == "named":
+            return name, self._references(value)
+        if kind == "enum":
+            return name, self._reference(value._value_), isinstance(value, (int, float, str))
+        if kind == "type":
+            return (value.__name__,)
+        if kind in ("numpy", "ndarray"):
+            return value.dtype.str, value.shape, value.tobytes().hex()
+        if hasattr(value, "mapping"):
+            return (self._reference(dict(value.mapping)),)
+        return self._references(value), *([value.maxlen] if kind == "deque" else [])
 
-    def _keep(self, value: Any, node: Any) -> list[int]:
-        reference = self._add(node)
+    def _keep(self, value: Any, kind: str, contents: Sequence[Any]) -> list[int]:
+        reference = self._add([kind, *contents])
         self._indices[id(value)] = reference[0]
+        if kind in _MUTABLE:
+            self.mutable.append(value)
         return reference
 
-    def _add(self, node: Any) -> list[int]:
+    def _add(self, node: list[Any]) -> list[int]:
         self._nodes.append(node)
         return [len(self._nodes) - 1]
+
+
+def _is_large(value: Any) -> bool:
+    return type(value) is int and not -_JSON_INT < value < _JSON_INT
 
 
 def _plain(value: Any) -> int | float | str:
@@ -184,23 +212,30 @@ def _plain(value: Any) -> int | float | str:
 
 
 def _kind_of(value: Any) -> str:
-    for kind in (list, OrderedDict, Counter, defaultdict, dict, set, deque, bytearray, array.array):
+    if isinstance(value, Enum):
+        return "enum"
+    if isinstance(value, tuple) and hasattr(type(value), "_fields"):
+        return "named"
+    for name, kind in _KINDS.items():
         if isinstance(value, kind):
-            return kind.__name__
+            return name
+    if isinstance(value, type) and _TYPES.get(value.__name__) is value:
+        return "type"
     numpy = sys.modules.get("numpy")
-    if numpy and isinstance(value, numpy.ndarray) and value.dtype.kind in "biufc":
-        return "ndarray"
-    written = hasattr(value, "__dict__") or hasattr(type(value), "__slots__")
+    for name, kind in (("numpy", numpy.generic), ("ndarray", numpy.ndarray)) if numpy else ():
+        if isinstance(value, kind) and value.dtype.kind in "biufc":
+            return name
+    written = (hasattr(value, "__dict__") or hasattr(type(value), "__slots__")) and not hasattr(
+        type(value), "__next__"
+    )
     if written and type(value).__module__ != "builtins" and not isinstance(value, _NO_DATA):
-        if hasattr(type(value), "__next__"):
-            raise CodecError(f"an iterator of type {type(value).__name__} is not plain data")
         return "object"
     raise CodecError(f"a value of type {type(value).__name__} is not plain data")
 
 
-def _slots(kind: type) -> dict[str, MemberDescriptorType]:
+def _slots(kind: type) -> dict[str, types.MemberDescriptorType]:
     members = [vars(base) for base in reversed(kind.__mro__)]
-    return {n: m for names in members for n, m in names.items() if isinstance(m, MemberDescriptorType)}
+    return {n: m for names in members for n, m in names.items() if isinstance(m, types.MemberDescriptorType)}
 
 
 def _attributes(value: Any) -> dict[str, Any]:
@@ -209,22 +244,13 @@ def _attributes(value: Any) -> dict[str, Any]:
     return {**{n: m.__get__(value, kind) for n, m in slots.items()}, **getattr(value, "__dict__", {})}
 
 
-def decode(
-    data: bytes, find_class: Callable[[str], Any], find_handle: Callable[..., Any] | None = None
-) -> Any:
-    """The value that `data` describes; CodecError if it describes none.
-
-    `find_class` maps a name to the class that its objects get, and to anything but a class for
-    unknown names. `find_handle` gets the contents of each handle.
-    """
+def decode(data: bytes, find_class: FindClass, find_handle: FindHandle = None) -> Any:
+    """The value that `data` describes; CodecError if it describes none."""
     return decode_parts(data, find_class, find_handle)[0]
 
 
 def decode_parts(
-    data: bytes,
-    find_class: Callable[[str], Any],
-    find_handle: Callable[..., Any] | None = None,
-    into: Sequence[Any] | None = None,
+    data: bytes, find_class: FindClass, find_handle: FindHandle = None, into: Sequence[Any] | None = None
 ) -> tuple[Any, list[Any]]:
     """The value and its parts that can change, in the order of `Encoder.mutable`.
 
@@ -233,142 +259,102 @@ def decode_parts(
     """
     try:
         root, nodes = _READER.decode(data.decode())
-        return _decode(root, nodes, find_class, find_handle, into)
+        values = [_shell(node, find_class, find_handle) for node in nodes]
+        if into is not None:
+            _take_states(root, nodes, values, into)
+        return _fill(root, nodes, values, find_class)
     except CodecError:
         raise
     except Exception as error:
         raise CodecError(f"no value: {type(error).__name__}") from None
 
 
-def _numpy(kind: str, shape: list[int], data: str) -> Any:
-    if not re.fullmatch(r"[<>|][biufc]\d+", kind):
-        raise CodecError(f"an array of {kind!r}")
-    numpy = sys.modules["numpy"]
-    return numpy.frombuffer(bytes.fromhex(data), kind).reshape(shape).copy()[()]  # a scalar if it has no axes
-
-
-def _array(code: str, data: str) -> Any:
-    return array.array(code, bytes.fromhex(data))
-
-
-_DICTS = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
-_WHOLE: dict[str, Callable[..., Any]] = {
-    "int": lambda text: int(text, 16),
-    "bytes": bytes.fromhex,
-    "complex": complex,
-    "numpy": _numpy,
-    "range": lambda *parts: range(*(int(part, 16) for part in parts)),
-    "Decimal": Decimal,
-    "Fraction": lambda above, below: Fraction(int(above, 16), int(below, 16)),
-    "timedelta": datetime.timedelta,
-    "type": _TYPES.__getitem__,
-    **{kind.__name__: kind.fromisoformat for kind in _DATES},
-    **{kind.__name__: kind for kind in _TEXTS},
-    "list": lambda items: [],
-    "set": lambda items: set(),
-    "deque": lambda items, longest: deque(maxlen=longest),
-    "defaultdict": lambda keys, values, factory: defaultdict(),
-    "bytearray": bytearray.fromhex,
-    "array": _array,
-    "ndarray": _numpy,
-}
 _PENDING = object()
 
 
-def _decode(
-    root: Any,
-    nodes: list[Any],
-    find_class: Callable[[str], Any],
-    find_handle: Callable[..., Any] | None,
-    into: Sequence[Any] | None,
-) -> tuple[Any, list[Any]]:
-    ours: dict[int, Any] = {}
-    if into is not None:
-        (_, (states,), *_) = nodes[root[0]][1]
-        ours = {index: old for (index,), old in zip(nodes[states][1], into, strict=True)}
-    values = [_shell(node, find_class, find_handle) for node in nodes]
-    for index, old in ours.items():
+def _shell(node: list[Any], find_class: FindClass, find_handle: FindHandle) -> Any:
+    kind, *contents = node
+    if kind in _READERS:
+        return _READERS[kind](*contents)
+    if kind == "object":
+        found = find_class(contents[0])
+        if not isinstance(found, type):
+            raise CodecError(f"an object of a class {contents[0]!r} that is unknown here")
+        return object.__new__(found)
+    if kind == "handle" and find_handle is not None:
+        return find_handle(*contents)
+    if kind in _FROZEN or kind in ("named", "enum"):
+        return _PENDING
+    raise CodecError(f"a node of kind {kind!r}")
+
+
+def _take_states(root: Any, nodes: list[Any], values: list[Any], into: Sequence[Any]) -> None:
+    """Put the objects `into` in the place of their new states."""
+    (_, (states,), *_) = nodes[root[0]][1]
+    for (index,), old in zip(nodes[states][1], into, strict=True):
         if type(values[index]) is not type(old):
             raise CodecError("an argument came back as another type")
         if nodes[index][0] in ("ndarray", "bytearray", "array"):
             old[... if nodes[index][0] == "ndarray" else slice(None)] = values[index]
         values[index] = old
 
+
+def _fill(root: Any, nodes: list[Any], values: list[Any], find_class: FindClass) -> tuple[Any, list[Any]]:
     def value(reference: Any) -> Any:
         if type(reference) is not list:
             if type(reference) not in _ATOMS:
                 raise CodecError("a container outside the table")
             return reference
         (index,) = reference
-        found = values[index]
-        if found is _PENDING:
+        if values[index] is _PENDING:
             raise CodecError("a tuple before its contents")
-        return found
+        return values[index]
 
     for index, node in enumerate(nodes):
         if values[index] is _PENDING:
-            values[index] = _after_parts(node, value, find_class)
+            values[index] = _frozen(node, value, find_class)
     filled = list(zip(nodes, values, strict=True))
-    for node, shell in filled:
-        if node[0] in ("list", "deque"):
-            items = [value(item) for item in node[1]]
+    for (kind, *contents), shell in filled:
+        if kind in ("list", "deque"):
+            items = [value(item) for item in contents[0]]
             shell.clear()
             shell.extend(items)
-        elif node[0] == "object":
-            attributes = dict(zip(map(str, node[2]), map(value, node[3]), strict=True))
+        elif kind == "object":
+            attributes = dict(zip(map(str, contents[1]), map(value, contents[2]), strict=True))
             slots = _slots(type(shell))
             for name in slots.keys() & attributes.keys():
                 slots[name].__set__(shell, attributes.pop(name))
             if attributes or hasattr(shell, "__dict__"):
                 vars(shell).clear()
                 vars(shell).update(attributes)
-    for node, shell in filled:  # last, since hashes of keys depend on their contents
-        if node[0] == "set":
+    for (kind, *contents), shell in filled:  # last, since hashes of keys depend on their contents
+        if kind == "set":
             shell.clear()
-            shell.update([value(item) for item in node[1]])
-        elif node[0] in _DICTS or node[0] == "defaultdict":
-            if node[0] == "defaultdict":
-                shell.default_factory = value(node[3])
-            pairs = list(zip(map(value, node[1]), map(value, node[2]), strict=True))
+            shell.update([value(item) for item in contents[0]])
+        elif kind in _DICTS:
+            if kind == "defaultdict":
+                shell.default_factory = value(contents[2])
+            pairs = list(zip(map(value, contents[0]), map(value, contents[1]), strict=True))
             shell.clear()
             for key, item in pairs:
                 shell[key] = item
     return value(root), [part for node, part in filled if node[0] in _MUTABLE]
 
 
-def _after_parts(node: list[Any], value: Callable[[Any], Any], find_class: Callable[[str], Any]) -> Any:
-    kind = node[0]
+def _frozen(node: list[Any], value: Callable[[Any], Any], find_class: FindClass) -> Any:
+    kind, first, *others = node
     if kind in ("tuple", "frozenset"):
-        made = [value(item) for item in node[1]]
-        return tuple(made) if kind == "tuple" else frozenset(made)
+        return _FROZEN[kind](map(value, first))
     if kind == "named":
-        items = tuple(value(item) for item in node[2])
-        found = find_class(node[1])
+        items = tuple(map(value, others[0]))
+        found = find_class(first)
         known = isinstance(found, type) and issubclass(found, tuple) and len(found._fields) == len(items)  # type: ignore[attr-defined]
         return tuple.__new__(found, items) if known else items
     if kind == "enum":
-        found = find_class(node[1])
+        found = find_class(first)
         if isinstance(found, type) and issubclass(found, Enum):
-            return found(value(node[2]))
-        if node[3] is True:
-            return value(node[2])
-        raise CodecError(f"a member of the enumeration {node[1]!r}, which the tests do not define")
-    return getattr(dict, kind)(value(node[1]))  # a view
-
-
-def _shell(node: list[Any], find_class: Callable[[str], Any], find_handle: Callable[..., Any] | None) -> Any:
-    kind = node[0]
-    if kind in _DICTS:
-        return _DICTS[kind]()
-    if kind in _WHOLE:
-        return _WHOLE[kind](*node[1:])
-    if kind == "object":
-        found = find_class(node[1])
-        if not isinstance(found, type):
-            raise CodecError(f"an object of a class {node[1]!r} that is unknown here")
-        return object.__new__(found)
-    if kind == "handle" and find_handle is not None:
-        return find_handle(*node[1:])
-    if kind in ("tuple", "frozenset", "named", "enum", *_VIEWS.values()):
-        return _PENDING
-    raise CodecError(f"a node of kind {kind!r}")
+            return found(value(others[0]))
+        if others[1] is True:
+            return value(others[0])
+        raise CodecError(f"a member of the enumeration {first!r}, which the tests do not define")
+    return getattr(dict, kind)(value(first))  # a view

@@ -33,30 +33,18 @@ class Reader:
     """Reads messages from a file descriptor; EOFError if it ends within a message."""
 
     def __init__(self, fd: int):
-        self._fd = fd
-        self._data = b""
-        self._offset = 0
+        self._file = open(fd, "rb", 1 << 16, closefd=False)  # noqa: SIM115
 
     def frame(self) -> bytes:
         """The next message."""
-        (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
-        return self._exactly(length)
+        return self._exactly(_LENGTH.unpack(self._exactly(HEADER))[0])
 
     def text(self) -> str:
         """The next message as text."""
         return self.frame().decode("utf-8", "surrogatepass")
 
     def _exactly(self, count: int) -> bytes:
-        end = self._offset + count
-        if end > len(self._data):
-            pieces, missing = [self._data[self._offset :]], end - len(self._data)
-            while missing > 0:
-                piece = os.read(self._fd, max(1 << 16, min(missing, 1 << 20)))
-                if not piece:
-                    raise EOFError("the pipe ended within a message")
-                pieces.append(piece)
-                missing -= len(piece)
-            self._data, self._offset, end = b"".join(pieces), 0, count
-        found = self._data[self._offset : end]
-        self._offset = end
-        return found
+        data = self._file.read(count)
+        if len(data) < count:
+            raise EOFError("the pipe ended within a message")
+        return data

@@ -107,16 +107,15 @@ def _limits(limits: Mapping[str, int], *, bare: bool) -> list[tuple[int, tuple[i
         resource.RLIMIT_FSIZE: limits["file_bytes"],
         resource.RLIMIT_STACK: _STACK,
         resource.RLIMIT_NOFILE: 64,
-        resource.RLIMIT_NPROC: limits["threads"],
         resource.RLIMIT_CORE: 1,  # 0 would not keep the kernel from starting a handler of cores
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
     }
-    if bare:
-        del wanted[resource.RLIMIT_NPROC]  # it would count the user's other processes
-    found = []
-    for limit, value in wanted.items():
-        hard = resource.getrlimit(limit)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        found.append((limit, (value, value)))
-    return found
+    if not bare:  # it would count the user's other processes
+        wanted[resource.RLIMIT_NPROC] = limits["threads"]
+    hard = {limit: resource.getrlimit(limit)[1] for limit in wanted}
+    least = {
+        limit: value if hard[limit] == resource.RLIM_INFINITY else min(value, hard[limit])
+        for limit, value in wanted.items()
+    }
+    return [(limit, (value, value)) for limit, value in least.items()]

@@ -22,10 +22,10 @@ from dataclasses import replace
 from typing import Any
 
 from . import pytest
-from .codec import CodecError, Encoder
+from .codec import CodecError, Encoder, encode
 from .framing import Reader, write_frames
 from .remote import Link, Remote, has_methods, named, watch_handlers
-from .statements import ASSERTED, CALL_TEST, CAPTURE, HANDLED, REPLAY
+from .statements import ASSERTED, CALL, CALL_TEST, CAPTURE, HANDLED
 from .suite import Step, read_tests
 
 __all__ = ["Suite", "serve"]
@@ -34,13 +34,11 @@ __all__ = ["Suite", "serve"]
 def serve(jobs: Reader, answer: int, drop_privileges: Callable[[], None]) -> int:
     """Serve requests one after another until the pipe ends. b"." ends each answer.
 
-    - "prepare", preamble, test, entry point, "live" or "": answers with JSON (`tests`, their number; `calls`, the
-      number of the calls that are known in advance, or None; `entry_point`; the `wanted` names of the
-      solution and how many of them are `bound`; or `error`),
-      the compiled suite, the compiled preamble, and the calls.
-    - "judge", compiled suite, number of replies, replies: answers with b"1", or b"0" and the reason,
-      for each test, all at the end.
-    - "step by step" with the same: answers with each verdict as soon as it is known. Without
+    - "prepare", preamble, test, entry point: answers with JSON (`tests`, their number; `weak`, the
+      number of those that pass for any truthy value; `calls`, whether they are known in advance; `entry_point`; the `wanted` names of the solution and how
+      many of them are `bound`; or `error`), the compiled suite, the compiled preamble, and the calls.
+    - "judge", compiled suite, number of replies, replies to the calls that are known in advance:
+      answers with b"1", or b"0" and the reason, for each test as soon as it is known. Without
       replies, b"c" is a request to the solution, whose reply is the next message.
     """
     drop_privileges()
@@ -57,44 +55,39 @@ def serve(jobs: Reader, answer: int, drop_privileges: Callable[[], None]) -> int
         except EOFError:
             return 0
         if action == "prepare":
-            write_frames(
-                answer, *_prepared(jobs.text(), jobs.text(), jobs.text(), jobs.text() == "live"), b"."
-            )
-            continue
-        suite = Suite.loaded(jobs.frame())
-        replies = [jobs.frame() for _ in range(int(jobs.text()))]
-        kept = []
-        for reason in suite.reasons(replies or None, exchange):
-            kept.append(b"0" + reason.encode("utf-8", "replace")[:400] if reason else b"1")
-            if action == "step by step":
-                write_frames(answer, kept.pop())
-        write_frames(answer, *kept, b".")
+            write_frames(answer, *_prepared(jobs.text(), jobs.text(), jobs.text()))
+        else:
+            suite = Suite.loaded(jobs.frame())
+            replies = [jobs.frame() for _ in range(int(jobs.text()))]
+            for reason in suite.reasons(replies, exchange):
+                write_frames(answer, b"0" + reason.encode("utf-8", "replace")[:400] if reason else b"1")
+        write_frames(answer, b".")
 
 
-def _prepared(preamble: str, test: str, entry_point: str, live: bool) -> list[bytes]:
+_UNEXPECTED = "\ue000 a value that no test can expect"
+
+
+def _prepared(preamble: str, test: str, entry_point: str) -> list[bytes]:
     try:
-        suite = Suite.read(preamble, test, entry_point, live=live)
-        try:
-            calls = suite.captured_calls()
-        except CodecError:  # a function among the arguments
-            suite, calls = Suite.read(preamble, test, entry_point, live=True), None
+        suite = Suite.read(preamble, test, entry_point)
+        calls = suite.captured_calls()
+        known = [b"=" + encode([_UNEXPECTED, [], ""])] * len(calls or ())
+        reasons = list(Suite.loaded(suite.dumped()).reasons(known, bytes)) if known else []
     except BaseException as error:
         said = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         return [json.dumps({"error": said}).encode()]
+    nodes = [n for text in (*suite.names.values(), suite.entry) for n in ast.walk(ast.parse(text))]
+    own = {node.arg for node in nodes if isinstance(node, ast.arg)}
     facts = {
         "tests": sum(step.is_test for step in suite.steps),
-        "calls": None if calls is None else len(calls),
+        "weak": reasons.count(""),
+        "calls": calls is not None,
         "entry_point": suite.entry,
-        "wanted": sorted(_names_in(*suite.names.values(), suite.entry)),
+        "wanted": sorted({node.id for node in nodes if isinstance(node, ast.Name)} - own),
         "bound": len(suite.names),
         "error": None,
     }
     return [json.dumps(facts).encode(), suite.dumped(), marshal.dumps(suite.preamble), *(calls or ())]
-
-
-def _names_in(*expressions: str) -> set[str]:
-    trees = [ast.parse(text) for text in expressions if not text.startswith("lambda")]
-    return {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
 
 class Suite:
@@ -114,31 +107,26 @@ class Suite:
         self._names = module.__dict__
         exec(preamble, self._names)  # noqa: S102
         self._preamble_names = frozenset(self._names)
+        self._names |= dict.fromkeys((ASSERTED, HANDLED), _Anything())
         self._data: set[str] = set()
         self._asserted = 0
 
     @classmethod
-    def read(cls, preamble: str, test: str, entry_point: str, *, live: bool) -> "Suite":
-        """From source; raises what the source raises, or ValueError if it is not understood.
-
-        `live`: without calls that are known in advance.
-        """
+    def read(cls, preamble: str, test: str, entry_point: str) -> "Suite":
+        """From source; raises what the source raises, or ValueError if it is not understood."""
         suite = cls(compile(preamble, "<preamble>", "exec"), [], {}, "", None)
-        steps, names, entry, calls = read_tests(test, entry_point, set(suite._names), live=live)
+        steps, names, entry, calls = read_tests(test, entry_point, set(suite._names))
         suite._names |= dict.fromkeys(names, _Anything())
         has_functions = any(step.function for step in steps)
-        expanded: list[Step] = []
-        for step in steps:
-            expanded += suite._cases(step, run=has_functions or not step.stores)
-        return cls(suite.preamble, expanded, names, entry, calls)
+        cases = [case for step in steps for case in suite._cases(step, run=has_functions or not step.stores)]
+        return cls(suite.preamble, cases, names, entry, calls)
 
     def _cases(self, step: Step, *, run: bool) -> list[Step]:
         """The step, once for each case of its test function; `run` it if it is no test."""
         if not step.function:
-            if step.is_test or not run:
-                return [step]
             try:
-                exec(step.code, self._names)  # noqa: S102
+                if run and not step.is_test:
+                    exec(step.code, self._names)  # noqa: S102
             except ImportError:
                 raise
             except BaseException as error:  # it may need the solution
@@ -174,15 +162,18 @@ class Suite:
         for step in self.steps:
             if not step.is_test and variables.isdisjoint([*step.stores, *step.loads]):
                 exec(step.code, self._names)  # noqa: S102
-        self._names[CAPTURE] = lambda *args, **kwargs: [list(args), kwargs]
-        return [Encoder(self._refuse_live).encode(call) for call in eval(self._calls, self._names)]  # noqa: S307
+        self._names[CAPTURE] = lambda *args, **kwargs: ["entry", list(args), kwargs]
+        try:
+            return [Encoder(self._refuse_live).encode(call) for call in eval(self._calls, self._names)]  # noqa: S307
+        except CodecError:  # a function among the arguments
+            return None
 
     def _refuse_live(self, value: Any) -> None:
         kind = type(value)
         if has_methods(kind) and kind.__name__ not in self._preamble_names:
             raise CodecError("an object of the tests with methods is not plain data")
 
-    def reasons(self, replies: list[bytes] | None, exchange: Callable[[bytes], bytes]) -> Iterator[str]:
+    def reasons(self, replies: list[bytes], exchange: Callable[[bytes], bytes]) -> Iterator[str]:
         """Why each test fails, one after another; empty for a test that passes.
 
         `replies` answer the calls that are known in advance; else each request is an `exchange`.
@@ -190,11 +181,11 @@ class Suite:
         classes = {n: v for n, v in self._names.items() if isinstance(v, type) and v.__module__ == "tests"}
         link = Link(exchange, classes)
 
-        def replayed(index: int) -> Any:
-            assert replies is not None
-            return link.result(
-                replies[index] if index < len(replies) else b"?the solution exited before this call"
-            )
+        def call(index: int, candidate: Callable[[], Any]) -> Any:
+            if not replies:
+                return candidate()
+            missing = b"?the solution exited before this call"
+            return lambda *args, **kwargs: link.result(replies[index] if index < len(replies) else missing)
 
         def asserted() -> None:
             self._asserted += 1
@@ -203,12 +194,14 @@ class Suite:
             _call_test(test, method, case, self._names)
 
         handled = watch_handlers(link)
-        self._names |= {REPLAY: replayed, ASSERTED: asserted, HANDLED: handled, CALL_TEST: call_test}
-        absent = {} if replies is not None else self._bind(link)
+        self._names |= {CALL: call, ASSERTED: asserted, HANDLED: handled, CALL_TEST: call_test}
+        absent = {} if replies else self._bind(link)
         spoilt: dict[str, str] = {}
         variables = {name for step in self.steps for name in step.stores}
         for step in self.steps:
-            reason = self._run(step, link, replayed=replies is not None)
+            if replies or step.function:
+                link.replies = 0
+            reason = self._run(step, link)
             reason = next((spoilt[name] for name in step.loads if name in spoilt), reason)
             if step.is_test:
                 lacking = [absent[name] for name in step.loads if name in absent]
@@ -230,9 +223,8 @@ class Suite:
         link.replies = 0
         return absent
 
-    def _run(self, step: Step, link: Link, *, replayed: bool) -> str:
-        if replayed or step.function:
-            link.replies = 0
+    def _run(self, step: Step, link: Link) -> str:
+        """Why the step fails; empty if it passes."""
         link.failure, link.raised, link.expected, self._asserted = "", [], 0, 0
         self._names["__case__"] = step.case
         try:
@@ -249,9 +241,8 @@ class Suite:
             return ""
         if not link.replies:
             return "the solution returned no value to it"
-        return (
-            "" if self._asserted or link.expected or not step.needs_assertion else "no assertion was executed"
-        )
+        asserted = self._asserted or link.expected or not step.needs_assertion
+        return "" if asserted else "no assertion was executed"
 
 
 class _Anything:

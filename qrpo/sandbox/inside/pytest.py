@@ -18,15 +18,10 @@ class raises:
 
     def __init__(self, expected: Any, *call: Any, match: str | None = None, **kwargs: Any):
         self._expected, self._match = expected, match
-        self.value: Any = None
+        self.type = self.value = None
         if call:
             with self:
                 call[0](*call[1:], **kwargs)
-
-    @property
-    def type(self) -> Any:
-        """The class of the exception."""
-        return type(self.value)
 
     def match(self, pattern: str) -> bool:
         """Whether the pattern occurs in the message, as an assertion."""
@@ -40,7 +35,7 @@ class raises:
         assert kind is not None, f"did not raise {self._expected}"
         if not issubclass(kind, self._expected):
             return False
-        self.value = error
+        self.type, self.value = kind, error
         return self._match is None or self.match(self._match)
 
 
@@ -49,14 +44,10 @@ class approx:
 
     __array_ufunc__ = None
 
-    def __init__(
-        self,
-        expected: Any,
-        rel: float | None = None,
-        abs: float | None = None,  # noqa: A002
-        nan_ok: bool = False,
-    ):
-        self._expected, self._rel, self._abs, self._nan = expected, rel, abs, nan_ok
+    def __init__(self, expected: Any, rel: float | None = None, abs: Any = None, nan_ok: bool = False):  # noqa: A002
+        self._expected, self._nan = expected, nan_ok
+        self._absolute = 1e-12 if abs is None else abs
+        self._relative = 1e-6 if rel is None and abs is None else rel or 0.0
 
     def __eq__(self, other: Any) -> bool:
         return self._close(other, self._expected)
@@ -65,30 +56,21 @@ class approx:
 
     def _close(self, actual: Any, expected: Any) -> bool:
         if isinstance(expected, Mapping):
-            return (
-                isinstance(actual, Mapping)
-                and actual.keys() == expected.keys()
-                and all(self._close(actual[key], value) for key, value in expected.items())
-            )
+            known = isinstance(actual, Mapping) and actual.keys() == expected.keys()
+            return known and all(self._close(actual[key], value) for key, value in expected.items())
         if hasattr(expected, "__len__") and not isinstance(expected, (str, bytes)):
-            return (
-                hasattr(actual, "__len__")
-                and len(actual) == len(expected)
-                and all(map(self._close, actual, expected))
-            )
-        if isinstance(expected, (str, bytes, bool, type(None))) or isinstance(
+            alike = hasattr(actual, "__len__") and len(actual) == len(expected)
+            return alike and all(map(self._close, actual, expected))
+        exact = isinstance(expected, (str, bytes, bool, type(None))) or isinstance(
             actual, (str, bytes, type(None))
-        ):
+        )
+        if exact or actual == expected:
             return bool(actual == expected)
         if expected != expected:
             return self._nan and actual != actual
-        if actual == expected:
-            return True
         if isinstance(expected, (int, float)) and math.isinf(expected):
             return False
-        absolute = 1e-12 if self._abs is None else self._abs
-        relative = 1e-6 if self._rel is None and self._abs is None else self._rel or 0.0
-        return bool(abs(actual - expected) <= max(relative * abs(expected), absolute))
+        return bool(abs(actual - expected) <= max(self._relative * abs(expected), self._absolute))
 
 
 class _Mark:
@@ -98,11 +80,9 @@ class _Mark:
         return lambda *args, **kwargs: args[0] if len(args) == 1 and callable(args[0]) else lambda test: test
 
     def parametrize(self, names: str | Sequence[str], values: Any, **_: Any) -> Callable[[Any], Any]:
-        listed = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
-        rows = []
-        for value in values:
-            row = value.values if isinstance(value, param) else (value,) if len(listed) == 1 else tuple(value)
-            rows.append(dict(zip(listed, row, strict=True)))
+        listed = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+        given = [v.values if isinstance(v, param) else (v,) if len(listed) == 1 else v for v in values]
+        rows = [dict(zip(listed, row, strict=True)) for row in given]
 
         def apply(test: Any) -> Any:
             test.__cases__ = [rows, *getattr(test, "__cases__", [])]
@@ -142,11 +122,8 @@ def cases(test: Any) -> list[dict[str, Any]]:
 
 def missing(test: Any, given: Mapping[str, Any], names: Mapping[str, Any], owner: Any = None) -> list[str]:
     """The arguments of a test that nothing provides."""
-    wanted = [
-        parameter.name
-        for parameter in inspect.signature(test).parameters.values()
-        if parameter.default is parameter.empty and parameter.name != "self"
-    ]
+    parameters = inspect.signature(test).parameters.values()
+    wanted = [p.name for p in parameters if p.default is p.empty and p.name != "self"]
     return [name for name in wanted if name not in given and not _fixture(name, names, owner)]
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from . import pytest
-from .codec import Encoder, decode, decode_parts
+from .codec import Encoder, decode_parts
 from .solution import BINARY, COMPARISONS, OPERATIONS
 
 __all__ = ["Failure", "Link", "Remote", "has_methods", "named", "watch_handlers"]
@@ -52,22 +52,16 @@ class Link:
             self.fail(f"an argument or a call back cannot travel: {error}")
         return self.result(reply, encoder.mutable, quiet=_ENDS.get(operation))
 
-    def result(self, reply: bytes, mutable: Sequence[Any] | None = None, *, quiet: str | None = None) -> Any:
+    def result(self, reply: bytes, mutable: Sequence[Any] = (), *, quiet: str | None = None) -> Any:
         """The result in a reply; `mutable` are the arguments' parts to update."""
         kind, data = reply[:1], reply[1:]
-        found, error = None, None
         if kind not in (b"=", b"!"):
             self.fail(data.decode("utf-8", "replace") or "the solution exited before this call")
         try:
-            if kind == b"!":
-                *described, printed = decode(data, self._class)
-                error = self._error(*described)
-                sys.stdout.write(printed)
-            elif mutable is None:
-                found = decode(data, self._class)
-            else:
-                (found, _, printed), _ = decode_parts(data, self._class, self._handle, mutable)
-                sys.stdout.write(printed)
+            into = mutable if kind == b"=" else None
+            (found, *others, printed), _ = decode_parts(data, self._class, self._handle, into)
+            error = self._error(found, *others) if kind == b"!" else None
+            sys.stdout.write(printed)
         except Exception as unreadable:
             self.fail(f"the result is not plain data: {unreadable}")
         self.replies += 1

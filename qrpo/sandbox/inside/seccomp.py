@@ -59,18 +59,11 @@ _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _DENY = _ERRNO | errno.EPERM
 _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
 
-_CLONE_THREAD = (
-    0x00010F00  # CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_SIGHAND and CLONE_THREAD: nothing of its own
-)
+# CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_SIGHAND and CLONE_THREAD: nothing of its own
+_CLONE_THREAD = 0x00010F00
 _CLONE_NAMESPACES = 0x7E020000
-_FCNTLS = (
-    0,
-    1,
-    2,
-    3,
-    4,
-    1030,
-)  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC: no locks, no leases
+# F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC: no locks, no leases
+_FCNTLS = (0, 1, 2, 3, 4, 1030)
 _HARMLESS_IOCTLS = (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
 
 
@@ -112,9 +105,8 @@ _CONDITIONS: dict[str, list[_Instruction]] = {
         (_RETURN, 0, 0, _ALLOW),
         (_RETURN, 0, 0, _DENY),
     ],
-    "clone3": [
-        (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)
-    ],  # a filter cannot read its flags; the C library then uses clone
+    # a filter cannot read its flags; the C library then uses clone
+    "clone3": [(_RETURN, 0, 0, _ERRNO | errno.ENOSYS)],
 }
 
 

@@ -20,13 +20,16 @@ from typing import Any
 from .codec import DATA, CodecError, Encoder, decode, decode_parts
 from .framing import Reader, write_frames
 
-__all__ = ["BINARY", "COMPARISONS", "OPERATIONS", "answer_calls", "run_program"]
+__all__ = ["BINARY", "COMPARISONS", "INPUT", "OPERATIONS", "answer_calls", "run_program"]
 
 _BINARY = "add and eq floordiv ge gt le lshift lt matmul mod mul ne or pow rshift sub truediv xor"
 _UNARY = "abs contains delitem getitem index invert neg pos setitem"
 _BUILTINS = "bool float hash int iter len next repr reversed round str"
 _READS_INPUT = re.compile(r"\binput\(|\bstdin\b|\bopen\(0")
 _NAMED: dict[str, Callable[..., Any]] = {"and": operator.and_, "or": operator.or_}
+
+INPUT = "/tmp/stdin"
+"""What /dev/stdin in a jail is: there is no /proc, which it would lead to."""
 
 COMPARISONS = {"eq", "ge", "gt", "le", "lt", "ne"}
 _REFLECTED = {f"r{name}": name for name in _BINARY.split() if name not in COMPARISONS}
@@ -39,29 +42,43 @@ _SOLUTION = object()  # stands for the solution's module, which travels only whe
 
 
 class _Session:
-    """A defined solution, and the objects of it that the tests hold."""
+    """A defined solution, and the objects of it that the tests hold.
 
-    def __init__(self, names: dict[str, Any], shared: set[str], jobs: Reader, answer: int):
+    `in_advance`: the tests do not run yet, so that results have to be data.
+    """
+
+    def __init__(self, names: dict[str, Any], shared: set[str], candidate: Any, in_advance: bool):
         self._names = names
         self._shared = shared
+        self._candidate = candidate
+        self._in_advance = in_advance
         self._class = _find_class(names, shared)
-        self._jobs = jobs
-        self._answer = answer
         self._output = sys.stdout = io.StringIO()
         self._handles: list[Any] = []
         self._numbers: dict[int, int] = {}
         self._exposed: set[type] = set()
 
+    def serve(self, jobs: Reader, answer: int) -> None:
+        """Answer requests until the pipe ends."""
+        self._jobs, self._answer = jobs, answer
+        while True:
+            try:
+                request = jobs.frame()
+            except EOFError:
+                return
+            write_frames(answer, self.reply(request))
+
     def reply(self, request: bytes) -> bytes:
         """b"=" and the result, all arguments afterwards and what was printed, b"!" and the exception, or b"?" and the
-        reason why the result cannot travel."""
+        reason why the result cannot travel. Calls in advance have only their result."""
         (operation, *parts), mutable = decode_parts(request, self._class, self._handle)
         try:
             result = self._perform(operation, *parts)
         except BaseException as error:
             return b"!" + _exception(error, self._printed())
         try:
-            return b"=" + Encoder(self._export).encode([result, mutable, self._printed()])
+            others = [[], ""] if self._in_advance else [mutable, self._printed()]
+            return b"=" + Encoder(self._export).encode([result, *others])
         except CodecError as error:
             return b"?" + str(error).encode("utf-8", "replace")[:300]
 
@@ -73,6 +90,8 @@ class _Session:
         return text
 
     def _perform(self, operation: str, *parts: Any) -> Any:
+        if operation == "entry":
+            return self._candidate(*parts[0], **parts[1])
         if operation == "name":
             return eval(parts[0], self._names) if parts[0] else _SOLUTION  # noqa: S307
         parts = tuple(sys.modules["solution"] if part is _SOLUTION else part for part in parts)
@@ -126,6 +145,8 @@ class _Session:
             kind = "object"
         else:
             return None
+        if self._in_advance:
+            raise CodecError("a function, class or object is not plain data")
         number = self._numbers.setdefault(id(value), len(self._handles))
         if number == len(self._handles):
             self._handles.append(value)
@@ -167,13 +188,11 @@ def answer_calls(jobs: Reader, answer: int, drop_privileges: Callable[[], None])
     """Define the solution, then answer requests until the pipe ends.
 
     The job: preamble (compiled), blocks of code and the names that the tests use (JSON), entry
-    point, the number of the calls that are known in advance, those calls, and requests. The first answer is b"=" or b"!"
-    and the reason why the solution cannot be defined. A request is `[operation, ...]`, a call
-    `[args, kwargs]`; the answer to a call is b"=" and the result only, or as to a request.
+    point, "in advance" or "live", and requests `[operation, ...]`, of which `["entry", args, kwargs]` is a call that
+    is known in advance. The first answer is b"=", or b"!" and the reason why the solution cannot be defined.
     """
     preamble, (blocks, wanted) = jobs.frame(), json.loads(jobs.frame())
-    entry_point, count = jobs.text(), int(jobs.text())
-    calls = [jobs.frame() for _ in range(count)]
+    entry_point, mode = jobs.text(), jobs.text()
     drop_privileges()
     sys.setrecursionlimit(10_000)
     module = types.ModuleType("solution")
@@ -190,33 +209,8 @@ def answer_calls(jobs: Reader, answer: int, drop_privileges: Callable[[], None])
         write_frames(answer, f"!{type(error).__name__}: {error}"[:500].encode("utf-8", "replace"))
         return 0
     write_frames(answer, b"=")
-    if count:
-        for data in calls:
-            write_frames(answer, _replayed(candidate, data, names, shared))
-        return 0
-    session = _Session(names, shared, jobs, answer)
-    while True:
-        try:
-            request = jobs.frame()
-        except EOFError:
-            return 0
-        write_frames(answer, session.reply(request))
-
-
-def _replayed(candidate: Any, data: bytes, names: dict[str, Any], shared: set[str]) -> bytes:
-    def refuse_live(value: Any) -> None:
-        if not _is_data(value, shared):
-            raise CodecError("a function, class or object is not plain data")
-
-    args, kwargs = decode(data, _find_class(names, shared))
-    try:
-        result = candidate(*args, **kwargs)
-    except BaseException as error:
-        return b"!" + _exception(error)
-    try:
-        return b"=" + Encoder(refuse_live).encode(result)
-    except CodecError as error:
-        return b"?" + str(error).encode("utf-8", "replace")[:300]
+    _Session(names, shared, candidate, mode == "in advance").serve(jobs, answer)
+    return 0
 
 
 def _exception(error: BaseException, printed: str = "") -> bytes:
@@ -294,6 +288,9 @@ def run_program(jobs: Reader, answer: int, drop_privileges: Callable[[], None]) 
     os.dup2(answer, 1)
     os.closerange(3, given + 1)
     drop_privileges()
+    if "/dev/stdin" in str(blocks) and os.path.realpath("/dev/stdin") == INPUT:
+        with open(INPUT, "wb") as file:
+            file.write(text)
     sys.stdin = sys.__stdin__ = open(0, closefd=False)  # type: ignore[misc]  # noqa: SIM115
     sys.stdout = sys.__stdout__ = output = open(1, "w", closefd=False)  # type: ignore[misc]  # noqa: SIM115
     sys.setrecursionlimit(10_000)

@@ -7,75 +7,27 @@ import types
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = [
-    "ASSERTED",
-    "CALL_TEST",
-    "CAPTURE",
-    "ENTRY",
-    "FUNCTIONS",
-    "HANDLED",
-    "REPLAY",
-    "Instrumented",
-    "Replayed",
-    "Spelled",
-    "called_name",
-    "calls_check",
-    "captures",
-    "compiled",
-    "has_assertion",
-    "has_real_assertion",
-    "imported",
-    "is_assertion_call",
-    "is_fixture",
-    "is_installed",
-    "is_real_assertion",
-    "is_test_function",
-    "known_in_advance",
-    "leaves",
-    "loads",
-    "outside_scopes",
-    "refuse_running_text",
-    "runs_tests",
-    "stores",
-    "takes_candidate",
-]
-
-REPLAY, CAPTURE, ASSERTED, HANDLED, CALL_TEST = "__replayed__", "__captured__", "__asserted__", "__handled__", "__call_test__"  # fmt: skip
-ENTRY = "__entry_point__"
+ASSERTED, CALL, CALL_TEST = "__asserted__", "__call__", "__call_test__"
+CAPTURE, HANDLED = "__captured__", "__handled__"
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+DEFINITIONS = (*FUNCTIONS, ast.ClassDef, ast.Import, ast.ImportFrom)
 _NESTED = (ast.Lambda, *FUNCTIONS, ast.ClassDef, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 _RUN_TEXT = {"eval", "exec", "compile", "__import__"}
-_RUN_TEXT_MODULES = {
-    "pickle",
-    "marshal",
-    "shelve",
-    "importlib",
-    "runpy",
-    "code",
-    "codeop",
-    "ctypes",
-    "builtins",
-    "dill",
-}
+_RUN_TEXT_MODULES = "builtins code codeop ctypes dill importlib marshal pickle runpy shelve"
+_INTERNALS = {"__globals__", "__builtins__", "__subclasses__", "__code__"}
 
 
 def refuse_running_text(tree: ast.Module) -> None:
     """Refuse tests that could run what a solution returns, in the judge's process."""
     for node in ast.walk(tree):
-        found = ""
-        if isinstance(node, ast.Name) and node.id in _RUN_TEXT:
-            found = node.id
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            found = next(iter(imported(node) & _RUN_TEXT_MODULES), "")
-        elif isinstance(node, ast.Attribute) and node.attr in (
-            "__globals__",
-            "__builtins__",
-            "__subclasses__",
-            "__code__",
-        ):
-            found = node.attr
+        found = imported(node) & {*_RUN_TEXT_MODULES.split()}
+        if isinstance(node, ast.Name):
+            found = {node.id} & _RUN_TEXT
+        elif isinstance(node, ast.Attribute):
+            found = {node.attr} & _INTERNALS
         if found:
-            raise ValueError(f"they use {found!r} in line {node.lineno}, and tests may not run text as code")  # type: ignore[attr-defined]
+            name, line = found.pop(), node.lineno  # type: ignore[attr-defined]
+            raise ValueError(f"they use {name!r} in line {line}, and tests may not run text as code")
 
 
 def imported(node: ast.AST) -> set[str]:
@@ -98,9 +50,7 @@ def is_installed(module: str) -> bool:
 
 def runs_tests(node: ast.stmt) -> bool:
     """Whether a statement only starts the tests: `if __name__ == "__main__"`, `unittest.main()`."""
-    if isinstance(node, ast.If) and any(
-        isinstance(n, ast.Name) and n.id == "__name__" for n in ast.walk(node.test)
-    ):
+    if isinstance(node, ast.If) and "__name__" in loads(node.test):
         return True
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
         name = ast.unparse(node.value.func)
@@ -124,27 +74,24 @@ def takes_candidate(node: ast.stmt) -> bool:
     """Whether a statement defines `check(candidate)`, or a function like it."""
     if not isinstance(node, ast.FunctionDef):
         return False
-    arguments = node.args
-    plain = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
-    if node.name == "check" and (len(plain) != 1 or arguments.vararg or arguments.kwarg):
-        if len(plain) - len(arguments.defaults) == 1 and not arguments.vararg and not arguments.kwarg:
-            return True
+    given = node.args
+    plain = [argument.arg for argument in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    if node.name != "check":
+        return plain == ["candidate"]
+    if given.vararg or given.kwarg or 1 not in (len(plain), len(plain) - len(given.defaults)):
         raise ValueError("check takes one argument, the candidate")
-    return node.name == "check" or plain == ["candidate"]
+    return True
 
 
 def is_test_function(node: ast.stmt) -> bool:
     """Whether pytest or unittest would collect a function or class."""
     if isinstance(node, FUNCTIONS):
         return node.name.startswith("test") and not is_fixture(node)
-    if isinstance(node, ast.ClassDef):
-        cases = any("TestCase" in ast.unparse(base) for base in node.bases)
-        return (
-            cases
-            or node.name.startswith("Test")
-            or any(m.name.startswith("test") for m in node.body if isinstance(m, FUNCTIONS))
-        )
-    return False
+    return isinstance(node, ast.ClassDef) and (
+        node.name.startswith("Test")
+        or any("TestCase" in ast.unparse(base) for base in node.bases)
+        or any(m.name.startswith("test") for m in node.body if isinstance(m, FUNCTIONS))
+    )
 
 
 def is_fixture(node: Any) -> bool:
@@ -154,17 +101,15 @@ def is_fixture(node: Any) -> bool:
 
 def is_assertion_call(node: ast.AST) -> bool:
     """`self.assertEqual(...)`, `with pytest.raises(...)`, and others of their kind."""
-    if not isinstance(node, ast.Call):
-        return False
-    name = node.func.attr if isinstance(node.func, ast.Attribute) else called_name(node)
+    name = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
+    name = name or called_name(node)
     return name.startswith("assert") or name == "raises"
 
 
 def is_real_assertion(node: ast.AST) -> bool:
     """An assertion about a value, not a mark such as `assert False` in the place of a failure."""
-    return is_assertion_call(node) or (
-        isinstance(node, ast.Assert) and not isinstance(node.test, ast.Constant)
-    )
+    constant = isinstance(node, ast.Assert) and isinstance(node.test, ast.Constant)
+    return is_assertion_call(node) or (isinstance(node, ast.Assert) and not constant)
 
 
 def has_real_assertion(node: ast.AST) -> bool:
@@ -175,17 +120,12 @@ def has_real_assertion(node: ast.AST) -> bool:
 def has_assertion(node: ast.AST) -> bool:
     """Whether a part is an assertion that can fail, or raises an error."""
     return any(
-        is_assertion_call(n)
+        is_real_assertion(n)
         or isinstance(n, ast.Raise)
-        or (isinstance(n, ast.Assert) and not (isinstance(n.test, ast.Constant) and n.test.value))
+        or (isinstance(n, ast.Assert) and isinstance(n.test, ast.Constant) and not n.test.value)
         or (isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == "fail")
         for n in ast.walk(node)
     )
-
-
-def leaves(node: ast.AST) -> bool:
-    """Whether a node has a meaning in functions only."""
-    return isinstance(node, (ast.Return, ast.Nonlocal, ast.Global, ast.Yield, ast.YieldFrom, ast.Await))
 
 
 def loads(node: ast.AST) -> set[str]:
@@ -199,31 +139,13 @@ def stores(node: ast.AST, *, deep: bool = False) -> set[str]:
     for n in ast.walk(node):
         if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load):
             found.add(n.id)
-        elif isinstance(n, ast.ExceptHandler) and n.name:
-            found.add(n.name)
         elif isinstance(n, (ast.Import, ast.ImportFrom)):
             found |= {(alias.asname or alias.name).split(".")[0] for alias in n.names}
-        elif isinstance(n, (*FUNCTIONS, ast.ClassDef)):
-            found.add(n.name)
+        elif isinstance(n, (*FUNCTIONS, ast.ClassDef, ast.ExceptHandler, ast.MatchAs, ast.MatchStar)):
+            found |= {n.name} if n.name else set()
         elif isinstance(n, ast.arg) and deep:
             found.add(n.arg)
-        elif isinstance(n, (ast.MatchAs, ast.MatchStar)) and n.name:
-            found.add(n.name)
     return found
-
-
-class Spelled(ast.NodeTransformer):
-    """Replaces the entry point's expression, spelled out in a test, by a name."""
-
-    def __init__(self, dumped: str):
-        self._dumped = dumped
-        self.found = False
-
-    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:  # noqa: D102
-        if ast.dump(node) != self._dumped:
-            return self.generic_visit(node)
-        self.found = True
-        return ast.copy_location(ast.Name(ENTRY, ast.Load()), node)
 
 
 class Instrumented(ast.NodeTransformer):
@@ -250,54 +172,60 @@ def _call(name: str, near: ast.AST) -> ast.stmt:
     return ast.fix_missing_locations(ast.copy_location(call, near))
 
 
-def known_in_advance(body: list[ast.stmt], candidate: str) -> bool:
-    """Whether the candidate is only called in assertions, without variables of the test."""
-    bound = {
-        name
-        for step in body
-        if not isinstance(step, (*FUNCTIONS, ast.ClassDef, ast.Import, ast.ImportFrom))
-        for name in stores(step)
-    }
-    for step in body:
-        uses = sum(isinstance(node, ast.Name) and node.id == candidate for node in ast.walk(step))
-        calls = [node for node in outside_scopes(step) if called_name(node) == candidate]
-        if uses and (not isinstance(step, ast.Assert) or len(calls) != uses):
-            return False
-        for call in calls:
-            inside = {name for part in (*call.args, *call.keywords) for name in loads(part)}
-            if inside & (bound | {candidate}):
-                return False
-    return True
+class KnownCalls(ast.NodeTransformer):
+    """Numbers the calls of the candidate, so that their results can be known when the tests run.
 
+    `called` is what calls it: `f`, or `Solution().f`, which has the `name` Solution.
+    """
 
-def captures(calls: list[ast.Call]) -> types.CodeType:
-    """Code for the list of the arguments of calls."""
-    captured: list[ast.expr] = [ast.Call(ast.Name(CAPTURE, ast.Load()), c.args, c.keywords) for c in calls]
-    expression = ast.Expression(ast.List(captured, ast.Load()))
-    return compile(ast.fix_missing_locations(expression), "<test>", "eval")
-
-
-class Replayed(ast.NodeTransformer):
-    """Replaces call number i by its replay, and collects the calls."""
-
-    def __init__(self, candidate: str):
-        self._candidate = candidate
+    def __init__(self, name: str, called: str):
+        self._name = name
+        self._called = ast.dump(ast.parse(called, mode="eval").body)
         self.calls: list[ast.Call] = []
 
+    def _is_call(self, node: ast.AST) -> bool:
+        return isinstance(node, ast.Call) and ast.dump(node.func) == self._called
+
+    def occur_in(self, node: ast.AST) -> bool:
+        """Whether a part calls the candidate."""
+        return any(map(self._is_call, ast.walk(node)))
+
+    def are_all(self, body: list[ast.stmt]) -> bool:
+        """Whether the candidate is only called in assertions, without variables of the test."""
+        variables = {n for node in body if not isinstance(node, DEFINITIONS) for n in stores(node)}
+        for node in body:
+            uses = sum(isinstance(n, ast.Name) and n.id == self._name for n in ast.walk(node))
+            calls = [n for n in _outside_scopes(node) if self._is_call(n)]
+            if uses and (not isinstance(node, ast.Assert) or len(calls) != uses):
+                return False
+            read = {name for call in calls for part in (*call.args, *call.keywords) for name in loads(part)}
+            if read & {*variables, self._name}:
+                return False
+        return True
+
     def visit_Call(self, node: ast.Call) -> ast.AST:  # noqa: D102
-        if called_name(node) != self._candidate:
+        if not self._is_call(node):
             return self.generic_visit(node)
         self.calls.append(node)
-        index = ast.Constant(len(self.calls) - 1)
-        return ast.copy_location(ast.Call(ast.Name(REPLAY, ast.Load()), [index], []), node)
+        none = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
+        known = [ast.Constant(len(self.calls) - 1), ast.Lambda(none, node.func)]
+        function = ast.Call(ast.Name(CALL, ast.Load()), known, [])
+        return ast.copy_location(ast.Call(function, node.args, node.keywords), node)
+
+    def arguments(self) -> types.CodeType:
+        """Code for the list of the arguments of all calls."""
+        capture = ast.Name(CAPTURE, ast.Load())
+        captured: list[ast.expr] = [ast.Call(capture, call.args, call.keywords) for call in self.calls]
+        expression = ast.Expression(ast.List(captured, ast.Load()))
+        return compile(ast.fix_missing_locations(expression), "<test>", "eval")
 
 
-def outside_scopes(node: ast.AST) -> Iterable[Any]:
+def _outside_scopes(node: ast.AST) -> Iterable[Any]:
     """The nodes evaluated at most once: none in a function or a comprehension."""
     yield node
     for inner in ast.iter_child_nodes(node):
         if not isinstance(inner, _NESTED):
-            yield from outside_scopes(inner)
+            yield from _outside_scopes(inner)
 
 
 def compiled(body: list[ast.stmt]) -> types.CodeType:

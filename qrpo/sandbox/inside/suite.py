@@ -22,35 +22,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .statements import (
-    CALL_TEST,
-    ENTRY,
-    FUNCTIONS,
-    Instrumented,
-    Replayed,
-    Spelled,
-    called_name,
-    calls_check,
-    captures,
-    compiled,
-    has_assertion,
-    has_real_assertion,
-    imported,
-    is_fixture,
-    is_installed,
-    is_test_function,
-    known_in_advance,
-    leaves,
-    loads,
-    refuse_running_text,
-    runs_tests,
-    stores,
-    takes_candidate,
-)
+from . import statements
+from .statements import DEFINITIONS, FUNCTIONS, called_name, has_assertion, has_real_assertion, loads, stores
 
 __all__ = ["Step", "read_tests"]
 
 _SET_UP = {"setUp", "setUpClass", "setup_method", "setup_class", "asyncSetUp"}
+# what has a meaning in functions only
+_LEAVES = (ast.Return, ast.Nonlocal, ast.Global, ast.Yield, ast.YieldFrom, ast.Await)
 
 
 @dataclass
@@ -71,44 +50,36 @@ class Step:
 
 
 def read_tests(
-    test: str, entry_point: str, preamble_names: set[str], *, live: bool = False
+    test: str, entry_point: str, preamble_names: set[str]
 ) -> tuple[list[Step], dict[str, str], str, types.CodeType | None]:
-    """The steps; the solution's names by the tests' names; the entry point; code for the list of
-    all calls if they are known in advance and not to be made `live`."""
-    return _Reading(test, entry_point.strip(), preamble_names).result(live)
+    """The steps; the solution's names by the tests' names; the entry point; code for the arguments of
+    all calls of the entry point if they are known in advance."""
+    return _Reading(test, entry_point.strip(), preamble_names).result()
 
 
 class _Reading:
     def __init__(self, test: str, entry_point: str, preamble_names: set[str]):
         tree = ast.parse(test)
-        refuse_running_text(tree)
-        if any(isinstance(node, ast.Await) or "asyncio" in imported(node) for node in ast.walk(tree)):
+        statements.refuse_running_text(tree)
+        if any(isinstance(n, ast.Await) or "asyncio" in statements.imported(n) for n in ast.walk(tree)):
             raise ValueError("they are asynchronous")
+        body = [node for node in tree.body if not statements.runs_tests(node)]
+        self.checks = [node for node in body if statements.takes_candidate(node)]
+        if self.checks:
+            check_calls = [node for node in body if statements.calls_check(node)]
+            body = [node for node in body if node not in check_calls]
+            called = [n for node in check_calls for n in ast.walk(node) if isinstance(n, ast.Call)]
+            arguments = [ast.unparse(n.args[0]) for n in called if called_name(n) == "check" and n.args]
+            entry_point = entry_point or next(iter(arguments), "")
+            if not entry_point:
+                raise ValueError("check(candidate) needs an entry point, and there is none")
         self.entry = entry_point
-        entry_tree = ast.parse(entry_point, mode="eval").body if entry_point else None
-        self.root = (
-            next((n.id for n in ast.walk(entry_tree) if isinstance(n, ast.Name)), "") if entry_tree else ""
-        )
-        self.last = entry_tree.attr if isinstance(entry_tree, ast.Attribute) else self.root
+        entry = ast.parse(entry_point or "''", mode="eval").body
+        self.root = next((n.id for n in ast.walk(entry) if isinstance(n, ast.Name)), "")
+        self.last = entry.attr if isinstance(entry, ast.Attribute) else self.root
         self.names: dict[str, str] = {}
         self.missing_imports: list[ast.stmt] = []
-        body = [node for node in tree.body if not runs_tests(node)]
-        calls = [n for n in body if calls_check(n)]
-        self.checks = [node for node in body if takes_candidate(node)]
-        if self.checks and not self.entry:
-            called = [n for node in calls for n in ast.walk(node) if isinstance(n, ast.Call)]
-            arguments = [n.args[0] for n in called if called_name(n) == "check" and n.args]
-            if not arguments:
-                raise ValueError("check(candidate) needs an entry point, and there is none")
-            self.entry = ast.unparse(arguments[0])
-            self.root = self.last = next(n.id for n in ast.walk(arguments[0]) if isinstance(n, ast.Name))
-        body = [node for node in body if node not in calls or not self.checks]
-        if entry_tree is not None and any(isinstance(n, ast.Call) for n in ast.walk(entry_tree)):
-            spelled = Spelled(ast.dump(entry_tree))
-            body = [spelled.visit(node) for node in body]
-            if spelled.found:
-                self.names[ENTRY] = f"lambda *a, **k: ({self.entry})(*a, **k)"
-        self.body = [self._without_solution_imports(node) for node in body]
+        self.body = [_Imports(self).visit(node) for node in body]
         self.functions = {n.name: n for n in self.body if isinstance(n, (*FUNCTIONS, ast.ClassDef))}
         self._find_names(preamble_names)
         self.asserting = self._closure({n for n, node in self.functions.items() if has_assertion(node)})
@@ -116,57 +87,54 @@ class _Reading:
             {n for n, node in self.functions.items() if has_real_assertion(node)}
         )
 
-    def result(self, live: bool) -> tuple[list[Step], dict[str, str], str, types.CodeType | None]:
+    def result(self) -> tuple[list[Step], dict[str, str], str, types.CodeType | None]:
         """See `read_tests`."""
         body = self._flat_body()
-        tests = [node for node in self.body if node not in self.checks and is_test_function(node)]
+        tests = [node for node in self.body if node not in self.checks and statements.is_test_function(node)]
+        self._refuse_uncalled(tests)
         about = self._closure(set(self.names))
         variables = {name for node in body for name in stores(node)}
         for node in body:
             if not isinstance(node, (*FUNCTIONS, ast.ClassDef)) and loads(node) & about:
                 about = self._closure(about | stores(node) | loads(node) & variables)
-        self._refuse_uncalled(tests)
         used = [name for name in self.names if any(name in loads(node) for node in self.body)]
-        calls = None
-        if not live and len(used) == 1 and not tests and known_in_advance(body, used[0]):
-            replayed = Replayed(used[0])
-            kept = [copy.deepcopy(node) for node in body]
-            body = [replayed.visit(node) for node in body]
-            calls = captures(replayed.calls)
-            steps = [self._statement(*both, about) for both in zip(kept, body, strict=True)]
-            for step in steps:
-                step.needs_assertion = False  # the whole statement is one
-        else:
-            steps = [self._statement(node, Instrumented().visit(copy.deepcopy(node)), about) for node in body]
-            for node in tests:
-                steps += self._calls_of(node, about)
+        entry, known = self._known_calls(body, used) if len(used) == 1 and not tests else (self.entry, None)
+        steps = []
+        for node in body:
+            changed = copy.deepcopy(node)
+            changed = statements.Instrumented().visit(known.visit(changed) if known else changed)
+            steps.append(self._statement(node, changed, about))
+        for node in tests:
+            steps += self._calls_of(node, about)
         if not any(step.is_test for step in steps):
             raise ValueError("they assert nothing about the solution")
         names = {name: self.names[name] for name in used}
-        entry = names[used[0]] if calls is not None else self.entry
-        return steps, names, entry, calls
+        return steps, names, entry, known.arguments() if known else None
+
+    def _known_calls(self, body: list[ast.stmt], used: list[str]) -> tuple[str, statements.KnownCalls | None]:
+        """The entry point, and its calls if all are known in advance."""
+        if self.root in used and self.entry != self.root:  # `Solution().f(1)` calls a new object each time
+            known = statements.KnownCalls(self.root, self.entry)
+            if any(map(known.occur_in, body)) and known.are_all(body):
+                return f"lambda *args, **kwargs: ({self.entry})(*args, **kwargs)", known
+        known = statements.KnownCalls(used[0], used[0])
+        return (self.names[used[0]], known) if known.are_all(body) else (self.entry, None)
 
     def _flat_body(self) -> list[ast.stmt]:
         """The statements at the top level, those of `check` among them."""
         body: list[ast.stmt] = [*self.missing_imports, *[n for n in self.body if n not in self.checks]]
-        flat = len(self.checks) == 1 and not any(leaves(node) for node in ast.walk(self.checks[0]))
+        flat = len(self.checks) == 1 and not any(isinstance(n, _LEAVES) for n in ast.walk(self.checks[0]))
         for check in self.checks:
             assert isinstance(check, ast.FunctionDef)
             parameter = check.args.args[0].arg
             self.names[parameter] = self.entry
-            if flat:
-                body += check.body
-            else:
-                body += [check, *ast.parse(f"{check.name}({parameter})").body]
+            body += check.body if flat else [check, *ast.parse(f"{check.name}({parameter})").body]
         return [node for node in body if not isinstance(node, ast.Pass)]
-
-    def _without_solution_imports(self, node: ast.stmt) -> ast.stmt:
-        return _Imports(self).visit(node)  # type: ignore[no-any-return]
 
     def is_solution_module(self, module: str, names: Iterable[str] | None) -> bool:
         """Whether tests mean the solution by a module that is not installed; ValueError if they
         mean something else."""
-        if module == "pytest" or (module.split(".")[0] != "solution" and is_installed(module)):
+        if module == "pytest" or (module.split(".")[0] != "solution" and statements.is_installed(module)):
             return False
         if module in ("solution", "") or (
             names is not None and (not self.entry or not {"*", self.root, self.last}.isdisjoint(names))
@@ -180,15 +148,8 @@ class _Reading:
         loaded = {name for node in self.body for name in loads(node)}
         if self.root in bound and not self.checks and self.root in self.functions:
             raise ValueError(f"they define the entry point {self.root!r} themselves")
-        unknown = (
-            loaded
-            - bound
-            - set(dir(builtins))
-            - preamble_names
-            - {"__name__", "__file__"}
-            - self.names.keys()
-        )
-        for name in sorted(unknown):
+        known = bound | preamble_names | self.names.keys() | {*dir(builtins), "__name__", "__file__"}
+        for name in sorted(loaded - known):
             if self.entry and name in ("candidate", self.last):
                 self.names[name] = self.entry
             elif name in sys.stdlib_module_names:
@@ -215,56 +176,54 @@ class _Reading:
         used = {name for node in self.body for name in loads(node) if getattr(node, "name", "") != name}
         for name, node in self.functions.items():
             ignored = node in tests or node in self.checks or name in used or name.startswith("_")
-            if has_assertion(node) and not ignored and not is_fixture(node):
+            if has_assertion(node) and not ignored and not statements.is_fixture(node):
                 raise ValueError(f"{name!r} asserts something, and nothing calls it")
 
     def _statement(self, node: ast.stmt, changed: Any, about: set[str]) -> Step:
         """A step for a statement; `changed` is what runs."""
-        definition = isinstance(node, (*FUNCTIONS, ast.ClassDef, ast.Import, ast.ImportFrom))
+        defines = isinstance(node, DEFINITIONS)
         read = loads(node)
-        asserts = not definition and (has_assertion(node) or bool(read & self.asserting))
-        needs = has_real_assertion(node) or bool(read & self.must_assert)
+        asserts = not defines and (has_assertion(node) or bool(read & self.asserting))
         return Step(
-            compiled(changed if isinstance(changed, list) else [changed]),
+            statements.compiled(changed if isinstance(changed, list) else [changed]),
             is_test=asserts and bool(read & about),
-            needs_assertion=needs,
+            needs_assertion=has_real_assertion(node) or bool(read & self.must_assert),
             label=f"line {node.lineno}",
-            stores=[] if definition else sorted(stores(node)),
+            stores=[] if defines else sorted(stores(node)),
             loads=sorted(read),
         )
 
     def _calls_of(self, node: ast.stmt, about: set[str]) -> list[Step]:
         """The steps that call a test function, or the test methods of a class."""
+        assert isinstance(node, (*FUNCTIONS, ast.ClassDef))
+        targets: list[tuple[str, Any]] = [("", node)] if loads(node) & about else []
         if isinstance(node, ast.ClassDef):
-            methods = [m for m in self._methods(node) if m.name.startswith("test")]
-            set_up = [m for m in self._methods(node) if m.name in _SET_UP or is_fixture(m)]
-            shared = bool({node.name} & about) and any(loads(m) & about for m in set_up)
-            targets = [(node.name, m.name, m) for m in methods if shared or self._uses(node, m, about)]
-        else:
-            targets = [(node.name, "", node)] if loads(node) & about else []  # type: ignore[attr-defined]
+            own = self._methods(node)
+            shared = node.name in about and any(
+                loads(m) & about for m in own if m.name in _SET_UP or statements.is_fixture(m)
+            )
+            tests = [m for m in own if m.name.startswith("test")]
+            targets = [(m.name, m) for m in tests if shared or self._uses(node, m, about)]
         steps = []
-        for owner, method, function in targets:
+        for method, function in targets:
             if isinstance(function, ast.AsyncFunctionDef):
                 raise ValueError(f"the test {function.name!r} is asynchronous")
-            marks = [ast.unparse(mark) for mark in (*function.decorator_list, *node.decorator_list)]  # type: ignore[attr-defined]
+            marks = [ast.unparse(mark) for mark in (*function.decorator_list, *node.decorator_list)]
             if any("skip" in mark or "expectedFailure" in mark for mark in marks):
                 raise ValueError(f"the test {function.name!r} is skipped or expected to fail")
             needs = has_real_assertion(function) or bool(loads(function) & self.must_assert)
             if not needs and not has_assertion(function):
                 raise ValueError(f"the test {function.name!r} asserts nothing")
-            call = ast.parse(f"{CALL_TEST}({owner}, {method!r}, __case__)").body
-            label = f"{owner}.{method}" if method else owner
-            steps.append(Step(compiled(call), True, needs, label, [], sorted(loads(function)), owner))
+            call = ast.parse(f"{statements.CALL_TEST}({node.name}, {method!r}, __case__)").body
+            label = f"{node.name}.{method}" if method else node.name
+            read = sorted(loads(function))
+            steps.append(Step(statements.compiled(call), True, needs, label, [], read, node.name))
         return steps
 
     def _methods(self, node: ast.ClassDef) -> list[Any]:
-        inherited = [
-            self.functions[b.id] for b in node.bases if isinstance(b, ast.Name) and b.id in self.functions
-        ]
-        return [
-            *[m for base in inherited if isinstance(base, ast.ClassDef) for m in self._methods(base)],
-            *[m for m in node.body if isinstance(m, FUNCTIONS)],
-        ]
+        bases = [self.functions.get(base.id) for base in node.bases if isinstance(base, ast.Name)]
+        inherited = [m for base in bases if isinstance(base, ast.ClassDef) for m in self._methods(base)]
+        return [*inherited, *[m for m in node.body if isinstance(m, FUNCTIONS)]]
 
     def _uses(
         self, owner: ast.ClassDef, method: ast.AST, about: set[str], seen: frozenset[str] = frozenset()

@@ -16,6 +16,7 @@ It serves one request after another and exits when the host closes the socket.
 
 import _sitebuiltins
 import builtins
+import contextlib
 import gc
 import importlib
 import json
@@ -86,15 +87,14 @@ def main(control: int, settings: str) -> None:
         host.sendall(b"E" + _wait(child, host, limits["bare"]))
 
 
-_WARM_UP = (
-    """
+_PREAMBLE = """
 from typing import *
 from functools import *
 from collections import *
 from itertools import *
 from heapq import *
-""",
-    """
+"""
+_SOLUTION = """
 class Solution:
     def place(self, numbers: List[int], wanted: int) -> List[int]:
         seen = {}
@@ -102,26 +102,28 @@ class Solution:
             if number == wanted:
                 return [seen.get(number, -1), i]
             seen[number] = i
-""",
-    "Solution().place",
-)
+"""
 
 
 def _warm_up() -> None:
     """Run a solution's job a few times: Python then specializes instructions and fills caches once,
     in shared pages, and not again in every forked process."""
-    preamble, code, entry_point = _WARM_UP
-    call = encode([[], {"numbers": [3, 1, 2], "wanted": 2}])
-    blocks = json.dumps([[code], ["Solution"]]).encode()
-    job = [marshal.dumps(compile(preamble, "", "exec")), blocks, entry_point.encode(), b"8", *[call] * 8]
+    call = encode(["entry", [], {"numbers": [3, 1, 2], "wanted": 2}])
+    blocks = json.dumps([[_SOLUTION], ["Solution"]]).encode()
+    preamble = marshal.dumps(compile(_PREAMBLE, "", "exec"))
     for _ in range(20):
         (job_read, job_write), (answer_read, answer_write) = os.pipe(), os.pipe()
-        write_frames(job_write, *job)
+        write_frames(job_write, preamble, blocks, b"Solution().place", b"in advance", *[call] * 8)
         os.close(job_write)
         solution.answer_calls(Reader(job_read), answer_write, lambda: None)
         for fd in (job_read, answer_read, answer_write):
             os.close(fd)
     del sys.modules["solution"]
+    sys.stdout = sys.__stdout__
+
+
+_ANSWER, _JOB = 3, 4
+_ROLES = {"solution": solution.answer_calls, "program": solution.run_program, "judge": judge.serve}
 
 
 def _run_job(isolation: Isolation, host: socket.socket, job: int, answer: int) -> None:
@@ -129,28 +131,17 @@ def _run_job(isolation: Isolation, host: socket.socket, job: int, answer: int) -
     status = 1
     try:
         host.close()
-        _move_descriptors(job, answer)
+        job, answer = os.dup2(job, 101), os.dup2(answer, 100)
+        os.dup2(answer, _ANSWER)
+        os.dup2(job, _JOB)
+        os.closerange(5, 102)
         isolation.limit()
         jobs = Reader(_JOB)
-        role = {"solution": solution.answer_calls, "program": solution.run_program, "judge": judge.serve}[
-            jobs.text()
-        ]
-        status = role(jobs, _ANSWER, isolation.drop_privileges)
+        status = _ROLES[jobs.text()](jobs, _ANSWER, isolation.drop_privileges)
     except BaseException:  # roles handle errors of foreign code; nothing is printed
         status = 1
     finally:
         os._exit(status)
-
-
-_ANSWER, _JOB = 3, 4
-
-
-def _move_descriptors(job: int, answer: int) -> None:
-    """Move the answer to descriptor 3 and the job to 4, and close all above."""
-    job, answer = os.dup2(job, 101), os.dup2(answer, 100)
-    os.dup2(answer, _ANSWER)
-    os.dup2(job, _JOB)
-    os.closerange(5, 102)
 
 
 def _wait(child: int, host: socket.socket, bare: bool) -> bytes:
@@ -178,10 +169,5 @@ def _wait(child: int, host: socket.socket, bare: bool) -> bytes:
 
 
 def _kill(child: int, group: bool) -> None:
-    try:
-        if group:
-            os.killpg(child, signal.SIGKILL)
-        else:
-            os.kill(child, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+    with contextlib.suppress(ProcessLookupError):
+        (os.killpg if group else os.kill)(child, signal.SIGKILL)
