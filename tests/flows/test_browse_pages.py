@@ -9,7 +9,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from storage import Store
-from tests.support.views import CHROMIUM, PROMPT, TOKEN, browsing, chromium, write_artifacts
+from tests.support.views import CHROMIUM, PROMPT, TOKEN, chromium, serving, write_artifacts
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,14 +27,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(
-    folder: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[str]:
-    """Where `qrpo browse` serves the store."""
-    log = tmp_path_factory.mktemp("log") / "browse.log"
-    with browsing(log, folder, r"(http://\S+)/\?token=", "--token", TOKEN) as found:
-        yield found.group(1)
+def address(folder: Path) -> Iterator[str]:
+    """Where the store is served."""
+    with serving(Store(folder)) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")

@@ -1,40 +1,27 @@
 """What `qrpo browse` answers to whom, apart from what its pages show."""
 
+import re
 import socket
-import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
-import uvicorn
 
 import storage
-from flows.views.browse.server import Guard, browse_app
 from flows.views.browse.server import serve as start_browsing
 from qrpo.errors import ConfigError
 from storage import Store
-from tests.support.views import TOKEN, ask, browsing, commit, row, table, write_artifacts
+from tests.support.flows import QRPO, clean_environment, invoke
+from tests.support.processes import eventually, running
+from tests.support.views import TOKEN, ask, commit, row, serving, table, write_artifacts
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[..., int]]:
-    """Serve a store in this process as `qrpo browse` does; the port."""
-    running: list[tuple[Any, threading.Thread]] = []
-
-    def start(store: Store) -> int:
-        app = Guard(browse_app(store), token=TOKEN, hosts=("localhost", "127.0.0.1", "[::1]"))
-        listening = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", ws="none"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        running.append((server, thread))
-        return int(listening.getsockname()[1])
-
-    yield start
-    for server, thread in running:
-        server.should_exit = True
-        thread.join(30)
+def serve() -> Iterator[Callable[[Store], int]]:
+    """Serve a store; the port."""
+    with ExitStack() as stack:
+        yield lambda store: stack.enter_context(serving(store))
 
 
 @pytest.fixture
@@ -196,19 +183,22 @@ def test_huge_completion_leaves_the_page_small(serve: Callable[..., int], tmp_pa
 
 @pytest.mark.slow
 def test_command_says_where_it_serves_and_makes_up_a_token(tmp_path: Path) -> None:
-    said = r"http://0\.0\.0\.0:(\d+)/\?token=(\S+)"
-    with browsing(tmp_path / "log", tmp_path / "store", said, "--host", "0.0.0.0") as found:
-        port, token = int(found.group(1)), found.group(2)
+    command = [QRPO, "browse", "--store", tmp_path / "store", "--port", "0", "--host", "0.0.0.0"]
+    log = tmp_path / "log"
+    said = re.compile(r"http://0\.0\.0\.0:(\d+)/\?token=(\S+)")
+    with running(command, log, env=clean_environment()) as process:
+        found = eventually(lambda: said.search(log.read_text()), "its address", log=log, process=process)
+        assert found is not None
+        port, token = int(found[1]), found[2]
         assert ask(port, "/", Cookie="")[0] == 401
-        assert ask(port, "/", Cookie=f"qrpo_browse={token}")[0] == 200
-        assert "There are no runs here yet" in ask(port, "/", Cookie=f"qrpo_browse={token}")[2]
+        status, _, page = ask(port, "/", Cookie=f"qrpo_browse={token}")
+        assert (status, "There are no runs here yet" in page) == (200, True)
 
 
-@pytest.mark.slow
-def test_taken_port_is_told_in_one_line(qrpo_process: Callable[..., Any], tmp_path: Path) -> None:
+def test_taken_port_is_told_in_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        result = qrpo_process("browse", "--store", tmp_path, "--port", str(taken.getsockname()[1]))
+        result = invoke("browse", "--store", tmp_path, "--port", taken.getsockname()[1])
 
-    assert result.returncode == 2
+    assert result.exit_code == 2
     assert "--port 0 takes a free one" in result.stderr
     assert "Traceback" not in result.stderr
