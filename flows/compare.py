@@ -18,9 +18,10 @@ from storage import Store
 from tasks.comparison import Candidate, candidates
 from tasks.config import PipelineConfig
 from tasks.planner import Planner
+from tasks.preflight import require_preflight
 from tasks.retries import NO_RESULT
 from tasks.run_stage import run_stage
-from tasks.stages import STAGES
+from tasks.stages import STAGE_NAMES, STAGES
 
 __all__ = ["compare"]
 
@@ -47,6 +48,7 @@ def compare(config: PipelineConfig, store: str = DEFAULT_STORE) -> dict[str, Any
     for number, candidate in enumerate(every, start=1):
         log.info("%d of %d: %s", number, len(every), candidate.config.name)
         planner = planner.following(candidate.config)  # all on the prompts that the first one reads
+        require_preflight(planner, STAGE_NAMES)
         for stage in STAGES:
             run_stage(stage, candidate.config, store, planner=planner)
     return judge(config, Store(store), every)

@@ -39,12 +39,12 @@ def run_config(
     raw["evaluation"]["models"] |= {key: {"path": path} for key, path in (models or {}).items()}
     kept = kept_steps(store, config.name) if checkpoints else []
     for step in checkpoints:
-        if step != "all" and step not in map(str, kept):
+        if not kept or step not in ("all", *map(str, kept)):
             known = (
                 ", ".join(map(str, kept)) or "none; a training run with policy.checkpoint_steps keeps some"
             )
             raise ConfigError(
-                f"the policy of {config.name} has no checkpoint of step {step}; its checkpoints: {known}"
+                f"the policy of {config.name} has no checkpoint {'of step ' * (step != 'all')}{step}; its checkpoints: {known}"
             )
         raw["evaluation"]["checkpoints"] += kept if step == "all" else [int(step)]
     if num_samples is not None:

@@ -13,11 +13,13 @@ from flows.environment import require_memory
 from flows.service.logs import log_path, logging_to
 from flows.service.server import server_is_named, start_server
 from flows.views.results import evaluation_table
+from flows.views.runs import model_url
 from qrpo.errors import EngineError
 from storage import Store
 from tasks.config import PipelineConfig
 from tasks.plan import StagePlan
 from tasks.planner import Planner, planner_of, planning
+from tasks.preflight import require_preflight
 from tasks.rounds import rounds_until
 from tasks.run_stage import run_stage
 from tasks.stages import STAGE_NAMES
@@ -53,8 +55,9 @@ def run_pipeline(
 def _run_round(planner: Planner, first: str, last: str, force: tuple[str, ...]) -> dict[str, Any]:
     started = time.monotonic()
     config, store = planner.config, planner.store
-    planner.require_parents(first)  # before a server is started
     span = STAGE_NAMES[STAGE_NAMES.index(first) : STAGE_NAMES.index(last) + 1]
+    require_preflight(planner, span)  # before a server is started
+    planner.require_parents(first)
     if not force and all(planner.plan(stage).complete for stage in span):
         results = [run_stage(stage, config, store.url, planner=planner) for stage in span]
     else:
@@ -66,6 +69,8 @@ def _run_round(planner: Planner, first: str, last: str, force: tuple[str, ...]) 
     }
     summary: dict[str, Any] = {"run": config.name, "store": store.url, "stages": stages}
     summary["seconds"] = round(time.monotonic() - started, 3)
+    if "policy" in stages:
+        summary["model"] = model_url(store, stages["policy"]["fingerprint"])
     manifest = store.manifest(last, stages[last]["fingerprint"])
     if last == "evaluation" and manifest is not None and "summary" in manifest.metadata:
         summary["evaluation"] = manifest.metadata["summary"]
@@ -111,4 +116,14 @@ def summary_view(summary: dict[str, Any]) -> Group:
     commands = [f"show {run} {with_rows[-1]}"]
     commands += [f"inspect {run} {stage}" for stage in ("rewards", "evaluation") if stage in with_rows]
     lines = [f"  qrpo {command}{option}" for command in (*commands, "ls")]
+    if model := summary.get("model"):
+        folder = model if "://" not in model else f"{run}-model"
+        lines += ["", f"model: {model}   use it:"]
+        lines += [f"  qrpo export {run} {folder}{option}"] * (folder != model)
+        lines += [
+            f"  vllm serve {folder}",
+            "  from transformers import pipeline",
+            f"  generate = pipeline('text-generation', {folder!r})",
+            "  generate([{'role': 'user', 'content': 'Hello'}], max_new_tokens=64)",
+        ]
     return Group(*parts, f"\nartifacts: {summary['store']}   look at them:", *lines)

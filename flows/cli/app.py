@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -18,12 +19,30 @@ from tasks.stages import STAGE_NAMES
 
 app = typer.Typer(
     name="qrpo",
-    help="Align language models to absolute rewards, stage by stage. Start with `qrpo demo`. "
-    "`qrpo --install-completion` adds shell completion of commands, options and stages.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("qrpo-pipeline"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """Align language models to absolute rewards, stage by stage. Start with `qrpo demo`.
+
+    `qrpo --install-completion` adds shell completion of commands, options and stages.
+    """
+
+
 # no markup: text that models wrote is printed as it is
 out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -50,7 +69,10 @@ def stage_option(flag: str, text: str) -> Any:
 
 ConfigPath = Annotated[Path, Argument(metavar="CONFIG", help="The YAML configuration.")]
 RunName = Annotated[str, Argument(metavar="RUN", help="A run's name, or a configuration file.")]
-StageName = Annotated[str, Argument(metavar="STAGE", autocompletion=_complete_stage, callback=_known_stage)]
+_STAGES = f"One of {', '.join(STAGE_NAMES)}."
+StageName = Annotated[
+    str, Argument(metavar="STAGE", help=_STAGES, autocompletion=_complete_stage, callback=_known_stage)
+]
 Overrides = Annotated[
     list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a setting: --set policy.beta=0.1")
 ]
@@ -101,12 +123,15 @@ def command(name: str | None = None, *, shared: Sequence[str] = tuple(_SHARED)) 
             if key in shared
         ]
 
-        def run(store: str, debug: bool, as_json: bool = False, **options: Any) -> None:
+        def run(*, debug: bool, store: str = "artifacts", as_json: bool = False, **options: Any) -> None:
             with _errors_as_lines(debug):
                 from storage import Store
 
-                given = {"store": Store(store), "as_json": as_json}
-                answer = function(**options, **{key: value for key, value in given.items() if key in own})
+                if "store" in own:
+                    options["store"] = Store(store)
+                if "as_json" in own:
+                    options["as_json"] = as_json
+                answer = function(**options)
                 if answer is not None:
                     answer.print(as_json)
                     if answer.failed:

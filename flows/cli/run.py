@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer import Option
+from typer import Argument, Option
 
 from flows.cli.app import Answer, ConfigPath, Overrides, command, out, stage_option
 from tasks.stages import STAGE_NAMES
@@ -34,6 +34,36 @@ def demo(store: "Store") -> Answer:
     return _run(load_config(folder / "config.yaml"), store)
 
 
+@command(shared=("as_json", "debug"))
+def init(
+    config: Annotated[Path, Argument(metavar="CONFIG", help="A new YAML file.")],
+    prompts: Annotated[str, Option(help="File, folder or hf:// dataset of prompts.")],
+    model: Annotated[str, Option(help="The reference policy: a folder or a hub id.")],
+    reward: Annotated[str, Option(help="The reward: FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION.")],
+    overrides: Overrides = None,
+) -> Answer:
+    """Write a configuration with every setting, its default and what it means.
+
+    Example: qrpo init config.yaml --prompts prompts.jsonl --model org/name --reward reward.py:reward
+    """
+    from qrpo.errors import ConfigError
+    from tasks.config import apply_overrides, dump_config, parse_config
+
+    if config.exists():
+        raise ConfigError(f"{config} exists: name another file, or remove it")
+    raw = {
+        "name": config.stem,
+        "prompts": {"source": prompts, "eval_fraction": 0.05},
+        "reference": {"model": {"path": model}},
+        "rewards": [{"kind": "function", "function": reward}],
+    }
+    text = dump_config(parse_config(apply_overrides(raw, overrides or ()), where="qrpo init"))
+    config.write_text(text, encoding="utf-8")
+    return Answer(
+        {"config": str(config)}, f"{config}: edit it, then `qrpo plan {config}` and `qrpo run {config}`"
+    )
+
+
 @command()
 def run(
     config: ConfigPath,
@@ -42,7 +72,9 @@ def run(
         str | None, stage_option("--from", "Start with this stage; earlier stages must be complete.")
     ] = None,
     last: Annotated[str | None, stage_option("--until", "Stop after this stage.")] = None,
-    only: Annotated[str | None, stage_option("--only", "Run this stage alone.")] = None,
+    only: Annotated[
+        str | None, stage_option("--only", f"Run this stage alone: {', '.join(STAGE_NAMES)}.")
+    ] = None,
     overrides: Overrides = None,
     force: Annotated[
         list[str] | None, stage_option("--force", "Compute this stage again even if it is cached.")
@@ -100,7 +132,9 @@ def compare(
 
 @command()
 def plan(config: ConfigPath, store: "Store", overrides: Overrides = None) -> Answer:
-    """Show what `qrpo run` would compute, what is cached, and why. Runs nothing, writes nothing.
+    """Show what `qrpo run` would compute, what is cached, why, and what would stop it. Writes nothing.
+
+    Calls the rewards on a row of the dataset. Exit code 1 if anything would stop the run.
 
     Examples:
 
@@ -108,11 +142,21 @@ def plan(config: ConfigPath, store: "Store", overrides: Overrides = None) -> Ans
 
       qrpo plan config.yaml --set completions.num_ref=50 --json
     """
-    from flows.views.plan import preview, preview_table
+    from flows.views.plan import plan_view, preview
+    from qrpo.errors import QRPOError
     from tasks.config import load_config
+    from tasks.planner import Planner
+    from tasks.preflight import preflight, raise_all
 
-    stages = preview(load_config(config, overrides or ()), store)
-    return Answer(stages, preview_table(stages))
+    loaded = load_config(config, overrides or ())
+    problems = preflight(Planner(loaded, store), STAGE_NAMES)
+    try:
+        planned = preview(loaded, store)
+    except QRPOError:
+        raise_all(problems)
+        raise
+    planned["problems"] = [str(problem) for problem in problems]
+    return Answer(planned, plan_view(planned), failed=bool(problems))
 
 
 def _run(config: Any, store: "Store", **span: Any) -> Answer:

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Option
+import typer
+from typer import Argument, Option
 
 from flows.cli.app import Answer, RunName, StageName, Trust, command, out
 
@@ -12,15 +13,17 @@ if TYPE_CHECKING:
 
 
 @command("ls")
-def list_store(store: "Store") -> Answer:
-    """List the runs in the store, with the artifacts of each.
+def list_store(
+    store: "Store", long: Annotated[bool, Option("-l", "--long", help="One line per stage.")] = False
+) -> Answer:
+    """List the runs in the store.
 
-    Example: qrpo ls --store s3://bucket/qrpo
+    Example: qrpo ls -l --store s3://bucket/qrpo
     """
-    from flows.views.show import list_runs, runs_table
+    from flows.views.show import list_runs, runs_table, stages_table
 
     runs = list_runs(store)
-    return Answer(runs, runs_table(runs))
+    return Answer(runs, (stages_table if long else runs_table)(runs))
 
 
 @command()
@@ -52,7 +55,8 @@ def inspect(
     ] = None,
     limit: Annotated[int | None, Option(min=1, help="Rows to show (5), or to export (all).")] = None,
     columns: Annotated[str | None, Option(metavar="A,B", help="Only these columns.")] = None,
-    sample: Annotated[int | None, Option(metavar="SEED", help="Rows drawn at random.")] = None,
+    sample: Annotated[int | None, Option(min=1, metavar="N", help="Draw N rows at random.")] = None,
+    seed: Annotated[int, Option(help="Seed of --sample.")] = 0,
     exact: Annotated[bool, Option("--exact", help="Read every row instead of estimating.")] = False,
     prompt_id: Annotated[str | None, Option(help="Follow one prompt through every stage.")] = None,
     diff: Annotated[str | None, Option(metavar="OTHER_RUN", help="What changed since that run.")] = None,
@@ -67,7 +71,7 @@ def inspect(
 
     Examples:
 
-      qrpo inspect demo completions --where "finish_reason = 'length'" --sample 1
+      qrpo inspect demo completions --where "finish_reason = 'length'" --sample 3
 
       qrpo inspect demo rewards --sort=-reward --limit 20 --columns reward,prompt_id
 
@@ -78,9 +82,28 @@ def inspect(
     from flows.views.inspect.command import answer
     from flows.views.inspect.rows import Query
 
-    wanted = Query(where, None, sort, sample, columns.split(",") if columns else None, limit)
+    if sample is not None and limit is not None:
+        raise typer.BadParameter("--sample N and --limit N both say how many rows: give one of them")
+    chosen = columns.split(",") if columns else None
+    wanted = Query(where, None, sort, None if sample is None else seed, chosen, sample or limit)
     modes = {"prompt_id": prompt_id, "diff": diff, "export": export, "hub": hub}
     return Answer(*answer(store, name, stage, wanted, exact=exact, **modes))
+
+
+@command()
+def export(
+    name: RunName,
+    folder: Annotated[Path, Argument(metavar="DIR", help="A new folder for the model.")],
+    store: "Store",
+) -> Answer:
+    """Copy the trained model of a run into a folder, as `transformers` and vLLM load it.
+
+    Example: qrpo export demo ./my-model
+    """
+    from flows.views.runs import export_model, run_name
+
+    done = export_model(store, run_name(name), folder)
+    return Answer(done, f"model of run {done['run']} in {folder}; serve it with: vllm serve {folder}")
 
 
 @command(shared=("store", "debug"))

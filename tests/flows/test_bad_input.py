@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -286,6 +288,21 @@ def test_source_without_one_usable_prompt_is_named_with_the_reason(
 
     assert "no usable prompt in" in line
     assert reason in line
+
+
+@pytest.mark.parametrize("name", ["tasks", "storage"])
+def test_package_of_the_same_name_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").touch()
+    command = [sys.executable, "-c", "import flows"]
+
+    shadowed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    safe = subprocess.run(
+        [sys.executable, "-P", *command[1:]], cwd=tmp_path, capture_output=True, timeout=120
+    )
+
+    assert f"ImportError: {tmp_path / name} is another package than the `{name}`" in shadowed.stderr
+    assert safe.returncode == 0
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

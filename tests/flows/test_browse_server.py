@@ -1,10 +1,12 @@
 """What `qrpo browse` answers to whom, apart from what its pages show."""
 
+import html
 import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +16,9 @@ from qrpo.errors import ConfigError
 from storage import Store
 from tests.support.flows import QRPO, clean_environment, invoke
 from tests.support.processes import eventually, running
-from tests.support.views import TOKEN, ask, commit, row, serving, table, write_artifacts
+from tests.support.views import PROMPT, TOKEN, ask, commit, row, serving, table, write_artifacts
+
+SEARCH = "/runs/one/rewards?where=reward+%3E+0"
 
 
 @pytest.fixture
@@ -24,17 +28,18 @@ def serve() -> Iterator[Callable[[Store], int]]:
         yield lambda store: stack.enter_context(serving(store))
 
 
-@pytest.fixture
-def memory(request: pytest.FixtureRequest) -> Store:
-    store = Store(f"memory://browse-{abs(hash(request.node.nodeid))}/store")
+@pytest.fixture(scope="module")
+def memory() -> Store:
+    store = Store("memory://browsed/store")
     write_artifacts(store, "one")
     return store
 
 
-@pytest.fixture
-def port(serve: Callable[..., int], memory: Store) -> int:
+@pytest.fixture(scope="module")
+def port(memory: Store) -> Iterator[int]:
     """The port of a server of a store in memory."""
-    return serve(memory)
+    with serving(memory) as port:
+        yield port
 
 
 def test_pages_of_a_store_that_is_no_folder(port: int) -> None:
@@ -48,10 +53,53 @@ def test_pages_of_a_store_that_is_no_folder(port: int) -> None:
         assert (status, expected in body) == (200, True), path
 
 
-def test_nothing_but_reading_is_answered(port: int) -> None:
-    for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS"):
-        assert ask(port, "/", method)[0] == 405
-    assert ask(port, "/", "HEAD")[0] == 200
+def test_every_link_leads_to_a_page_that_holds_nothing_to_run(
+    tmp_path: Path, snapshot: Callable[[Path], Any], serve: Callable[[Store], int]
+) -> None:
+    for run, shift in (("one", 0.0), ("two", 1.0)):
+        write_artifacts(Store(tmp_path), run, reward_shift=shift)
+    before, port = snapshot(tmp_path), serve(Store(tmp_path))
+    todo, seen = ["/"], {"/"}
+    kinds: set[str] = set()  # addresses that differ in numbers, fingerprints and values alone
+    while todo:
+        status, _, body = ask(port, todo.pop(0))
+        assert (status, body.count("<h1")) == (200, 1)
+        assert not re.search(r"<(script|img|iframe|object)\b|\son\w+=\"", body)
+        for link in map(html.unescape, re.findall(r'href="(/[^"]*)"', body)):
+            kind = re.sub(r"[0-9a-f]{32}|\d+|=[^&]*", "*", link)
+            if kind not in kinds and not link.startswith("/static/"):
+                kinds.add(kind)
+                seen.add(link)
+                todo.append(link)
+    for link in (
+        "/runs/one/completions",
+        "/runs/one/rewards/rejects",
+        "/runs/one/policy/numbers",
+        "/artifacts",
+    ):
+        assert link in seen
+    assert {"/compare", f"/prompt/one/{PROMPT}"} <= seen
+    assert len(seen) > 40
+    assert snapshot(tmp_path) == before, "looking changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status"),
+    [
+        *((method, "/", {}, 405) for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS")),
+        ("HEAD", "/", {}, 200),
+        ("GET", "/", {"Host": "rebound.example:{port}"}, 421),
+        *(("GET", "/", {"Host": name + ":{port}"}, 200) for name in ("localhost", "127.0.0.1", "[::1]")),
+        ("GET", SEARCH, {"Sec-Fetch-Site": "cross-site"}, 403),
+        ("GET", SEARCH, {"Sec-Fetch-Site": "same-origin"}, 200),
+        ("GET", f"{SEARCH}&q={'x' * 9000}", {}, 414),
+    ],
+)
+def test_only_reading_from_this_machine_and_page_is_answered(
+    port: int, method: str, path: str, headers: dict[str, str], status: int
+) -> None:
+    headers = {name: value.replace("{port}", str(port)) for name, value in headers.items()}
+    assert ask(port, path, method, **headers)[0] == status
 
 
 def test_every_answer_forbids_scripts_frames_and_other_hosts(port: int) -> None:
@@ -69,12 +117,6 @@ def test_every_answer_forbids_scripts_frames_and_other_hosts(port: int) -> None:
         assert "<script" not in body
 
 
-def test_another_sites_name_does_not_lead_here(port: int) -> None:
-    assert ask(port, "/", Host=f"rebound.example:{port}")[0] == 421
-    for name in ("localhost", "127.0.0.1", "[::1]"):
-        assert ask(port, "/", Host=f"{name}:{port}")[0] == 200
-
-
 def test_every_page_asks_for_the_token(port: int) -> None:
     for path in ("/", "/runs/one", "/static/style.css", "/?token=wrong", "/?token=", "/?token=%C3%A9"):
         status, _, body = ask(port, path, Cookie="")
@@ -86,13 +128,6 @@ def test_every_page_asks_for_the_token(port: int) -> None:
     assert ask(port, "/runs/one", Cookie="qrpo_browse=wrong")[0] == 401
     away = ask(port, f"//other.example/?token={TOKEN}")[1]["location"]
     assert away.startswith("/other"), "no redirect to another host"
-
-
-def test_a_page_elsewhere_starts_no_search_here(port: int) -> None:
-    search = "/runs/one/rewards?where=reward+%3E+0"
-    assert ask(port, search, **{"Sec-Fetch-Site": "cross-site"})[0] == 403
-    assert ask(port, search, **{"Sec-Fetch-Site": "same-origin"})[0] == 200
-    assert ask(port, f"{search}&q={'x' * 9000}")[0] == 414
 
 
 @pytest.mark.parametrize("token", ["", "short"])

@@ -1,5 +1,6 @@
 """The `qrpo` command as a user types it: what each option does, what is printed for people and for machines, exit codes."""
 
+import importlib.metadata
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,27 @@ def test_show_config_prints_every_default_with_its_meaning_and_reads_back(
     assert plain("run", tmp_path / "again.yaml", "--show-config") == shown
 
 
+def test_version_is_that_of_the_package() -> None:
+    assert plain("--version").strip() == importlib.metadata.version("qrpo-pipeline")
+
+
+def test_init_writes_a_configuration_with_comments_that_plan_accepts(
+    write_task: Callable[..., Path], base_model: Path, tmp_path: Path
+) -> None:
+    write_task(tmp_path / "task")
+    prompts, reward = tmp_path / "task" / "prompts.jsonl", f"{tmp_path / 'task' / 'reward.py'}:reward"
+    config = tmp_path / "new.yaml"
+    flags = ("--prompts", prompts, "--model", base_model, "--reward", reward)
+
+    said = plain("init", config, *flags, "--set", "completions.engine.kind=transformers")
+
+    assert f"qrpo run {config}" in said
+    assert "# Strength of the KL penalty" in config.read_text()
+    assert parsed("plan", config, "--store", tmp_path / "store")["run"] == "new"
+    again = invoke("init", config, *flags)
+    assert (again.exit_code, "exists" in again.stderr) == (2, True)
+
+
 # Plan and run
 
 
@@ -132,6 +154,26 @@ def test_run_prints_a_summary_and_commands_to_look_at_it(copy: tuple[Path, Path]
 
 
 @pytest.mark.slow
+def test_run_says_where_its_model_is_and_export_copies_it(trained: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    options = ("--store", trained / "store")
+    shown = plain("run", trained / "config.yaml", *options)
+    model = parsed("run", trained / "config.yaml", *options)["model"]
+
+    assert f"model: {model}" in shown
+    assert f"vllm serve {model}" in shown
+    assert f"generate = pipeline('text-generation', '{model}')" in shown
+    assert "vllm serve" in plain("export", "tiny", tmp_path / "model", *options)
+    weights = [
+        AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (model, tmp_path / "model")
+    ]
+    assert all((value == weights[1][name]).all() for name, value in weights[0].items())
+    assert not (tmp_path / "model" / "checkpoints").exists()
+    assert invoke("export", "tiny", tmp_path / "model", *options).exit_code == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "stages"),
     [
@@ -181,7 +223,7 @@ def test_name_and_store_come_from_options_and_environment(
 def test_ls_and_show_name_what_is_there_and_everything_that_made_it(trained: Path) -> None:
     options = ("--store", trained / "store")
     stages = parsed("ls", *options)["runs"]["tiny"]["stages"]
-    listed = plain("ls", *options)
+    listed = plain("ls", "-l", *options)
 
     assert list(stages)[:5] == ["prompts", "reference", "completions", "rewards", "quantiles"]
     assert stages["rewards"]["rows"] == stages["completions"]["rows"]
@@ -192,6 +234,9 @@ def test_ls_and_show_name_what_is_there_and_everything_that_made_it(trained: Pat
         assert (shown["fingerprint"], shown["rows"]) == (entry["fingerprint"], entry["rows"])
         assert all(Path(url).is_file() for url in shown["parts"])
         assert {"config", "inputs", "lineage", "code_version", "created", "seconds", "bytes"} <= shown.keys()
+    short = plain("ls", *options)
+    assert sum("tiny" in line for line in short.splitlines()) == 1
+    assert max(len(line) for line in (short + listed).splitlines() if str(trained) not in line) <= 80
     assert stages["rewards"]["fingerprint"] in plain("show", trained / "config.yaml", "rewards", *options)
 
 
@@ -252,6 +297,7 @@ def test_theory_gives_numbers_for_machines_a_table_for_people_and_a_plot(tmp_pat
         (("run", "{config}", "--until", "reward"), "completions, rewards, quantiles"),
         (("run", "{config}", "--only", "reward"), "no stage 'reward'"),
         (("run", "{config}", "--force", "reward"), "no stage 'reward'"),
+        (("inspect", "tiny", "rewards", "--sample", "2", "--limit", "3"), "both say how many rows"),
         (("theory", "--beta", "0"), ""),
         (("theory", "--beta", "-1"), ""),
         (("theory", "--transform", "sigmod"), "sigmod"),

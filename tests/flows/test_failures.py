@@ -238,11 +238,24 @@ def score(
     return run
 
 
+ONCE = """\
+from pathlib import Path
+
+
+def reward(prompts, completions, **columns):
+    called = Path(__file__).with_name("called")
+    if called.exists():
+        {}
+    called.touch()  # by the check before the run
+    return [1.0 for _ in completions]
+"""
+
+
 @pytest.mark.slow
 def test_failure_names_its_reason_in_the_state_and_the_log_on_the_terminal(
     score: Callable[..., Any], tmp_path: Path
 ) -> None:
-    result = score("def reward(prompts, completions, **columns):\n    raise ValueError('no scale')\n")
+    result = score(ONCE.format("raise ValueError('no scale')"))
 
     assert result.exit_code == 1
     assert "no scale" in result.stderr
@@ -258,10 +271,7 @@ def test_failure_names_its_reason_in_the_state_and_the_log_on_the_terminal(
 # by a thread: the signal of pytest's other method is the one that Prefect's time-outs come by
 @pytest.mark.timeout(600, method="thread")
 def test_task_that_hangs_is_timed_out(score: Callable[..., Any]) -> None:
-    result = score(
-        "import time\n\ndef reward(prompts, completions, **columns):\n    time.sleep(3600)\n",
-        *("--set", "run.task_timeout=5"),
-    )
+    result = score(ONCE.format("__import__('time').sleep(3600)"), "--set", "run.task_timeout=5")
 
     assert result.exit_code == 1
     assert "timed out after 5.0 second(s)" in result.stderr

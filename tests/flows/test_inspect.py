@@ -46,14 +46,12 @@ def test_condition_order_columns_and_limit_choose_the_rows(url: str) -> None:
     assert shown["numbers"]["reward"]["count"] == 18, "the distribution is of the rows that match"
 
 
-def test_sample_is_the_same_for_a_seed_and_another_for_another(url: str) -> None:
-    first, again, other = (
-        asked(url, "--sample", seed, "--limit", "4")["samples"] for seed in ("1", "1", "2")
-    )
+def test_sample_has_its_size_and_is_the_same_for_a_seed_and_another_for_another(url: str) -> None:
+    first, again, other = (asked(url, "--sample", "4", "--seed", seed)["samples"] for seed in ("1", "1", "2"))
 
     assert first == again != other
     assert len(first) == 4
-    rows = asked(url, "--sample", "3", "--where", "reward >= 11", "--limit", "4")["samples"]
+    rows = asked(url, "--sample", "4", "--where", "reward >= 11")["samples"]
     assert len(rows) == 4
     assert all(row["reward"] >= 11 for row in rows)
 

@@ -1,4 +1,4 @@
-"""Drawings as SVG that the page's style sheet colours: histograms and empirical distributions."""
+"""Drawings as SVG that the page's style sheet colours: histograms, curves and empirical distributions."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-__all__ = ["cdf", "histogram"]
+__all__ = ["cdf", "curve", "histogram"]
 
 _WIDTH, _HEIGHT = 320, 96
 
@@ -40,6 +40,15 @@ def histogram(sides: Sequence[Mapping[str, Any]], labels: Sequence[str] = ("",))
             parts.append(f'<rect {box} class="bar"/>')
     what = " and ".join(filter(None, labels)) or "histogram"
     return _svg(f"distribution of {what}, from {low:.4g} to {high:.4g}", parts)
+
+
+def curve(points: Sequence[tuple[float, float]], label: str) -> Markup:
+    """One value over training steps."""
+    (left, right), (low, high) = ((min(values), max(values)) for values in zip(*points, strict=True))
+    spread = (high - low) or 1.0
+    line = " ".join(f"{_x(x, left, right):.1f},{_y((y - low) / spread):.1f}" for x, y in points)
+    title = f"{label} over {len(points)} logged steps, from {points[0][1]:.4g} to {points[-1][1]:.4g}"
+    return _svg(title, [f'<polyline points="{line}" class="steps"/>'])
 
 
 def cdf(ref_rewards: Sequence[float], marks: Sequence[tuple[float, str]]) -> Markup:

@@ -22,7 +22,7 @@ from flows.views.show import list_runs
 from flows.views.text import one_line
 from qrpo.errors import DataError, QRPOError
 from storage import Artifact, Manifest, Store
-from tasks.artifact_summary import reject_reasons
+from tasks.artifact_summary import compare_models, reject_reasons, training_metrics
 from tasks.stages import STAGE_NAMES
 
 __all__ = ["NotFoundError", "Pages", "View"]
@@ -32,6 +32,15 @@ _SECONDS, _COUNT_SECONDS = 10.0, 2.0  # to find rows, to count the other matches
 _MAX_COMPARED = 2_000_000  # rows; the command line compares more
 _CELL = 240  # characters
 _STEPS = 500  # of a training run
+_SETTINGS = (
+    "reference.model.path",
+    "completions.num_ref",
+    "policy.loss",
+    "policy.beta",
+    "policy.transform",
+    "policy.learning_rate",
+    "policy.num_train_epochs",
+)
 _PARAMETERS = ("where", "q", "sort", "columns", "sample", "page")
 
 View = tuple[str, dict[str, Any]]
@@ -97,9 +106,24 @@ class Pages:
         return "artifacts.html", {"artifacts": found}
 
     def run(self, request: Request) -> View:
-        """A run's artifacts and which was made from which."""
+        """A run's result, and its artifacts."""
         name = request.path_params["run"]
-        return "run.html", {"run": name, "manifests": self._run(name).manifests, "others": self._others(name)}
+        run = self._run(name)
+        manifests = run.manifests
+        summary = manifests["evaluation"].metadata.get("summary") if "evaluation" in manifests else None
+        config = flatten(run.noted.get("config", {}))
+        metrics = training_metrics(self.store, manifests["policy"]) if "policy" in manifests else None
+        losses: list[Any] = []
+        if metrics is not None and "loss" in metrics.columns:
+            losses = metrics.select("step", "loss").drop_nulls().rows()
+        return "run.html", {
+            "run": name,
+            "manifests": manifests,
+            "comparison": compare_models(summary) if summary else None,
+            "settings": {key: config[key] for key in _SETTINGS if key in config},
+            "loss": drawings.curve(losses, "loss") if losses else None,
+            "others": self._others(name),
+        }
 
     def rows(self, request: Request) -> View:
         """A page of the artifact's rows."""
