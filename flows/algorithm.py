@@ -6,6 +6,7 @@ from flows.service.flow_runs import call_flow, report_ends
 from flows.stages import DEFAULT_STORE, STAGE_FLOWS, StageName
 from tasks.config import PipelineConfig
 from tasks.planner import Planner, planner_of, planning
+from tasks.preflight import require_preflight
 from tasks.retries import NO_RESULT
 from tasks.rounds import rounds_until
 from tasks.run_stage import StageResult
@@ -46,6 +47,7 @@ def pipeline(
     for number, of_round in enumerate(rounds_until(last, config)):
         results = {}
         planner = planner.following(of_round) if planner else planner_of(of_round, store, first)
+        require_preflight(planner, stage_span(first if number == 0 else "prompts", last))
         with planning(planner):
             for stage in stage_span(first if number == 0 else "prompts", last):
                 parents = [results[parent] for parent in STAGES[stage].parents if parent in results]

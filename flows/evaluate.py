@@ -5,26 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Column, Table
+from rich.console import Group
 
+from flows.pipeline_run import run_pipeline
+from flows.views.results import SCORES, across_runs_lines, evaluation_view
 from flows.views.runs import RunArtifacts, find_manifest, flatten
 from qrpo.errors import ConfigError, DataError
 from qrpo.evaluation.statistics import seeds_and_prompts
 from qrpo.evaluation.summary import COLUMNS, prompt_scores
 from storage import Store
-from tasks.artifact_summary import MAIN_MEASURES, compare_models, interval
 from tasks.config import PipelineConfig, load_config, parse_config
+from tasks.planner import planner_of
 
-__all__ = [
-    "across_runs",
-    "evaluation_table",
-    "is_file",
-    "named_models",
-    "print_comparison",
-    "require_trust",
-    "run_config",
-]
+__all__ = ["evaluate_runs", "is_file", "named_models", "require_trust", "run_config"]
 
 
 def run_config(
@@ -46,12 +39,12 @@ def run_config(
     raw["evaluation"]["models"] |= {key: {"path": path} for key, path in (models or {}).items()}
     kept = kept_steps(store, config.name) if checkpoints else []
     for step in checkpoints:
-        if step != "all" and step not in map(str, kept):
+        if not kept or step not in ("all", *map(str, kept)):
             known = (
                 ", ".join(map(str, kept)) or "none; a training run with policy.checkpoint_steps keeps some"
             )
             raise ConfigError(
-                f"the policy of {config.name} has no checkpoint of step {step}; its checkpoints: {known}"
+                f"the policy of {config.name} has no checkpoint {'of step ' * (step != 'all')}{step}; its checkpoints: {known}"
             )
         raw["evaluation"]["checkpoints"] += kept if step == "all" else [int(step)]
     if num_samples is not None:
@@ -101,31 +94,29 @@ def named_models(pairs: Sequence[str]) -> dict[str, str]:
     return models
 
 
-def evaluation_table(summary: Mapping[str, Any], *, brief: bool = False) -> Table:
-    """The comparison for a terminal; `brief`: its main lines."""
-    names, rows = compare_models(summary)
-    samples = summary["policy"]["samples"]
-    title = f"{summary['prompts']} held-out prompts, {samples:,} fresh samples of each model"
-    table = Table(Column("", no_wrap=True), *names, title=title, title_justify="left")
-    for heading, cells in rows.items():
-        if heading in MAIN_MEASURES or not brief:
-            table.add_row(heading, *map(str, cells))
-    return table
+def evaluate_runs(
+    configs: Mapping[str, PipelineConfig], store: Store, trust: bool
+) -> tuple[dict[str, Any], Group]:
+    """The evaluation of each run, computed if the store does not have it, and of several runs together; and its view.
 
-
-def print_comparison(summary: Mapping[str, Any], console: Console) -> None:
-    """The comparison, how far its draws differ, and which model is the best."""
-    console.print(evaluation_table(summary))
-    draws = np.array(summary["policy"]["reward_by_draw"])
-    if len(draws) > 1:
-        console.print(
-            f"mean reward of the policy by draw: {draws.min():.4f} to {draws.max():.4f} over {len(draws)}"
-        )
-    if best := summary.get("best"):
-        console.print(
-            f"best by reward on {best['selection_prompts']} prompts: {best['best']}; on the {best['report_prompts']} others "
-            f"{interval(best['reported'])}"
-        )
+    `configs` are by the name that the user gave: a run's, or a file's.
+    """
+    answer: dict[str, Any] = {"runs": {}}
+    parts: list[Any] = []
+    for name, config in configs.items():
+        if not is_file(name) and not planner_of(config, store.url, "evaluation").plan("evaluation").complete:
+            require_trust(config, f"run {name}", trust)
+        result = run_pipeline(config, store, first="evaluation")
+        if "evaluation" not in result:
+            raise DataError(
+                f"run {config.name} has no held-out prompts to evaluate on; set prompts.eval_fraction"
+            )
+        answer["runs"][name] = result["evaluation"]
+        parts += evaluation_view(result["evaluation"])
+    if len(configs) > 1:
+        answer["together"] = across_runs(store, list(configs))
+        parts += across_runs_lines(answer["together"])
+    return answer, Group(*parts)
 
 
 def across_runs(store: Store, names: Sequence[str]) -> dict[str, Any]:
@@ -138,7 +129,7 @@ def across_runs(store: Store, names: Sequence[str]) -> dict[str, Any]:
         for name in names
     ]
     result: dict[str, Any] = {"runs": list(names)}
-    for score in ("reward", "quantile_reward", "win_rate", "kl", "length"):
+    for score in SCORES:
         scored = [prompt_scores(table, score) for table in tables]
         shared = sorted(set.intersection(*(set(prompt_ids) for prompt_ids, _ in scored)))
         if not shared:

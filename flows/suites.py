@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from rich.console import Console
-from rich.table import Table
 
 from flows.views.runs import find_manifest
 from qrpo.config import keyed
@@ -25,11 +23,10 @@ from qrpo.evaluation.suites.alpaca_eval import (
 )
 from qrpo.models import ModelConfig, model_identity
 from storage import Store, fingerprint
-from tasks.artifact_summary import interval
 from tasks.config import PipelineConfig, apply_overrides
 from tasks.stages.policy import checkpoint_model
 
-__all__ = ["SUITES", "SuiteRequest", "judge_of", "print_suite"]
+__all__ = ["SUITES", "SuiteRequest", "judge_of"]
 
 
 @dataclass(frozen=True)
@@ -41,10 +38,10 @@ class SuiteRequest:
     model_name: str
     data: Path
     folder: Path
-    num_samples: int | None = None
-    limit: int | None = None
-    temperature: float | None = None
-    max_tokens: int | None = None
+    num_samples: int | None
+    limit: int | None
+    changes: Mapping[str, Any]
+    """Sampling settings in place of the run's, but for None."""
 
     def __post_init__(self) -> None:
         assert self.model  # an unknown model is an error before any work
@@ -53,8 +50,7 @@ class SuiteRequest:
     @cached_property
     def sampling(self) -> SamplingConfig:
         """The run's sampling unless the request says otherwise."""
-        changes = {"temperature": self.temperature, "max_tokens": self.max_tokens}
-        given = {name: value for name, value in changes.items() if value is not None}
+        given = {name: value for name, value in self.changes.items() if value is not None}
         return self.config.completions.sampling.model_copy(update=given)
 
     @cached_property
@@ -112,36 +108,6 @@ def judge_of(settings: Sequence[str]) -> AlpacaEvalJudge:
         raise ConfigError(
             f"--judge {key}: {first['msg']}; its settings are {', '.join(AlpacaEvalJudge.model_fields)}"
         ) from None
-
-
-def print_suite(result: Mapping[str, Any], console: Console) -> None:
-    """A suite's result for a terminal."""
-    if result["suite"] == "alpaca-eval":
-        controlled = result["length_controlled_win_rate"]
-        shown = "unknown"
-        if controlled is not None:
-            shown = f"{controlled:.2f}% ± {result['length_controlled_standard_error']:.2f}"
-        rows = {
-            "win rate": f"{result['win_rate']:.2f}% ± {result['standard_error']:.2f}",
-            "length-controlled win rate": f"{shown} ({result['length_control']})",
-            "judged": f"{result['judged']}, and {result['unreadable']} unreadable",
-            "characters per answer": f"{result['mean_length']:.0f}, the baseline {result['baseline_length']:.0f}",
-        }
-    else:
-        rows = {
-            "tests passed": str(interval(result["tests_passed"])),
-            "pass@1": str(interval(result["pass_at_1"])),
-            "problems": f"{result['problems']}, {result['samples']} solutions",
-        }
-        if result["unusable"]:
-            rows["unusable problems"] = str(len(result["unusable"]))
-    if result["refused"]:
-        rows["prompts that could not be asked"] = str(len(result["refused"]))
-    title = f"{result['suite']}: {result['model']} of run {result['run']}"
-    table = Table("", "value", title=title, title_justify="left")
-    for row in (rows | {"files": result["folder"]}).items():
-        table.add_row(*row)
-    console.print(table)
 
 
 def _user(text: str) -> list[dict[str, str]]:

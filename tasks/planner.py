@@ -38,6 +38,8 @@ class Planner:
         self.uncommitted: dict[str, list[dict[str, Any]]] = {}
         """Rows of the source that were read for a plan, by the fingerprint of their part."""
         self.plans: dict[str, StagePlan] = {}
+        self.checked = False
+        """Whether `tasks.preflight` found no problem."""
         self._checked: set[str] = set()  # by `check_files`
         self._previous = policy or previous_policy(config.rounds.from_run, store)
 
@@ -58,7 +60,9 @@ class Planner:
         before = None
         if policy is not None and config.rounds.from_run == self.config.name:
             before = next(iter(policy.records.values()), None)
-        return Planner(config, self.store, prompts if same else None, before)
+        planner = Planner(config, self.store, prompts if same else None, before)
+        planner.checked = self.checked
+        return planner
 
     def cut_anew(self, stage: str) -> StagePlan:
         """The plan of a stage in parts of the configured size, also where a finished artifact has another cut."""

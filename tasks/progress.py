@@ -98,12 +98,12 @@ def reporting(stage: str, total: float, *, in_prefect: bool = True) -> Iterator[
         if in_prefect:
             stack.enter_context(_progress_artifact(reporter))
         yield reporter
+        reporter.done = max(reporter.done, reporter.total)  # it ended well; its last update may be older
 
 
 @contextmanager
 def _progress_artifact(reporter: Reporter) -> Iterator[None]:
     """Keep the progress artifact of the current flow run up to date from a thread; wait a moment for the last update."""
-    from httpx import HTTPError
     from prefect.artifacts import create_progress_artifact, update_progress_artifact
     from prefect.context import FlowRunContext
 
@@ -122,7 +122,7 @@ def _progress_artifact(reporter: Reporter) -> Iterator[None]:
                     artifact = create_progress_artifact(percent, description=reporter.line())
                 else:
                     update_progress_artifact(artifact, percent, description=reporter.line())
-            except (HTTPError, OSError) as error:
+            except Exception as error:  # from a lost server: the next update may succeed
                 log.debug("%s: the progress artifact was not updated: %s", reporter.stage, error)
             if last:
                 return
@@ -136,4 +136,4 @@ def _progress_artifact(reporter: Reporter) -> Iterator[None]:
         yield
     finally:
         over.set()
-        thread.join(timeout=5.0)
+        thread.join(timeout=15.0)

@@ -3,27 +3,20 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
-from flows.cli.app import (
-    AsJson,
-    ConfigPath,
-    Overrides,
-    StoreUrl,
-    command,
-    err,
-    out,
-    print_json,
-    print_result,
-    stage_option,
-)
+from flows.cli.app import Answer, ConfigPath, Overrides, command, out, stage_option
 from tasks.stages import STAGE_NAMES
+
+if TYPE_CHECKING:
+    from storage import Store
 
 
 @command()
-def demo(store: StoreUrl = "artifacts", as_json: AsJson = False) -> None:
+def demo(store: "Store") -> Answer:
     """Run the whole pipeline on this machine in minutes, with a small model and task. Downloads nothing.
 
     Example: qrpo demo, then qrpo inspect demo rewards
@@ -38,28 +31,58 @@ def demo(store: StoreUrl = "artifacts", as_json: AsJson = False) -> None:
     for name in ("config.yaml", "reward.py"):
         if not (folder / name).exists():  # an edited demo runs as edited
             shutil.copy(example / name, folder / name)
-    _run(load_config(folder / "config.yaml"), store, as_json)
+    return _run(load_config(folder / "config.yaml"), store)
+
+
+@command(shared=("as_json", "debug"))
+def init(
+    config: Annotated[Path, Argument(metavar="CONFIG", help="A new YAML file.")],
+    prompts: Annotated[str, Option(help="File, folder or hf:// dataset of prompts.")],
+    model: Annotated[str, Option(help="The reference policy: a folder or a hub id.")],
+    reward: Annotated[str, Option(help="The reward: FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION.")],
+    overrides: Overrides = None,
+) -> Answer:
+    """Write a configuration with every setting, its default and what it means.
+
+    Example: qrpo init config.yaml --prompts prompts.jsonl --model org/name --reward reward.py:reward
+    """
+    from qrpo.errors import ConfigError
+    from tasks.config import apply_overrides, dump_config, parse_config
+
+    if config.exists():
+        raise ConfigError(f"{config} exists: name another file, or remove it")
+    raw = {
+        "name": config.stem,
+        "prompts": {"source": prompts, "eval_fraction": 0.05},
+        "reference": {"model": {"path": model}},
+        "rewards": [{"kind": "function", "function": reward}],
+    }
+    text = dump_config(parse_config(apply_overrides(raw, overrides or ()), where="qrpo init"))
+    config.write_text(text, encoding="utf-8")
+    return Answer(
+        {"config": str(config)}, f"{config}: edit it, then `qrpo plan {config}` and `qrpo run {config}`"
+    )
 
 
 @command()
 def run(
     config: ConfigPath,
+    store: "Store",
     first: Annotated[
         str | None, stage_option("--from", "Start with this stage; earlier stages must be complete.")
     ] = None,
     last: Annotated[str | None, stage_option("--until", "Stop after this stage.")] = None,
-    only: Annotated[str | None, stage_option("--only", "Run this stage alone.")] = None,
+    only: Annotated[
+        str | None, stage_option("--only", f"Run this stage alone: {', '.join(STAGE_NAMES)}.")
+    ] = None,
     overrides: Overrides = None,
     force: Annotated[
-        list[str] | None,
-        stage_option("--force", "Compute this stage again even if it is cached."),
+        list[str] | None, stage_option("--force", "Compute this stage again even if it is cached.")
     ] = None,
     show_config: Annotated[
-        bool, typer.Option("--show-config", help="Print the whole configuration and stop.")
+        bool, Option("--show-config", help="Print the whole configuration and stop.")
     ] = False,
-    store: StoreUrl = "artifacts",
-    as_json: AsJson = False,
-) -> None:
+) -> Answer | None:
     """Run the stages of CONFIG. What the store already has is not computed again.
 
     Examples:
@@ -75,25 +98,22 @@ def run(
     loaded = load_config(config, overrides or ())
     if show_config:
         out.print(dump_config(loaded), end="")
-        return
+        return None
     if only is not None and (first is not None or last is not None):
         raise typer.BadParameter("--only STAGE stands alone: it means --from STAGE --until STAGE")
     first, last = only or first or STAGE_NAMES[0], only or last or STAGE_NAMES[-1]
     if STAGE_NAMES.index(first) > STAGE_NAMES.index(last):
         raise typer.BadParameter(f"--from {first} comes after --until {last}, so no stage is left to run")
-    _run(loaded, store, as_json, first=first, last=last, force=tuple(force or ()))
+    return _run(loaded, store, first=first, last=last, force=tuple(force or ()))
 
 
 @command()
 def compare(
     config: ConfigPath,
+    store: "Store",
     overrides: Overrides = None,
-    write: Annotated[
-        Path | None, typer.Option("--out", help="Also write the report into this JSON file.")
-    ] = None,
-    store: StoreUrl = "artifacts",
-    as_json: AsJson = False,
-) -> None:
+    write: Annotated[Path | None, Option("--out", help="Also write the report into this JSON file.")] = None,
+) -> Answer:
     """Train every method of the section `compare` over its grid and seeds, and report the best of each method.
 
     All methods share their samples, rewards and held-out prompts. Policies that the store already has are not trained again.
@@ -101,23 +121,20 @@ def compare(
     Example: qrpo compare examples/reproduce/config.yaml --out comparison.json
     """
     from flows.pipeline_run import run_flow
-    from storage import Store
+    from flows.views.results import comparison_table
     from tasks.config import load_config
 
-    loaded = load_config(config, overrides or ())
-    report = run_flow("flows.compare", "compare", loaded, Store(store), console=err)
-    from flows.compare import comparison_table
-
+    report = run_flow("flows.compare", "compare", load_config(config, overrides or ()), store)
     if write is not None:
         write.write_text(json.dumps(report, indent=1) + "\n")
-    print_result(report, comparison_table(report), as_json)
+    return Answer(report, comparison_table(report))
 
 
 @command()
-def plan(
-    config: ConfigPath, overrides: Overrides = None, store: StoreUrl = "artifacts", as_json: AsJson = False
-) -> None:
-    """Show what `qrpo run` would compute, what is cached, and why. Runs nothing, writes nothing.
+def plan(config: ConfigPath, store: "Store", overrides: Overrides = None) -> Answer:
+    """Show what `qrpo run` would compute, what is cached, why, and what would stop it. Writes nothing.
+
+    Calls the rewards on a row of the dataset. Exit code 1 if anything would stop the run.
 
     Examples:
 
@@ -125,16 +142,25 @@ def plan(
 
       qrpo plan config.yaml --set completions.num_ref=50 --json
     """
-    from flows.views.plan import preview, preview_table
-    from storage import Store
+    from flows.views.plan import plan_view, preview
+    from qrpo.errors import QRPOError
     from tasks.config import load_config
+    from tasks.planner import Planner
+    from tasks.preflight import preflight, raise_all
 
-    stages = preview(load_config(config, overrides or ()), Store(store))
-    print_result(stages, preview_table(stages), as_json)
+    loaded = load_config(config, overrides or ())
+    problems = preflight(Planner(loaded, store), STAGE_NAMES)
+    try:
+        planned = preview(loaded, store)
+    except QRPOError:
+        raise_all(problems)
+        raise
+    planned["problems"] = [str(problem) for problem in problems]
+    return Answer(planned, plan_view(planned), failed=bool(problems))
 
 
-def _run(config: Any, store: str, as_json: bool, **span: Any) -> None:
-    from flows.pipeline_run import print_summary, run_pipeline
+def _run(config: Any, store: "Store", **span: Any) -> Answer:
+    from flows.pipeline_run import run_pipeline, summary_view
 
-    summary = run_pipeline(config, store, console=err, **span)
-    print_json(summary) if as_json else print_summary(summary, out)
+    summary = run_pipeline(config, store, **span)
+    return Answer(summary, summary_view(summary))

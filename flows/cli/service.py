@@ -1,39 +1,30 @@
 """Commands that hand runs to a Prefect server and its workers."""
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer import Option
 
-from flows.cli.app import (
-    AsJson,
-    ConfigPath,
-    Cron,
-    Gpus,
-    Notify,
-    Overrides,
-    StoreUrl,
-    Timezone,
-    command,
-    err,
-    print_json,
-    print_result,
-)
+from flows.cli.app import Answer, ConfigPath, Cron, Gpus, Notify, Overrides, Timezone, command
+
+if TYPE_CHECKING:
+    from storage import Store
 
 
 @command()
 def serve(
     config: ConfigPath,
+    store: "Store",
+    as_json: bool,
     cron: Cron = None,
     timezone: Timezone = "UTC",
     host: Annotated[
-        str, typer.Option("--host", help="Address to listen on; 0.0.0.0 lets other machines connect.")
+        str, Option(help="Address to listen on; 0.0.0.0 lets other machines connect.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 4200,
+    port: Annotated[int, Option(min=1, max=65535)] = 4200,
     gpus: Gpus = 1,
     notify: Notify = None,
     overrides: Overrides = None,
-    store: StoreUrl = "artifacts",
-    as_json: AsJson = False,
 ) -> None:
     """Start server, worker and schedule on this machine. The schedule, the browser or `prefect deployment run` starts runs.
 
@@ -47,31 +38,29 @@ def serve(
     from tasks.config import load_config
 
     def ready(served: dict[str, Any]) -> None:
-        print_json(served) if as_json else err.print("\n".join(serving_lines(served)))
+        Answer(served, "\n".join(serving_lines(served))).print(as_json)
 
     options = {"cron": cron, "timezone": timezone, "gpus": gpus, "notify": notify}
-    loaded = load_config(config, overrides or ())
-    serve(loaded, store, host=host, port=port, console=err, ready=ready, **options)
+    serve(load_config(config, overrides or ()), store, host=host, port=port, ready=ready, **options)
 
 
 @command()
 def deploy(
     config: ConfigPath,
+    store: "Store",
     pool: Annotated[
-        str, typer.Option("--pool", help="Name of the work pool, which is created if it does not exist.")
+        str, Option(help="Name of the work pool, which is created if it does not exist.")
     ] = "qrpo",
     pool_type: Annotated[
-        Literal["process", "docker", "kubernetes"], typer.Option("--type", help="Where runs happen.")
+        Literal["process", "docker", "kubernetes"], Option("--type", help="Where runs happen.")
     ] = "process",
-    image: Annotated[
-        str | None, typer.Option("--image", help="The image of docker and kubernetes jobs.")
-    ] = None,
+    image: Annotated[str | None, Option(help="The image of docker and kubernetes jobs.")] = None,
     cron: Cron = None,
     timezone: Timezone = "UTC",
     gpus: Gpus = 1,
     secrets: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--secret",
             metavar="VARIABLE=BLOCK",
             help="Environment variable that jobs take from a Secret block.",
@@ -79,9 +68,7 @@ def deploy(
     ] = None,
     notify: Notify = None,
     overrides: Overrides = None,
-    store: StoreUrl = "artifacts",
-    as_json: AsJson = False,
-) -> None:
+) -> Answer:
     """Create deployments of the pipeline and of every stage on the Prefect server that PREFECT_API_URL names.
 
     Examples:
@@ -101,4 +88,4 @@ def deploy(
     blocks = {variable: block for variable, _, block in pairs}
     options = DeployOptions(pool, pool_type, cron, timezone, gpus, image, blocks, notify)
     deployed = deploy(load_config(config, overrides or ()), store, options)
-    print_result(deployed, "\n".join(deployed_lines(deployed)), as_json)
+    return Answer(deployed, "\n".join(deployed_lines(deployed)))

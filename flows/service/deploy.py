@@ -62,7 +62,7 @@ class DeployOptions:
     notify: str | None = None
 
 
-def deploy(config: PipelineConfig, store_url: str, options: DeployOptions) -> dict[str, Any]:
+def deploy(config: PipelineConfig, store: Store, options: DeployOptions) -> dict[str, Any]:
     """Create or update every deployment on the server that PREFECT_API_URL names; return the object that `--json` prints.
 
     Deployments are named by the run, and get the schedule of `options` in place of all that they had. Raises ConfigError if a schedule, store or block cannot be used, EngineError if the server does not answer or refuses.
@@ -72,9 +72,8 @@ def deploy(config: PipelineConfig, store_url: str, options: DeployOptions) -> di
             "PREFECT_API_URL is not set, so there is no server to deploy to: set it to one that you started with "
             "`prefect server start`, or run `qrpo serve`, which starts one"
         )
-    store = Store(store_url).url
-    _check(options, store)
-    parameters = {"config": config.model_dump(mode="json"), "store": store}
+    _check(options, store.url)
+    parameters = {"config": config.model_dump(mode="json"), "store": store.url}
     try:
         with get_client(sync_client=True) as client:
             _check_secrets(client, options)
@@ -92,7 +91,7 @@ def deploy(config: PipelineConfig, store_url: str, options: DeployOptions) -> di
         ) from error
     return {
         "run": config.name,
-        "store": store,
+        "store": store.url,
         "work_pool": options.pool,
         "deployments": [deployment.full_name for deployment in deployments],
         "schedule": options.cron,

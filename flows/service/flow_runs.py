@@ -132,7 +132,8 @@ def _without_server() -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     return (
-        f"the server at {PREFECT_API_URL.value()} (PREFECT_API_URL) failed: {type(error).__name__}: {error}"
+        f"the server at {PREFECT_API_URL.value()} (PREFECT_API_URL) failed: {type(error).__name__}: {error}. Set "
+        "PREFECT_API_URL to the API of a running server, such as http://HOST:4200/api, or unset it to start one"
     )
 
 

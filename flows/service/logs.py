@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from rich.console import Console
-
 from storage import Store
 from storage.processes import cache_folder
 
 __all__ = ["log_path", "logging_to"]
 
+log = logging.getLogger("qrpo")
 _FORMAT = "%(asctime)s %(levelname)-7s %(name)s  %(message)s"
 
 
@@ -26,8 +25,8 @@ def log_path(store: Store, name: str) -> Path:
 
 
 @contextmanager
-def logging_to(path: Path, console: Console) -> Iterator[None]:
-    """Append all log records and warnings of this process to `path`; print the path if the block fails.
+def logging_to(path: Path) -> Iterator[None]:
+    """Append all log records and warnings of this process to `path`; log the path if the block fails.
 
     Call it after Prefect has set up its logging, which would remove other handlers.
     """
@@ -39,8 +38,7 @@ def logging_to(path: Path, console: Console) -> Iterator[None]:
     try:
         yield
     except Exception:
-        with suppress(OSError):
-            console.print(f"the run's log: {path}")
+        log.info("the run's log: %s", path)
         raise
     finally:
         for logger in loggers:

@@ -4,17 +4,17 @@ Server and worker are child processes that end with this process. Ctrl-C cancels
 their engines are shut down, and the next run continues from there.
 """
 
+import asyncio
+import logging
 import os
 import signal
 import socket
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
-
-from rich.console import Console
 
 from flows.service.logs import log_path
 from flows.service.server import open_server, server_is_named
@@ -25,14 +25,14 @@ from tasks.config import PipelineConfig
 
 __all__ = ["serve", "serving_lines"]
 
+log = logging.getLogger("qrpo")
+
 
 class PoolWorker:
     """A Prefect process worker of one work pool, in a child process."""
 
     def run(self, pool: str) -> None:
         """Run what the pool schedules until this process ends."""
-        import asyncio
-
         from prefect.workers.process import ProcessWorker
 
         asyncio.run(ProcessWorker(pool, name=f"qrpo serve on {socket.gethostname()}").start())
@@ -40,11 +40,10 @@ class PoolWorker:
 
 def serve(
     config: PipelineConfig,
-    store_url: str,
+    store: Store,
     *,
     host: str,
     port: int,
-    console: Console,
     ready: Callable[[dict[str, Any]], None],
     **options: Any,
 ) -> None:
@@ -55,45 +54,45 @@ def serve(
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGTERM comes from a service manager
         signal.signal(number, signal.default_int_handler)
-    logs = log_path(Store(store_url), "serve/worker.log").parent
-    server: Child | None = None
-    if not server_is_named():
-        _check_port(host, port)
-        console.print("starting the Prefect server ...")
-        server, wait_for_server = open_server(host, port, services=True, log=logs / "server.log")
-        wait_for_server()
-    # imported now: Prefect reads its settings when it is imported
-    from prefect.states import Crashed
+    logs = log_path(store, "serve/worker.log").parent
+    with ExitStack() as stack:
+        starts_server = not server_is_named()
+        if starts_server:
+            _check_port(host, port)
+            log.info("starting the Prefect server ...")
+            server, wait_for_server = open_server(host, port, services=True, log=logs / "server.log")
+            stack.callback(server.close)
+            wait_for_server()
+        # imported now: Prefect reads its settings when it is imported
+        from prefect.states import Crashed
 
-    from flows.service.deploy import DeployOptions, deploy
-    from flows.service.pool_runs import cancel_runs, changes, end_runs
+        from flows.service.deploy import DeployOptions, deploy
+        from flows.service.pool_runs import cancel_runs, changes, end_runs
 
-    console.print("deploying the flows ...")
-    pool = f"qrpo-{socket.gethostname()}"
-    deployed = deploy(config, store_url, DeployOptions(pool=pool, **options))
-    worker = Child("flows.service.serve:PoolWorker", name="the worker", log=logs / "worker.log")
-    working = threading.Thread(target=_work, args=(worker, pool), name="worker", daemon=True)
-    if server is not None:  # so no worker is alive that could have runs
-        end_runs(pool, Crashed(message="Its worker was killed; committed parts are kept."))
-    working.start()
-    url = os.environ["PREFECT_API_URL"].removesuffix("/api")
-    login = os.environ.get("PREFECT_API_AUTH_STRING")
-    ready({**deployed, "url": url, "login": login, "logs": str(logs)})
-    shown: dict[UUID, str] = {}
-    started = datetime.now(UTC)
-    try:
-        while working.is_alive():
-            working.join(timeout=2.0)
-            for line in changes(pool, started, shown):
-                console.print(line)
-        raise EngineError(f"the worker ended; its log: {logs / 'worker.log'}")
-    except KeyboardInterrupt:
-        console.print("ending ...")
-    finally:
-        if cancelled := cancel_runs(pool, worker):
-            console.print(f"cancelled {', '.join(cancelled)}; finished parts are kept")
-        if server is not None:
-            server.close()
+        log.info("deploying the flows ...")
+        pool = f"qrpo-{socket.gethostname()}"
+        deployed = deploy(config, store, DeployOptions(pool=pool, **options))
+        worker = Child("flows.service.serve:PoolWorker", name="the worker", log=logs / "worker.log")
+        working = threading.Thread(target=_work, args=(worker, pool), name="worker", daemon=True)
+        if starts_server:  # so no worker is alive that could have runs
+            end_runs(pool, Crashed(message="Its worker was killed; committed parts are kept."))
+        working.start()
+        url = os.environ["PREFECT_API_URL"].removesuffix("/api")
+        login = os.environ.get("PREFECT_API_AUTH_STRING")
+        ready({**deployed, "url": url, "login": login, "logs": str(logs)})
+        shown: dict[UUID, str] = {}
+        started = datetime.now(UTC)
+        try:
+            while working.is_alive():
+                working.join(timeout=2.0)
+                for line in changes(pool, started, shown):
+                    log.info("%s", line)
+            raise EngineError(f"the worker ended; its log: {logs / 'worker.log'}")
+        except KeyboardInterrupt:
+            log.info("ending ...")
+        finally:
+            if cancelled := cancel_runs(pool, worker):
+                log.info("cancelled %s; finished parts are kept", ", ".join(cancelled))
 
 
 def _work(worker: Child, pool: str) -> None:

@@ -6,5 +6,6 @@ inspect/  `qrpo inspect`: rows, numbers, one prompt, differences, exports
 browse/   `qrpo browse`: the same as web pages
 report/   `qrpo report`: a run as one HTML page
 plan      `qrpo plan`: what a run would compute
-theory    `qrpo theory`: what the closed form promises
+results   what `qrpo theory`, `run`, `evaluate` and `compare` found
+text      text that models wrote, made harmless
 """

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from qrpo.errors import ConfigError
 from storage import Store
@@ -15,7 +16,7 @@ from tasks.reuse import RowCount, count_rows
 from tasks.rounds import round_configs
 from tasks.stages import STAGES
 
-__all__ = ["preview", "preview_table"]
+__all__ = ["plan_view", "preview"]
 
 
 def preview(config: PipelineConfig, store: Store) -> dict[str, Any]:
@@ -61,9 +62,10 @@ def _preview(config: PipelineConfig, store: Store) -> dict[str, Any]:
     return {"run": config.name, "store": store.url, "stages": stages}
 
 
-def preview_table(preview: dict[str, Any]) -> Group:
-    """The preview for a terminal: one table for each round."""
-    return Group(*map(_round_table, preview.get("rounds", [preview])))
+def plan_view(preview: dict[str, Any]) -> Group:
+    """The preview for a terminal: one table for each round, and what would stop the run."""
+    problems = [Text(f"problem: {problem}", style="yellow") for problem in preview.get("problems", ())]
+    return Group(*map(_round_table, preview.get("rounds", [preview])), *problems)
 
 
 def _round_table(preview: dict[str, Any]) -> Table:

@@ -1,6 +1,7 @@
 """Runs and their artifacts as every view reads them: names, manifests, lineage, and small text helpers."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,16 @@ from storage import Manifest, PartRecord, Store
 from storage.artifact import named_artifacts, run_versions
 from tasks.stages import STAGE_NAMES
 
-__all__ = ["RunArtifacts", "find_manifest", "flatten", "part_urls", "run_name", "size_text"]
+__all__ = [
+    "RunArtifacts",
+    "export_model",
+    "find_manifest",
+    "flatten",
+    "model_url",
+    "part_urls",
+    "run_name",
+    "size_text",
+]
 
 
 class RunArtifacts:
@@ -83,6 +93,23 @@ def run_name(name: str) -> str:
 def part_urls(store: Store, part: PartRecord) -> list[str]:
     """URLs of a part's Parquet file, or of every file of a model folder."""
     return [store.url_of(part.table.key)] if part.table else [store.url_of(file.key) for file in part.payload]
+
+
+def model_url(store: Store, fingerprint: str) -> str | None:
+    """The URL of a policy's model folder; None for a policy without a part."""
+    manifest = store.manifest("policy", fingerprint)
+    urls = [url for part in (manifest.parts if manifest else ()) for url in part_urls(store, part)]
+    folders = [url.removesuffix("/config.json") for url in urls if url.endswith("/config.json")]
+    return min(folders, key=len, default=None)  # those of checkpoints are below it
+
+
+def export_model(store: Store, run: str, folder: Path) -> dict[str, Any]:
+    """Copy the model of a run's policy into a new folder; returns what `--json` prints."""
+    if folder.exists():
+        raise ConfigError(f"{folder} exists: name a new folder")
+    (policy,) = find_manifest(store, run, "policy").parts
+    shutil.copytree(store.fetch_folder(policy), folder, ignore=shutil.ignore_patterns("checkpoints"))
+    return {"run": run, "folder": str(folder)}
 
 
 def size_text(size: float) -> str:

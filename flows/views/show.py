@@ -2,12 +2,16 @@
 
 from typing import Any
 
-from rich.table import Table
+from rich.box import SIMPLE
+from rich.console import Group
+from rich.table import Column, Table
 
 from flows.views.runs import RunArtifacts, part_urls, run_name, size_text
 from storage import Store, StoreError
 
-__all__ = ["artifact_table", "describe", "list_runs", "runs_table"]
+__all__ = ["artifact_table", "describe", "list_runs", "runs_table", "stages_table"]
+
+_RIGHT = [Column(name, justify="right") for name in ("rows", "rejects", "parts", "size")]
 
 
 def list_runs(store: Store) -> dict[str, Any]:
@@ -36,20 +40,37 @@ def list_runs(store: Store) -> dict[str, Any]:
 
 
 def runs_table(listing: dict[str, Any]) -> Table | str:
-    """The listing for a terminal."""
+    """The listing for a terminal, one line per run."""
     if not listing["runs"]:
         return f"no runs in {listing['store']} yet; `qrpo run CONFIG` or `qrpo demo` makes one"
-    headers = ["run", "stage", "rows", "rejects", "parts", "size", "fingerprint"]
-    table = Table(*headers, title=listing["store"], title_justify="left")
+    table = Table(title=listing["store"], title_justify="left", box=SIMPLE)
+    table.add_column("run", overflow="fold")
+    for name in ("last stage", "prompts", "rejects", "size", "updated"):
+        table.add_column(
+            name, no_wrap=True, justify="right" if name in ("prompts", "rejects", "size") else "left"
+        )
     for name, run in listing["runs"].items():
-        if "damaged" in run:
-            table.add_row(name, f"damaged: {run['damaged']}")
-        for number, (stage, entry) in enumerate(run["stages"].items()):
-            counts = (f"{entry[key]:,}" for key in ("rows", "rejects", "parts"))
-            size = size_text(entry["bytes"])
-            table.add_row("" if number else name, stage, *counts, size, entry["fingerprint"][:12])
-        table.add_section()
+        stages = run["stages"]
+        rejects = f"{sum(entry['rejects'] for entry in stages.values()):,}"
+        size = size_text(sum(entry["bytes"] for entry in stages.values()))
+        last = "damaged" if "damaged" in run else next(reversed(stages), "")
+        prompts = f"{stages['prompts']['rows']:,}" if "prompts" in stages else ""
+        table.add_row(name, last, prompts, rejects, size, (run["updated"] or "")[:16].replace("T", " "))
     return table
+
+
+def stages_table(listing: dict[str, Any]) -> Group | str:
+    """The listing for a terminal, one line per stage."""
+    if not listing["runs"]:
+        return runs_table(listing)  # type: ignore[return-value]
+    tables = []
+    for name, run in listing["runs"].items():
+        table = Table("stage", *_RIGHT, "fingerprint", title=f"run {name}", title_justify="left", box=SIMPLE)
+        for stage, entry in run["stages"].items():
+            counts = (f"{entry[key]:,}" for key in ("rows", "rejects", "parts"))
+            table.add_row(stage, *counts, size_text(entry["bytes"]), entry["fingerprint"][:12])
+        tables.append(f"run {name}: damaged: {run['damaged']}" if "damaged" in run else table)
+    return Group(listing["store"], *tables)
 
 
 def describe(store: Store, name: str, stage: str) -> dict[str, Any]:

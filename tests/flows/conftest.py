@@ -14,7 +14,8 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from tests.support.flows import QRPO, clean_environment, invoke, run_json
+from storage import Store
+from tests.support.flows import QRPO, clean_environment, copy_store, invoke, run_json
 
 REWARD = '''\
 """How many of the letters asked for were said, and a little less for every word."""
@@ -101,7 +102,9 @@ def trained(
                 run__cpu_threads=1,
             )
             unfinished = config.rename(folder / "unfinished.yaml")
-            run_json("run", unfinished, "--store", folder / "store")
+            memory = "memory://trained"  # there shards, policy and evaluation are computed in this process
+            run_json("run", unfinished, "--store", memory)
+            copy_store(Store(memory), Store(folder / "store"), without=("leases/",))
             unfinished.rename(config)
     return folder
 

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,13 +62,6 @@ def one_line(result: Any, exit_code: int) -> str:
     assert len(lines) == 1, result.stderr
     assert len(lines[0]) < 1000
     return str(lines[0])
-
-
-def usage_message(result: Any) -> str:
-    """What is wrong with the command line itself, unfolded from its box."""
-    assert result.exit_code == USAGE
-    assert "Traceback" not in result.stderr
-    return " ".join(result.stderr.replace("│", " ").split())
 
 
 def reject_rows(store: Path, stage: str) -> list[dict[str, Any]]:
@@ -186,23 +181,13 @@ def test_more_lost_than_allowed_stops_the_run_and_keeps_what_was_scored(scored: 
 @pytest.mark.parametrize(
     ("changes", "options", "exit_code", "expected"),
     [
+        ({"prompts__source": "nowhere/a.jsonl"}, "", FAILED, "no file nowhere/a.jsonl.*: fix the path"),
+        ({"policy__betta": 0.1}, "", USAGE, r"{tmp}/config.yaml: policy.betta: .* did you mean `beta`\?"),
         (
-            {"prompts__source": "nowhere/prompts.jsonl"},
+            {"reference__model": {"path": "{tmp}/none"}},
             "",
             FAILED,
-            r"no file nowhere/prompts.jsonl.*: fix the path",
-        ),
-        (
-            {"policy__betta": 0.1},
-            "",
-            USAGE,
-            r"{tmp}/config.yaml: policy.betta: unknown key; did you mean `beta`\?",
-        ),
-        (
-            {"reference__model": {"path": "{tmp}/no-model"}},
-            "",
-            FAILED,
-            "no model folder {tmp}/no-model: fix the path",
+            "no model folder {tmp}/none: fix the path",
         ),
         ({"reference__model": {"path": "{tmp}"}}, "", FAILED, "{tmp} has no config.json"),
         ({}, "--set policy.beta", USAGE, "expected key.path=value"),
@@ -234,112 +219,90 @@ def test_mistake_is_named_before_anything_starts(
     assert "Prefect" not in line
 
 
-def test_plan_names_an_unknown_key(write_task: Callable[..., Path], tmp_path: Path) -> None:
-    config = write_task(tmp_path, policy__betta=0.1)
-
-    line = one_line(invoke("plan", config, "--store", tmp_path / "store"), USAGE)
-
-    assert f"{config}: policy.betta: unknown key; did you mean `beta`?" in line
-
-
-@pytest.mark.parametrize("option", ["--from", "--until", "--only", "--force"])
-def test_unknown_stage_is_refused_with_the_stages_there_are(
-    write_task: Callable[..., Path], tmp_path: Path, option: str
-) -> None:
-    message = usage_message(
-        invoke("run", write_task(tmp_path), "--store", tmp_path / "store", option, "reward")
-    )
-
-    assert "no stage 'reward'" in message
-    assert "completions, rewards, quantiles" in message
-
-
-def test_from_behind_until_is_refused(write_task: Callable[..., Path], tmp_path: Path) -> None:
-    result = invoke(
-        "run", write_task(tmp_path), "--store", tmp_path / "store", "--from", "rewards", "--until", "prompts"
-    )
-
-    assert "--from rewards comes after --until prompts" in usage_message(result)
-
-
-def test_missing_configuration_is_named(tmp_path: Path) -> None:
-    assert "no such configuration file" in one_line(invoke("run", tmp_path / "absent.yaml"), USAGE)
-
-
-def model_without(base_model: Path, folder: Path, *missing: str) -> Path:
-    shutil.copytree(base_model, folder)
-    for name in missing:
-        for path in folder.glob(name):
-            path.unlink()
-    return folder
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("run", "absent.yaml"), "no such configuration file"),
+        (("show", "nobody", "rewards"), "no run named 'nobody'"),
+        (("report", "nobody"), "no run named 'nobody'"),
+    ],
+)
+def test_what_is_not_there_is_named(tmp_path: Path, arguments: tuple[str, ...], expected: str) -> None:
+    assert expected in one_line(invoke(*arguments, "--store", tmp_path / "store"), USAGE)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server")
-def test_model_without_tokenizer_is_named_with_the_remedy(
-    write_task: Callable[..., Path], base_model: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("missing", "remedy"),
+    [
+        (("tokenizer*", "special_tokens_map*", "chat_template*"), "tokenizer.save_pretrained"),
+        (("chat_template*",), "chat_template.jinja"),
+    ],
+    ids=["tokenizer", "chat template"],
+)
+def test_model_without_a_file_is_named_with_the_remedy(
+    write_task: Callable[..., Path], base_model: Path, tmp_path: Path, missing: tuple[str, ...], remedy: str
 ) -> None:
-    model = model_without(
-        base_model, tmp_path / "model", "tokenizer*", "special_tokens_map*", "chat_template*"
-    )
+    model = Path(shutil.copytree(base_model, tmp_path / "model"))
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    for path in [path for pattern in missing for path in model.glob(pattern)]:
+        path.unlink()
     config = write_task(tmp_path / "task", reference__model={"path": str(model)})
 
     line = one_line(invoke("run", config, "--store", tmp_path / "store"), FAILED)
 
     assert str(model) in line
-    assert "tokenizer.save_pretrained" in line
+    assert remedy in line
+
+
+@pytest.mark.slow
+def test_stage_alone_whose_parents_are_missing_says_what_to_run_first(sampled: Path) -> None:
+    config = sampled / "task" / "config.yaml"
+
+    line = one_line(invoke("run", config, "--store", sampled / "store", "--only", "quantiles"), USAGE)
+
+    assert "quantiles: its parent stage rewards is not complete" in line
+    assert "--until rewards" in line
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server")
-def test_model_without_chat_template_is_named_with_the_remedy(
-    write_task: Callable[..., Path], base_model: Path, tmp_path: Path
-) -> None:
-    model = model_without(base_model, tmp_path / "model", "chat_template*")
-    settings = json.loads((model / "tokenizer_config.json").read_text())
-    settings.pop("chat_template", None)
-    (model / "tokenizer_config.json").write_text(json.dumps(settings))
-    config = write_task(tmp_path / "task", reference__model={"path": str(model)})
-
-    line = one_line(invoke("run", config, "--store", tmp_path / "store"), FAILED)
-
-    assert "has no chat template" in line
-    assert "chat_template.jinja" in line
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("prefect_server")
-def test_stage_alone_whose_parents_are_missing_says_what_to_run_first(
-    write_task: Callable[..., Path], tmp_path: Path
-) -> None:
-    config = write_task(tmp_path)
-    assert invoke("run", config, "--store", tmp_path / "store", "--until", "prompts").exit_code == 0
-
-    line = one_line(invoke("run", config, "--store", tmp_path / "store", "--only", "rewards"), USAGE)
-
-    assert "rewards: its parent stage completions is not complete" in line
-    assert "--until completions" in line
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("prefect_server")
-@pytest.mark.parametrize("lines", [[], ["not json", "nor this"], [{"question": "what?"}] * 3])
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ([], ""),
+        (["not json", "nor this"], "not valid JSON"),
+        ([{"question": "what?"}] * 3, "prompts.columns"),
+    ],
+    ids=["empty", "no JSON", "no prompt"],
+)
 def test_source_without_one_usable_prompt_is_named_with_the_reason(
-    write_task: Callable[..., Path], tmp_path: Path, lines: list[Any]
+    write_task: Callable[..., Path], tmp_path: Path, lines: list[Any], reason: str
 ) -> None:
     config = write_task(tmp_path, rows=lines)
 
     line = one_line(invoke("run", config, "--store", tmp_path / "store"), FAILED)
 
     assert "no usable prompt in" in line
-    if lines:
-        assert "not valid JSON" in line or "prompts.columns" in line
+    assert reason in line
 
 
-def test_unknown_run_and_stage_that_is_not_there_yet_are_told(tmp_path: Path) -> None:
-    line = one_line(invoke("show", "nobody", "rewards", "--store", tmp_path / "store"), USAGE)
+@pytest.mark.parametrize("name", ["tasks", "storage"])
+def test_package_of_the_same_name_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").touch()
+    command = [sys.executable, "-c", "import flows"]
 
-    assert "no run named 'nobody'" in line
+    shadowed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    safe = subprocess.run(
+        [sys.executable, "-P", *command[1:]], cwd=tmp_path, capture_output=True, timeout=120
+    )
+
+    assert f"ImportError: {tmp_path / name} is another package than the `{name}`" in shadowed.stderr
+    assert safe.returncode == 0
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

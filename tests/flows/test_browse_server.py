@@ -1,53 +1,45 @@
 """What `qrpo browse` answers to whom, apart from what its pages show."""
 
+import html
+import re
 import socket
-import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
 import storage
-from flows.views.browse.server import Guard, browse_app
 from flows.views.browse.server import serve as start_browsing
 from qrpo.errors import ConfigError
 from storage import Store
-from tests.support.views import TOKEN, ask, browsing, commit, row, table, write_artifacts
+from tests.support.flows import QRPO, clean_environment, invoke
+from tests.support.processes import eventually, running
+from tests.support.views import PROMPT, TOKEN, ask, commit, row, serving, table, write_artifacts
+
+SEARCH = "/runs/one/rewards?where=reward+%3E+0"
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[..., int]]:
-    """Serve a store in this process as `qrpo browse` does; the port."""
-    running: list[tuple[Any, threading.Thread]] = []
-
-    def start(store: Store) -> int:
-        app = Guard(browse_app(store), token=TOKEN, hosts=("localhost", "127.0.0.1", "[::1]"))
-        listening = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", ws="none"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        running.append((server, thread))
-        return int(listening.getsockname()[1])
-
-    yield start
-    for server, thread in running:
-        server.should_exit = True
-        thread.join(30)
+def serve() -> Iterator[Callable[[Store], int]]:
+    """Serve a store; the port."""
+    with ExitStack() as stack:
+        yield lambda store: stack.enter_context(serving(store))
 
 
-@pytest.fixture
-def memory(request: pytest.FixtureRequest) -> Store:
-    store = Store(f"memory://browse-{abs(hash(request.node.nodeid))}/store")
+@pytest.fixture(scope="module")
+def memory() -> Store:
+    store = Store("memory://browsed/store")
     write_artifacts(store, "one")
     return store
 
 
-@pytest.fixture
-def port(serve: Callable[..., int], memory: Store) -> int:
+@pytest.fixture(scope="module")
+def port(memory: Store) -> Iterator[int]:
     """The port of a server of a store in memory."""
-    return serve(memory)
+    with serving(memory) as port:
+        yield port
 
 
 def test_pages_of_a_store_that_is_no_folder(port: int) -> None:
@@ -61,10 +53,53 @@ def test_pages_of_a_store_that_is_no_folder(port: int) -> None:
         assert (status, expected in body) == (200, True), path
 
 
-def test_nothing_but_reading_is_answered(port: int) -> None:
-    for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS"):
-        assert ask(port, "/", method)[0] == 405
-    assert ask(port, "/", "HEAD")[0] == 200
+def test_every_link_leads_to_a_page_that_holds_nothing_to_run(
+    tmp_path: Path, snapshot: Callable[[Path], Any], serve: Callable[[Store], int]
+) -> None:
+    for run, shift in (("one", 0.0), ("two", 1.0)):
+        write_artifacts(Store(tmp_path), run, reward_shift=shift)
+    before, port = snapshot(tmp_path), serve(Store(tmp_path))
+    todo, seen = ["/"], {"/"}
+    kinds: set[str] = set()  # addresses that differ in numbers, fingerprints and values alone
+    while todo:
+        status, _, body = ask(port, todo.pop(0))
+        assert (status, body.count("<h1")) == (200, 1)
+        assert not re.search(r"<(script|img|iframe|object)\b|\son\w+=\"", body)
+        for link in map(html.unescape, re.findall(r'href="(/[^"]*)"', body)):
+            kind = re.sub(r"[0-9a-f]{32}|\d+|=[^&]*", "*", link)
+            if kind not in kinds and not link.startswith("/static/"):
+                kinds.add(kind)
+                seen.add(link)
+                todo.append(link)
+    for link in (
+        "/runs/one/completions",
+        "/runs/one/rewards/rejects",
+        "/runs/one/policy/numbers",
+        "/artifacts",
+    ):
+        assert link in seen
+    assert {"/compare", f"/prompt/one/{PROMPT}"} <= seen
+    assert len(seen) > 40
+    assert snapshot(tmp_path) == before, "looking changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status"),
+    [
+        *((method, "/", {}, 405) for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS")),
+        ("HEAD", "/", {}, 200),
+        ("GET", "/", {"Host": "rebound.example:{port}"}, 421),
+        *(("GET", "/", {"Host": name + ":{port}"}, 200) for name in ("localhost", "127.0.0.1", "[::1]")),
+        ("GET", SEARCH, {"Sec-Fetch-Site": "cross-site"}, 403),
+        ("GET", SEARCH, {"Sec-Fetch-Site": "same-origin"}, 200),
+        ("GET", f"{SEARCH}&q={'x' * 9000}", {}, 414),
+    ],
+)
+def test_only_reading_from_this_machine_and_page_is_answered(
+    port: int, method: str, path: str, headers: dict[str, str], status: int
+) -> None:
+    headers = {name: value.replace("{port}", str(port)) for name, value in headers.items()}
+    assert ask(port, path, method, **headers)[0] == status
 
 
 def test_every_answer_forbids_scripts_frames_and_other_hosts(port: int) -> None:
@@ -82,12 +117,6 @@ def test_every_answer_forbids_scripts_frames_and_other_hosts(port: int) -> None:
         assert "<script" not in body
 
 
-def test_another_sites_name_does_not_lead_here(port: int) -> None:
-    assert ask(port, "/", Host=f"rebound.example:{port}")[0] == 421
-    for name in ("localhost", "127.0.0.1", "[::1]"):
-        assert ask(port, "/", Host=f"{name}:{port}")[0] == 200
-
-
 def test_every_page_asks_for_the_token(port: int) -> None:
     for path in ("/", "/runs/one", "/static/style.css", "/?token=wrong", "/?token=", "/?token=%C3%A9"):
         status, _, body = ask(port, path, Cookie="")
@@ -99,13 +128,6 @@ def test_every_page_asks_for_the_token(port: int) -> None:
     assert ask(port, "/runs/one", Cookie="qrpo_browse=wrong")[0] == 401
     away = ask(port, f"//other.example/?token={TOKEN}")[1]["location"]
     assert away.startswith("/other"), "no redirect to another host"
-
-
-def test_a_page_elsewhere_starts_no_search_here(port: int) -> None:
-    search = "/runs/one/rewards?where=reward+%3E+0"
-    assert ask(port, search, **{"Sec-Fetch-Site": "cross-site"})[0] == 403
-    assert ask(port, search, **{"Sec-Fetch-Site": "same-origin"})[0] == 200
-    assert ask(port, f"{search}&q={'x' * 9000}")[0] == 414
 
 
 @pytest.mark.parametrize("token", ["", "short"])
@@ -196,19 +218,22 @@ def test_huge_completion_leaves_the_page_small(serve: Callable[..., int], tmp_pa
 
 @pytest.mark.slow
 def test_command_says_where_it_serves_and_makes_up_a_token(tmp_path: Path) -> None:
-    said = r"http://0\.0\.0\.0:(\d+)/\?token=(\S+)"
-    with browsing(tmp_path / "log", tmp_path / "store", said, "--host", "0.0.0.0") as found:
-        port, token = int(found.group(1)), found.group(2)
+    command = [QRPO, "browse", "--store", tmp_path / "store", "--port", "0", "--host", "0.0.0.0"]
+    log = tmp_path / "log"
+    said = re.compile(r"http://0\.0\.0\.0:(\d+)/\?token=(\S+)")
+    with running(command, log, env=clean_environment()) as process:
+        found = eventually(lambda: said.search(log.read_text()), "its address", log=log, process=process)
+        assert found is not None
+        port, token = int(found[1]), found[2]
         assert ask(port, "/", Cookie="")[0] == 401
-        assert ask(port, "/", Cookie=f"qrpo_browse={token}")[0] == 200
-        assert "There are no runs here yet" in ask(port, "/", Cookie=f"qrpo_browse={token}")[2]
+        status, _, page = ask(port, "/", Cookie=f"qrpo_browse={token}")
+        assert (status, "There are no runs here yet" in page) == (200, True)
 
 
-@pytest.mark.slow
-def test_taken_port_is_told_in_one_line(qrpo_process: Callable[..., Any], tmp_path: Path) -> None:
+def test_taken_port_is_told_in_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        result = qrpo_process("browse", "--store", tmp_path, "--port", str(taken.getsockname()[1]))
+        result = invoke("browse", "--store", tmp_path, "--port", taken.getsockname()[1])
 
-    assert result.returncode == 2
+    assert result.exit_code == 2
     assert "--port 0 takes a free one" in result.stderr
     assert "Traceback" not in result.stderr

@@ -279,7 +279,9 @@ def qrpo(service: Service, *arguments: str | Path, **environment: str) -> "subpr
     )
 
 
-def test_every_flow_is_deployed_with_its_queue_and_configuration(service: Service) -> None:
+def test_every_flow_is_deployed_with_its_queue_configuration_and_form_behind_a_login(
+    service: Service,
+) -> None:
     deployed = json.loads((service.folder / "deployed.json").read_text())
 
     assert len(deployed["deployments"]) == 9
@@ -294,22 +296,14 @@ def test_every_flow_is_deployed_with_its_queue_and_configuration(service: Servic
         environment = deployment["job_variables"]["env"]
         assert environment["REWARD_SCALE"] == "{{ prefect.blocks.secret.reward-scale }}"
         assert environment["DO_NOT_TRACK"] == "1"
-    queue = service.call("GET", "/work_pools/qrpo/queues/gpu")
-    assert queue["concurrency_limit"] == 1
-
-
-def test_form_in_the_ui_has_titles_descriptions_and_choices(service: Service) -> None:
-    schema = service.deployment("pipeline/tiny")["parameter_openapi_schema"]
-
+    assert service.call("GET", "/work_pools/qrpo/queues/gpu")["concurrency_limit"] == 1
+    schema = service.deployment("pipeline/tiny")["parameter_openapi_schema"]  # of the form in the UI
     first = schema["properties"]["first"]
     assert first["description"] == "Start with this stage; those before must be complete."
     assert "completions" in first["enum"]
     sections = schema["definitions"]
     assert "KL penalty" in sections["PolicyConfig"]["properties"]["beta"]["description"]
     assert set(sections["EngineConfig"]["properties"]["kind"]["enum"]) == {"vllm", "transformers"}
-
-
-def test_server_lets_nobody_in_without_the_password(service: Service) -> None:
     for auth in (None, "admin:wrong"):
         with pytest.raises(httpx.HTTPStatusError, match="401"):
             service.call("POST", "/flow_runs/filter", {}, auth=auth)

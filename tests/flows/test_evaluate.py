@@ -12,7 +12,8 @@ from starlette.testclient import TestClient
 from flows.views.browse.server import browse_app
 from qrpo.evaluation.statistics import seeds_and_prompts
 from storage import Store
-from tests.support.views import qrpo, qrpo_json
+from tasks.config import load_config
+from tests.support.views import qrpo, qrpo_json, write_artifacts
 
 pytestmark = pytest.mark.slow
 
@@ -123,6 +124,12 @@ def test_every_token_has_its_log_probabilities_and_the_prompt_s_page_colours_it_
     (moved,) = rows.filter(pl.col("model") == "policy").head(1).to_dicts()
 
     client = TestClient(browse_app(Store(runs / "store")), base_url="http://localhost")
+    page = client.get("/runs/seed-1").text
+    order = [
+        page.index(text)
+        for text in ("win rate against the reference", "Training loss", "policy.beta", "Artifacts")
+    ]
+    assert order == sorted(order), "a run's page begins with its result"
     shown = client.get(f"/prompt/seed-1/{moved['prompt_id']}").text
     for ours, theirs in zip(moved["model_token_logprobs"], moved["ref_token_logprobs"], strict=True):
         ratio = ours - theirs
@@ -164,6 +171,20 @@ def test_suite_answers_are_drawn_once_and_its_files_are_kept(runs: Path, tmp_pat
     before = (tmp_path / "out" / "completions.json").stat().st_mtime_ns
     assert qrpo_json(*asked) == result
     assert (tmp_path / "out" / "completions.json").stat().st_mtime_ns == before
+
+
+def test_run_without_checkpoints_says_so(write_task: Callable[..., Path], tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    write_artifacts(store, "tiny")
+    config = load_config(write_task(tmp_path / "task")).model_dump(mode="json")
+    store.write_run("tiny", {**(store.run("tiny") or {}), "config": config})
+
+    done = qrpo("evaluate", "tiny", "--checkpoint", "all", "--store", store.url)
+
+    assert done.exit_code == 2
+    assert (
+        "no checkpoint all; its checkpoints: none; a training run with policy.checkpoint_steps" in done.stderr
+    )
 
 
 @pytest.mark.parametrize(

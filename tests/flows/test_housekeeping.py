@@ -16,7 +16,7 @@ import storage
 from storage import DamagedError, Store
 from storage.crashpoints import on_crash_point
 from storage.gc import collect, plan_gc
-from tests.support.flows import QRPO, clean_environment, copy_store
+from tests.support.flows import QRPO, clean_environment, copy_store, run_json
 from tests.support.pipeline import TinyPipeline
 from tests.support.processes import descendants, eventually, running, survivors
 
@@ -25,27 +25,27 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def finished(
-    prefect_server: str,
-    write_task: Callable[..., Path],
-    qrpo_process: Callable[..., Any],
-    tmp_path_factory: Any,
+    prefect_server: str, write_task: Callable[..., Path], tmp_path_factory: Any
 ) -> tuple[Path, Path]:
     """A configuration and the store of its run up to `quantiles`."""
     folder = tmp_path_factory.mktemp("housekeeping")
     config = write_task(folder / "task", prompts=16)
-    done = qrpo_process(
-        "run", config, "--store", folder / "store", "--until", "quantiles", PREFECT_API_URL=prefect_server
-    )
-    assert done.returncode == 0, done.stderr
+    run_json("run", config, "--store", folder / "store", "--until", "quantiles")
     return config, folder / "store"
 
 
+@pytest.fixture
+def copied(finished: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    """The same with a copy of the store, to be changed."""
+    return finished[0], Path(shutil.copytree(finished[1], tmp_path / "store"))
+
+
 def test_damage_is_named_and_repair_computes_only_that_again(
-    finished: tuple[Path, Path],
+    copied: tuple[Path, Path],
     qrpo: Callable[..., Any],
     snapshot: Callable[[Path], dict[str, tuple[int, str]]],
 ):
-    _, store = finished
+    _, store = copied
 
     def tables() -> dict[str, tuple[int, str]]:
         return {key: seen for key, seen in snapshot(store / "parts").items() if key.endswith(".parquet")}
@@ -72,10 +72,9 @@ def test_damage_is_named_and_repair_computes_only_that_again(
 
 @pytest.mark.parametrize("harm", ["delete the rows", "cut the rows", "delete the record"])
 def test_a_cached_run_names_what_its_result_lacks(
-    finished: tuple[Path, Path], qrpo: Callable[..., Any], tmp_path: Path, harm: str
+    copied: tuple[Path, Path], qrpo: Callable[..., Any], harm: str
 ):
-    config, store = finished[0], tmp_path / "store"
-    shutil.copytree(finished[1], store)
+    config, store = copied
     table = next((store / "parts" / "completions").rglob("*.parquet"))
     match harm:
         case "delete the rows":
@@ -94,10 +93,9 @@ def test_a_cached_run_names_what_its_result_lacks(
 
 
 def test_a_damaged_note_is_set_aside_and_the_next_run_notes_it_anew(
-    finished: tuple[Path, Path], qrpo: Callable[..., Any], tmp_path: Path
+    copied: tuple[Path, Path], qrpo: Callable[..., Any]
 ):
-    config, store = finished[0], tmp_path / "store"
-    shutil.copytree(finished[1], store)
+    config, store = copied
     run = ("run", config, "--store", store, "--until", "quantiles", "--json")
     (store / "runs" / "tiny.json").write_text("[]")
 
@@ -139,16 +137,22 @@ def read_all(store: Store, artifacts: dict[str, str]) -> Iterator[tuple[str, Cal
                 )
 
 
+@pytest.fixture(scope="module")
+def evaluated(base_model: Path, prefect_server: str, tmp_path_factory: Any) -> Store:
+    """The store of a whole run, in memory."""
+    pipeline = TinyPipeline.create(tmp_path_factory.mktemp("evaluated") / "task", base_model, prompts=12)
+    pipeline.run(pipeline.config({"run.part_size": 16}))
+    return pipeline.store
+
+
 @pytest.mark.parametrize("kind", ["local", "memory"])
 def test_a_flipped_bit_in_any_file_of_any_stage_never_changes_what_is_read(
-    base_model: Path, prefect_server: str, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    evaluated: Store, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    pipeline = TinyPipeline.create(tmp_path / "task", base_model, prompts=12)
-    pipeline.run(pipeline.config({"run.part_size": 16}))
-    store = pipeline.store if kind == "memory" else Store(tmp_path / "store")
+    store = evaluated if kind == "memory" else Store(tmp_path / "store")
     if kind == "local":
-        copy_store(pipeline.store, store)
+        copy_store(evaluated, store)
     artifacts = {stage: noted["fingerprint"] for stage, noted in store.run("tiny")["stages"].items()}
     sound = [(stage, read, read()) for stage, read in read_all(store, artifacts)]
     dice = random.Random(0)
@@ -177,9 +181,9 @@ def test_a_flipped_bit_in_any_file_of_any_stage_never_changes_what_is_read(
 
 
 def test_gc_removes_what_no_run_needs_and_only_when_told_to(
-    finished: tuple[Path, Path], qrpo: Callable[..., Any]
+    copied: tuple[Path, Path], qrpo: Callable[..., Any]
 ):
-    config, store = finished
+    config, store = copied
     cooler = ("--until", "completions", "--set", "completions.sampling.temperature=0.5")
     run = ("run", config, "--store", store, *cooler)
     assert qrpo(*run).exit_code == 0

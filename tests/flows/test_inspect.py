@@ -15,6 +15,7 @@ from flows.views.inspect.rows import ArtifactRows, Query, find_rows
 from flows.views.inspect.summary import column_nulls, summarise
 from storage import Store
 from tasks.artifact_summary import numbers_of
+from tests.support.flows import new_bucket
 from tests.support.views import PROMPT, commit, qrpo, qrpo_json, rewards_table, row, table, write_artifacts
 
 
@@ -45,18 +46,12 @@ def test_condition_order_columns_and_limit_choose_the_rows(url: str) -> None:
     assert shown["numbers"]["reward"]["count"] == 18, "the distribution is of the rows that match"
 
 
-def test_sample_is_the_same_for_a_seed_and_another_for_another(url: str) -> None:
-    first, again, other = (
-        asked(url, "--sample", seed, "--limit", "4")["samples"] for seed in ("1", "1", "2")
-    )
+def test_sample_has_its_size_and_is_the_same_for_a_seed_and_another_for_another(url: str) -> None:
+    first, again, other = (asked(url, "--sample", "4", "--seed", seed)["samples"] for seed in ("1", "1", "2"))
 
     assert first == again != other
     assert len(first) == 4
-
-
-def test_sample_of_a_condition_holds_only_rows_that_meet_it(url: str) -> None:
-    rows = asked(url, "--sample", "3", "--where", "reward >= 11", "--limit", "4")["samples"]
-
+    rows = asked(url, "--sample", "4", "--where", "reward >= 11")["samples"]
     assert len(rows) == 4
     assert all(row["reward"] >= 11 for row in rows)
 
@@ -181,21 +176,15 @@ def test_a_spreadsheet_runs_no_text_of_an_export(tmp_path: Path) -> None:
 
     asked(store.url, "--export", tmp_path / "all.csv", "--columns", "text", stage="completions")
 
-    assert pl.read_csv(tmp_path / "all.csv")["text"].to_list() == [
-        "'=1+1",
-        "'+1",
-        "'-1",
-        "'@SUM(A1)",
-        "plain",
-    ]
+    texts = pl.read_csv(tmp_path / "all.csv")["text"].to_list()
+    assert texts == ["'=1+1", "'+1", "'-1", "'@SUM(A1)", "plain"]
 
 
 def test_export_of_everything_is_everything(url: str, tmp_path: Path) -> None:
     asked(url, "--export", tmp_path / "all.parquet", stage="completions")
 
-    assert pl.read_parquet(tmp_path / "all.parquet").equals(
-        storage.open(url, "one", "completions").lazy.collect()
-    )
+    everything = storage.open(url, "one", "completions").lazy.collect()
+    assert pl.read_parquet(tmp_path / "all.parquet").equals(everything)
     assert [path.name for path in tmp_path.iterdir()] == ["all.parquet"]
 
 
@@ -223,6 +212,7 @@ def test_export_replaces_no_file_and_knows_its_endings(url: str, tmp_path: Path)
         (("--diff", "one", "--where", "reward > 1"), "--where has no meaning with --diff"),
         (("--diff", "nowhere"), "no run named 'nowhere'"),
         (("--prompt-id", "zz"), "no prompt of run 'one'"),
+        (("--prompt-id", ""), "give more of it"),
     ],
 )
 def test_what_cannot_be_answered_is_told_in_one_line(
@@ -270,20 +260,14 @@ def test_works_on_other_stores(url: str) -> None:
 
 @pytest.mark.slow
 def test_little_is_read_of_a_big_part_in_a_bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import boto3
-
-    keys = {"ACCESS_KEY_ID": "AKIATESTTESTTEST", "SECRET_ACCESS_KEY": "verysecretaccesskey"}
-    for name, value in {**keys, "DEFAULT_REGION": "us-east-1", "ENDPOINT_URL": s3_endpoint}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="inspected")
-    store = Store("s3://inspected/store")
     rng = np.random.default_rng(0)
     noise = pa.array([rng.bytes(2000).hex() for _ in range(5000)])
     rewards = rewards_table(rng.normal(size=5000)).append_column("noise", noise)
-    size = commit(store, "rewards", [rewards]).bytes
-    read = count_bytes(store, monkeypatch)
-
-    shown = asked(store.url, "--where", "reward > 1", "--columns", "reward,prompt_id", "--sort=-reward")
+    with new_bucket(s3_endpoint, "inspected") as bucket:
+        store = Store(f"{bucket}/store")
+        size = commit(store, "rewards", [rewards]).bytes
+        read = count_bytes(store, monkeypatch)
+        shown = asked(store.url, "--where", "reward > 1", "--columns", "reward,prompt_id", "--sort=-reward")
 
     assert shown["samples"][0]["reward"] == pytest.approx(max(rewards["reward"].to_pylist()))
     assert sum(read) < size / 10, (sum(read), size)
@@ -313,15 +297,15 @@ def test_looking_ends_when_time_is_up_and_says_how_far_it_came(tmp_path: Path) -
     size = 140_000  # more than is looked at together
     tables = [rewards_table(np.full(size, part, dtype=float), first=size * part) for part in range(2)]
     rows = ArtifactRows(store, commit(store, "rewards", tables).parts)
-    query = Query(where="reward >= 1")
+    query = Query(where="reward >= 1", limit=3)
 
-    cut = find_rows(rows, query, limit=3, seconds=0.0)
-    whole = find_rows(rows, query, limit=3)
+    cut = find_rows(rows, query, seconds=0.0)
+    whole = find_rows(rows, query)
 
     assert (cut.positions, cut.matches) == ([], None)
     assert 0 < cut.searched <= size
     assert (whole.positions, whole.matches) == ([size, size + 1, size + 2], size)
-    assert find_rows(rows, query, limit=2, offset=3).positions == [size + 3, size + 4]
+    assert find_rows(rows, query, offset=3).positions == [size + 3, size + 4, size + 5]
 
 
 def test_search_looks_into_conversations_and_lists(url: str) -> None:
@@ -329,7 +313,7 @@ def test_search_looks_into_conversations_and_lists(url: str) -> None:
     found = {}
     for stage, text in (("prompts", "MANY ARE 7 AND"), ("completions", "say 14 ("), ("rewards", "RIGHT")):
         rows = ArtifactRows(store, storage.open(store, "one", stage).manifest.parts)
-        found[stage] = find_rows(rows, Query(search=text), limit=100).matches
+        found[stage] = find_rows(rows, Query(search=text)).matches
 
     assert found == {"prompts": 1, "completions": 6, "rewards": 72}
 
@@ -337,12 +321,6 @@ def test_search_looks_into_conversations_and_lists(url: str) -> None:
 def unfolded(shown: str) -> str:
     """The output without spaces, folds and the borders of panels."""
     return re.sub(r"[\s│]+", "", shown)
-
-
-def test_stages_stand_in_the_order_of_the_pipeline() -> None:
-    from tasks.stages import STAGE_NAMES, STAGES
-
-    assert tuple(STAGES) == STAGE_NAMES
 
 
 def count_bytes(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[int]:

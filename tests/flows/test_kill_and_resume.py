@@ -61,8 +61,9 @@ def killed_twice(
     }
     for stage, middle in middles.items():
         log = folder / f"{stage}.log"
-        # without PREFECT_API_URL: it starts a server, which must not survive either
-        with running([QRPO, *arguments], log, env=clean_environment()) as process:
+        # without PREFECT_API_URL it starts a server, which must not survive either
+        server = {} if stage == "completions" else {"PREFECT_API_URL": prefect_server}
+        with running([QRPO, *arguments], log, env=clean_environment(**server)) as process:
             eventually(lambda: any(store.glob(middle)), middle, every=0.01, log=log, process=process)  # noqa: B023
             family = descendants(process.pid)
             assert family, "the run has no child process, so nothing is shown"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from storage import Store
-from tests.support.flows import QRPO, clean_environment, new_bucket
+from tests.support.flows import QRPO, clean_environment, invoke, new_bucket, run_json
 from tests.support.processes import running
 
 pytestmark = pytest.mark.slow
@@ -20,38 +20,27 @@ SECRET = "a-secret-that-must-not-be-seen"
 
 @pytest.fixture(scope="module")
 def on_s3(
-    s3_endpoint: str,
-    trained: Path,
-    prefect_server: str,
-    qrpo_process: Callable[..., Any],
-    tmp_path_factory: pytest.TempPathFactory,
+    s3_endpoint: str, trained: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Store, Any, Path]]:
     """The configuration of `trained` run on a bucket, from an empty folder: the store, what was printed, the folder."""
     folder = tmp_path_factory.mktemp("empty")
     with new_bucket(s3_endpoint, "pipeline", SECRET) as bucket, pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        url = f"{bucket}/store"
-        done = qrpo_process(
-            "run", trained / "config.yaml", "--store", url, "--json", PREFECT_API_URL=prefect_server
-        )
-        assert done.returncode == 0, done.stderr
-        yield Store(url), done, folder
+        store = Store(f"{bucket}/store")
+        done = invoke("run", trained / "config.yaml", "--store", store.url, "--json")
+        assert done.exit_code == 0, done.stderr
+        yield store, done, folder
 
 
-def test_pipeline_runs_on_an_object_store_and_is_cached_there(
-    on_s3: tuple[Store, Any, Path], trained: Path, qrpo: Callable[..., Any]
-):
+def test_pipeline_runs_on_an_object_store_and_is_cached_there(on_s3: tuple[Store, Any, Path], trained: Path):
     store, first, folder = on_s3
-    again = qrpo("run", trained / "config.yaml", "--store", store.url, "--json")
-    assert again.exit_code == 0, again.stderr
+    cached = run_json("run", trained / "config.yaml", "--store", store.url)["stages"]
 
-    stages = json.loads(first.stdout)["stages"]
-    cached = json.loads(again.stdout)["stages"]
+    stages = json.loads(first.stdout.splitlines()[-1])["stages"]
     assert stages["policy"]["parts_computed"] == 1
     assert all(stage["parts_computed"] == 0 for stage in cached.values())
-    assert {name: stage["fingerprint"] for name, stage in stages.items()} == {
-        name: stage["fingerprint"] for name, stage in cached.items()
-    }
+    fingerprints = [{name: one["fingerprint"] for name, one in of.items()} for of in (stages, cached)]
+    assert fingerprints[0] == fingerprints[1]
     for key in store.list():
         assert SECRET.encode() not in store.read_bytes(key), key
     assert SECRET not in first.stdout + first.stderr

@@ -18,9 +18,9 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Crashed, Pending
 from prefect.types._datetime import now
 
-from flows.service import deploy
-from flows.service.deploy import DeployOptions, PoolType, create_pool, declarations, job_template
+from flows.service.deploy import DeployOptions, PoolType, create_pool, declarations, deploy, job_template
 from flows.service.pool_runs import changes, end_runs
+from storage import Store
 from tasks.config import load_config
 from tasks.stages import STAGES
 
@@ -125,7 +125,7 @@ def test_deployments_are_named_by_run_and_have_the_last_schedule_alone(
 
 def test_runs_of_a_dead_worker_are_ended(write_task: Callable[..., Path], tmp_path: Path) -> None:
     config = load_config(write_task(tmp_path / "task", name="left"))
-    deploy.deploy(config, str(tmp_path / "store"), DeployOptions(pool="left"))
+    deploy(config, Store(tmp_path / "store"), DeployOptions(pool="left"))
     with get_client(sync_client=True) as client:
         deployment = client.read_deployment_by_name("pipeline/left")
         taken, waiting = (client.create_flow_run_from_deployment(deployment.id) for _ in range(2))

@@ -31,6 +31,11 @@ def run_json(*arguments: Any) -> dict[str, Any]:
     return found
 
 
+def unfolded(shown: str) -> str:
+    """What was printed on one line, without the borders of boxes."""
+    return " ".join(shown.replace("│", " ").split())
+
+
 def clean_environment(**changes: str) -> dict[str, str]:
     """This process's environment without what Prefect and `qrpo` read from it."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "QRPO_"))}

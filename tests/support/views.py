@@ -3,9 +3,9 @@
 import hashlib
 import http.client
 import json
-import re
+import socket
 import tempfile
-import time
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +13,12 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
-from typer.testing import CliRunner
+import uvicorn
 
+from flows.views.browse.server import Guard, browse_app
 from storage import Manifest, PartKey, PartRecord, Store, manifest_of, rejects_table
 from tasks.stages import TABLES
-from tests.support.flows import QRPO, clean_environment
-from tests.support.processes import running
+from tests.support.flows import invoke
 
 CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = (
@@ -210,9 +210,7 @@ def _commit_policy(store: Store) -> PartRecord:
 
 def qrpo(*arguments: Any) -> Any:
     """The `qrpo` command in this process: `.exit_code`, `.stdout`, `.stderr`; never a traceback."""
-    from flows.cli import app
-
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    result = invoke(*arguments)
     assert "Traceback" not in result.stderr
     return result
 
@@ -227,6 +225,19 @@ def qrpo_json(*arguments: Any) -> Any:
 TOKEN = "a-token-of-the-tests"
 
 
+@contextmanager
+def serving(store: Store) -> Iterator[int]:
+    """Serve a store in this process as `qrpo browse` does, to this machine; the port."""
+    app = Guard(browse_app(store), token=TOKEN, hosts=("localhost", "127.0.0.1", "[::1]"))
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", ws="none"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    yield int(listening.getsockname()[1])
+    server.should_exit = True
+    thread.join(30)
+
+
 def ask(port: int, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], str]:
     """Status, headers and body of an answer of the server at a port of this machine; with the token unless there is a Cookie."""
     headers.setdefault("Cookie", f"qrpo_browse={TOKEN}")
@@ -236,21 +247,6 @@ def ask(port: int, path: str, method: str = "GET", **headers: str) -> tuple[int,
     body = answer.read().decode()
     connection.close()
     return answer.status, {name.lower(): value for name, value in answer.getheaders()}, body
-
-
-@contextmanager
-def browsing(log: Path, store: Path, pattern: str, *options: Any) -> Iterator[re.Match[str]]:
-    """`qrpo browse` as a process on a free port, ended afterwards; where its output matches the pattern."""
-    command = [QRPO, "browse", "--store", store, "--port", "0", *options]
-    with running(command, log, env=clean_environment()) as process:
-        for _ in range(600):
-            if found := re.search(pattern, log.read_text()):
-                break
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.1)
-        else:
-            raise AssertionError(f"no address: {log.read_text()}")
-        yield found
 
 
 @contextmanager

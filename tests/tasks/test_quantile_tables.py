@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from flows.views.inspect.lookup import PromptLookup
 from flows.views.inspect.rows import Query
 from flows.views.inspect.stage import inspect_stage
+from flows.views.results import equal_rewards as theory_counts
 from flows.views.runs import RunArtifacts
-from flows.views.theory import equal_rewards as theory_counts
 from tasks.stages import TABLES
 from tasks.stages.quantiles import QuantilesConfig, quantile_table
 from tests.support.pipeline import TinyPipeline
@@ -159,7 +159,7 @@ def test_prompts_whose_reference_rewards_are_all_equal_are_counted_and_not_train
     else:
         assert rows["num_excluded"].sum() == 0
         assert "keeps the quantile that `ties: weak` gives" in counts["note"]
-    shown = inspect_stage(PromptLookup(pipeline.store, "tiny"), "quantiles", Query(), columns=None, limit=1)
+    shown = inspect_stage(PromptLookup(pipeline.store, "tiny"), "quantiles", Query(limit=1))
     assert shown["note"] == counts["note"]
 
 

@@ -2,7 +2,7 @@
 
 server     routes; who may ask (this machine, or a token; GET only); headers under which a browser runs nothing
 pages      what each address shows, as values for a template; the address holds everything that was chosen
-drawings   histograms, empirical distributions and the lineage as SVG
+drawings   histograms and empirical distributions as SVG
 tokens     a completion's tokens coloured by model against reference
 templates/ static/
 

@@ -1,4 +1,4 @@
-"""Drawings as SVG that the page's style sheet colours: histograms, empirical distributions, the lineage of a run."""
+"""Drawings as SVG that the page's style sheet colours: histograms, curves and empirical distributions."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-__all__ = ["cdf", "histogram", "lineage"]
+__all__ = ["cdf", "curve", "histogram"]
 
 _WIDTH, _HEIGHT = 320, 96
 
@@ -39,7 +39,16 @@ def histogram(sides: Sequence[Mapping[str, Any]], labels: Sequence[str] = ("",))
             box = f'x="{left:.1f}" y="{y:.1f}" width="{width:.1f}" height="{_HEIGHT - y:.1f}"'
             parts.append(f'<rect {box} class="bar"/>')
     what = " and ".join(filter(None, labels)) or "histogram"
-    return _svg(_WIDTH, _HEIGHT, f"distribution of {what}, from {low:.4g} to {high:.4g}", parts)
+    return _svg(f"distribution of {what}, from {low:.4g} to {high:.4g}", parts)
+
+
+def curve(points: Sequence[tuple[float, float]], label: str) -> Markup:
+    """One value over training steps."""
+    (left, right), (low, high) = ((min(values), max(values)) for values in zip(*points, strict=True))
+    spread = (high - low) or 1.0
+    line = " ".join(f"{_x(x, left, right):.1f},{_y((y - low) / spread):.1f}" for x, y in points)
+    title = f"{label} over {len(points)} logged steps, from {points[0][1]:.4g} to {points[-1][1]:.4g}"
+    return _svg(title, [f'<polyline points="{line}" class="steps"/>'])
 
 
 def cdf(ref_rewards: Sequence[float], marks: Sequence[tuple[float, str]]) -> Markup:
@@ -62,31 +71,7 @@ def cdf(ref_rewards: Sequence[float], marks: Sequence[tuple[float, str]]) -> Mar
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_y(0):.1f}" y2="{y:.1f}" class="rise"/>')
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="mark"><title>{title}</title></circle>')
     spread = f"from {min(ref_rewards):.4g} to {max(ref_rewards):.4g}"
-    return _svg(_WIDTH, _HEIGHT, f"empirical distribution of {count} reference rewards {spread}", parts)
-
-
-def lineage(nodes: Sequence[Mapping[str, Any]], edges: Sequence[tuple[int, int]]) -> Markup:
-    """Artifacts from top to bottom (`name`, `note`, `href`), with an arrow for each (parent, child); arcs skip boxes."""
-    row, box = 52, 260
-    left = 150 if any(lower > upper + 1 for upper, lower in edges) else 8
-    shape = 'id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto"'
-    parts = [f'<defs><marker {shape}><path d="M0,0 L8,4 L0,8 z" class="tip"/></marker></defs>']
-    for upper, lower in edges:
-        if lower == upper + 1:
-            middle = left + box / 2
-            path = f"M{middle},{row * upper + 40} L{middle},{row * lower + 8}"
-        else:
-            start, stop, away = row * upper + 24, row * lower + 24, left - min(140, 22 * (lower - upper))
-            path = f"M{left},{start} C{away},{start} {away},{stop} {left},{stop}"
-        parts.append(f'<path d="{path}" class="edge" marker-end="url(#tip)"/>')
-    for number, node in enumerate(nodes):
-        top = row * number + 8
-        parts.append(
-            f'<a href="{escape(node["href"])}"><rect x="{left}" y="{top}" width="{box}" height="32" rx="6" class="box"/>'
-            f'<text x="{left + 10}" y="{top + 21}" class="name">{escape(node["name"])}</text>'
-            f'<text x="{left + box - 10}" y="{top + 21}" class="note" text-anchor="end">{escape(node["note"])}</text></a>'
-        )
-    return _svg(left + box + 8, row * len(nodes) + 8, "which artifact was made from which", parts, "lineage")
+    return _svg(f"empirical distribution of {count} reference rewards {spread}", parts)
 
 
 def _x(value: float, low: float, high: float) -> float:
@@ -97,6 +82,6 @@ def _y(share: float) -> float:
     return _HEIGHT - 6 - (_HEIGHT - 12) * share
 
 
-def _svg(width: int, height: int, title: str, parts: Sequence[str], kind: str = "plot") -> Markup:
-    shape = f'viewBox="0 0 {width} {height}" class="{kind}" role="img" aria-label="{escape(title)}"'
+def _svg(title: str, parts: Sequence[str]) -> Markup:
+    shape = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" class="plot" role="img" aria-label="{escape(title)}"'
     return Markup(f"<svg {shape}>{''.join(parts)}</svg>")  # only numbers and escaped texts

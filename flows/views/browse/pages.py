@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote, urlencode
 
-import polars as pl
 from starlette.datastructures import QueryParams
 from starlette.requests import Request
 
@@ -16,21 +15,32 @@ from flows.views.inspect.diff import diff_stage
 from flows.views.inspect.lookup import PromptLookup
 from flows.views.inspect.prompt import follow_prompt
 from flows.views.inspect.rows import ArtifactRows, Query, condition_of, find_rows
+from flows.views.inspect.stage import metrics_of
 from flows.views.inspect.summary import column_nulls, summarise
-from flows.views.inspect.text import one_line
-from flows.views.runs import RunArtifacts, flatten, part_urls, size_text
+from flows.views.runs import RunArtifacts, flatten, part_urls
 from flows.views.show import list_runs
+from flows.views.text import one_line
 from qrpo.errors import DataError, QRPOError
 from storage import Artifact, Manifest, Store
-from tasks.artifact_summary import numbers_of, reject_reasons, training_metrics
+from tasks.artifact_summary import compare_models, reject_reasons, training_metrics
 from tasks.stages import STAGE_NAMES
 
-__all__ = ["NotFoundError", "Pages", "TidierAddressError", "View"]
+__all__ = ["NotFoundError", "Pages", "View"]
 
 _PER_PAGE = 50
 _SECONDS, _COUNT_SECONDS = 10.0, 2.0  # to find rows, to count the other matches
 _MAX_COMPARED = 2_000_000  # rows; the command line compares more
 _CELL = 240  # characters
+_STEPS = 500  # of a training run
+_SETTINGS = (
+    "reference.model.path",
+    "completions.num_ref",
+    "policy.loss",
+    "policy.beta",
+    "policy.transform",
+    "policy.learning_rate",
+    "policy.num_train_epochs",
+)
 _PARAMETERS = ("where", "q", "sort", "columns", "sample", "page")
 
 View = tuple[str, dict[str, Any]]
@@ -41,20 +51,13 @@ class NotFoundError(Exception):
     """There is no such run, stage, artifact, row or prompt."""
 
 
-class TidierAddressError(Exception):
-    """The same page has the shorter address `address`."""
-
-    def __init__(self, address: str) -> None:
-        super().__init__(address)
-        self.address = address
-
-
 @dataclass(frozen=True)
 class ArtifactPage:
     """A page about an artifact: the artifact's address (by run, or by fingerprint) and the tab; `asked` are parameters."""
 
     run: str | None
     manifest: Manifest
+    rows: ArtifactRows
     base: str
     tab: str
     asked: Sequence[tuple[str, str]]
@@ -103,56 +106,44 @@ class Pages:
         return "artifacts.html", {"artifacts": found}
 
     def run(self, request: Request) -> View:
-        """A run's artifacts and which was made from which."""
+        """A run's result, and its artifacts."""
         name = request.path_params["run"]
-        manifests = self._run(name).manifests
-        stages = list(manifests)
-        nodes = [
-            {
-                "name": stage,
-                "note": f"{manifest.rows:,} rows, {size_text(manifest.bytes)}",
-                "href": f"/runs/{quote(name)}/{quote(stage)}",
-            }
-            for stage, manifest in manifests.items()
-        ]
-        edges = [
-            (stages.index(parent), number)
-            for number, manifest in enumerate(manifests.values())
-            for parent, fingerprint in manifest.parents.items()
-            if parent in stages and manifests[parent].fingerprint == fingerprint
-        ]
-        graph = drawings.lineage(nodes, edges) if nodes else ""
-        return "run.html", {"run": name, "manifests": manifests, "graph": graph, "others": self._others(name)}
+        run = self._run(name)
+        manifests = run.manifests
+        summary = manifests["evaluation"].metadata.get("summary") if "evaluation" in manifests else None
+        config = flatten(run.noted.get("config", {}))
+        metrics = training_metrics(self.store, manifests["policy"]) if "policy" in manifests else None
+        losses: list[Any] = []
+        if metrics is not None and "loss" in metrics.columns:
+            losses = metrics.select("step", "loss").drop_nulls().rows()
+        return "run.html", {
+            "run": name,
+            "manifests": manifests,
+            "comparison": compare_models(summary) if summary else None,
+            "settings": {key: config[key] for key in _SETTINGS if key in config},
+            "loss": drawings.curve(losses, "loss") if losses else None,
+            "others": self._others(name),
+        }
 
     def rows(self, request: Request) -> View:
         """A page of the artifact's rows."""
         page = self._artifact(request, "rows")
-        rows = ArtifactRows(self.store, page.manifest.parts)
+        rows = page.rows
         if not rows.parts:
             return self._model(page)
-        usual = [name for name in rows.schema if "token_ids" not in name]
-        chosen = [value for key, value in page.asked if key == "columns" and value in rows.schema]
-        if chosen == usual:
-            raise TidierAddressError(page.link(columns=None))
-        columns = chosen or usual
-        asked = request.query_params
-        query, number = _query(asked), _number(asked.get("page"), 1)
+        asked, number = request.query_params, _number(request.query_params.get("page"), 1)
+        sampled = bool(asked.get("sample"))
+        columns = [value for key, value in page.asked if key == "columns"] or _usual(rows)
+        query = replace(_query(asked), limit=_PER_PAGE if sampled else _PER_PAGE + 1)
         values = page.values(
             columns=list(rows.schema),
             chosen=columns,
             sortable=[name for name, kind in rows.schema.items() if not kind.is_nested()],
             page=number,
         )
-        sampled = query.sample is not None
+        offset = 0 if sampled else (number - 1) * _PER_PAGE
         try:
-            found = find_rows(
-                rows,
-                query,
-                limit=_PER_PAGE if sampled else _PER_PAGE + 1,
-                offset=0 if sampled else (number - 1) * _PER_PAGE,
-                seconds=_SECONDS,
-                count_seconds=_COUNT_SECONDS,
-            )
+            found = find_rows(rows, query, offset=offset, seconds=_SECONDS, count_seconds=_COUNT_SECONDS)
             positions = found.positions[:_PER_PAGE]
             taken = rows.take(positions, columns).to_dicts()
         except QRPOError as error:
@@ -173,8 +164,8 @@ class Pages:
 
     def row(self, request: Request) -> View:
         """One row in full, with its conversation."""
-        page, position = self._artifact(request, "rows", checked=False), request.path_params["position"]
-        rows = ArtifactRows(self.store, page.manifest.parts)
+        page, position = self._artifact(request, "rows"), request.path_params["position"]
+        rows = page.rows
         if not 0 <= position < len(rows):
             raise NotFoundError(f"{page.manifest.stage} has no row {position}")
         part, number = rows.location(position)
@@ -183,7 +174,7 @@ class Pages:
         return "row.html", page.values(
             position=position,
             last=len(rows) - 1,
-            part=part.fingerprint,
+            part=rows.parts[part].fingerprint,
             number=number,
             prompt_id=row.get("prompt_id"),
             messages=row.get("messages") or chat.get("messages") or [],
@@ -194,7 +185,7 @@ class Pages:
     def numbers(self, request: Request) -> View:
         """Schema, nulls and distributions."""
         page = self._artifact(request, "numbers")
-        rows = ArtifactRows(self.store, page.manifest.parts)
+        rows = page.rows
         if not rows.parts:
             return self._model(page)
         numbers, failed = {}, None
@@ -220,7 +211,7 @@ class Pages:
 
     def origin(self, request: Request) -> View:
         """What made the artifact, and where its files are."""
-        page = self._artifact(request, "origin", checked=False)
+        page = self._artifact(request, "origin")
         settings = {
             key: text
             for section in ("config", "inputs", "metadata")
@@ -274,8 +265,8 @@ class Pages:
         values = {"names": names, "sides": sides, "prompt_id": sides[0]["prompt_id"], "a": a, "b": b}
         return "compare_prompt.html", values
 
-    def _artifact(self, request: Request, tab: str, checked: bool = True) -> ArtifactPage:
-        """The artifact that an address means; `checked`: redirects from addresses with empty or unknown parameters."""
+    def _artifact(self, request: Request, tab: str) -> ArtifactPage:
+        """The artifact that an address means, with the parameters that have a meaning for it."""
         named = request.path_params
         run, stage, fingerprint = named.get("run"), named["stage"], named.get("fingerprint", "")
         if run is not None:
@@ -285,12 +276,15 @@ class Pages:
             base = f"/artifacts/{quote(stage)}/{quote(fingerprint)}"
         if manifest is None:
             raise NotFoundError(f"there is no {stage} {fingerprint or f'of run {run}'} in this store")
-        pairs = request.query_params.multi_items()
-        kept = [(key, value) for key, value in pairs if value and key in _PARAMETERS] if checked else []
-        page = ArtifactPage(run, manifest, base, tab, kept)
-        if checked and kept != pairs:
-            raise TidierAddressError(page.link())
-        return page
+        rows = ArtifactRows(self.store, manifest.parts)
+        pairs = [
+            (key, value) for key, value in request.query_params.multi_items() if value and key in _PARAMETERS
+        ]
+        columns = [value for key, value in pairs if key == "columns" and rows.parts and value in rows.schema]
+        if not rows.parts or columns == _usual(rows):
+            columns = []
+        asked = [pair for pair in pairs if pair[0] != "columns"] + [("columns", name) for name in columns]
+        return ArtifactPage(run, manifest, rows, base, tab, asked)
 
     def _run(self, name: str) -> PromptLookup:
         with _or_not_found():
@@ -318,14 +312,11 @@ class Pages:
 
     def _model(self, page: ArtifactPage) -> View:
         """A folder artifact: what training logged, and its files."""
-        metrics = training_metrics(self.store, page.manifest)
-        frame = pl.DataFrame() if metrics is None else metrics
-        found = {name: numbers_of(frame[name]) for name in frame.columns}
-        numbers = {name: known for name, known in found.items() if known is not None}
-        steps = [[one_line(value) for value in row] for row in frame.head(500).iter_rows()]
-        return "model.html", page.values(
-            columns=frame.columns, steps=steps, plots=_plots(numbers), numbers=numbers
-        )
+        shown = metrics_of(self.store, page.manifest, Query(limit=_STEPS))
+        steps = [[one_line(value) for value in step.values()] for step in shown["samples"]]
+        numbers = shown["numbers"]
+        columns = list(shown["columns"])
+        return "model.html", page.values(columns=columns, steps=steps, plots=_plots(numbers), numbers=numbers)
 
 
 @contextmanager
@@ -338,6 +329,11 @@ def _or_not_found() -> Iterator[None]:
 
 def _plots(numbers: Mapping[str, Any]) -> dict[str, Any]:
     return {name: drawings.histogram([known]) for name, known in numbers.items()}
+
+
+def _usual(rows: ArtifactRows) -> list[str]:
+    """The columns that are shown unless others are chosen: long lists of numbers are not."""
+    return [name for name in rows.schema if "token_ids" not in name]
 
 
 def _query(asked: QueryParams) -> Query:

@@ -23,10 +23,10 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flows.views.browse.pages import NotFoundError, Pages, TidierAddressError, View
-from flows.views.inspect.text import INVISIBLE
-from flows.views.inspect.text import escape as written_out
+from flows.views.browse.pages import NotFoundError, Pages, View
 from flows.views.runs import size_text
+from flows.views.text import INVISIBLE
+from flows.views.text import escape as written_out
 from qrpo.errors import ConfigError, QRPOError
 from storage import Store, StoreError, UnsafeNameError
 
@@ -92,9 +92,6 @@ def browse_app(store: Store) -> Starlette:
     def failure(status: int, message: str = "") -> Callable[[Request, Exception], Response]:
         return lambda request, error: html("error.html", {"message": message or str(error)}, status)
 
-    def redirect(request: Request, error: Exception) -> Response:
-        return RedirectResponse(error.args[0], 303)
-
     views = {
         "/": pages.home,
         "/artifacts": pages.artifacts,
@@ -116,7 +113,6 @@ def browse_app(store: Store) -> Starlette:
         Route(f"/static/{name}", _static(name, kind), methods=["GET"]) for name, kind in _STATIC.items()
     ]
     handlers: dict[Any, Any] = {
-        TidierAddressError: redirect,
         404: failure(404, "there is no such page"),
         NotFoundError: failure(404),
         UnsafeNameError: failure(404),

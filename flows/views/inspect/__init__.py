@@ -10,5 +10,4 @@ prompt     one prompt through every stage
 diff       the same stage of two runs
 export     rows into a file, or onto the Hugging Face hub
 terminal   all of that in a terminal
-text       text that models wrote, made harmless
 """

@@ -42,22 +42,16 @@ def diff_stage(
             f"{len(old) + len(new):,} rows are in parts that differ; at most {max_rows:,} can be compared here"
         )
     names = [list(side.schema) if len(side) else [] for side in (old, new)]
-    old_keys, new_keys = (_read(side, keys).with_row_index("row") for side in (old, new))
+    kinds = pl.Schema(TABLES[stage].schema)
+    old_keys, new_keys = (_read(side, keys, kinds).with_row_index("row") for side in (old, new))
+    both = old_keys.join(new_keys, on=keys, suffix="_new", maintain_order="left")
+    removed = old_keys.join(new_keys, on=keys, how="anti", maintain_order="left")
+    added = new_keys.join(old_keys, on=keys, how="anti", maintain_order="left")
     counts: dict[str, int] = {}
-    if len(old) and len(new):
-        both = old_keys.join(new_keys, on=keys, suffix="_new", maintain_order="left")
-        removed = old_keys.join(new_keys, on=keys, how="anti", maintain_order="left")
-        added = new_keys.join(old_keys, on=keys, how="anti", maintain_order="left")
-    else:
-        both, removed, added = (
-            pl.DataFrame(schema={"row": pl.UInt32, "row_new": pl.UInt32}),
-            old_keys,
-            new_keys,
-        )
     changed = pl.repeat(False, both.height, eager=True)
     for name in [name for name in names[0] if name in names[1] and name not in keys and both.height]:
-        values = _read(old, [name])[name][both["row"]], _read(new, [name])[name][both["row_new"]]
-        differs = values[0].ne_missing(values[1])
+        theirs, ours = (_read(side, [name], side.schema)[name] for side in (old, new))
+        differs = theirs[both["row"]].ne_missing(ours[both["row_new"]])
         if moved := int(differs.sum()):
             counts[name] = moved
             changed = changed | differs
@@ -83,9 +77,10 @@ def diff_stage(
     }
 
 
-def _read(rows: ArtifactRows, columns: Sequence[str]) -> pl.DataFrame:
+def _read(rows: ArtifactRows, columns: Sequence[str], kinds: pl.Schema) -> pl.DataFrame:
+    """Columns of all rows; of these types where there are no rows."""
     frames = [frame for _, frame in rows.scan(columns)]
-    return pl.concat(frames) if frames else pl.DataFrame(schema=dict.fromkeys(columns, pl.String))
+    return pl.concat(frames) if frames else pl.DataFrame(schema={name: kinds[name] for name in columns})
 
 
 def _take(

@@ -3,14 +3,13 @@
 import json
 import os
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
 import pyarrow.parquet as pq
 
 from flows.views.inspect.rows import ArtifactRows, Query, find_rows
-from flows.views.inspect.text import visible
+from flows.views.text import visible
 from qrpo.errors import ConfigError, DataError
 from storage import Manifest
 
@@ -20,9 +19,7 @@ _BATCH_ROWS = 65_536
 _ENDINGS = (".parquet", ".jsonl", ".csv")
 
 
-def export_rows(
-    rows: ArtifactRows, query: Query, path: Path, *, columns: Sequence[str] | None, limit: int | None
-) -> int:
+def export_rows(rows: ArtifactRows, query: Query, path: Path) -> int:
     """Write the rows of the query into a new file whose ending names the format; returns the number of rows.
 
     In CSV, lists and structs are JSON texts, and a text that a spreadsheet would run as a formula gets an apostrophe in
@@ -35,8 +32,8 @@ def export_rows(
     parent = path.absolute().parent
     if not parent.is_dir():
         raise ConfigError(f"--export {path}: there is no folder {parent}")
-    names = rows.check_columns(columns or list(rows.schema))
-    positions = find_rows(rows, query, limit=limit, seconds=float("inf"), count_seconds=0.0).positions
+    names = rows.chosen(query)
+    positions = find_rows(rows, query, seconds=float("inf"), count_seconds=0.0).positions
     with tempfile.TemporaryDirectory(dir=parent, prefix=".exporting-") as folder:
         unfinished = Path(folder, path.name)
         with unfinished.open("wb") as file:
@@ -59,16 +56,7 @@ def export_rows(
     return len(positions)
 
 
-def push_to_hub(
-    rows: ArtifactRows,
-    manifest: Manifest,
-    run: str,
-    repo: str,
-    query: Query,
-    *,
-    columns: Sequence[str] | None,
-    limit: int | None,
-) -> str:
+def push_to_hub(rows: ArtifactRows, manifest: Manifest, run: str, repo: str, query: Query) -> str:
     """Push the rows of the query as one Parquet file with a dataset card to a private dataset repository; its URL.
 
     Creates the repository if there is none. The account is that of `hf auth login` or HF_TOKEN.
@@ -80,7 +68,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory(prefix="qrpo-hub-") as folder:
         data = Path(folder, "data", "train-00000-of-00001.parquet")
         data.parent.mkdir()
-        written = export_rows(rows, query, data, columns=columns, limit=limit)
+        written = export_rows(rows, query, data)
         Path(folder, "README.md").write_text(_card(manifest, run, query, written), encoding="utf-8")
         try:
             created = api.create_repo(repo, repo_type="dataset", private=True, exist_ok=True)
@@ -114,24 +102,18 @@ def _as_json(name: str) -> pl.Expr:
 
 def _card(manifest: Manifest, run: str, query: Query, rows: int) -> str:
     asked = {"where": query.where, "sort": query.sort, "sample": query.sample}
-    asked_lines = [f"- {name}: `{visible(str(value))}`" for name, value in asked.items() if value is not None]
-    parents = [f"- `{stage}/{fingerprint}`" for stage, fingerprint in manifest.parents.items()]
-    inputs = [
-        f"- {visible(name)}: `{visible(json.dumps(value, default=str))}`"
-        for name, value in manifest.inputs.items()
+    inputs = {name: json.dumps(value, default=str) for name, value in manifest.inputs.items()}
+    lines = [
+        "---\nconfigs:\n- config_name: default\n  data_files: data/*.parquet\ntags: [qrpo]\n---",
+        f"# {manifest.stage} of run {run}\n",
+        (
+            f"{rows:,} rows of the artifact `{manifest.stage}/{manifest.fingerprint}` ({manifest.rows:,} rows), "
+            f"created {manifest.created} by qrpo-pipeline {manifest.code_version}."
+        ),
+        *(f"- {name}: `{visible(str(value))}`" for name, value in asked.items() if value is not None),
+        "\nComputed from:",
+        *(f"- `{stage}/{fingerprint}`" for stage, fingerprint in manifest.parents.items()),
+        *(f"- {visible(name)}: `{visible(text)}`" for name, text in inputs.items()),
+        "",
     ]
-    return "\n".join(
-        [
-            "---\nconfigs:\n- config_name: default\n  data_files: data/*.parquet\ntags: [qrpo]\n---",
-            f"# {manifest.stage} of run {run}\n",
-            (
-                f"{rows:,} rows of the artifact `{manifest.stage}/{manifest.fingerprint}` ({manifest.rows:,} rows), "
-                f"created {manifest.created} by qrpo-pipeline {manifest.code_version}."
-            ),
-            *asked_lines,
-            "\nComputed from:",
-            *parents,
-            *inputs,
-            "",
-        ]
-    )
+    return "\n".join(lines)

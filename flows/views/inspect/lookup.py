@@ -17,18 +17,17 @@ from storage import Manifest, PartRecord
 
 __all__ = ["PromptLookup"]
 
+_COMPLETION = ("prompt_id", "origin", "sample_index")
+
 
 class PromptLookup(RunArtifacts):
     """A run's rows by prompt. `sources` are fingerprints of parts of `prompts`; an empty set means any part."""
 
     def find_prompt(self, beginning: str) -> tuple[str, frozenset[str]]:
         """The id of the one prompt whose id begins like this, and its source. DataError if there is not exactly one."""
-        rows = ArtifactRows(
-            self.store, self.manifests["prompts"].parts if "prompts" in self.manifests else ()
-        )
         found = {
             prompt_id: part.fingerprint
-            for part in rows.parts
+            for part in (self.manifests["prompts"].parts if "prompts" in self.manifests else ())
             for _, frame in ArtifactRows(self.store, [part]).scan(["prompt_id"])
             for prompt_id in frame["prompt_id"].filter(frame["prompt_id"].str.starts_with(beginning))
         }
@@ -61,10 +60,12 @@ class PromptLookup(RunArtifacts):
         positions: list[int] = []
         for start, frame in rows.scan(["prompt_id"]):
             positions += (frame["prompt_id"].is_in(wanted).arg_true() + start).to_list()
-        taken = rows.take(
-            positions, None if columns is None else rows.check_columns(list(columns))
-        ).to_dicts()
-        return [(*rows.location(position), row) for position, row in zip(positions, taken, strict=True)]
+        taken = rows.take(positions, None if columns is None else rows.check_columns(list(columns)))
+        places = [rows.location(position) for position in positions]
+        return [
+            (rows.parts[part], number, row)
+            for (part, number), row in zip(places, taken.to_dicts(), strict=True)
+        ]
 
     def rejects(self, prompt_id: str, sources: frozenset[str]) -> list[dict[str, Any]]:
         """The rejects of every stage for this prompt."""
@@ -83,7 +84,8 @@ class PromptLookup(RunArtifacts):
             return [{} for _ in positions]
         keys = [name for name in _COMPLETION if name in rows.schema and not rows.schema[name].is_nested()]
         own = rows.take(positions, [*keys, *({"messages", "text"} & set(rows.schema))]).to_dicts()
-        above = [self._sources_of(rows.location(position)[0].fingerprint) for position in positions]
+        parts = (rows.parts[rows.location(position)[0]] for position in positions)
+        above = [self._sources.get(part.fingerprint, frozenset()) for part in parts]
         sources: frozenset[str] = frozenset().union(*above) if all(above) else frozenset()
         ids = {row["prompt_id"] for row in own}
         messages: dict[str, Any] = {}
@@ -104,29 +106,20 @@ class PromptLookup(RunArtifacts):
 
     def _parts_from(self, manifest: Manifest, sources: frozenset[str]) -> Sequence[PartRecord]:
         """The parts made from these sources; all parts if that is not known of every part."""
-        above = [self._sources_of(part.fingerprint) for part in manifest.parts]
+        above = [self._sources.get(part.fingerprint, frozenset()) for part in manifest.parts]
         if not sources or not all(above):
             return manifest.parts
         return [part for part, own in zip(manifest.parts, above, strict=True) if own & sources]
 
-    def _sources_of(self, part: str) -> frozenset[str]:
-        """The parts of `prompts` that a part was made from row by row. A model comes from all of them: not counted."""
-        if part not in self._sources:
-            record = self._tables.get(part)
-            above = [self._sources_of(parent) for parent in record.parents] if record else []
-            own = {part} if record and record.stage == "prompts" else ()
-            self._sources[part] = frozenset(own).union(*above)
-        return self._sources[part]
-
     @cached_property
     def _sources(self) -> dict[str, frozenset[str]]:
-        return {}
-
-    @cached_property
-    def _tables(self) -> dict[str, PartRecord]:
-        """Every part of the run that holds rows, by fingerprint."""
-        parts = (part for manifest in self.manifests.values() for part in manifest.parts)
-        return {part.fingerprint: part for part in parts if part.table is not None}
-
-
-_COMPLETION = ("prompt_id", "origin", "sample_index")
+        """Part -> the parts of `prompts` that it was made from row by row. A model comes from all of them: not counted."""
+        found: dict[str, frozenset[str]] = {}
+        for manifest in self.manifests.values():  # in the order of the pipeline: parents come first
+            for part in manifest.parts:
+                if part.table is not None:
+                    own = {part.fingerprint} if part.stage == "prompts" else ()
+                    found[part.fingerprint] = frozenset(own).union(
+                        *(found.get(one, ()) for one in part.parents)
+                    )
+        return found

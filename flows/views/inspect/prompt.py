@@ -1,12 +1,10 @@
 """One prompt through every stage: the conversation, its completions by reward, and how training used each."""
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from flows.views.inspect.lookup import PromptLookup
-from qrpo.method.quantiles import quantile_rewards
 
 __all__ = ["follow_prompt"]
 
@@ -22,13 +20,10 @@ def follow_prompt(run: PromptLookup, beginning: str) -> dict[str, Any]:
     """
     prompt_id, sources = run.find_prompt(beginning)
     found = {stage: run.find(stage, [prompt_id], sources) for stage in run.manifests}
-    stages = {
-        stage: [row for _, _, row in rows]
-        for stage, rows in found.items()
-        if rows or run.manifests[stage].rows
-    }
+    reached = {stage: rows for stage, rows in found.items() if rows or run.manifests[stage].rows}
+    stages = {stage: [row for _, _, row in rows] for stage, rows in reached.items()}
     quantiles = next(iter(stages.get("quantiles", ())), None)
-    ref_rewards = list(quantiles["ref_rewards"]) if quantiles else []
+    ref_rewards = sorted(quantiles["ref_rewards"]) if quantiles else []
     rejects = run.rejects(prompt_id, sources)
     rewards = {_key(row): row for row in stages.get("rewards", ())}
     judged = _by_completion(quantiles, _QUANTILE)
@@ -54,7 +49,9 @@ def follow_prompt(run: PromptLookup, beginning: str) -> dict[str, Any]:
         for row in stages.get("evaluation", ())
     ]
     for rows in (completions, samples):
-        _rank(rows, ref_rewards)
+        for row in rows:
+            known = row["reward"] is not None and ref_rewards
+            row["rank"] = bisect_right(ref_rewards, row["reward"]) / len(ref_rewards) if known else None
         rows.sort(key=_by_reward)
     return {
         "run": run.run,
@@ -72,20 +69,6 @@ def _by_completion(row: Mapping[str, Any] | None, columns: Sequence[str]) -> dic
     """The list columns of a row that holds many completions, by completion."""
     keys = list(zip(row["origin"], row["sample_index"], strict=True)) if row else []
     return {key: {name: row[name][place] for name in columns} for place, key in enumerate(keys) if row}
-
-
-def _rank(rows: Sequence[dict[str, Any]], ref_rewards: Sequence[float]) -> None:
-    """Set `rank`: the share of reference rewards at or below the row's reward."""
-    scored = [row for row in rows if row["reward"] is not None and ref_rewards]
-    for row in rows:
-        row["rank"] = None
-    if scored:
-        rewards_PK = np.array(
-            [[row["reward"] for row in scored]],
-        )
-        ranks = quantile_rewards(rewards_PK, np.array([ref_rewards]))
-        for row, rank in zip(scored, np.ravel(ranks).tolist(), strict=True):
-            row["rank"] = rank
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, int]:

@@ -63,6 +63,10 @@ class ArtifactRows:
             raise DataError(f"no column {', '.join(unknown)}; the columns are {', '.join(self.schema)}")
         return list(columns)
 
+    def chosen(self, query: "Query") -> list[str]:
+        """The columns that the query asks for."""
+        return self.check_columns(query.columns or list(self.schema))
+
     def scan(self, columns: Sequence[str]) -> Iterator[tuple[int, pl.DataFrame]]:
         """(position of the first row, rows) of all rows in chunks of several row groups."""
         schema = {name: self.schema[name] for name in columns}
@@ -84,9 +88,7 @@ class ArtifactRows:
         columns = list(columns or self.schema)
         ordered = sorted(set(positions))
         pieces: dict[tuple[int, int], list[int]] = {}  # (part, piece of the part) -> rows of the part
-        for position in ordered:
-            number = self._part_number(position)
-            row = position - self.starts[number]
+        for number, row in map(self.location, ordered):
             pieces.setdefault((number, row // _PIECE_ROWS), []).append(row)
         schema = {name: self.schema[name] for name in columns}
         frames = [pl.DataFrame(schema=schema)]
@@ -98,30 +100,30 @@ class ArtifactRows:
         row_of = {position: row for row, position in enumerate(ordered)}
         return pl.concat(frames).select(pl.all().gather([row_of[position] for position in positions]))
 
-    def location(self, position: int) -> tuple[PartRecord, int]:
-        """The part of a position, and the row's number in that part."""
-        number = self._part_number(position)
-        return self.parts[number], position - self.starts[number]
+    def location(self, position: int) -> tuple[int, int]:
+        """The number of a position's part, and of its row in that part."""
+        if not 0 <= position < len(self):
+            raise DataError(f"there is no row {position}: rows are numbered from 0 to {len(self) - 1}")
+        number = bisect_right(self.starts, position) - 1
+        return number, position - self.starts[number]
 
     def _present(self, part: PartRecord, columns: Sequence[str]) -> list[str]:
         """The columns that this part has: an earlier version wrote fewer."""
         names = self.store.footer(part).schema.to_arrow_schema().names
         return [name for name in columns if name in names]
 
-    def _part_number(self, position: int) -> int:
-        if not 0 <= position < len(self):
-            raise DataError(f"there is no row {position}: rows are numbered from 0 to {len(self) - 1}")
-        return bisect_right(self.starts, position) - 1
-
 
 @dataclass(frozen=True)
 class Query:
-    """SQL condition, text to search for, column to sort by (with a minus: descending), seed of a random sample."""
+    """SQL condition, text to search for, column to sort by (with a minus: descending), seed of a random sample, and which
+    columns and how many rows to return (None: all)."""
 
     where: str | None = None
     search: str | None = None
     sort: str | None = None
     sample: int | None = None
+    columns: Sequence[str] | None = None
+    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -144,15 +146,9 @@ def condition_of(rows: ArtifactRows, query: Query) -> pl.Expr | None:
 
 
 def find_rows(
-    rows: ArtifactRows,
-    query: Query,
-    *,
-    limit: int | None,
-    offset: int = 0,
-    seconds: float = 30.0,
-    count_seconds: float = 5.0,
+    rows: ArtifactRows, query: Query, *, offset: int = 0, seconds: float = 30.0, count_seconds: float = 5.0
 ) -> Found:
-    """The positions of `limit` matches (None: all) from number `offset` on.
+    """The positions of the matches from number `offset` on.
 
     The search ends after `seconds`; counting matches past the limit ends after `count_seconds`.
     """
@@ -169,38 +165,35 @@ def find_rows(
         return hits.sort(column, descending=descending, nulls_last=True, maintain_order=True)
 
     if query.sample is not None:
-        everything = find_rows(rows, Query(query.where, query.search), limit=None, seconds=seconds)
+        everything = find_rows(rows, Query(query.where, query.search), seconds=seconds)
         population = everything.positions
-        size = len(population) if limit is None else min(limit, len(population))
+        size = len(population) if query.limit is None else min(query.limit, len(population))
         drawn: Sequence[int] = sorted(random.Random(query.sample).sample(population, size))
         if query.sort:
             hits = rows.take(drawn, [column]).with_columns(pl.Series(_POSITION, drawn, dtype=pl.Int64))
             drawn = ordered(hits)[_POSITION].to_list()
         return Found(drawn, everything.matches, everything.searched)
-    page = slice(offset, None if limit is None else offset + limit)
+    page = slice(offset, None if query.limit is None else offset + query.limit)
     if condition is None and not query.sort:
         return Found(range(len(rows))[page], len(rows), len(rows))
 
     roots = condition.meta.root_names() if condition is not None else []
     kept = [column] if query.sort else []
     needed = list(dict.fromkeys([*kept, *roots])) or [next(iter(rows.schema))]
-    started, matches, searched, hits = time.monotonic(), 0, 0, pl.DataFrame()
+    started, matches, searched = time.monotonic(), 0, 0
+    hits = pl.DataFrame(schema={_POSITION: pl.UInt32, **{name: rows.schema[name] for name in kept}})
     for start, frame in rows.scan(needed):
         matching = frame.with_row_index(_POSITION, start)
         if condition is not None:
             matching = apply_condition(matching, condition)
         searched, matches = searched + frame.height, matches + matching.height
-        hits = (
-            pl.concat([hits, matching.select(_POSITION, *kept)])
-            if hits.width
-            else matching.select(_POSITION, *kept)
-        )
+        hits = pl.concat([hits, matching.select(hits.columns)])
         if page.stop is not None:  # keep no more than can be returned
             hits = ordered(hits).head(page.stop)
         enough = page.stop is not None and matches >= page.stop and not query.sort
         if time.monotonic() - started > (min(seconds, count_seconds) if enough else seconds):
             break
-    positions = ordered(hits)[_POSITION].to_list() if hits.width else []
+    positions = ordered(hits)[_POSITION].to_list()
     return Found(positions[page], matches if searched == len(rows) else None, searched)
 
 

@@ -1,26 +1,20 @@
 """One artifact: schema, sizes, lineage, nulls, rejects, numbers, and rows of it."""
 
-from collections.abc import Sequence
 from typing import Any
+
+import polars as pl
 
 from flows.views.inspect.lookup import PromptLookup
 from flows.views.inspect.rows import ArtifactRows, Query, condition_of, find_rows
 from flows.views.inspect.summary import column_nulls, summarise
+from storage import Manifest, Store
 from tasks.artifact_summary import numbers_of, reject_reasons, training_metrics
 
-__all__ = ["inspect_stage"]
+__all__ = ["inspect_stage", "metrics_of"]
 
 
-def inspect_stage(
-    run: PromptLookup,
-    stage: str,
-    query: Query,
-    *,
-    columns: Sequence[str] | None,
-    limit: int,
-    exact: bool = False,
-) -> dict[str, Any]:
-    """What `qrpo inspect` prints: the artifact, its numbers (of the rows that match), and `limit` rows.
+def inspect_stage(run: PromptLookup, stage: str, query: Query, *, exact: bool = False) -> dict[str, Any]:
+    """What `qrpo inspect` prints: the artifact, its numbers (of the rows that match), and rows.
 
     `exact` reads every row where a sample would be enough for an estimate. `samples` are the rows as stored;
     `conversations` has, for each, the prompt's messages and the completion if there are any.
@@ -33,28 +27,14 @@ def inspect_stage(
         "reject_reasons": reject_reasons(run.store, manifest),
         "note": manifest.metadata.get("note"),
         "lineage": run.lineage(manifest),
-        "columns": {},
-        "nulls": {},
-        "numbers": {},
-        "samples": [],
     }
     rows = ArtifactRows(run.store, manifest.parts)
     if not rows.parts:
-        frame = training_metrics(run.store, manifest)
-        if frame is None:
-            return shown | {"metadata": dict(manifest.metadata)}
-        frame = frame.select(name for name in frame.columns if columns is None or name in columns)
-        numbers = {name: numbers_of(frame[name]) for name in frame.columns}
-        return shown | {
-            "columns": {name: str(kind) for name, kind in frame.schema.items()},
-            "nulls": {name: frame[name].null_count() for name in frame.columns},
-            "numbers": {name: known for name, known in numbers.items() if known is not None},
-            "samples": frame.head(limit).to_dicts(),
-        }
-    names = rows.check_columns(columns or list(rows.schema))
+        return shown | metrics_of(run.store, manifest, query) | {"metadata": dict(manifest.metadata)}
+    names = rows.chosen(query)
     nulls = column_nulls(rows, exact=exact)
     condition = condition_of(rows, query)
-    found = find_rows(rows, query, limit=limit)
+    found = find_rows(rows, query)
     return shown | {
         "columns": {name: str(rows.schema[name]) for name in names},
         "nulls": {name: nulls[name] for name in rows.schema if name in names},
@@ -63,4 +43,18 @@ def inspect_stage(
         "searched": found.searched,
         "samples": rows.take(found.positions, names).to_dicts(),
         "conversations": run.conversations(rows, found.positions),
+    }
+
+
+def metrics_of(store: Store, manifest: Manifest, query: Query) -> dict[str, Any]:
+    """The same of what a training run logged, one row per logged step; empty for a folder of something else."""
+    found = training_metrics(store, manifest)
+    frame = pl.DataFrame() if found is None else found
+    frame = frame.select(name for name in frame.columns if name in (query.columns or frame.columns))
+    numbers = {name: numbers_of(frame[name]) for name in frame.columns}
+    return {
+        "columns": {name: str(kind) for name, kind in frame.schema.items()},
+        "nulls": {name: frame[name].null_count() for name in frame.columns},
+        "numbers": {name: known for name, known in numbers.items() if known is not None},
+        "samples": frame.head(query.limit or frame.height).to_dicts(),
     }

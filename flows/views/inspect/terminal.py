@@ -1,80 +1,66 @@
 """`qrpo inspect` in a terminal of 80 columns or more. `--json` has everything that is cut here."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console
+from rich.console import Group
+from rich.json import JSON
 from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
-from flows.views.inspect.text import one_line, visible
 from flows.views.runs import size_text
+from flows.views.text import one_line, visible
 from tasks.artifact_summary import QUANTILES
 
-__all__ = ["print_diff", "print_inspection", "print_prompt"]
+__all__ = ["diff", "inspection", "prompt"]
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _MAX_TEXT = 4000  # characters of one message
 
 
-def print_inspection(shown: dict[str, Any], console: Console) -> None:
+def inspection(shown: dict[str, Any]) -> Group:
     """An artifact: its size and lineage, columns and numbers, then rows as conversations."""
-    console.print(
-        f"{shown['stage']} of run {shown['run']}: {shown['rows']:,} rows, {shown['rejects']:,} rejects, "
-        f"{size_text(shown['bytes'])}",
-        style="bold",
-    )
+    counts = f"{shown['rows']:,} rows, {shown['rejects']:,} rejects, {size_text(shown['bytes'])}"
     steps = [f"{step['stage']} {step['fingerprint'][:12]}" for step in (shown, *shown["lineage"])]
-    console.print("made from: " + " <- ".join(steps))
-    for reason, count in shown["reject_reasons"].items():
-        console.print(f"  {count}x {visible(reason)}", style="yellow")
-    if shown["note"]:
-        console.print(visible(shown["note"]), style="yellow")
+    head: list[Any] = [
+        Text(f"{shown['stage']} of run {shown['run']}: {counts}", style="bold"),
+        "made from: " + " <- ".join(steps),
+        *(Text(f"  {n}x {visible(reason)}", style="yellow") for reason, n in shown["reject_reasons"].items()),
+        *([Text(visible(shown["note"]), style="yellow")] if shown["note"] else []),
+    ]
     if not shown["columns"]:
-        console.print_json(json.dumps(shown.get("metadata", {}), default=str))
-        return
+        return Group(*head, JSON.from_data(shown.get("metadata", {}), default=str))
     columns = Table("column", "type", Column("nulls", justify="right"), box=SIMPLE)
     for column, kind in shown["columns"].items():
         nulls = shown["nulls"].get(column)
         columns.add_row(visible(column), kind, "?" if nulls is None else f"{nulls:,}")
-    console.print(columns)
-    _print_numbers(shown["numbers"], console)
-    if shown.get("matches", shown["rows"]) != shown["rows"]:
-        partly = f"the first matches among {shown['searched']:,} of {shown['rows']:,} rows; time ran out before the rest"
-        console.print(
-            f"{shown['matches']:,} rows match" if shown["matches"] is not None else partly, style="bold"
-        )
     chats = shown.get("conversations") or [{}] * len(shown["samples"])
-    for row, chat in zip(shown["samples"], chats, strict=True):
-        console.print(_row_panel(row, chat))
+    rows = [_row(row, chat) for row, chat in zip(shown["samples"], chats, strict=True)]
+    return Group(*head, columns, *_numbers(shown["numbers"]), *_matches(shown), *rows)
 
 
-def print_prompt(followed: dict[str, Any], console: Console) -> None:
+def prompt(followed: dict[str, Any]) -> Group:
     """One prompt: the conversation, its completions by reward, rejects, and the rows of the later stages."""
-    console.print(f"prompt {followed['prompt_id']} of run {followed['run']}", style="bold")
+    parts: list[Any] = [Text(f"prompt {followed['prompt_id']} of run {followed['run']}", style="bold")]
     if followed["prompt"] is not None:
-        console.print(_row_panel(followed["prompt"]))
-    console.print(_completions("completions by reward", followed["completions"]))
+        parts.append(_row(followed["prompt"]))
+    parts.append(_completions("completions by reward", followed["completions"]))
     if followed["samples"]:
-        console.print(_completions("evaluation, fresh samples by reward", followed["samples"]))
+        parts.append(_completions("evaluation, fresh samples by reward", followed["samples"]))
     for reject in followed["rejects"]:
         line = f"rejected by {reject['stage']}: {reject['key']}: {reject['reason']}"
-        console.print(visible(line), style="yellow")
+        parts.append(Text(visible(line), style="yellow"))
     for stage in ("quantiles", "shards"):
-        for row in followed["stages"].get(stage, ()):
-            console.print(_row_panel(row, title=stage))
+        parts += [_row(row, title=stage) for row in followed["stages"].get(stage, ())]
+    return Group(*parts)
 
 
-def print_diff(shown: dict[str, Any], console: Console) -> None:
+def diff(shown: dict[str, Any]) -> Group:
     """One stage of two runs."""
     sides = [f"{name} ({rows:,} rows)" for name, rows in zip(shown["runs"], shown["rows"], strict=True)]
-    console.print(f"{shown['stage']}: {' to '.join(sides)}", style="bold")
-    console.print(", ".join(f"{shown[what]:,} {what}" for what in ("same", "changed", "added", "removed")))
-    for column, count in shown["changed_columns"].items():
-        console.print(f"  {visible(column)} changed in {count:,} rows")
+    changed = shown["changed_columns"].items()
     table = Table(Column("number", overflow="fold"), "mean", "median", "distribution", box=SIMPLE)
     for column in dict.fromkeys([*shown["numbers"][0], *shown["numbers"][1]]):
         for name, side in zip(shown["runs"], shown["numbers"], strict=True):
@@ -82,29 +68,38 @@ def print_diff(shown: dict[str, Any], console: Console) -> None:
                 label = f"{visible(column)} ({name})"
                 table.add_row(label, *_values(side[column], "mean", 0.5), _bars(side[column]))
         table.add_section()
-    if table.row_count:
-        console.print(table)
-    for what, rows in shown["examples"].items():
-        for row in rows[:5]:
-            console.print(_row_panel(row, title=what))
+    return Group(
+        Text(f"{shown['stage']}: {' to '.join(sides)}", style="bold"),
+        ", ".join(f"{shown[what]:,} {what}" for what in ("same", "changed", "added", "removed")),
+        *(f"  {visible(column)} changed in {count:,} rows" for column, count in changed),
+        *([table] if table.row_count else []),
+        *(_row(row, title=what) for what, rows in shown["examples"].items() for row in rows[:5]),
+    )
 
 
-def _print_numbers(numbers: Mapping[str, Any], console: Console) -> None:
+def _matches(shown: Mapping[str, Any]) -> Iterator[Text]:
+    matches, rows = shown.get("matches", shown["rows"]), shown["rows"]
+    if matches is None:
+        searched = f"{shown['searched']:,} of {rows:,} rows"
+        yield Text(f"the first matches among {searched}; time ran out before the rest", style="bold")
+    elif matches != rows:
+        yield Text(f"{matches:,} rows match", style="bold")
+
+
+def _numbers(numbers: Mapping[str, Any]) -> Iterator[Any]:
     table = Table(Column("number", overflow="fold", min_width=14), box=SIMPLE)
     for name in ("mean", "min", "median", "max", "distribution"):
         table.add_column(name, no_wrap=True)
     for column, known in numbers.items():
         table.add_row(visible(column), *_values(known, "mean", 0.0, 0.5, 1.0), _bars(known))
     if table.row_count:
-        console.print(table)
+        yield table
     estimates = {known.get("estimated_from") for known in numbers.values()} - {None}
     if estimates:
         rows = " and ".join(f"{count:,}" for count in sorted(estimates))
-        exact = all(known["exact_extremes"] for known in numbers.values() if "exact_extremes" in known)
-        console.print(
-            f"{'min and max are exact, the rest is' if exact else 'all numbers are'} estimated from {rows} rows spread "
-            "over the artifact; --exact reads all\n"
-        )
+        exact = all(known.get("exact_extremes", True) for known in numbers.values())
+        which = "min and max are exact, the rest is" if exact else "all numbers are"
+        yield f"{which} estimated from {rows} rows spread over the artifact; --exact reads all\n"
 
 
 def _values(known: Mapping[str, Any], *which: str | float) -> list[str]:
@@ -136,27 +131,21 @@ def _completions(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _row_panel(
-    row: Mapping[str, Any], chat: Mapping[str, Any] | None = None, title: str | None = None
-) -> Panel:
+def _row(row: Mapping[str, Any], chat: Mapping[str, Any] | None = None, title: str | None = None) -> Panel:
     """A row: its conversation first, then every other column. `changes` are pairs of values before and after."""
     chat = chat or {}
     text = Text(no_wrap=False, overflow="fold")  # the console does not fold long words itself
-    spoken = [
-        (message["role"], message["content"]) for message in row.get("messages") or chat.get("messages") or ()
-    ]
+    messages = row.get("messages") or chat.get("messages") or ()
+    said = [(message["role"], message["content"]) for message in messages]
     completion = row.get("text", chat.get("completion"))
-    for role, content in [*spoken, *([("completion", completion)] if completion is not None else [])]:
-        text.append(f"[{visible(role)}] ", style="cyan")
-        text.append(f"{_cut(content)}\n")
+    for role, content in [*said, *([("completion", completion)] if completion is not None else [])]:
+        text.append(f"[{visible(role)}] ", style="cyan").append(f"{_cut(content)}\n")
     for name, value in row.items():
         if name not in ("messages", "text", "changes"):
-            text.append(f"{visible(name)}: ", style="bold")
-            text.append(f"{one_line(value)}\n")
+            text.append(f"{visible(name)}: ", style="bold").append(f"{one_line(value)}\n")
     for name, (before, after) in row.get("changes", {}).items():
         text.append(f"{visible(name)}\n", style="bold")
-        text.append(f"- {one_line(before)}\n", style="red")
-        text.append(f"+ {one_line(after)}\n", style="green")
+        text.append(f"- {one_line(before)}\n", style="red").append(f"+ {one_line(after)}\n", style="green")
     text.rstrip()
     return Panel(text, expand=False, title=title, title_align="left")
 
