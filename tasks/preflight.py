@@ -15,7 +15,8 @@ from itertools import islice
 from pathlib import Path
 
 from qrpo.data.chat import encode_prompt, load_tokenizer
-from qrpo.data.prompts import Prompt, parse_row, read_rows
+from qrpo.data.prompts import Prompt, parse_row
+from qrpo.data.sources import read_rows
 from qrpo.errors import ConfigError, DataError, QRPOError, RewardError
 from qrpo.models import is_local, location, weight_count
 from qrpo.rewards import RewardConfig
