@@ -18,12 +18,17 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType, PartialState
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 
 from qrpo.errors import ConfigError, TrainingError
@@ -64,10 +69,7 @@ class ShardingTrainer(Trainer):  # type: ignore[misc]
         whole = self.model.state_dict() if self.is_fsdp_enabled else {}
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.is_fsdp_enabled and resume_from_checkpoint is None:
-            for name, weight in self.model.state_dict().items():
-                if isinstance(weight, DTensor):
-                    loaded = whole[name].to(weight.device)
-                    weight.copy_(distribute_tensor(loaded, weight.device_mesh, weight.placements))
+            _set_weights(self.model, whole)
         return prepared
 
     def create_optimizer(self, *arguments: Any) -> Any:
@@ -153,46 +155,27 @@ def reshard(model: torch.nn.Module) -> None:
 
 
 def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights by name, without the copies of tied ones; gathered on the CPU of rank 0 if they are sharded.
-
-    All ranks must call it; the other ranks of a sharded model get nothing.
-    """
+    """The weights by name on the CPU, without the copies of tied ones. All ranks must call it; the
+    ranks after the first get nothing."""
     reshard(model)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    return {
-        name: whole
-        for name, weight in model.state_dict().items()
-        if name not in tied and (whole := _whole(weight)) is not None
-    }
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    return {name: weight for name, weight in weights.items() if name not in tied}
 
 
 def _load_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Load each rank's share of the weights in a folder, one tensor at a time."""
-    reshard(model)
-    weights = model.state_dict()
-    for file in sorted(folder.glob("model*.safetensors")):
-        with safe_open(file, "pt") as saved:
-            for name in saved.keys():  # noqa: SIM118
-                weights[name].copy_(_share(saved.get_tensor(name), weights[name]))
-
-
-def _whole(value: Any) -> Any:
-    if not isinstance(value, DTensor):
-        return value
-    whole = value.full_tensor()
-    return whole.cpu() if torch.distributed.get_rank() == 0 else None
-
-
-def _share(whole: torch.Tensor, like: Any) -> torch.Tensor:
-    """This rank's share of a tensor that all ranks have."""
-    if not isinstance(like, DTensor):
-        return whole
-    if whole.shape != like.shape:
+    files = sorted(folder.glob("model*.safetensors")) if torch.distributed.get_rank() == 0 else []
+    try:
+        _set_weights(model, {name: weight for file in files for name, weight in load_file(file).items()})
+    except (RuntimeError, ValueError) as error:
         raise TrainingError(
-            f"a checkpoint holds a tensor of shape {tuple(whole.shape)} for a weight of shape {tuple(like.shape)}: it is of "
-            "another model, or of an optimizer whose state cannot be sharded. Resume without fsdp, or delete the checkpoint"
-        )
-    share: torch.Tensor = distribute_tensor(
-        whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None
-    )
-    return share
+            f"{folder} is a checkpoint of another model: delete it ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _set_weights(model: torch.nn.Module, whole: dict[str, torch.Tensor]) -> None:
+    """Give each rank its share of the whole weights that the first rank has."""
+    reshard(model)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(model, whole if torch.distributed.get_rank() == 0 else {}, options=options)

@@ -209,13 +209,8 @@ def test_weights_in_bfloat16_with_float32_copies_learn_what_float32_weights_lear
     """200 steps in the same precision of matrix products; without copies the small steps would be lost."""
     scores = score_logprobs(load_policy(folder), rows, 1000, dtype=torch.bfloat16)
     rows = [{**row, "ref_logprob": score} for row, score in zip(rows, scores, strict=True)]
-    settings = {
-        "bf16": True,
-        "learning_rate": 3e-5,
-        "max_steps": 200,
-        "prompts_per_step": 16,
-        "save_steps": 100,
-    }
+    settings = {"bf16": True, "learning_rate": 3e-5, "max_steps": 200, "prompts_per_step": 16}
+    settings |= {"token_budget": 4096, "save_steps": 200}
     runs = {
         name: [entry["loss"] for entry in train(folder, rows, tmp_path / name, weights=name, **settings)[1]]
         for name in ("float32", "bfloat16")
