@@ -15,8 +15,9 @@ depends on f and beta only. With u = 1/beta:
 | `logit`              | log(q/(1 - q))   | pi u / sin(pi u)                   | > 1     | 0, 1        |
 | `power`              | q^p, p > 0       | 1F1(1/p; 1 + 1/p; u)               | > 0     |             |
 
-Where f is infinite, an estimated quantile of exactly 0 or 1 is clamped by one reference sample: to
-[1/n, 1 - 1/n], at most to 1/2, at the open end only. The clamp changes the distribution of f(q), so the `continuous` Z is then no longer exact;
+Where f is infinite, an estimated quantile of exactly 0 or 1 is clamped by `edge` reference samples:
+to [edge/n, 1 - edge/n], at most to 1/2, at the open end only (`edge=1` is what the research code
+does). The clamp changes the distribution of f(q), so the `continuous` Z is then no longer exact;
 `partition="finite"` includes the clamp.
 
 For another f, wrap a function of NumPy arrays with `from_function`, or subclass `Transform`; a
@@ -26,6 +27,7 @@ changed, and every beta above 0 is allowed; an attribute or method overrides eac
 in float64, by forms that neither overflow nor cancel.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -43,6 +45,8 @@ from qrpo.method.quadrature import TiltedNodes, tilted_nodes
 class Transform:
     """A function of the quantile reward and its partition function; a subclass needs `__call__`."""
 
+    edge: float = 1.0
+    """By how many reference samples a quantile at an open end is clamped."""
     name: ClassVar[str] = "custom"
     open_ends: ClassVar[tuple[bool, bool]] = (False, False)
     """Whether f is infinite at q = 0, at q = 1."""
@@ -50,6 +54,10 @@ class Transform:
     """Z is finite for beta above this."""
     needs_scale: ClassVar[bool] = False
     """Whether f is meant to be multiplied by one scale per prompt; log Z is then that at beta / scale."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.edge < np.inf:
+            raise ConfigError(f"transform {self.name}: edge must be a number above 0, got {self.edge!r}")
 
     def __call__(self, quantile_reward: Array) -> Array:
         """f(q), elementwise, for NumPy arrays, torch tensors and numbers."""
@@ -106,7 +114,7 @@ class Transform:
             q = np.asarray(quantile_reward)
             q = q if np.issubdtype(q.dtype, np.floating) else q.astype(np.float64)
             samples = np.asarray(num_ref).astype(q.dtype)
-        margin = (1.0 / samples).clip(max=0.5)
+        margin = (self.edge / samples).clip(max=0.5)
         return q.clip(margin * self.open_ends[0], 1 - margin * self.open_ends[1])
 
 
@@ -233,8 +241,9 @@ class Power(Transform):
     name: ClassVar[str] = "power"
 
     def __post_init__(self) -> None:
-        if not self.exponent > 0:
-            raise ConfigError(f"transform power: exponent must be above 0, got {self.exponent!r}")
+        super().__post_init__()
+        if not 0 < self.exponent < np.inf:
+            raise ConfigError(f"transform power: exponent must be a number above 0, got {self.exponent!r}")
 
     def __call__(self, quantile_reward: Array) -> Array:
         """q^exponent."""
@@ -292,7 +301,8 @@ def transform_names() -> tuple[str, ...]:
 
 @lru_cache(maxsize=16)
 def get_transform(transform: str | Transform) -> Transform:
-    """A transform by name, or itself.
+    """A transform by name, or itself. A name may have parameters: `power(exponent=0.5)`,
+    `normal-icdf(edge=2)`.
 
     A name with a colon, "path/to/file.py:name" or "package.module:name", is a user's: a function on
     (0, 1), finite there and at both ends, the result of `from_function`, or a subclass of
@@ -300,8 +310,18 @@ def get_transform(transform: str | Transform) -> Transform:
     """
     if isinstance(transform, Transform):
         return transform
-    if transform in _REGISTRY:
-        return _REGISTRY[transform]()
+    called = re.fullmatch(r"([\w-]+)(?:\(([\w.+=, -]*)\))?", transform)
+    if called and called[1] in _REGISTRY:
+        try:
+            given = [item.split("=") for item in (called[2] or "").replace(" ", "").split(",") if item]
+            if len(numbers := {name: float(value) for name, value in given}) < len(given):
+                raise ValueError("a name is given twice")
+            return _REGISTRY[called[1]](**numbers)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"transform: got {transform!r}, expected numbers by name, such as power(exponent=0.5) or "
+                f"normal-icdf(edge=2) ({error})"
+            ) from None
     if ":" not in transform:
         raise ConfigError(
             f"transform: got {transform!r}, expected one of {', '.join(_REGISTRY)}, or a function as "

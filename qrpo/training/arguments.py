@@ -92,7 +92,8 @@ class QRPOSettings(CompletionSettings):
     )
     transform: str = setting(
         "identity",
-        "f, applied to the quantile reward before the objective: a name that `qrpo theory` lists, or `file.py:function`.",
+        "f, applied to the quantile reward before the objective: a name that `qrpo theory` lists, also with numbers, "
+        "`power(exponent=0.5)` or `normal-icdf(edge=2)`; or `file.py:function`.",
     )
     partition: Literal["continuous", "finite"] = setting(
         "continuous",

@@ -146,3 +146,28 @@ def test_a_scale_divides_beta_and_is_asked_for():
 def test_an_unknown_name_lists_the_known_ones():
     refuses(ConfigError, "identity, log, normal-icdf", get_transform, "sigmoid")
     refuses(ConfigError, "exponent", Power, exponent=0)
+
+
+def test_a_name_may_have_numbers():
+    half = get_transform("power(exponent=0.5)")
+    assert float(half(0.25)) == 0.5
+    assert float(half.log_z(0.1)) == float(Power(exponent=0.5).log_z(0.1))
+    clamped = get_transform("normal-icdf(edge=2)").clamp(np.array([0.0, 0.5, 1.0]), 8)
+    assert clamped.tolist() == [0.25, 0.5, 0.75]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "power(exponent=0)",
+        "power(0.5)",
+        "power(exponent=x)",
+        "power(exponent=nan)",
+        "power(exponent=1, exponent=2)",
+        "log(exponent=2)",
+        "log(edge=-1)",
+    ],
+)
+def test_numbers_that_a_transform_does_not_have_are_refused(name):
+    with pytest.raises(ConfigError, match="transform"):
+        get_transform(name)
