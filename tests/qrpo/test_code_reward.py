@@ -18,7 +18,7 @@ from qrpo.rewards import CodeRewardConfig, RewardConfig, Score, open_reward
 from qrpo.rewards.code import code_blocks, run_tests
 from qrpo.sandbox import CheckTests, Limits, ProgramTests, Sandbox, Verdict
 from qrpo.sandbox.jail import Jail
-from tests.support.rewards import LEETCODE, needs_bubblewrap
+from tests.support.rewards import DATA, needs_bubblewrap
 
 HI = [{"role": "user", "content": "Write f"}]
 CHECK = "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(2) == 4\n"
@@ -707,9 +707,8 @@ class _Mutant(ast.NodeTransformer):
 
 @needs_bubblewrap
 @pytest.mark.slow
-@pytest.mark.skipif(not LEETCODE.is_file(), reason="the LeetCode sample is not beside this checkout")
-def test_leetcodes_own_solutions_pass_and_mutated_ones_fail() -> None:
-    rows = [json.loads(line) for line in LEETCODE.read_text().splitlines()]
+def test_solutions_in_the_format_of_leetcode_pass_and_mutated_ones_fail() -> None:
+    rows = [json.loads(line) for line in (DATA / "code_problems.jsonl").read_text().splitlines()]
     config = CodeRewardConfig(preamble="prompt", packages=("sortedcontainers",), workers=2)
     columns = {name: [row[name] for row in rows] * 3 for name in ("test", "entry_point", "prompt")}
     right = [row["response"] for row in rows] + [f"```python\n{row['completion']}\n```" for row in rows]
@@ -717,6 +716,6 @@ def test_leetcodes_own_solutions_pass_and_mutated_ones_fail() -> None:
     verdicts = run_tests(right + wrong, columns, config)
     assert all(isinstance(verdict, Verdict) for verdict in verdicts)
     all_passed = [verdict.all_passed for verdict in verdicts if isinstance(verdict, Verdict)]
-    failed = [rows[place % 100]["task_id"] for place in range(200) if not all_passed[place]]
+    failed = [rows[place % len(rows)]["task_id"] for place in range(len(right)) if not all_passed[place]]
     assert failed == []
-    assert not any(all_passed[200:])
+    assert not any(all_passed[len(right) :])

@@ -19,7 +19,7 @@ from qrpo.evaluation.suites.leetcode import read_problems, score_solutions
 from qrpo.rewards import CodeRewardConfig
 from qrpo.sandbox import Limits
 from tests.support.refusals import refuses
-from tests.support.rewards import LEETCODE, needs_bubblewrap
+from tests.support.rewards import DATA, needs_bubblewrap
 from tests.support.servers import FakeChatServer, closed_url, token_completion
 
 OUTPUT = re.compile(r'"model_identifier": "(m|M)",\s*"output": """(.*?)"""', re.DOTALL)
@@ -149,39 +149,30 @@ def test_judge_that_does_not_answer_is_told_apart_from_one_that_is_not_set_up(tm
 
 
 @pytest.mark.slow
-def test_real_preferences_of_real_instructions_come_out_as_their_mean(
-    tmp_path,
-):
-    path = LEETCODE.with_name("alpaca_eval_rewards_200.parquet")
-    if not path.is_file():
-        pytest.skip(f"{path} does not exist")
-    import polars as pl
-
-    table = pl.read_parquet(path)
-    model = table["model"].cast(pl.String).sort()[0]
-    rows = table.filter(pl.col("model").cast(pl.String) == model).sort("prompt_index").head(40)
-    preference = {
-        f"answer {row['prompt_index']}": row["preference"] - 1 for row in rows.iter_rows(named=True)
-    }
+def test_graded_preferences_come_out_as_their_mean(tmp_path):
+    instructions = [
+        f"Explain {subject} {way}"
+        for subject in ("tides", "rust", "jazz", "tea", "snow", "ants")
+        for way in ("briefly", "twice")
+    ]
+    preference = {f"answer {i}": i / 13 for i in range(len(instructions))}
 
     def judged(first, second):
         chance = preference[first] if first in preference else 1 - preference[second]
         return min(max(chance, 1e-6), 1 - 1e-6)
 
-    baseline = [
-        {"instruction": text, "output": "baseline", "generator": "gpt4"} for text in rows["instruction"]
-    ]
+    baseline = [{"instruction": text, "output": "baseline", "generator": "gpt4"} for text in instructions]
     write_outputs(tmp_path / "baseline.json", baseline)
     answers = dict(enumerate(preference))
     write_outputs(
-        tmp_path / "outputs.json", model_outputs(read_baseline(tmp_path / "baseline.json"), answers, model)
+        tmp_path / "outputs.json", model_outputs(read_baseline(tmp_path / "baseline.json"), answers, "m")
     )
 
     with preferring(judged) as server:
         judge = AlpacaEvalJudge(url=server.url)
         result = judge_outputs(tmp_path / "outputs.json", tmp_path / "baseline.json", tmp_path, judge)
 
-    assert result["judged"] == 40
+    assert result["judged"] == len(instructions)
     assert result["win_rate"] == pytest.approx(100 * np.mean(list(preference.values())), abs=0.01)
 
 
@@ -243,9 +234,7 @@ def test_tests_passed_and_pass_at_1_are_means_over_problems():
 @pytest.mark.slow
 @needs_bubblewrap
 def test_published_solutions_of_real_problems_pass_and_another_problems_do_not():
-    if not LEETCODE.is_file():
-        pytest.skip(f"{LEETCODE} does not exist")
-    problems = read_problems(LEETCODE, limit=12)
+    problems = read_problems(DATA / "code_problems.jsonl", limit=6)
     names = [row["task_id"] for row in problems]
     right = {row["task_id"]: [row["response"]] for row in problems}
     wrong = dict(zip(names, [*list(right.values())[1:], right[names[0]]], strict=True))

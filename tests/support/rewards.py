@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 HI = [{"role": "user", "content": "Hi there"}]
-_DATA = Path(__file__).parents[3] / "shared" / "data"
-LEETCODE = _DATA / "leetcode_train_100.jsonl"
-GSM8K = _DATA / "gsm8k_train_1000.jsonl"
+DATA = Path(__file__).parents[1] / "data"
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
