@@ -51,11 +51,12 @@ test: $(STAMP) system ## the whole test suite
 check: $(STAMP) lint types ## run lint, types and the fast tests
 	$(VENV)/bin/python -m pytest -q -n 2 -m "not slow"
 
-lint: $(STAMP) ## run ruff, the import contracts and the size budgets
+lint: $(STAMP) ## run ruff, the import contracts, the size budgets and the word list
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/python .ci/size_budgets.py
+	$(VENV)/bin/python .ci/words.py
 
 types: $(STAMP) ## run mypy, strict, over the four packages
 	$(VENV)/bin/mypy

@@ -1,4 +1,4 @@
-"""The layouts of `qrpo.training.logprobs` beside each other: padded, packed, and shared prompts.
+"""The layouts of `qrpo.training.logprobs` compared: padded, packed, and shared prompts.
 
     OMP_NUM_THREADS=1 python -m benchmarks.gradients [--rounds 5] [--out gradients.json]
 

@@ -95,7 +95,7 @@ def check_unique(written: Path, key: Sequence[str], where: str) -> None:
 
 
 def conform(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
-    """The table with the schema's columns first, then the others; raises SchemaError on a misfit.
+    """The table with the schema's columns first, then the others; raises SchemaError where a column does not fit.
 
     Another encoding of the same type (large_string, dictionary, list views, an all-null column) is
     cast. Another type, say float64 for float32, is an error and never rounded silently.

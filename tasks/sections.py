@@ -27,7 +27,7 @@ class RunConfig(Section):
     cpu_threads: int | None = execution_option(None, ge=1)
     """Threads of training and scoring on a CPU; by default all cores, though a very small model is faster on one."""
     task_timeout: float | None = execution_option(None, gt=0.0)
-    """Seconds after which one task is taken to hang: its engine is killed and started again, the parts that it committed stay."""
+    """Longest time for one task, in seconds. The engine of a slower one is killed and started again; committed parts stay."""
     lease_ttl: float = execution_option(60.0, gt=0.0)
     """Seconds of silence after which another run on the same store takes over what this one was working on."""
     lease_patience: float = execution_option(86_400.0, gt=0.0, allow_inf_nan=True)

@@ -26,7 +26,7 @@ CARELESSNESS = 0.35
 def write_demo(folder: str | Path, *, prompts: int = 1500, seed: int = 0) -> Path:
     """Write `prompts.jsonl` and the base model's folder `base/` into `folder`; the same files every time.
 
-    No two prompts have the same letters, so no answer to a held-out prompt can be known by heart.
+    No two prompts have the same letters, so no answer to a held-out prompt can be memorized.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

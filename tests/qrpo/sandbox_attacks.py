@@ -1,4 +1,4 @@
-"""Solutions that would rather be paid than right. None knows what `f` should return; each tries to pass all the same.
+"""Solutions that would rather be paid than right. None knows what `f` should return; each tries to pass anyway.
 
 `CHEATS` go for the score, `HOGS` for the machine, `PROBES` are programs that print `held` where the sandbox holds.
 """
@@ -341,9 +341,9 @@ def f(x):
     "crashes": "import ctypes\ndef f(x): ctypes.string_at(0)",
     "aborts": "import os\ndef f(x): os.abort()",
     "kills itself": "import os, signal\ndef f(x): os.kill(os.getpid(), signal.SIGKILL)",
-    "computes for ever in C": "def f(x): return 9 ** (9 ** 9)",
-    "backtracks for ever": "import re\ndef f(x): return re.match(r'(a+)+$', 'a' * 100 + 'b')",
-    "compiles for ever": "exec('x = ' + '-' * 200000 + '1')",
+    "computes without end in C": "def f(x): return 9 ** (9 ** 9)",
+    "backtracks without end": "import re\ndef f(x): return re.match(r'(a+)+$', 'a' * 100 + 'b')",
+    "compiles without end": "exec('x = ' + '-' * 200000 + '1')",
     "is not Python": "this is no Python at all",
     "holds a null byte": "x = 1\\0",
 }
