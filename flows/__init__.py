@@ -14,21 +14,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-
-def _require_own(name: str) -> None:
-    """Raise ImportError where a package of the user has the name of one of ours."""
-    ours, found = Path(__file__).parents[1] / name, find_spec(name)
-    folders = list(map(Path, found.submodule_search_locations or ())) if found else []
-    if ours not in folders:
-        where = folders[0] if folders else name
-        raise ImportError(
-            f"{where} is another package than the `{name}` of qrpo-pipeline in {ours}, and Python finds it first. Start Python "
-            "with -P (or PYTHONSAFEPATH=1) so that the current folder is not searched, or call the command `qrpo`"
-        )
-
-
 for _name in ("qrpo", "storage", "tasks"):
-    _require_own(_name)
+    _ours, _found = str(Path(__file__).parents[1] / _name), find_spec(_name)
+    _theirs = list(_found.submodule_search_locations or ()) if _found else []
+    if _ours not in _theirs:
+        raise ImportError(
+            f"{''.join(_theirs[:1])} is another package than the `{_name}` of qrpo-pipeline in {_ours}, and Python finds it first. "
+            "Start Python with -P (or PYTHONSAFEPATH=1) so that the current folder is not searched, or call the command `qrpo`"
+        )
 
 from flows.environment import set_defaults  # noqa: E402  (after the check, whose error says what is wrong)
 from tasks.stages import STAGE_NAMES  # noqa: E402

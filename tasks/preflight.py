@@ -11,15 +11,15 @@ from collections.abc import Iterator, Sequence, Set
 from contextlib import suppress
 from importlib.metadata import requires
 from importlib.util import find_spec
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
+from typing import Any
 
 from qrpo.data.chat import encode_prompt, load_tokenizer
 from qrpo.data.prompts import Prompt, parse_row
 from qrpo.data.sources import read_rows
 from qrpo.errors import ConfigError, DataError, QRPOError, RewardError
 from qrpo.models import is_local, location, weight_count
-from qrpo.rewards import RewardConfig
 from storage import Store, StoreError
 from tasks.config import PipelineConfig
 from tasks.planner import Planner
@@ -87,7 +87,8 @@ def _store(config: PipelineConfig, store: Store, missing: Set[str]) -> Iterator[
             "with --store or QRPO_STORE"
         )
         return
-    if missing & {"policy", "reference"} and is_local(model):
+    trained = {"policy"} if config.reference.sft is None else {"policy", "reference"}
+    if missing & trained and is_local(model):
         weights = Path(location(model)).glob("*.safetensors")
         needed, free = _COPIES * sum(file.stat().st_size for file in weights), shutil.disk_usage(there).free
         if free < needed:
@@ -136,32 +137,35 @@ def _model(config: PipelineConfig, store: Store, missing: Set[str]) -> Iterator[
 
 
 def _rewards(config: PipelineConfig, store: Store, missing: Set[str]) -> Iterator[Exception]:
-    """Every reward can be opened, and scores one of the first rows."""
+    """Every reward can be opened, and scores one of the first rows; a model or a judge costs too much to be called."""
     for reward in config.rewards if "rewards" in missing else ():
+        changes = {"workers": 1, "timeout": _TIMEOUT, "weight": 1.0}
+        quick = reward.model_copy(
+            update={key: changes[key] for key in changes if key in type(reward).model_fields}
+        )
+        rows = [] if reward.kind in ("model", "judge") else list(map(_row, _prompts(config)))
         try:
-            yield from _score(reward, config)
+            with tempfile.TemporaryDirectory() as folder, Scorer([quick], Path(folder, "log")) as scorer:
+                errors = list(takewhile(bool, (_failure(scorer, row) for row in rows)))
         except QRPOError as error:
             yield error
+            continue
+        if rows and len(errors) == len(rows):
+            yield RewardError(f"the reward {reward.name} scores no row of the dataset: {errors[0]}")
 
 
-def _score(reward: RewardConfig, config: PipelineConfig) -> Iterator[Exception]:
-    changes = {"workers": 1, "timeout": min(getattr(reward, "timeout", _TIMEOUT), _TIMEOUT), "weight": 1.0}
-    changes = {name: value for name, value in changes.items() if name in type(reward).model_fields}
-    costly = reward.kind in ("model", "judge")  # these are not called
-    errors = []
-    with (
-        tempfile.TemporaryDirectory(prefix="qrpo-preflight-") as folder,
-        Scorer([reward.model_copy(update=changes)], Path(folder, "log")) as scorer,
-    ):
-        for prompt in () if costly else _prompts(config):
-            text = (prompt.offline_completions or [str(prompt.messages[-1]["content"])])[0]
-            own = {name: getattr(prompt, name) for name in ("messages", "conversational", "metadata")}
-            (score,) = scorer.score([{**own, "text": text, "token_ids": [0]}])
-            if score.error is None or "no reward applies" in score.error or "(timeout)" in score.error:
-                return
-            errors.append(score.error)
-    if errors:
-        yield RewardError(f"the reward {reward.name} scores no row of the dataset: {errors[0]}")
+def _row(prompt: Prompt) -> dict[str, Any]:
+    """A completion of the dataset's own for this prompt, or else the prompt itself."""
+    own = {name: getattr(prompt, name) for name in ("messages", "conversational", "metadata")}
+    text = (prompt.offline_completions or [str(prompt.messages[-1]["content"])])[0]
+    return {**own, "text": text, "token_ids": [0]}
+
+
+def _failure(scorer: Scorer, row: dict[str, Any]) -> str | None:
+    """Why a row has no score; None also for a reward that does not apply to it, or is slow."""
+    (score,) = scorer.score([row])
+    passes = score.error is None or "no reward applies" in score.error or "(timeout)" in score.error
+    return None if passes else score.error
 
 
 def _prompts(config: PipelineConfig) -> list[Prompt]:
