@@ -49,26 +49,37 @@ def compute_missing(
     if not force:
         parts = with_candidates(store, stage, plan, parts)
     theirs: dict[PartKey, PartPlan] = {}
+    later: list[PartPlan] = []  # ours, made from parts of theirs
     computed: list[PartKey] = []
+
+    def can_start(part: PartPlan) -> bool:
+        return theirs.keys().isdisjoint(part.inputs)
+
     with ExitStack() as stack:
         reporter = stack.enter_context(reporting(plan.stage, len(parts)))
         stack.callback(close_engine)
         whole = replace(stage.work(config, store), holder=leases.holder)
         size, compute = _computing(whole, config, len(parts), reporter, stack)
-        groups = [parts[start : start + size] for start in range(0, len(parts), size)]
+        groups = _groups(parts, size)
 
         def ours() -> Iterator[Group]:
             for number, group in enumerate(groups, start=1):
                 _, keys, others = leases.share((part.key for part in group), present)
-                mine = [part for part in group if part.key in keys]
                 theirs.update({part.key: part for part in group if part.key in others})
-                if mine:
-                    yield f"{plan.stage} {number}/{len(groups)}", mine
+                mine = [part for part in group if part.key in keys]
+                later.extend(part for part in mine if not can_start(part))
+                if now := [part for part in mine if can_start(part)]:
+                    yield f"{plan.stage} {number}/{len(groups)}", now
 
         def taken_over() -> Iterator[Group]:
             for key, record in leases.wait(theirs, config.run.lease_patience, known=present):
+                part = theirs.pop(key)
+                ready = [part for part in later if can_start(part)]
+                later[:] = [part for part in later if not can_start(part)]
                 if record is None:
-                    yield f"{plan.stage} taken over {key.fingerprint[:8]}", [theirs[key]]
+                    ready = [part, *ready]
+                if ready:
+                    yield f"{plan.stage} after {key.fingerprint[:8]}", ready
 
         for coming in (ours, taken_over):
             for _, group in compute(coming()):
@@ -77,6 +88,18 @@ def compute_missing(
                     leases.release(part.key)
         reporter.update(len(parts), total=len(parts))  # other runs may have computed some
     return computed
+
+
+def _groups(parts: Sequence[PartPlan], size: int) -> list[list[PartPlan]]:
+    """The parts in groups of about `size`. A part that is made from another one is in its group."""
+    groups: list[list[PartPlan]] = []
+    for part in parts:
+        before = {one.key for one in groups[-1]} if groups else set()
+        if groups and (len(before) < size or not before.isdisjoint(part.inputs)):
+            groups[-1].append(part)
+        else:
+            groups.append([part])
+    return groups
 
 
 def _computing(
