@@ -236,11 +236,11 @@ def _plan(
         if f"{_folder(key)}/manifest.json" in stale
     }
     named = {
-        file.key
+        key
         for manifest in manifests.values()
         if manifest
         for part in manifest.parts
-        for file in part.files
+        for key in (part.key.record, *(file.key for file in part.files))
     }
     families |= {
         info.key: {part.family}

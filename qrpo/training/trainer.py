@@ -192,6 +192,16 @@ class CompletionTrainer(ShardingTrainer):
         count = torch.tensor(sum(self.objective.count(batch["rows"]) for batch in batches), device=device)
         return batches, self.accelerator.reduce(count, "sum").clamp(min=1)
 
+    def _run_epoch(self, **arguments: Any) -> None:
+        """Take no step after the last one.
+
+        `transformers` would, where a training that has finished is resumed and its epoch has not.
+        """
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**arguments)
+        else:
+            self.control.should_training_stop = True
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log, over the completions of all ranks, to what the Trainer
         reports. All ranks must call it."""
