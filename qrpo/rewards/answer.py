@@ -18,6 +18,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from qrpo.config import execution_option
@@ -28,7 +29,7 @@ from qrpo.rewards.worker_pool import WorkerSection
 
 __all__ = ["AnswerReward", "AnswerRewardConfig", "answer_text"]
 
-_READING = 3  # raised where the reward of a row may change
+_READING = 4  # raised where the reward of a row may change
 
 
 class AnswerRewardConfig(WorkerSection):
@@ -106,12 +107,15 @@ class AnswerReward:
                 value = None if value is None else value.get(field)
             if value is None:
                 return Score(None)
+            while isinstance(value, (list, tuple)) and len(value) == 1:
+                (value,) = value
             wanted = _after(text := answer_text(value), self._config.answer_after)
             if wanted is None:
                 raise ValueError(f"has no {self._config.answer_after!r}")
             if not wanted.strip():
                 raise ValueError("is empty")
-            is_right = given is not None and self._is_right(value if wanted == text else wanted, given)
+            readings = _readings(value) if wanted == text else (wanted,)
+            is_right = given is not None and any(self._is_right(reading, given) for reading in readings)
         except ValueError as error:
             return Score(
                 None, f"the right answer {str(value)[-60:]!r} {error}. Fix {self._config.column!r} of the row"
@@ -131,7 +135,7 @@ def answer_text(value: Any) -> str:
     if isinstance(value, (bool, int)):
         return str(value)
     if isinstance(value, (list, tuple)):
-        if len(value) == 1:
+        if len(value) == 1:  # of JSON text
             return answer_text(value[0])
         raise ValueError(f"is a list of {len(value)} items, expected one answer")
     if isinstance(value, Mapping):
@@ -139,6 +143,15 @@ def answer_text(value: Any) -> str:
             f"has the fields {', '.join(value)}, expected one answer: set `column` to COLUMN.FIELD"
         )
     raise ValueError(f"is of type {type(value).__name__}, expected text or a number")
+
+
+def _readings(value: Any) -> tuple[Any, ...]:
+    """The value; of a float that float32 holds also its shortest decimal form there: 0.1 for
+    0.10000000149011612, which a float32 column gives."""
+    if not isinstance(value, float) or value.is_integer() or abs(value) > 3e38:
+        return (value,)
+    single = np.float32(value)
+    return (value, float(str(single))) if float(single) == value else (value,)
 
 
 def _after(text: str, mark: str | None) -> str | None:

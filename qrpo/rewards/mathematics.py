@@ -118,7 +118,7 @@ def is_right(right: MathAnswer, completion: str, digits: int, *, marked: bool = 
         return True
     if not right.expression:
         return False
-    if _QUANTITIES.search(final):  # 5 hours 20 minutes
+    if _QUANTITIES.search(final) or re.match(r"(?i)\s*not\b", final):  # 5 hours 20 minutes, not 42
         return False
     given: list[Any] = []
     if alone or marked:
@@ -272,7 +272,9 @@ def _final_answer(completion: str) -> tuple[str, bool]:
         return numbers[-1], True
     marked = list(re.finditer(r"answer(?:\s+is)?\s*:?\s+", completion, re.IGNORECASE))
     if marked:
-        return completion[marked[-1].end() :].partition("\n")[0], True
+        final = completion[marked[-1].end() :].partition("\n")[0]
+        final = re.sub(r"(?i)^not\b.*?\b(?:but|rather|instead)\s+", "", final)  # not 42 but 41
+        return re.split(r"(?i)(?<=\S),\s+(?:and\s+)?not\s", final)[0], True
     return completion, "\n" not in completion.strip()
 
 

@@ -85,6 +85,10 @@ MATH: list[tuple[Any, list[str], list[str]]] = [
     (r"5 \text{ cm}, 3 \text{ cm}", [r"\boxed{5, 3}"], [r"\boxed{5}"]),
     (r"2.5 \text{ million}", [r"\boxed{2500000}", "2.5 million"], [r"\boxed{2.5}"]),
     ("3.5", ["The answer is 3 1/2."], ["3"]),
+    ("41", ["The answer is not 42 but 41.", "The answer is 41, not 42."], ["The answer is not 41."]),
+    ("42", ["The answer is 42."], ["The answer is not 42 but 41.", "The answer is 41, not 42."]),
+    (0.10000000149011612, ["0.1", "0.10000000149011612"], ["0.2"]),  # 0.1 of a float32 column
+    (12345.677734375, ["12345.678", "12345.677734375"], ["12345.679", "12345"]),
     ("1 000 000", ["1000000", r"\boxed{10^6}"], ["1"]),
     ("\u20ac50", ["50"], ["5"]),
     ("5 dollars", ["5", "$5"], ["6"]),
@@ -213,7 +217,7 @@ TYPES: list[tuple[pa.DataType, Any, str, str]] = [
     (pa.float32(), 0.1, "0.1", "0.2"),
     (pa.float64(), 1e16, r"\boxed{10^{16}}", "1"),
     (pa.decimal128(10, 2), Decimal("72.00"), "72", "7200"),
-    (pa.decimal128(38, 10), Decimal("2.5E-7"), "2.5e-7", "2.5"),
+    (pa.decimal128(38, 10), Decimal("2.5E-7"), "0.00000025", "2.5"),
     (pa.bool_(), True, "True", "False"),
     (pa.date32(), datetime.date(2024, 5, 1), "2024-05-01", "2018"),
     (pa.timestamp("s"), datetime.datetime(2024, 5, 1, 6, 30), "2024-05-01 06:30:00", "2018"),
@@ -243,6 +247,10 @@ def test_every_type_of_parquet_and_datasets_is_the_answer_that_it_says(tmp_path:
         if str(number) in columns:
             reward = AnswerReward(AnswerRewardConfig(column=str(number)))
             found = [reward.call([HI], [said], columns, False)[0].reward for said in (correct, wrong)]
+            assert found == [1.0, 0.0], type_
+            exact = AnswerReward(AnswerRewardConfig(column=str(number), match="exact"))
+            plain = [correct, wrong] if "\\" not in correct else ["1e16", wrong]
+            found = [exact.call([HI], [said], columns, False)[0].reward for said in plain]
             assert found == [1.0, 0.0], type_
 
 

@@ -588,7 +588,7 @@ reward = ModelReward(ModelRewardConfig(model=ModelConfig(path=folder), device="c
 prompts, completions = zip(*rows)
 reward.score(prompts[:2], completions[:2])  # what is loaded lazily is loaded now
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (40 << 20), -1))
+resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), -1))
 scores = reward.score(prompts, completions)
 print(json.dumps({"budget": reward.batch_tokens, "rewards": [s.reward for s in scores]}))
 """
@@ -598,7 +598,7 @@ print(json.dumps({"budget": reward.batch_tokens, "rewards": [s.reward for s in s
 def test_when_memory_runs_out_the_budget_is_halved_and_scoring_goes_on(tiny_reward_model: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", OUT_OF_MEMORY, str(tiny_reward_model)],
-        input=json.dumps(CONVERSATIONS * 20),
+        input=json.dumps(CONVERSATIONS * 60),
         capture_output=True,
         text=True,
         check=False,
@@ -607,7 +607,7 @@ def test_when_memory_runs_out_the_budget_is_halved_and_scoring_goes_on(tiny_rewa
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["budget"] < 100_000
     assert "reward model out of memory: batch_tokens is now" in done.stderr
-    assert result["rewards"] == pytest.approx(plain_forward(tiny_reward_model) * 20, abs=1e-4)
+    assert result["rewards"] == pytest.approx(plain_forward(tiny_reward_model) * 60, abs=1e-4)
 
 
 @pytest.mark.slow

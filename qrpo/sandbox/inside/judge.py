@@ -71,7 +71,7 @@ def _prepared(preamble: str, test: str, entry_point: str) -> list[bytes]:
     try:
         suite = Suite.read(preamble, test, entry_point)
         calls = suite.captured_calls()
-        known = [b"=" + encode([_UNEXPECTED, [], ""])] * len(calls or ())
+        known = [b"=" + encode([_UNEXPECTED])] * len(calls or ())
         reasons = list(Suite.loaded(suite.dumped()).reasons(known, bytes)) if known else []
     except BaseException as error:
         said = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"

@@ -52,16 +52,16 @@ class Link:
             self.fail(f"an argument or a call back cannot travel: {error}")
         return self.result(reply, encoder.mutable, quiet=_ENDS.get(operation))
 
-    def result(self, reply: bytes, mutable: Sequence[Any] = (), *, quiet: str | None = None) -> Any:
-        """The result in a reply; `mutable` are the arguments' parts to update."""
+    def result(self, reply: bytes, mutable: Sequence[Any] | None = None, *, quiet: str | None = None) -> Any:
+        """The result in a reply; `mutable` are the arguments' parts to update, if it has their states."""
         kind, data = reply[:1], reply[1:]
         if kind not in (b"=", b"!"):
             self.fail(data.decode("utf-8", "replace") or "the solution exited before this call")
         try:
             into = mutable if kind == b"=" else None
-            (found, *others, printed), _ = decode_parts(data, self._class, self._handle, into)
-            error = self._error(found, *others) if kind == b"!" else None
-            sys.stdout.write(printed)
+            (found, *others), _ = decode_parts(data, self._class, self._handle, into)
+            error = self._error(found, *others[:2]) if kind == b"!" else None
+            sys.stdout.write("".join(others[-1:]))
         except Exception as unreadable:
             self.fail(f"the result is not plain data: {unreadable}")
         self.replies += 1

@@ -44,31 +44,31 @@ _SOLUTION = object()  # stands for the solution's module, which travels only whe
 class _Session:
     """A defined solution, and the objects of it that the tests hold.
 
-    `in_advance`: the tests do not run yet, so that results have to be data.
+    "in advance": the tests do not run yet, so that results have to be data.
     """
 
-    def __init__(self, names: dict[str, Any], shared: set[str], candidate: Any, in_advance: bool):
-        self._names = names
-        self._shared = shared
-        self._candidate = candidate
-        self._in_advance = in_advance
+    def __init__(
+        self, names: dict[str, Any], shared: set[str], candidate: Any, mode: str, jobs: Reader, answer: int
+    ):
+        self._names, self._shared, self._candidate = names, shared, candidate
+        self._in_advance = mode == "in advance"
+        self._jobs, self._answer = jobs, answer
         self._class = _find_class(names, shared)
         self._output = sys.stdout = io.StringIO()
         self._handles: list[Any] = []
         self._numbers: dict[int, int] = {}
         self._exposed: set[type] = set()
 
-    def serve(self, jobs: Reader, answer: int) -> None:
+    def serve(self) -> None:
         """Answer requests until the pipe ends."""
-        self._jobs, self._answer = jobs, answer
         while True:
             try:
-                request = jobs.frame()
+                request = self._jobs.frame()
             except EOFError:
                 return
-            write_frames(answer, self.reply(request))
+            write_frames(self._answer, self._reply(request))
 
-    def reply(self, request: bytes) -> bytes:
+    def _reply(self, request: bytes) -> bytes:
         """b"=" and the result, all arguments afterwards and what was printed, b"!" and the exception, or b"?" and the
         reason why the result cannot travel. Calls in advance have only their result."""
         (operation, *parts), mutable = decode_parts(request, self._class, self._handle)
@@ -77,7 +77,7 @@ class _Session:
         except BaseException as error:
             return b"!" + _exception(error, self._printed())
         try:
-            others = [[], ""] if self._in_advance else [mutable, self._printed()]
+            others = [] if self._in_advance else [mutable, self._printed()]
             return b"=" + Encoder(self._export).encode([result, *others])
         except CodecError as error:
             return b"?" + str(error).encode("utf-8", "replace")[:300]
@@ -209,7 +209,7 @@ def answer_calls(jobs: Reader, answer: int, drop_privileges: Callable[[], None])
         write_frames(answer, f"!{type(error).__name__}: {error}"[:500].encode("utf-8", "replace"))
         return 0
     write_frames(answer, b"=")
-    _Session(names, shared, candidate, mode == "in advance").serve(jobs, answer)
+    _Session(names, shared, candidate, mode, jobs, answer).serve()
     return 0
 
 
