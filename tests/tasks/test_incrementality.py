@@ -8,6 +8,7 @@ import json
 import math
 import random
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -19,11 +20,13 @@ import pytest
 import tasks.stages.rewards
 from qrpo.errors import ConfigError
 from storage import PartRecord, Store
+from storage.leases import Leases
 from tasks.config import PipelineConfig
 from tasks.planner import plan_pipeline
 from tasks.run_stage import StageResult, run_stage
 from tasks.stages import STAGES
 from tests.support.pipeline import TinyPipeline, sample_here
+from tests.support.rewards import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -405,3 +408,28 @@ def test_policy_on_two_processes_passes_on_their_failure_and_is_that_of_one(
     for name in ("step", "loss", "grad_norm"):
         theirs, ours = (logged(each).drop_nulls("loss")[name].to_list() for each in (two, task))
         assert theirs == pytest.approx(ours, rel=1e-3)
+
+
+def test_samples_wait_for_those_of_another_run_that_they_are_made_from(
+    finished: TinyPipeline, drawn: list[tuple[str, int]], tmp_path: Path
+) -> None:
+    pipeline = finished.copy(tmp_path / "task")
+    config = pipeline.config({"completions.sampling.temperature": 0.5})
+    parts = plan_pipeline(config, pipeline.store)["completions"].parts
+    made_from = {part.key: [key for key in part.inputs if key.stage == "completions"] for part in parts}
+    later = next(key for key, earlier in made_from.items() if earlier)
+    (first,) = made_from[later]
+
+    def committed() -> set[str]:
+        return set(pipeline.store.find_parts(made_from))
+
+    with Leases(pipeline.store) as other, ThreadPoolExecutor(1) as threads:
+        assert other.acquire(first)
+        run = threads.submit(pipeline.run, config, "completions")
+        assert wait_until(lambda: run.done() or len(committed()) == len(parts) - 2)
+        assert not run.done()
+        assert committed() == {key.fingerprint for key in made_from} - {first.fingerprint, later.fingerprint}
+        other.release(first)
+        run.result(timeout=120)
+    assert len(committed()) == len(parts)
+    assert len(drawn) == len(set(drawn))
