@@ -12,8 +12,6 @@ from tasks.rounds import rounds_until
 from tasks.run_stage import StageResult
 from tasks.stages import STAGE_NAMES, STAGES
 
-__all__ = ["pipeline"]
-
 
 @flow(name="pipeline", flow_run_name="{config.name}: {first} to {last} ({config.subject})", **NO_RESULT)
 def pipeline(

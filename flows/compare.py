@@ -23,8 +23,6 @@ from tasks.retries import NO_RESULT
 from tasks.run_stage import run_stage
 from tasks.stages import STAGE_NAMES, STAGES
 
-__all__ = ["compare"]
-
 log = logging.getLogger("qrpo")
 
 

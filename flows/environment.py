@@ -10,8 +10,6 @@ from pathlib import Path
 
 from qrpo.errors import ConfigError
 
-__all__ = ["require_home", "require_memory", "set_defaults"]
-
 _ADDRESS_SPACE = 4 << 30  # a process of the demo reserves 2 GiB, of which it uses 0.7
 
 DEFAULTS = {

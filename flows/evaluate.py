@@ -17,8 +17,6 @@ from storage import Store
 from tasks.config import PipelineConfig, load_config, parse_config
 from tasks.planner import planner_of
 
-__all__ = ["evaluate_runs", "is_file", "named_models", "require_trust", "run_config"]
-
 
 def run_config(
     store: Store,

@@ -14,8 +14,6 @@ from tasks.planner import noted_prompts
 from tasks.progress import reporting
 from tasks.stages import STAGES, TABLES
 
-__all__ = ["check_store", "clean_store", "describe_gc", "findings_text", "gc_text"]
-
 
 def verify_store(store: Store) -> list[Finding]:
     """Every fault in the store, with a progress bar (log lines without a terminal)."""

@@ -24,8 +24,6 @@ from tasks.rounds import rounds_until
 from tasks.run_stage import run_stage
 from tasks.stages import STAGE_NAMES
 
-__all__ = ["run_flow", "run_pipeline", "summary_view"]
-
 log = logging.getLogger("qrpo")
 
 

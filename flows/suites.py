@@ -26,8 +26,6 @@ from storage import Store, fingerprint
 from tasks.config import PipelineConfig, apply_overrides
 from tasks.stages.policy import checkpoint_model
 
-__all__ = ["SUITES", "SuiteRequest", "judge_of"]
-
 
 @dataclass(frozen=True)
 class SuiteRequest:

@@ -20,8 +20,6 @@ from typing import Any
 
 from qrpo.errors import ConfigError
 
-__all__ = ["load_callable", "source_digests", "split_target"]
-
 
 def split_target(target: str) -> tuple[str, str]:
     """`"file.py:name"` or `"module:name"` as (file or module, name); ConfigError for anything else."""

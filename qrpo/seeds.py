@@ -2,8 +2,6 @@
 
 import hashlib
 
-__all__ = ["seeded_hash"]
-
 
 def seeded_hash(*parts: object) -> bytes:
     """The sha256 of the parts, joined by NUL bytes; parts other than bytes by their `str`."""

@@ -25,8 +25,6 @@ from tasks.config import PipelineConfig
 from tasks.planner import Planner
 from tasks.stages.rewards import Scorer
 
-__all__ = ["preflight", "raise_all", "require_preflight"]
-
 _READ_ROWS = 200  # of the source, to find prompts
 _PROMPTS = 4  # a reward that scores none of them scores nothing
 _TIMEOUT = 20.0  # seconds for one call of a reward; a slower one is left to the run

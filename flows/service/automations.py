@@ -15,8 +15,6 @@ from prefect.exceptions import ObjectNotFound
 
 from qrpo.errors import ConfigError
 
-__all__ = ["mark_silent_runs", "notify_of_failures"]
-
 _SILENCE = timedelta(seconds=90)
 _HEARTBEAT = "prefect.flow-run.heartbeat"
 _FINAL_STATES = ("Completed", "Failed", "TimedOut", "Crashed", "Cancelled", "Paused", "Suspended")

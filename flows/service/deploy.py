@@ -32,16 +32,6 @@ from storage import Store
 from tasks.config import PipelineConfig
 from tasks.stages import STAGES
 
-__all__ = [
-    "DeployOptions",
-    "PoolType",
-    "create_pool",
-    "declarations",
-    "deploy",
-    "deployed_lines",
-    "job_template",
-]
-
 PoolType = Literal["process", "docker", "kubernetes"]
 
 _FOLDER = Path(__file__).parents[2] / "deployments"

@@ -31,8 +31,6 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 from prefect.states import Cancelled, Completed, Failed
 
-__all__ = ["call_flow", "cancellable_run", "report_ends"]
-
 T = TypeVar("T")
 
 log = logging.getLogger("qrpo")

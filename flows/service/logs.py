@@ -11,8 +11,6 @@ from pathlib import Path
 from storage import Store
 from storage.processes import cache_folder
 
-__all__ = ["log_path", "logging_to"]
-
 log = logging.getLogger("qrpo")
 _FORMAT = "%(asctime)s %(levelname)-7s %(name)s  %(message)s"
 

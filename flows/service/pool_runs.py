@@ -13,8 +13,6 @@ from prefect.states import Cancelled, Cancelling
 
 from qrpo.processes.child import Child
 
-__all__ = ["cancel_runs", "changes", "end_runs"]
-
 _STOP_SECONDS = 15.0  # for cancelled runs to end
 
 

@@ -23,8 +23,6 @@ from qrpo.processes.child import Child
 from storage import Store
 from tasks.config import PipelineConfig
 
-__all__ = ["serve", "serving_lines"]
-
 log = logging.getLogger("qrpo")
 
 

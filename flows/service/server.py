@@ -23,8 +23,6 @@ from pathlib import Path
 from qrpo.errors import ConfigError, EngineError
 from qrpo.processes.child import Child
 
-__all__ = ["open_server", "server_is_named", "start_server"]
-
 _STARTUP_SECONDS = 180.0
 
 

@@ -16,8 +16,6 @@ from tasks.reuse import RowCount, count_rows
 from tasks.rounds import round_configs
 from tasks.stages import STAGES
 
-__all__ = ["plan_view", "preview"]
-
 
 def preview(config: PipelineConfig, store: Store) -> dict[str, Any]:
     """For every stage `parts_total` and `parts_cached` (null while the prompts are unknown), `rows` and `reasons` in words.

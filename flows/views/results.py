@@ -12,17 +12,6 @@ from qrpo.evaluation.summary import Score
 from storage import Store
 from tasks.artifact_summary import MAIN_MEASURES, compare_models, interval
 
-__all__ = [
-    "SCORES",
-    "across_runs_lines",
-    "comparison_table",
-    "equal_rewards",
-    "evaluation_table",
-    "evaluation_view",
-    "suite_table",
-    "theory_view",
-]
-
 SCORES: tuple[Score, ...] = ("reward", "win_rate", "quantile_reward", "kl", "length")
 
 

@@ -12,17 +12,6 @@ from storage import Manifest, PartRecord, Store
 from storage.artifact import named_artifacts, run_versions
 from tasks.stages import STAGE_NAMES
 
-__all__ = [
-    "RunArtifacts",
-    "export_model",
-    "find_manifest",
-    "flatten",
-    "model_url",
-    "part_urls",
-    "run_name",
-    "size_text",
-]
-
 
 class RunArtifacts:
     """The artifacts of one run. Each manifest is read once. Raises ConfigError if the store has no such run."""

@@ -9,8 +9,6 @@ from rich.table import Column, Table
 from flows.views.runs import RunArtifacts, part_urls, run_name, size_text
 from storage import Store, StoreError
 
-__all__ = ["artifact_table", "describe", "list_runs", "runs_table", "stages_table"]
-
 _RIGHT = [Column(name, justify="right") for name in ("rows", "rejects", "parts", "size")]
 
 

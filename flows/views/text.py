@@ -3,8 +3,6 @@
 import re
 from typing import Any
 
-__all__ = ["INVISIBLE", "escape", "one_line", "visible"]
-
 INVISIBLE = re.compile(
     # C0 and C1 controls except tab and newline; soft hyphen; marks of width, joining and direction; line and paragraph
     # separators; tags; variation selectors past the plain ones; unassigned and surrogate code points

@@ -27,8 +27,6 @@ from qrpo.errors import ConfigError, RewardError
 from qrpo.rewards.protocol import Answers, Columns, Reward, Score
 from qrpo.rewards.worker_pool import WorkerSection
 
-__all__ = ["AnswerReward", "AnswerRewardConfig", "answer_text"]
-
 _READING = 4  # raised where the reward of a row may change
 
 

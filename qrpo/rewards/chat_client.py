@@ -29,8 +29,6 @@ from qrpo.config import execution_option, outside_input
 from qrpo.errors import RewardError
 from qrpo.rewards.protocol import RewardSection
 
-__all__ = ["ChatClient", "RequestFailed", "RequestSection"]
-
 _MISCONFIGURED = {
     401: "the API key is missing or wrong",
     403: "the API key may not do this",

@@ -24,8 +24,6 @@ from qrpo.rewards.protocol import Answers, Columns, Forms, Prompts, RewardSectio
 from qrpo.sandbox import CheckTests, Limits, ProgramTests, Sandbox, Verdict
 from qrpo.sandbox.isolator import find_packages
 
-__all__ = ["CodeReward", "CodeRewardConfig", "code_blocks", "run_tests"]
-
 _VERSION = 4  # increase it when the verdict on the same code and tests could change
 
 _PYTHON = {"python", "py", "pypy", "cpython"}

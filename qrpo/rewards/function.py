@@ -29,8 +29,6 @@ from qrpo.errors import ConfigError, QRPOError, RewardError
 from qrpo.rewards.protocol import Answers, Columns, Reward, Score
 from qrpo.rewards.worker_pool import WorkerSection
 
-__all__ = ["FunctionReward", "FunctionRewardConfig"]
-
 
 class FunctionRewardConfig(WorkerSection):
     """A reward that is a Python function."""

@@ -17,8 +17,6 @@ from pydantic import Field, field_validator, model_validator
 from qrpo.rewards.chat_client import RequestFailed
 from qrpo.rewards.protocol import RewardSection, Score
 
-__all__ = ["GradeSection"]
-
 _UNFINISHED = ("length", "max_tokens", "content_filter", "error", "abort")
 _AROUND = " \t.,;:!*_`'\"[](){}#"  # punctuation and markup around a grade
 _MARK = re.compile(

@@ -34,8 +34,6 @@ from qrpo.rewards.chat_client import ChatClient, RequestFailed, RequestSection
 from qrpo.rewards.grades import GradeSection
 from qrpo.rewards.protocol import Answers, Columns, Forms, Prompts, Reward, Score, Texts
 
-__all__ = ["DEFAULT_TEMPLATE", "JudgeReward", "JudgeRewardConfig"]
-
 DEFAULT_TEMPLATE = """\
 You grade an assistant's reply by a rubric.
 

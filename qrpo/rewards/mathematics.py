@@ -19,8 +19,6 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, veri
 from math_verify.parser import normalize_latex
 from sympy import Eq, I
 
-__all__ = ["MathAnswer", "is_right", "read_right"]
-
 _SECONDS = 5  # limit for parsing one expression and for comparing two; an answer that takes longer is wrong
 
 _SIGNIFICANT = 3  # digits of a small number that must agree, where `digits` places show fewer

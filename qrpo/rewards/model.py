@@ -30,8 +30,6 @@ from qrpo.models.limits import Limits, model_limits
 from qrpo.processes.child import Child
 from qrpo.rewards.protocol import Answers, Columns, Forms, Prompts, Reward, RewardSection, Score, Texts
 
-__all__ = ["KEEP_MEMORY", "ModelReward", "ModelRewardConfig", "not_one_score", "score_conversations"]
-
 logger = logging.getLogger(__name__)
 
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}

@@ -26,8 +26,6 @@ from qrpo.models.limits import model_limits
 from qrpo.rewards.model import ModelReward, ModelRewardConfig, not_one_score, score_conversations
 from qrpo.rewards.protocol import Score
 
-__all__ = ["PoolingReward"]
-
 logger = logging.getLogger(__name__)
 
 _CPU_SEQUENCES = 16  # concurrent conversations that fit a CPU's key-value cache

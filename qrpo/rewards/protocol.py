@@ -16,8 +16,6 @@ from pydantic import Field
 from qrpo.config import Section
 from qrpo.data.chat import Messages
 
-__all__ = ["Answers", "Columns", "Forms", "Prompts", "Reward", "RewardSection", "Score", "Texts", "combine"]
-
 Prompts = Sequence[Messages]
 Texts = Sequence[str]
 Forms = Sequence[bool] | None

@@ -20,8 +20,6 @@ from qrpo.errors import EngineError, RewardError
 from qrpo.processes.child import Child
 from qrpo.rewards.protocol import Columns, Forms, Prompts, RewardSection, Score, Texts
 
-__all__ = ["WorkerPool", "WorkerSection"]
-
 # completions in a row that cost their process, which end the run: before anything was scored, and after
 _MAX_LOST_AT_START, _MAX_LOST = 3, 10
 

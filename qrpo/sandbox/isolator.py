@@ -28,16 +28,6 @@ from typing import IO
 from qrpo.errors import EngineError, RewardError
 from qrpo.sandbox.inside.solution import INPUT
 
-__all__ = [
-    "PACKAGES",
-    "StartError",
-    "bare_command",
-    "find_bubblewrap",
-    "find_packages",
-    "jail_command",
-    "map_users",
-]
-
 PACKAGES = "/packages"
 """The folder in the jail that holds the packages that solutions may import."""
 

@@ -24,8 +24,6 @@ from qrpo.sandbox.inside.zygote import CLOCK, EXIT_RECORD
 from qrpo.sandbox.isolator import PACKAGES, StartError, bare_command, find_packages, jail_command, map_users
 from qrpo.sandbox.limits import Limits
 
-__all__ = ["Exit", "Jail", "Job", "Spent"]
-
 _START_SECONDS = 120.0
 _PATIENCE_SECONDS = 0.005
 _CHECK_SECONDS = 0.1  # between two looks at a process's processor time

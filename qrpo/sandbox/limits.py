@@ -6,8 +6,6 @@ from pydantic import Field
 
 from qrpo.config import Section
 
-__all__ = ["Limits"]
-
 
 class Limits(Section):
     """Limits of one solution. After two tests that exceed a time limit, the other tests fail."""

@@ -18,8 +18,6 @@ from qrpo.sandbox.isolator import StartError, find_bubblewrap, find_packages
 from qrpo.sandbox.jail import Exit, Jail, Job, Spent
 from qrpo.sandbox.limits import Limits
 
-__all__ = ["CheckTests", "ProgramTests", "Sandbox", "Verdict"]
-
 logger = logging.getLogger(__name__)
 
 _MAX_PREPARED = 4096  # problems whose prepared tests are cached

@@ -6,8 +6,6 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-__all__ = ["cdf", "curve", "histogram"]
-
 _WIDTH, _HEIGHT = 320, 96
 
 

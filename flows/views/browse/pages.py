@@ -25,8 +25,6 @@ from storage import Artifact, Manifest, Store
 from tasks.artifact_summary import compare_models, reject_reasons, training_metrics
 from tasks.stages import STAGE_NAMES
 
-__all__ = ["NotFoundError", "Pages", "View"]
-
 _PER_PAGE = 50
 _SECONDS, _COUNT_SECONDS = 10.0, 2.0  # to find rows, to count the other matches
 _MAX_COMPARED = 2_000_000  # rows; the command line compares more

@@ -30,8 +30,6 @@ from flows.views.text import escape as written_out
 from qrpo.errors import ConfigError, QRPOError
 from storage import Store, StoreError, UnsafeNameError
 
-__all__ = ["Guard", "browse_app", "serve"]
-
 _HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; "
     "frame-ancestors 'none'",

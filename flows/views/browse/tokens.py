@@ -10,8 +10,6 @@ from typing import Any
 
 from storage import Manifest, PartKey, Store
 
-__all__ = ["coloured_tokens"]
-
 _COLUMNS = ("token_ids", "model_token_logprobs", "ref_token_logprobs")
 _STRONGEST = 3.0  # nats: the colour of any larger log-ratio
 _STEPS = 5

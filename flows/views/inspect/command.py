@@ -14,8 +14,6 @@ from flows.views.runs import find_manifest, run_name
 from qrpo.errors import ConfigError, DataError
 from storage import Store
 
-__all__ = ["answer"]
-
 _LIMIT = 5
 
 

@@ -14,8 +14,6 @@ from flows.views.inspect.summary import summarise
 from qrpo.errors import DataError
 from storage import Manifest, Store
 
-__all__ = ["diff_stage"]
-
 _MAX_ROWS = 20_000_000
 
 

@@ -13,8 +13,6 @@ from flows.views.text import visible
 from qrpo.errors import ConfigError, DataError
 from storage import Manifest
 
-__all__ = ["export_rows", "push_to_hub"]
-
 _BATCH_ROWS = 65_536
 _ENDINGS = (".parquet", ".jsonl", ".csv")
 

@@ -15,8 +15,6 @@ from flows.views.runs import RunArtifacts
 from qrpo.errors import DataError
 from storage import Manifest, PartRecord
 
-__all__ = ["PromptLookup"]
-
 _COMPLETION = ("prompt_id", "origin", "sample_index")
 
 

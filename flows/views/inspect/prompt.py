@@ -6,8 +6,6 @@ from typing import Any
 
 from flows.views.inspect.lookup import PromptLookup
 
-__all__ = ["follow_prompt"]
-
 _QUANTILE = ("quantile_reward", "quantile_low", "quantile_high")
 
 

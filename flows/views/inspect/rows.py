@@ -23,8 +23,6 @@ from flows.views.inspect.filters import apply_condition, parse_condition
 from qrpo.errors import DataError
 from storage import PartRecord, Store
 
-__all__ = ["ArtifactRows", "Query", "condition_of", "find_rows"]
-
 _POSITION = "\0position"
 _CHUNK_ROWS, _CHUNK_BYTES = 131_072, 64 << 20  # filtered at a time
 _PIECE_ROWS = 4_096  # of a part, decoded at a time for single rows

@@ -10,8 +10,6 @@ from flows.views.inspect.summary import column_nulls, summarise
 from storage import Manifest, Store
 from tasks.artifact_summary import numbers_of, reject_reasons, training_metrics
 
-__all__ = ["inspect_stage", "metrics_of"]
-
 
 def inspect_stage(run: PromptLookup, stage: str, query: Query, *, exact: bool = False) -> dict[str, Any]:
     """What `qrpo inspect` prints: the artifact, its numbers (of the rows that match), and rows.

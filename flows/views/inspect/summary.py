@@ -15,8 +15,6 @@ from flows.views.inspect.filters import apply_condition
 from flows.views.inspect.rows import ArtifactRows
 from tasks.artifact_summary import numbers_of
 
-__all__ = ["column_nulls", "summarise"]
-
 _MAX_ROWS = 100_000  # rows that quantiles are estimated from
 _MAX_TOKEN_ROWS = 10_000  # the same for columns of token ids, which are long
 _MAX_FOOTERS = 1_000  # parts; an artifact with more gets estimated extremes and no null counts

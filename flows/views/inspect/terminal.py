@@ -14,8 +14,6 @@ from flows.views.runs import size_text
 from flows.views.text import one_line, visible
 from tasks.artifact_summary import QUANTILES
 
-__all__ = ["diff", "inspection", "prompt"]
-
 _BARS = " ▁▂▃▄▅▆▇█"
 _MAX_TEXT = 4000  # characters of one message
 

@@ -14,8 +14,6 @@ from storage import Manifest, Store
 from tasks.artifact_summary import Cell, compare_models, reject_reasons, training_metrics
 from tasks.config import PipelineConfig, parse_config
 
-__all__ = ["Content", "gather"]
-
 _ROWS = 8  # of each table of completions
 _TEXT = 2_000  # characters of a prompt or completion
 _PROMPTS = 2_000  # prompts whose reference rewards are drawn

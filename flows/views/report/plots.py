@@ -20,8 +20,6 @@ from qrpo.method.theory import attained, beta_table, estimate_noise
 from qrpo.method.transforms import get_transform
 from tasks.charts import plot_curves, plot_histogram
 
-__all__ = ["draw"]
-
 # placeholders in the drawing for the page's CSS variables
 _INK, _FAINT, _POLICY, _REFERENCE, _THEORY = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
 _VARIABLES = {

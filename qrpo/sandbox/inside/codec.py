@@ -29,8 +29,6 @@ from pathlib import PosixPath, PurePosixPath
 from typing import Any
 from uuid import UUID
 
-__all__ = ["DATA", "CodecError", "Encoder", "decode", "decode_parts", "encode"]
-
 FindClass = Callable[[str], Any]
 """Maps a name to the class that its objects get, and to anything but a class for unknown names."""
 FindHandle = Callable[..., Any] | None

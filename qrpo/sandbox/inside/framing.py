@@ -3,8 +3,6 @@
 import os
 import struct
 
-__all__ = ["HEADER", "Reader", "frame", "frame_end", "write_frames"]
-
 _LENGTH = struct.Struct("<I")
 HEADER = _LENGTH.size
 

@@ -17,8 +17,6 @@ from collections.abc import Mapping
 
 from .seccomp import Filter
 
-__all__ = ["Isolation"]
-
 _NEW_PROCESSES = 0x20000000
 _NO_SUID_DEV_EXEC = 2 | 4 | 8
 _DETACH = 2

@@ -28,8 +28,6 @@ from .remote import Link, Remote, has_methods, named, watch_handlers
 from .statements import ASSERTED, CALL, CALL_TEST, CAPTURE, HANDLED
 from .suite import Step, read_tests
 
-__all__ = ["Suite", "serve"]
-
 
 def serve(jobs: Reader, answer: int, drop_privileges: Callable[[], None]) -> int:
     """Serve requests one after another until the pipe ends. b"." ends each answer.

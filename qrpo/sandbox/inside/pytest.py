@@ -10,8 +10,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["approx", "cases", "fail", "fixture", "mark", "param", "raises", "run"]
-
 
 class raises:
     """A context that passes if its block raises the expected exception."""

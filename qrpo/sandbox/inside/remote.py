@@ -16,8 +16,6 @@ from . import pytest
 from .codec import Encoder, decode_parts
 from .solution import BINARY, COMPARISONS, OPERATIONS
 
-__all__ = ["Failure", "Link", "Remote", "has_methods", "named", "watch_handlers"]
-
 
 class Failure(BaseException):
     """The test has failed, whatever it does next."""

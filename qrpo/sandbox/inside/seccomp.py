@@ -12,8 +12,6 @@ import errno
 import os
 import struct
 
-__all__ = ["ALLOWED", "Filter", "build_filter"]
-
 _X86_64 = """
     read=0 write=1 close=3 fstat=5 lseek=8 mmap=9 mprotect=10 munmap=11 brk=12 rt_sigaction=13 rt_sigprocmask=14 rt_sigreturn=15
     pread64=17 pwrite64=18 readv=19 writev=20 futex=202 openat=257 newfstatat=262 getrandom=318 clock_gettime=228 gettimeofday=96

@@ -20,8 +20,6 @@ from typing import Any
 from .codec import DATA, CodecError, Encoder, decode, decode_parts
 from .framing import Reader, write_frames
 
-__all__ = ["BINARY", "COMPARISONS", "INPUT", "OPERATIONS", "answer_calls", "run_program"]
-
 _BINARY = "add and eq floordiv ge gt le lshift lt matmul mod mul ne or pow rshift sub truediv xor"
 _UNARY = "abs contains delitem getitem index invert neg pos setitem"
 _BUILTINS = "bool float hash int iter len next repr reversed round str"

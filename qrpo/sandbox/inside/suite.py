@@ -25,8 +25,6 @@ from typing import Any
 from . import statements
 from .statements import DEFINITIONS, FUNCTIONS, called_name, has_assertion, has_real_assertion, loads, stores
 
-__all__ = ["Step", "read_tests"]
-
 _SET_UP = {"setUp", "setUpClass", "setup_method", "setup_class", "asyncSetUp"}
 # what has a meaning in functions only
 _LEAVES = (ast.Return, ast.Nonlocal, ast.Global, ast.Yield, ast.YieldFrom, ast.Await)

@@ -36,8 +36,6 @@ from .codec import encode
 from .framing import Reader, write_frames
 from .isolation import Isolation
 
-__all__ = ["CLOCK", "EXIT_RECORD", "main"]
-
 CLOCK = struct.Struct("<d")
 """Processor seconds of the forked process, all its threads together."""
 EXIT_RECORD = struct.Struct("<id")
