@@ -1,14 +1,15 @@
 """Training and scoring on one GPU: `QRPOTrainer` in its ways beside TRL's DPOTrainer at its best.
 
     python -m benchmarks.gpu [--sizes 1b 8b] [--groups train score sft lora repeat] [--out gpu.json]
-    python -m benchmarks.gpu --sizes tiny --device cpu --steps 4        # checks the script without a GPU
+    python -m benchmarks.gpu --sizes tiny --device cpu --steps 4   # checks the script
 
-Every way runs in a fresh process on rows whose shapes it has not seen, so start-up, planning of kernels
-and recompilation count: `first_seconds` is the first step, the other figures are of the third step on.
-A step has 16 prompts with 2 completions each, of log-normal lengths (medians 200 and 350 tokens). 1B
-trains float32 weights under bf16 autocast, 8B bfloat16 weights. Weights are random.
+Every way runs in a fresh process on rows whose shapes it has not seen, so start-up, planning of
+kernels and recompilation count: `first_seconds` is the first step, the other figures are of the
+third step on. A step has 16 prompts with 2 completions each, of log-normal lengths (medians 200 and
+350 tokens). 1B trains float32 weights under bf16 autocast, 8B bfloat16 weights. Weights are random.
 
-    ours              QRPOTrainer, loss qrpo, defaults: packed rows, compiled layers, checkpointing by need
+    ours              QRPOTrainer, loss qrpo, defaults: packed rows, compiled layers, checkpointing
+                      by need
     ours_eager        the same without compiled layers
     ours_padded       padded rows, layers not compiled
     trl               DPOTrainer with precomputed reference log-probabilities, 4 pairs a pass
@@ -16,11 +17,12 @@ trains float32 weights under bf16 autocast, 8B bfloat16 weights. Weights are ran
     trl_nocheckpoint  the same without checkpointing (1B)
     score             score_logprobs with bfloat16 weights, no gradients
     sft, lora         the loss `sft`; LoRA of rank 16 on all linear layers (needs peft)
-    repeat            two equal runs and one that is resumed: whether their weights are equal to the bit
+    repeat            two equal runs and one that is resumed: whether their weights are equal to the
+                      bit
 
-`mfu` is of the bfloat16 peak of `--peak` (dense operations a second): 6 per weight and token, the output
-layer on completion tokens only, attention not counted. Needs torch, transformers, NumPy, pydantic; trl and
-datasets for TRL's ways, which are reported as failed where they are missing.
+`mfu` is of the bfloat16 peak of `--peak` (dense operations a second): 6 per weight and token, the
+output layer on completion tokens only, attention not counted. Needs torch, transformers, NumPy,
+pydantic; trl and datasets for TRL's ways, which are reported as failed where they are missing.
 """
 
 import argparse
@@ -41,7 +43,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from benchmarks.harness import command_line, report, run_command
 
 BETA, PROMPTS, COMPLETIONS = 0.1, 16, 2
-# hidden, intermediate, layers, heads, key-value heads, vocabulary: the last two as Llama 3.2 1B and 3.1 8B
+# hidden, intermediate, layers, heads, key-value heads, vocabulary: the last two as Llama 3.2 1B and
+# 3.1 8B
 SIZES = {
     "tiny": (64, 172, 2, 2, 1, 1_000),
     "1b": (2048, 8192, 16, 32, 8, 128_256),
@@ -99,7 +102,8 @@ def make_model(size: str, device: str, half: bool) -> Any:
 
 
 def operations(size: str, rows: list[dict[str, Any]], passes: int) -> tuple[int, float]:
-    """Tokens of the rows, and operations of that many passes (1 forward, 3 with the backward pass)."""
+    """Tokens of the rows, and operations of that many passes (1 forward, 3 with the backward
+    pass)."""
     hidden, intermediate, layers, heads, kv_heads, vocab_size = SIZES[size]
     body = layers * hidden * (2 * hidden + 2 * hidden * kv_heads // heads + 3 * intermediate)
     completion = sum(len(ids) for row in rows for ids in row["completion_token_ids"])

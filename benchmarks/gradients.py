@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.gradients [--rounds 5] [--out gradients.json]
 
-Forward and backward of a Llama with 4 layers of width 128 and random weights, processor seconds of one thread. All layouts of a case must
-give the same gradient. In the first case prompts and completions have log-normal lengths, in the others equal ones, so nothing is padded.
+Forward and backward of a Llama with 4 layers of width 128 and random weights, processor seconds of
+one thread. All layouts of a case must give the same gradient. In the first case prompts and
+completions have log-normal lengths, in the others equal ones, so nothing is padded.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,8 @@ def small_llama() -> LlamaForCausalLM:
 def compare_gradients(
     model: LlamaForCausalLM, ways: dict[str, Callable[[], None]], rounds: int
 ) -> dict[str, object]:
-    """A summary of ways that each run forward and backward; raises AssertionError where their gradients differ."""
+    """A summary of ways that each run forward and backward; raises AssertionError where their
+    gradients differ."""
     weight = model.model.layers[0].self_attn.q_proj.weight
     gradients: list[torch.Tensor] = []
 

@@ -1,9 +1,11 @@
-"""What all benchmarks share: clocks, interleaved rounds, summaries, machine facts, command line, JSON.
+"""What all benchmarks share: clocks, interleaved rounds, summaries, machine facts, command line,
+JSON.
 
-A benchmark compares *ways* to do the same work. A way is a callable that does the work once and returns a sample: numbers by
-name, such as `wall` and `cpu` seconds or `peak_mib`. `timed` makes a way from a function, `command` runs a process, `forked` runs
-a function in a fork. `interleave` runs all ways in turn, so that a busy moment of the machine hits all of them; `summarize`
-reduces the samples. A benchmark reports *cases*: facts about the work, and under `ways` the summary.
+A benchmark compares *ways* to do the same work. A way is a callable that does the work once and
+returns a sample: numbers by name, such as `wall` and `cpu` seconds or `peak_mib`. `timed` makes a
+way from a function, `command` runs a process, `forked` runs a function in a fork. `interleave` runs
+all ways in turn, so that a busy moment of the machine hits all of them; `summarize` reduces the
+samples. A benchmark reports *cases*: facts about the work, and under `ways` the summary.
 """
 
 import argparse
@@ -48,7 +50,8 @@ def timed(
 ) -> Way:
     """A way that calls `work`; `check` gets its answer after the clocks stop.
 
-    With `warm_up`, an untimed call comes first: it brings caches and the allocator into the same state each time.
+    With `warm_up`, an untimed call comes first: it brings caches and the allocator into the same
+    state each time.
     """
 
     def way() -> Sample:
@@ -67,7 +70,8 @@ def timed(
 def run_command(*words: str | Path, **environment: str) -> tuple[Sample, str]:
     """Run a process to its end: its sample and its standard output. Exits where the process fails.
 
-    The sample has `peak_mib` where that exceeds the peak of this process, from whose size a fork starts.
+    The sample has `peak_mib` where that exceeds the peak of this process, from whose size a fork
+    starts.
     """
     started = time.perf_counter()
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
@@ -92,7 +96,8 @@ def command(*words: str | Path, **environment: str) -> Way:
 
 
 def forked(action: Callable[..., Any], *arguments: Any) -> Any:
-    """The answer of `action` in a fork of this process, which keeps its imports and nothing that it opens."""
+    """The answer of `action` in a fork of this process, which keeps its imports and nothing that it
+    opens."""
     answers, answer = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=lambda: answer.send(action(*arguments)))
     process.start()
@@ -108,7 +113,8 @@ def forked(action: Callable[..., Any], *arguments: Any) -> Any:
 def interleave(
     ways: Mapping[str, Way], rounds: int, *, untimed: int = 1, once: Sequence[str] = ()
 ) -> dict[str, list[Sample]]:
-    """The samples of every way: all ways in turn, `rounds` times, after `untimed` rounds that fill caches.
+    """The samples of every way: all ways in turn, `rounds` times, after `untimed` rounds that fill
+    caches.
 
     The ways named in `once` are so slow that they run in the first timed round only.
     """

@@ -1,13 +1,15 @@
-"""`qrpo inspect` over an artifact of ten million rows, process start included, beside DuckDB and Polars on the same files.
+"""`qrpo inspect` over an artifact of ten million rows, process start included, beside DuckDB and
+Polars on the same files.
 
-    python -m benchmarks.inspection [--rows 10000000] [--rounds 5] [--store FOLDER] [--out inspection.json]
+    python -m benchmarks.inspection [--rows 10000000] [--rounds 5] [--store FOLDER] [--out FILE]
 
-The store has the layout that the pipeline's defaults give: 256 prompts in a part, 50 completions of each prompt in blocks of 16, so that
-ten million completions are in 3,128 files; everything is committed through the store. `--store` keeps it for the next time.
-Every way runs in its own process. `imports` starts the command with nothing to answer (`qrpo inspect --help`): what exceeds it is
-the cost of the question. Files are in the page cache.
-DuckDB and Polars answer the narrowest form of the first question, as in a notebook: rows, mean, extremes and quartiles of one
-column (no schema, nulls, histogram, conversations or size checks). All answer the condition and the order.
+The store has the layout that the pipeline's defaults give: 256 prompts in a part, 50 completions of
+each prompt in blocks of 16, so that ten million completions are in 3,128 files; everything is
+committed through the store. `--store` keeps it for the next time. Every way runs in its own
+process. `imports` starts the command with nothing to answer (`qrpo inspect --help`): what exceeds
+it is the cost of the question. Files are in the page cache. DuckDB and Polars answer the narrowest
+form of the first question, as in a notebook: rows, mean, extremes and quartiles of one column (no
+schema, nulls, histogram, conversations or size checks). All answer the condition and the order.
 """
 
 import sys

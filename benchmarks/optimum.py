@@ -2,12 +2,14 @@
 
     python -m benchmarks.optimum [--out optimum.json]
 
-A completion is up to 4 tokens of a vocabulary of 4, or an end token sooner: 341 completions, all enumerated. The reference
-is a random autoregressive policy, a row of logits for each prompt and prefix; so is the policy that is trained, from the
-reference, on offline completions (half of them the reference's, half uniform, drawn once) and nothing else. Distribution
-of the reference, quantiles, Z and pi* are exact sums. Every method sees the same completions in the same order, and is
-judged by the objective J = E[f(q)] - beta KL(policy || reference), exact, as a share of the way from J(reference) = 0% to
-J(pi*) = 100%. DPO's and SimPO's own beta is swept and their best kept, chosen by that judge: a generous comparison.
+A completion is up to 4 tokens of a vocabulary of 4, or an end token sooner: 341 completions, all
+enumerated. The reference is a random autoregressive policy, a row of logits for each prompt and
+prefix; so is the policy that is trained, from the reference, on offline completions (half of them
+the reference's, half uniform, drawn once) and nothing else. Distribution of the reference,
+quantiles, Z and pi* are exact sums. Every method sees the same completions in the same order, and
+is judged by the objective J = E[f(q)] - beta KL(policy || reference), exact, as a share of the way
+from J(reference) = 0% to J(pi*) = 100%. DPO's and SimPO's own beta is swept and their best kept,
+chosen by that judge: a generous comparison.
 """
 
 import math
@@ -97,7 +99,8 @@ class Judge:
     beta: float
 
     def transformed(self) -> torch.Tensor:
-        """(P, Y): f(q) at the exact quantiles; f's infinite ends are not reached where a maximum is moved half an atom in."""
+        """(P, Y): f(q) at the exact quantiles; f's infinite ends are not reached where a maximum is
+        moved half an atom in."""
         q = self.world.quantile
         if get_transform(self.transform).open_ends[1]:
             q = torch.where(q > 1 - 1e-12, 1 - self.world.ref.exp() / 2, q)
@@ -138,7 +141,8 @@ def offline_completions(world: World, number: int, seed: int = 1) -> torch.Tenso
 def train(
     world: World, completions: torch.Tensor, loss_of: Any, *, steps: int, batch: int = 128, rate: float = 0.3
 ) -> torch.Tensor:
-    """(P, Y) log-probabilities of the policy that `loss_of(logprob, completions)` -> (P, batch or 1) trains, with Adam."""
+    """(P, Y) log-probabilities of the policy that `loss_of(logprob, completions)` -> (P, batch or
+    1) trains, with Adam."""
     logits = world.ref_logits.clone().requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -166,13 +170,15 @@ def train_qrpo(
 
 
 def exact_partition(judge: Judge) -> dict[str, Any]:
-    """Settings that make qrpo_loss use the world's own Z: every completion's quantile with its probability."""
+    """Settings that make qrpo_loss use the world's own Z: every completion's quantile with its
+    probability."""
     exact = {"ref_quantiles": judge.world.quantile, "ref_weights": judge.world.ref.exp()}
     return {"partition": "empirical", "num_ref": 10**9, **exact}
 
 
 def estimated_quantiles(world: World, num_ref: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(P, Y) quantile rewards from `num_ref` reference samples per prompt, and the samples' own (P, num_ref)."""
+    """(P, Y) quantile rewards from `num_ref` reference samples per prompt, and the samples' own (P,
+    num_ref)."""
     generator = torch.Generator().manual_seed(seed)
     sampled = torch.multinomial(world.ref.exp(), num_ref, replacement=True, generator=generator)
     ref_rewards = world.reward.gather(1, sampled).numpy()
@@ -198,7 +204,8 @@ def finds_the_optimum(
 
 
 def scales_with_references(prompts: int, steps: int, beta: float = 0.1) -> list[dict[str, Any]]:
-    """QRPO with quantiles estimated from n reference samples, beside what theory says that fitting them attains."""
+    """QRPO with quantiles estimated from n reference samples, beside what theory says that fitting
+    them attains."""
     rows = []
     world = make_world(prompts)
     completions, judge = offline_completions(world, 8192), Judge(world, "identity", beta)
@@ -240,7 +247,8 @@ def compares_partitions(prompts: int, steps: int, beta: float = 0.2) -> list[dic
 
 
 def compares_clamped(prompts: int, steps: int, beta: float = 0.5) -> list[dict[str, Any]]:
-    """normal-icdf, infinite at both ends: estimated quantiles are clamped, and only `finite` counts the clamp in."""
+    """normal-icdf, infinite at both ends: estimated quantiles are clamped, and only `finite` counts
+    the clamp in."""
     rows = []
     world = make_world(prompts)
     completions, judge = offline_completions(world, 8192), Judge(world, "normal-icdf", beta)
@@ -257,7 +265,8 @@ def compares_clamped(prompts: int, steps: int, beta: float = 0.5) -> list[dict[s
 def compares_methods(prompts: int, steps: int, beta: float = 0.1, num_ref: int = 50) -> list[dict[str, Any]]:
     """QRPO, REBEL, DPO and SimPO on the same completions; f is the identity.
 
-    DPO, SimPO and REBEL on rewards compare exact rewards of pairs; what rests on `num_ref` samples says so.
+    DPO, SimPO and REBEL on rewards compare exact rewards of pairs; what rests on `num_ref` samples
+    says so.
     """
     world = make_world(prompts)
     completions, judge = offline_completions(world, 8192), Judge(world, "identity", beta)
@@ -273,7 +282,8 @@ def compares_methods(prompts: int, steps: int, beta: float = 0.1, num_ref: int =
         method: str, own_beta: float, reward: torch.Tensor, simpo_gap: float = 0.5
     ) -> dict[str, Any]:
         def loss_of(logprob: torch.Tensor, some: torch.Tensor) -> torch.Tensor:
-            # the same completions, taken two by two: (P, batch) as (P * batch/2) prompts with 2 each
+            # the same completions, taken two by two: (P, batch) as (P * batch/2) prompts with 2
+            # each
             two = logprob.reshape(-1, 2)
             rewards = reward.gather(1, some).reshape(-1, 2)
             pairs, ref_two = choose_pairs(rewards), world.ref.gather(1, some).reshape(-1, 2)

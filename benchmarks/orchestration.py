@@ -1,10 +1,13 @@
-"""What orchestration costs: the cold start of a run, seconds and memory for each part, and how long a cached run and a plan take.
+"""What orchestration costs: the cold start of a run, seconds and memory for each part, and how long
+a cached run and a plan take.
 
     python -m benchmarks.orchestration --parts 100 1000 10000 --rounds 3 --out orchestration.json
 
-Each size has that many prompts and is computed twice: in parts of one prompt and in parts of 256. The difference is the cost of the
-parts: commits (each with several flushes to the disk), leases, records, manifests and Prefect's tasks. The model has a few thousand
-weights and samples one token. Every run is its own process beside one Prefect server.
+Each size has that many prompts and is computed twice: in parts of one prompt and in parts of 256.
+The difference is the cost of the
+parts: commits (each with several flushes to the disk), leases, records, manifests and Prefect's
+tasks. The model has a few thousand weights and samples one token. Every run is its own process
+beside one Prefect server.
 """
 
 import json
@@ -63,7 +66,8 @@ def write_task(folder: Path, prompts: int, part_size: int) -> Path:
 
 
 def written(folder: Path, prompts: int, part_size: int) -> Path:
-    """`write_task` in another process: a child's peak memory counts from its parent's, which must stay small."""
+    """`write_task` in another process: a child's peak memory counts from its parent's, which must
+    stay small."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(write_task, (folder, prompts, part_size))
 
@@ -121,7 +125,8 @@ def by_parts(folder: Path, parts: int, url: str, rounds: int) -> Case:
 
 
 def cold_start(folder: Path, url: str, rounds: int) -> Case:
-    """A whole run of one part, up to the prompts: beside a running server, and with a server that it starts."""
+    """A whole run of one part, up to the prompts: beside a running server, and with a server that
+    it starts."""
     config = written(folder, 1, 1)
     (folder / "home").mkdir()
 

@@ -5,14 +5,18 @@
     python -m benchmarks.quantiles scaling [--out quantiles_scaling.json]
 
 `memory`: `quantile_rewards` beside NumPy broadcasting, one sort of all (prompt, reward) keys with
-searchsorted, and SciPy, on float32 arrays as Arrow would give them. SciPy works prompt by prompt, so it computes the first 2,000 prompts and its times are scaled up.
+searchsorted, and SciPy, on float32 arrays as Arrow would give them. SciPy works prompt by prompt,
+so it computes the first 2,000 prompts and its times are scaled up.
 
-`parquet`: one file of list columns, as research code keeps them, 50 reference rewards and 2 completions for each prompt. Every way
-reads it and computes the share of references at or below each reward; `floor` only reads the two columns. `stage` is the pipeline's
-stage: it starts from reward parts with a row for each completion, and ends with committed, validated, checksummed quantile parts.
+`parquet`: one file of list columns, as research code keeps them, 50 reference rewards and 2
+completions for each prompt. Every way reads it and computes the share of references at or below
+each reward; `floor` only reads the two columns. `stage` is the pipeline's
+stage: it starts from reward parts with a row for each completion, and ends with committed,
+validated, checksummed quantile parts.
 
-`scaling`: the quantiles and shards stages over 1e5 to 1e7 completions, each size in its own process. The reference model is a Llama of a few
-thousand weights, so that the stages' own work is measured; two completions of each prompt are trained on.
+`scaling`: the quantiles and shards stages over 1e5 to 1e7 completions, each size in its own
+process. The reference model is a Llama of a few thousand weights, so that the stages' own work is
+measured; two completions of each prompt are trained on.
 
 All answers are compared with each other.
 """
@@ -43,7 +47,8 @@ SCIPY_PROMPTS = 2_000
 COMPLETION_TOKENS, PART_PROMPTS = 8, 4096
 
 
-# In memory. Each way gets rewards (P, K), the references of all prompts end to end, and the offsets (P + 1) of each prompt's.
+# In memory. Each way gets rewards (P, K), the references of all prompts end to end, and the offsets
+# (P + 1) of each prompt's.
 
 
 def ours(rewards: np.ndarray, references: np.ndarray, ref_offsets: np.ndarray) -> np.ndarray:
@@ -54,12 +59,14 @@ def ours(rewards: np.ndarray, references: np.ndarray, ref_offsets: np.ndarray) -
 
 
 def broadcasting(rewards: np.ndarray, references: np.ndarray, ref_offsets: np.ndarray) -> np.ndarray:
-    """All (P, K, N) comparisons at once; the number of references must be the same for every prompt."""
+    """All (P, K, N) comparisons at once; the number of references must be the same for every
+    prompt."""
     return (references.reshape(len(rewards), 1, -1) <= rewards[:, :, None]).mean(-1)
 
 
 def sorting(rewards: np.ndarray, references: np.ndarray, ref_offsets: np.ndarray) -> np.ndarray:
-    """(prompt, reward) packed into one 64-bit key, sorted once, searched once. A sort of each row is faster."""
+    """(prompt, reward) packed into one 64-bit key, sorted once, searched once. A sort of each row
+    is faster."""
 
     def ordered(values: np.ndarray) -> np.ndarray:
         bits = values.view(np.uint32)

@@ -4,17 +4,21 @@
 
 Completions of log-normal lengths (50 for each prompt), a small Llama with one logit, float32.
 
-    floor             as many conversations and tokens, in batches where all have one length: no padding; starts from token ids
-    sorted            ours, from messages to scores: template, tokenizer, length-sorted batches of a token budget
+    floor             as many conversations and tokens, in batches where all have one length: no
+                      padding; starts from token ids
+    sorted            ours, from messages to scores: template, tokenizer, length-sorted batches of a
+                      token budget
     one by one        from token ids, no batches
-    a prompt a batch  from token ids, all completions of a prompt in one padded batch, as the research code does it (one round)
-    stage             the pipeline's: reads completion parts from a store, starts a child process, loads the model there, scores, and
-                      commits validated, checksummed reward parts
+    a prompt a batch  from token ids, all completions of a prompt in one padded batch, as the
+                      research code does it (one round)
+    stage             the pipeline's: reads completion parts from a store, starts a child process,
+                      loads the model there, scores, and commits validated, checksummed reward parts
     start             the stage with a single completion
 
-The first four share 1,000 completions. `stage` has 25,000, a minute or so, because its start costs the same for any number, and
-the floor of as many completions. All rewards are compared, and all ways run with the allocator settings of the stage's child process.
-Processor seconds (child processes included) depend less on other work of the machine than wall seconds.
+The first four share 1,000 completions. `stage` has 25,000, a minute or so, because its start costs
+the same for any number, and the floor of as many completions. All rewards are compared, and all
+ways run with the allocator settings of the stage's child process. Processor seconds (child
+processes included) depend less on other work of the machine than wall seconds.
 """
 
 import os
@@ -68,9 +72,11 @@ def forward(model: Any, pad: int, batch: Ids) -> list[float]:
 
 
 def floor_batches(ids: Ids, budget: int) -> list[list[list[int]]]:
-    """The length-sorted batches with every conversation of a batch cut or stretched to the batch's mean length.
+    """The length-sorted batches with every conversation of a batch cut or stretched to the batch's
+    mean length.
 
-    So there are as many conversations and tokens, of lengths spread in the same way, but no padding.
+    So there are as many conversations and tokens, of lengths spread in the same way, but no
+    padding.
     """
     ordered = sorted(ids, key=len, reverse=True)
     batches = []

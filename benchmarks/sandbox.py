@@ -1,11 +1,13 @@
-"""How many solutions per second does the sandbox judge? Beside a bare fork, fresh interpreters and fresh bubblewraps.
+"""How many solutions per second does the sandbox judge? Beside a bare fork, fresh interpreters and
+fresh bubblewraps.
 
     python -m benchmarks.sandbox [--rounds 5] [--out sandbox.json]
 
-A solution has one small function and 20 assertions, as in LeetCodeDataset. Each way runs in its own process on one core. Its
-cost is the processor time of that process and everything that it started, beyond the cost of a single solution (which holds what is
-started once): on a busy machine it says more than wall time. Numbers are seconds for each solution.
-The last case is the wall time of the sandbox with one worker, two, and so on up to one for each core.
+A solution has one small function and 20 assertions, as in LeetCodeDataset. Each way runs in its own
+process on one core. Its cost is the processor time of that process and everything that it started,
+beyond the cost of a single solution (which holds what is started once): on a busy machine it says
+more than wall time. Numbers are seconds for each solution. The last case is the wall time of the
+sandbox with one worker, two, and so on up to one for each core.
 """
 
 import contextlib
@@ -42,14 +44,16 @@ TEST = "def check(candidate):\n" + "".join(
 WHOLE = f"{PREAMBLE}\n{SOLUTION}\n{TEST}\ncheck(Solution().twoSum)\n"
 JOB = (SOLUTION, CheckTests(TEST, "Solution().twoSum", PREAMBLE))
 
-# bubblewrap does not wait for the first process of its namespace; as its reaper this process counts that one's children, too
+# bubblewrap does not wait for the first process of its namespace; as its reaper this process counts
+# that one's children, too
 PR_SET_CHILD_SUBREAPER = 36
 
 
 def bare_fork(count: int) -> None:
     """No isolation, no limits, and the solution sees the tests.
 
-    Compiles the tests for every solution. The sandbox compiles them once per problem, so this is not the same work.
+    Compiles the tests for every solution. The sandbox compiles them once per problem, so this is
+    not the same work.
     """
     for _ in range(count):
         child = os.fork()

@@ -82,7 +82,8 @@ def pipeline_config(model: str | Path, num_ref: int, **sections: Any) -> Pipelin
 
 
 def compute(module: Any, store: Store, parts: Sequence[PartPlan], config: PipelineConfig) -> list[Any]:
-    """What the stage in `module` commits for these parts, computed again where the store has them: read, compute, validate, commit."""
+    """What the stage in `module` commits for these parts, computed again where the store has them:
+    read, compute, validate, commit."""
     for part in parts:
         store.discard_part(part.key)
     return list(module.compute(module.STAGE.work(config, store, parts)))

@@ -1,15 +1,19 @@
-"""How fast do training samples come, and how soon after a resume? `storage.ShardReader` beside six streaming readers.
+"""How fast do training samples come, and how soon after a resume? `storage.ShardReader` beside six
+streaming readers.
 
     python -m venv peers && peers/bin/pip install -r benchmarks/requirements-streaming.txt
-    OMP_NUM_THREADS=1 peers/bin/python -m benchmarks.streaming_readers [--rounds 5] [--out streaming_readers.json]
+    OMP_NUM_THREADS=1 peers/bin/python -m benchmarks.streaming_readers [--rounds 5] [--out FILE]
 
-An epoch of 50,000 samples of 400 token ids, shuffled as each one shuffles, in tensors (64, 400) of int32; one process, no workers, data
-on local disk and in the page cache. Then the time from opening the data with the state that was saved after 40,000 samples to the
-next such tensor; for ours also at rows 10, 5 million and 10 million of the same shards listed 201 times. Each measurement is
-a process, forked from one that has imported all readers. What was read is compared with what was written.
+An epoch of 50,000 samples of 400 token ids, shuffled as each one shuffles, in tensors (64, 400) of
+int32; one process, no workers, data on local disk and in the page cache. Then the time from opening
+the data with the state that was saved after 40,000 samples to the next such tensor; for ours also
+at rows 10, 5 million and 10 million of the same shards listed 201 times. Each measurement is a
+process, forked from one that has imported all readers. What was read is compared with what was
+written.
 
-The floors: `read` only reads the Parquet column, `read and collate` also stacks its rows into batches, in file order. Ours is measured
-three times: the reader, the data loader of `qrpo.training.loader` that the trainer reads it through, and the same, stacking row by row.
+The floors: `read` only reads the Parquet column, `read and collate` also stacks its rows into
+batches, in file order. Ours is measured three times: the reader, the data loader of
+`qrpo.training.loader` that the trainer reads it through, and the same, stacking row by row.
 """
 
 import importlib.machinery
@@ -65,8 +69,8 @@ def write_store(data: Path) -> None:
 
 
 def import_mosaic() -> Any:
-    """MosaicML's `streaming`. It imports torchvision for its image sets, which are not used here and whose wheels do not go with
-    a CPU build of torch: empty classes stand in."""
+    """MosaicML's `streaming`. It imports torchvision for its image sets, which are not used here
+    and whose wheels do not go with a CPU build of torch: empty classes stand in."""
     for name in ("", ".datasets", ".transforms", ".transforms.functional"):
         module = sys.modules[f"torchvision{name}"] = types.ModuleType(f"torchvision{name}")
         module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
@@ -121,7 +125,7 @@ def write_webdataset(data: Path) -> None:
                 writer.write({"__key__": f"{file:03}{number:06}", "npy": sample})
 
 
-# ---------------------------------------------------------------------------------------------- ways to read
+# ------------------------------------------------------------------------------------- ways to read
 # Each opens the data, with a saved state or from the start, and gives an iterable of batches.
 
 
@@ -230,7 +234,8 @@ def mosaic(data: Path, state: Any) -> Iterable[Any]:
 
 
 def litdata(data: Path, state: Any) -> Iterable[Any]:
-    """Its token loader, the fastest way it has for samples of equal length, through its own loader."""
+    """Its token loader, the fastest way it has for samples of equal length, through its own
+    loader."""
     import litdata
 
     items = litdata.TokensLoader(block_size=TOKENS)
@@ -239,11 +244,13 @@ def litdata(data: Path, state: Any) -> Iterable[Any]:
 
 
 def torchdata(data: Path, state: Any) -> Iterable[Any]:
-    """Nodes over the Parquet files, through its own loader: torchdata leaves reading to its user."""
+    """Nodes over the Parquet files, through its own loader: torchdata leaves reading to its
+    user."""
     from torchdata import nodes
 
     class Samples(nodes.BaseNode):  # type: ignore[misc]
-        """Files in a shuffled order, and shuffled within each: the state is the file and the row."""
+        """Files in a shuffled order, and shuffled within each: the state is the file and the
+        row."""
 
         def reset(self, initial_state: dict[str, Any] | None = None) -> None:
             super().reset(initial_state)
@@ -271,7 +278,8 @@ def torchdata(data: Path, state: Any) -> Iterable[Any]:
 
 
 def webdataset(data: Path, state: int | None) -> Iterable[Any]:
-    """Tar files in a shuffled order and a buffer of 1,000 samples. It keeps no state: what was seen is read again."""
+    """Tar files in a shuffled order and a buffer of 1,000 samples. It keeps no state: what was seen
+    is read again."""
     import webdataset as wds
 
     urls = sorted(map(str, (data / "webdataset").iterdir()))
@@ -288,7 +296,8 @@ def resumed(found: Any, state: Any) -> Any:
 
 
 class Way(NamedTuple):
-    """A reader, its package, and its state after RESUME_AT samples, from what it opened; None where there is nothing to resume."""
+    """A reader, its package, and its state after RESUME_AT samples, from what it opened; None where
+    there is nothing to resume."""
 
     open: Callable[[Path, Any], Iterable[Any]]
     package: str | None = None
@@ -317,7 +326,7 @@ WRITERS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 
 def save_state(name: str, data: Path) -> None:

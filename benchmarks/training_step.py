@@ -1,26 +1,32 @@
 """One training step: `QRPOTrainer` beside TRL's DPOTrainer, a plain padded step, and a bare floor.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.training_step --trl-python PYTHON [--rounds 5] [--out training_step.json]
+    OMP_NUM_THREADS=1 python -m benchmarks.training_step --trl-python PYTHON [--out FILE]
 
-PYTHON is an interpreter of another environment (`python3.11 -m venv trl-venv`, `trl-venv/bin/pip install torch==2.13.0 trl==1.16.0
-transformers==5.19.0`); without it TRL is skipped. Every way does the same work on random weights: prompts with a chosen and a rejected
-completion of log-normal lengths, forward, backward, gradient clipping and an update, in float32 on one thread of a CPU, with SGD,
-which keeps no state. `benchmarks.gpu` measures a GPU.
+PYTHON is an interpreter of another environment (`python3.11 -m venv trl-venv`,
+`trl-venv/bin/pip install torch==2.13.0 trl==1.16.0 transformers==5.19.0`); without it TRL is
+skipped. Every way does the same work on random weights: prompts with a chosen and a rejected
+completion of log-normal lengths, forward, backward, gradient clipping and an update, in float32 on
+one thread of a CPU, with SGD, which keeps no state. `benchmarks.gpu` measures a GPU.
 
-    floor            sequences one by one, unpadded; the head on completion tokens only, in chunks of 16 MiB of logits that are
-                     computed again in the backward pass; QRPO's loss, a bare loop
+    floor            sequences one by one, unpadded; the head on completion tokens only, in chunks
+                     of 16 MiB of logits that are computed again in the backward pass; QRPO's loss,
+                     a bare loop
     floor_64mib      the same with chunks of 64 MiB, each a block that glibc maps again
-    floor_our_head   the same with `qrpo.training.head` for the head: what remains is the trainer's work and padding
+    floor_our_head   the same with `qrpo.training.head` for the head: what remains is the trainer's
+                     work and padding
     ours_qrpo        QRPOTrainer, loss qrpo, reference log-probabilities from the data
     ours_dpo         QRPOTrainer, loss dpo
-    plain            padded batches in the order of the rows, all logits, log_softmax and gather; QRPO's loss, a bare loop, one batch
-    trl_default      DPOTrainer with its defaults: the whole step in one padded batch, reference computed in each step
+    plain            padded batches in the order of the rows, all logits, log_softmax and gather;
+                     QRPO's loss, a bare loop, one batch
+    trl_default      DPOTrainer with its defaults: the whole step in one padded batch, reference
+                     computed in each step
     trl_precomputed  DPOTrainer with precompute_ref_log_probs, the whole step in one padded batch
     trl_best         the same, one pair at a time by gradient accumulation, which pads least
 
-Each sample is a process that takes `--steps` steps: medians of all but the first. Ways that minimize the same loss must report the same
-gradient norm. Peak memory is the process's largest resident size, libraries included, and `step_mib` the part of it that came after the
-model was loaded.
+Each sample is a process that takes `--steps` steps: medians of all but the first. Ways that
+minimize the same loss must report the same gradient norm. Peak memory is the process's largest
+resident size, libraries included, and `step_mib` the part of it that came after the model was
+loaded.
 """
 
 import argparse
@@ -49,7 +55,8 @@ CHUNK = 2**22  # logits at a time in the floor, as in ours on a CPU: 16 MiB in f
 def make_rows(vocab_size: int) -> list[dict[str, Any]]:
     """Prompts with two completions each; token 1 ends a completion.
 
-    Fewer where the vocabulary is large, so that TRL's step, all logits of one padded batch, fits 24 GiB of memory.
+    Fewer where the vocabulary is large, so that TRL's step, all logits of one padded batch, fits 24
+    GiB of memory.
     """
     rng = np.random.default_rng(0)
     prompts = 4 if vocab_size < 100_000 else 2
@@ -109,7 +116,8 @@ class Stopwatch:
         self._samples.append({**since(self._began), "grad_norm": grad_norm})
 
     def sample(self) -> Sample:
-        """Medians of all steps but the first, which has the gradient norm of the initial weights."""
+        """Medians of all steps but the first, which has the gradient norm of the initial
+        weights."""
         counted = self._samples[1:]
         wall, cpu = (statistics.median(step[clock] for step in counted) for clock in ("wall", "cpu"))
         peak = self._memory("VmHWM")
@@ -130,7 +138,8 @@ class Stopwatch:
 def bare_loop(
     model: Any, batches: list[Any], logprobs: Callable[[Any], Any], watch: Stopwatch, steps: int
 ) -> None:
-    """QRPO's gradient over batches of (row number, prompt, completion, quantile), clipping and update, with nothing else."""
+    """QRPO's gradient over batches of (row number, prompt, completion, quantile), clipping and
+    update, with nothing else."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     model.train()
     rows = sum(map(len, batches))
@@ -162,7 +171,8 @@ def sequences(rows: list[dict[str, Any]]) -> list[tuple[list[int], list[int], fl
 
 
 def run_floor(model: Any, rows: list[Any], watch: Stopwatch, options: argparse.Namespace) -> None:
-    """One sequence at a time; the head in chunks of completion tokens, recomputed in the backward pass."""
+    """One sequence at a time; the head in chunks of completion tokens, recomputed in the backward
+    pass."""
     from torch.utils.checkpoint import checkpoint
 
     size = (4 if options.way == "floor_64mib" else 1) * CHUNK // model.config.vocab_size

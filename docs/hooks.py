@@ -1,4 +1,5 @@
-"""Pages of the documentation that come from elsewhere: files of the repository, and the code itself."""
+"""Pages of the documentation that come from elsewhere: files of the repository, and the code
+itself."""
 
 import inspect
 import re

@@ -64,7 +64,7 @@ def quantile_rewards(rewards_PK: Tensor, ref_rewards_PN: Tensor, own: int = 0) -
 
 
 def train(model: PreTrainedModel, batches: list, loss: Callable, learning_rate: float) -> None:
-    """Take one optimizer step per batch: AdamW, a cosine schedule with warm-up, clipped gradients."""
+    """Take one step of AdamW per batch: a cosine schedule with warm-up, clipped gradients."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = cosine_schedule(optimizer, len(batches) // 10, len(batches))
     for batch in batches:
@@ -118,7 +118,7 @@ def main(num_prompts: int = 1500, seed: int = 0) -> tuple[float, float]:
         ref_logprobs_PN = torch.stack([logprobs(reference, group) for group in groups])
 
     print("5. Fit the policy by regression")
-    # A reward's quantile is uniform under the reference: Z is the integral of exp(t / beta) from 0 to 1.
+    # Quantiles are uniform under the reference: Z is the integral of exp(t / beta) over [0, 1].
     log_z = math.log(BETA * math.expm1(1 / BETA))
     policy = AutoModelForCausalLM.from_pretrained(folder / "base")
     policy.load_state_dict(reference.state_dict())
@@ -126,7 +126,7 @@ def main(num_prompts: int = 1500, seed: int = 0) -> tuple[float, float]:
     def qrpo_loss(batch: list[int]) -> Tensor:
         rows = [row for p in batch for row in groups[p]]
         log_ratio = logprobs(policy, rows) - ref_logprobs_PN[batch].flatten()
-        # At the optimum, beta * log(policy / reference) = quantile - beta * log Z for every completion.
+        # At the optimum, beta * log(policy / reference) = quantile - beta * log Z.
         return (quantiles_PN[batch].flatten() - BETA * log_z - BETA * log_ratio).square().mean()
 
     order = random.sample(range(len(data)), len(data))

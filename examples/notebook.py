@@ -5,8 +5,8 @@ Open this file as a notebook (VS Code, PyCharm, Jupyter with jupytext) or run it
 
     python examples/notebook.py STORE RUN
 
-`storage.open(STORE, RUN, STAGE)` is one artifact. `.lazy` is a Polars LazyFrame, `.dataset` an Arrow dataset.
-Both read only the requested columns, from any store (a folder, `s3://`, `gs://`).
+`storage.open(STORE, RUN, STAGE)` is one artifact. `.lazy` is a Polars LazyFrame, `.dataset` an
+Arrow dataset. Both read only the requested columns, from any store (a folder, `s3://`, `gs://`).
 """
 
 # %%

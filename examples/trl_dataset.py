@@ -1,10 +1,11 @@
-"""`QRPOTrainer` on a dataset in TRL's format, without the pipeline: LoRA, evaluation, resuming, a tracker.
+"""`QRPOTrainer` on a dataset in TRL's format, without the pipeline: LoRA, evaluation, resuming, a
+tracker.
 
     python -m examples.trl_dataset --model MODEL --data DATA.jsonl --output policy
 
-A row of the dataset has `prompt`, `completion`, its `reward`, and `ref_rewards`: rewards of completions
-that MODEL gave for the same prompt. A row with `chosen`, `rejected`, `chosen_reward` and
-`rejected_reward` works as well. Run the command again after an interruption: it resumes.
+A row of the dataset has `prompt`, `completion`, its `reward`, and `ref_rewards`: rewards of
+completions that MODEL gave for the same prompt. A row with `chosen`, `rejected`, `chosen_reward`
+and `rejected_reward` works as well. Run the command again after an interruption: it resumes.
 """
 
 import argparse

@@ -21,7 +21,8 @@ def pipeline(
     last: StageName = "evaluation",
     force: tuple[StageName, ...] = (),
 ) -> list[StageResult]:
-    """Quantile Reward Policy Optimization, stage by stage; what the store already has is not computed again.
+    """Quantile Reward Policy Optimization, stage by stage; what the store already has is not
+    computed again.
 
     for every prompt x                                                        prompts
         y_1 .. y_n ~ reference(. | x)                                         completions
@@ -31,7 +32,8 @@ def pipeline(
     minimise (f(q) - beta log Z - beta log(policy / reference))^2             policy
     compare policy and reference on held-out prompts                          evaluation
 
-    With `rounds.count`, again from y ~ policy(. | x), against the same r_1 .. r_n. Returns the results of the last round.
+    With `rounds.count`, again from y ~ policy(. | x), against the same r_1 .. r_n. Returns the
+    results of the last round.
 
     Args:
         config: Everything that decides what is computed: the YAML file as a form.

@@ -1,4 +1,5 @@
-"""`qrpo compare`: methods and settings, trained on the same samples and evaluated on the same prompts."""
+"""`qrpo compare`: methods and settings, trained on the same samples and evaluated on the same
+prompts."""
 
 import logging
 from collections.abc import Sequence
@@ -28,10 +29,11 @@ log = logging.getLogger("qrpo")
 
 @flow(name="compare", flow_run_name="{config.name}: compare methods", **NO_RESULT)
 def compare(config: PipelineConfig, store: str = DEFAULT_STORE) -> dict[str, Any]:
-    """Train every method over its grid and seeds, evaluate each policy, and report the best of each method.
+    """Train every method over its grid and seeds, evaluate each policy, and report the best of each
+    method.
 
-    All candidates share the stages up to the rewards. A policy that the store already has is not trained again. Every candidate
-    is a named run. Raises ConfigError if `compare.methods` is empty.
+    All candidates share the stages up to the rewards. A policy that the store already has is not
+    trained again. Every candidate is a named run. Raises ConfigError if `compare.methods` is empty.
 
     Args:
         config: The YAML file as a form; its section `compare` names the methods.
@@ -53,7 +55,8 @@ def compare(config: PipelineConfig, store: str = DEFAULT_STORE) -> dict[str, Any
 
 
 def judge(config: PipelineConfig, store: Store, every: Sequence[Candidate]) -> dict[str, Any]:
-    """The report of `qrpo.evaluation.comparison.compare_methods` on finished candidates, with the scores of the reference."""
+    """The report of `qrpo.evaluation.comparison.compare_methods` on finished candidates, with the
+    scores of the reference."""
     tables = {
         candidate.config.name: storage.open(store, candidate.config.name, "evaluation").dataset.to_table(
             list(COLUMNS)

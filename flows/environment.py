@@ -1,4 +1,5 @@
-"""Environment variables that are set unless the user sets them: no telemetry, quiet logs, our log lines in Prefect's UI.
+"""Environment variables that are set unless the user sets them: no telemetry, quiet logs, our log
+lines in Prefect's UI.
 
 Libraries read them at import, so `flows` sets them when it is imported.
 """
@@ -23,7 +24,8 @@ DEFAULTS = {
     "PREFECT_LOGGING_EXTRA_LOGGERS": "qrpo",
     # a busy machine needs more than Prefect's 20 seconds
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    # wait for a server that restarts or fails, with pauses of 2, 4, ... 32 seconds; see flows.service.flow_runs
+    # wait for a server that restarts or fails, with pauses of 2, 4, ... 32 seconds; see
+    # flows.service.flow_runs
     "PREFECT_CLIENT_MAX_RETRIES": "5",
     "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500,504",
     "PREFECT_API_REQUEST_TIMEOUT": "30",
@@ -45,7 +47,8 @@ def set_defaults(**more: str) -> None:
 
 
 def require_home() -> None:
-    """Raise ConfigError if the user has no home folder, where Prefect and Hugging Face keep files."""
+    """Raise ConfigError if the user has no home folder, where Prefect and Hugging Face keep
+    files."""
     try:
         Path.home()
     except RuntimeError:

@@ -1,4 +1,5 @@
-"""`qrpo evaluate`: a table of a run's models on its held-out prompts; several runs that differ in their seed as one."""
+"""`qrpo evaluate`: a table of a run's models on its held-out prompts; several runs that differ in
+their seed as one."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,8 @@ def run_config(
     checkpoints: Sequence[str] = (),
     num_samples: int | None = None,
 ) -> PipelineConfig:
-    """The configuration of a run of the store, or of a file, with more models to evaluate or other sample counts.
+    """The configuration of a run of the store, or of a file, with more models to evaluate or other
+    sample counts.
 
     `checkpoints` are steps of its training, or `all` that its policy keeps.
     """
@@ -56,8 +58,8 @@ def is_file(name: str) -> bool:
 
 
 def require_trust(config: PipelineConfig, where: str, trust: bool) -> None:
-    """Raise ConfigError if this configuration, which was read from a store, runs code other than this package's, unless
-    `trust`."""
+    """Raise ConfigError if this configuration, which was read from a store, runs code other than
+    this package's, unless `trust`."""
     named = {"function", "transform"}
     code = [
         f"{path} {text}"
@@ -95,7 +97,8 @@ def named_models(pairs: Sequence[str]) -> dict[str, str]:
 def evaluate_runs(
     configs: Mapping[str, PipelineConfig], store: Store, trust: bool
 ) -> tuple[dict[str, Any], Group]:
-    """The evaluation of each run, computed if the store does not have it, and of several runs together; and its view.
+    """The evaluation of each run, computed if the store does not have it, and of several runs
+    together; and its view.
 
     `configs` are by the name that the user gave: a run's, or a file's.
     """
@@ -118,7 +121,8 @@ def evaluate_runs(
 
 
 def across_runs(store: Store, names: Sequence[str]) -> dict[str, Any]:
-    """Runs that differ in their seed as one: each score's mean and 95% interval over runs and prompts.
+    """Runs that differ in their seed as one: each score's mean and 95% interval over runs and
+    prompts.
 
     Uses the prompts that all runs share. Raises DataError if there are none.
     """

@@ -23,8 +23,8 @@ def verify_store(store: Store) -> list[Finding]:
 
 
 def check_store(store: Store, *, repairing: bool, trust: bool = False) -> dict[str, Any]:
-    """The findings. `repairing`: drop what they name, and run the runs that need it again; `trust`: also those whose
-    configuration in the store runs code."""
+    """The findings. `repairing`: drop what they name, and run the runs that need it again; `trust`:
+    also those whose configuration in the store runs code."""
     findings = verify_store(store)
     result: dict[str, Any] = {
         "store": store.url,
@@ -67,7 +67,8 @@ def rerun(store: Store, trust: bool) -> tuple[list[str], list[str]]:
 
 
 def clean_store(store: Store, *, remove: bool, **rules: Any) -> GcPlan:
-    """What the rules of `plan_gc` would remove. `remove`: remove it. With a progress bar, like `verify_store`."""
+    """What the rules of `plan_gc` would remove. `remove`: remove it. With a progress bar, like
+    `verify_store`."""
     with reporting("gc", 0, in_prefect=False) as reporter:
         plan = plan_gc(
             store, **rules, progress=lambda done, total: reporter.update(done, "manifests read", total=total)

@@ -36,10 +36,12 @@ def run_pipeline(
     force: tuple[str, ...] = (),
     prompts: StagePlan | None = None,
 ) -> dict[str, Any]:
-    """Run the stages from `first` to `last`: as a Prefect flow if anything is left to compute, otherwise straight from the store.
+    """Run the stages from `first` to `last`: as a Prefect flow if anything is left to compute,
+    otherwise straight from the store.
 
-    Returns the object that `--json` prints: `run`, `store`, `stages`, `seconds` and, if it ran, `evaluation`. With several rounds
-    these are the last round's, and `rounds` holds one object per round. `prompts` is a plan of prompts to keep to.
+    Returns the object that `--json` prints: `run`, `store`, `stages`, `seconds` and, if it ran,
+    `evaluation`. With several rounds these are the last round's, and `rounds` holds one object per
+    round. `prompts` is a plan of prompts to keep to.
     """
     start, *later = rounds_until(last, config)
     planner = Planner(start, store, prompts) if prompts else planner_of(start, store.url, first)
@@ -76,7 +78,8 @@ def _run_round(planner: Planner, first: str, last: str, force: tuple[str, ...]) 
 
 
 def run_flow(module: str, name: str, config: PipelineConfig, store: Store, *arguments: Any) -> Any:
-    """Run the flow `name` of a module for the command line: with a server, a log file, and an end on Ctrl-C or Cancel in the UI."""
+    """Run the flow `name` of a module for the command line: with a server, a log file, and an end
+    on Ctrl-C or Cancel in the UI."""
     require_memory()
     if not server_is_named():
         log.info("starting a Prefect server for this run (set PREFECT_API_URL to use a running server) ...")

@@ -1,4 +1,5 @@
-"""One flow for every stage: the same cache and the same result whether it is run alone, by a schedule, or in the pipeline."""
+"""One flow for every stage: the same cache and the same result whether it is run alone, by a
+schedule, or in the pipeline."""
 
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,5 +47,6 @@ def _flow_of(stage: Stage[Any]) -> Flow[Any, StageResult]:
 
 
 STAGE_FLOWS = {name: _flow_of(stage) for name, stage in STAGES.items()}
-"""Every stage's flow, in order. Each is also an attribute of this module, for entry points of deployments."""
+"""Every stage's flow, in order. Each is also an attribute of this module, for entry points of
+deployments."""
 globals().update(STAGE_FLOWS)

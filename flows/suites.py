@@ -1,4 +1,5 @@
-"""`qrpo evaluate --suite`: a run's model on a public suite, its completions and results in a folder of files."""
+"""`qrpo evaluate --suite`: a run's model on a public suite, its completions and results in a folder
+of files."""
 
 import json
 import re
@@ -29,7 +30,8 @@ from tasks.stages.policy import checkpoint_model
 
 @dataclass(frozen=True)
 class SuiteRequest:
-    """A model of a run on a suite's file: `policy`, `reference`, `step-N` or a model of evaluation.models."""
+    """A model of a run on a suite's file: `policy`, `reference`, `step-N` or a model of
+    evaluation.models."""
 
     store: Store
     config: PipelineConfig
@@ -60,7 +62,8 @@ class SuiteRequest:
 def alpaca_eval(
     request: SuiteRequest, judge: AlpacaEvalJudge, difficulty: Path | None = None
 ) -> dict[str, Any]:
-    """Answer the baseline's instructions, let the judge compare, and write both and the result into the folder."""
+    """Answer the baseline's instructions, let the judge compare, and write both and the result into
+    the folder."""
     baseline, folder = read_baseline(request.data, request.limit), request.folder
     prompts = {str(number): _user(row["instruction"]) for number, row in enumerate(baseline)}
     drawn, refused = _draw(request, "alpaca-eval", prompts, num_samples=1)
@@ -75,7 +78,8 @@ def alpaca_eval(
 
 
 def leetcode(request: SuiteRequest) -> dict[str, Any]:
-    """Let the model solve the problems, run the tests, and write solutions and the result into the folder."""
+    """Let the model solve the problems, run the tests, and write solutions and the result into the
+    folder."""
     from qrpo.evaluation.suites.leetcode import read_problems, score_solutions
     from qrpo.rewards import CodeRewardConfig
 
@@ -130,7 +134,8 @@ def _model(store: Store, config: PipelineConfig, name: str) -> ModelConfig:
 def _draw(
     request: SuiteRequest, suite: str, prompts: Mapping[str, list[dict[str, str]]], num_samples: int
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Each prompt's texts, and the refused prompts; from the folder if the same was drawn before."""
+    """Each prompt's texts, and the refused prompts; from the folder if the same was drawn
+    before."""
     from qrpo.evaluation.suites.completions import draw_completions
 
     section = request.config.completions

@@ -1,9 +1,9 @@
 """Python objects that a configuration names: `package.module:name` or `path/to/file.py:name`.
 
 `load_callable` imports one. `source_digests` identifies its code without running it: the file and
-the local files that its `import` statements reach, next to it or elsewhere on `sys.path`. So editing
-a reward function, or a module that it uses, changes the fingerprint of its results. Data files that
-the code opens are not covered.
+the local files that its `import` statements reach, next to it or elsewhere on `sys.path`. So
+editing a reward function, or a module that it uses, changes the fingerprint of its results. Data
+files that the code opens are not covered.
 """
 
 import ast
@@ -22,7 +22,8 @@ from qrpo.errors import ConfigError
 
 
 def split_target(target: str) -> tuple[str, str]:
-    """`"file.py:name"` or `"module:name"` as (file or module, name); ConfigError for anything else."""
+    """`"file.py:name"` or `"module:name"` as (file or module, name); ConfigError for anything
+    else."""
     where, colon, name = target.rpartition(":")
     if not colon or not where or not name.isidentifier():
         raise ConfigError(
@@ -191,7 +192,8 @@ def _module_files(root: Path, module: str) -> list[Path]:
 
 
 def _imported_modules(tree: ast.AST, name: str) -> Iterator[str]:
-    """The dotted names that the file `name` (relative to the root) imports, relative ones resolved."""
+    """The dotted names that the file `name` (relative to the root) imports, relative ones
+    resolved."""
     package = name.removesuffix(".py").split("/")[:-1]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -6,7 +6,8 @@ configures; the pipeline's configuration composes them. A field is one of
 - a setting: it changes results, so it is part of fingerprints;
 - an execution option (`execution_option`): batch sizes, workers, memory, time-outs. It changes no
   result and no fingerprint;
-- an outside input (`outside_input`): a path, a URL. Fingerprints hold the identity of what is there.
+- an outside input (`outside_input`): a path, a URL. Fingerprints hold the identity of what is
+  there.
 
 A setting declared with `json_schema_extra={"fingerprint": False}` changes results but enters
 fingerprints in another way, which its stage's `plan` decides (for example `completions.num_ref`,
@@ -47,7 +48,8 @@ def execution_option(default: Any, **constraints: Any) -> Any:
 
 
 def outside_input(default: Any, **constraints: Any) -> Any:
-    """A field that says where something is, such as a model folder. Fingerprints hold the identity of what is there."""
+    """A field that says where something is, such as a model folder. Fingerprints hold the identity
+    of what is there."""
     return Field(default, json_schema_extra={"fingerprint": False, "outside_input": True}, **constraints)
 
 
@@ -70,7 +72,8 @@ def keyed(section: BaseModel) -> dict[str, Any]:
 
 
 def effective(section: BaseModel, *, outside: bool = False) -> dict[str, Any]:
-    """Every setting that has an effect as the section is set, those that `fingerprint` excludes too. Plain JSON values.
+    """Every setting that has an effect as the section is set, those that `fingerprint` excludes
+    too. Plain JSON values.
 
     With `outside`, also the paths and URLs of outside inputs.
     """

@@ -76,7 +76,8 @@ def named_artifacts(run: Mapping[str, Any]) -> dict[str, str]:
 
 
 def run_versions(run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The versions of a run's note, newest first: what each configuration that had its name produced."""
+    """The versions of a run's note, newest first: what each configuration that had its name
+    produced."""
     history: Sequence[Mapping[str, Any]] = run.get("history", ())
     return [{key: value for key, value in run.items() if key not in ("name", "history")}, *history]
 

@@ -1,8 +1,8 @@
 """Rows kept as columns: a batch is a slice of flat buffers; a row is built when it is read.
 
-To Arrow a list of numbers can be a string of bytes like any other. So rows are reordered by one copy
-each, in C++ and without Python's lock. That is several times as fast as Arrow's own `take` of lists,
-which computes an index per item.
+To Arrow a list of numbers can be a string of bytes like any other. So rows are reordered by one
+copy each, in C++ and without Python's lock. That is several times as fast as Arrow's own `take` of
+lists, which computes an index per item.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,11 +1,11 @@
 """How a part becomes visible: payload first, its record last. Nothing that exists is overwritten.
 
 Rows are streamed to a temporary file. The borders of row groups depend on the rows alone, so equal
-rows give equal bytes, whatever tables they came in. Then, in this order: rejects, payload, record. A
-kill in between leaves files that no record names.
+rows give equal bytes, whatever tables they came in. Then, in this order: rejects, payload, record.
+A kill in between leaves files that no record names.
 
-The payload is created and never replaced. Where a killed or a faster run left one, it is adopted: it
-is complete and has the same fingerprint, and the record then describes the file in the store.
+The payload is created and never replaced. Where a killed or a faster run left one, it is adopted:
+it is complete and has the same fingerprint, and the record then describes the file in the store.
 """
 
 import hashlib
@@ -135,7 +135,8 @@ class PartWriter:
     def discard_part(self, key: PartKey) -> None:
         """Delete a part, so that the next run computes it again.
 
-        A marker file is written first and deleted last. A payload next to a marker is never adopted.
+        A marker file is written first and deleted last. A payload next to a marker is never
+        adopted.
         """
         marker = _marker(key)
         try:
@@ -238,7 +239,8 @@ def _marker(key: PartKey) -> str:
 def _adopt(files: Files, key: PartKey) -> list[FileEntry] | None:
     """The files of a payload that exists without a record.
 
-    None where a killed `discard_part` left the payload, or where a page checksum shows that it is damaged.
+    None where a killed `discard_part` left the payload, or where a page checksum shows that it is
+    damaged.
     """
     if files.size(_marker(key)) is not None:
         return None

@@ -1,8 +1,9 @@
-"""The committed bytes of a part's files: checked by sha256, and read again before they count as damaged.
+"""The committed bytes of a part's files: checked by sha256, and read again before they count as
+damaged.
 
-A local file is hashed at its first use in a process, and again once its size, time or inode changes.
-A file of an object store is hashed each time it is fetched. A difference raises DamagedError with the
-name of the file and the remedy.
+A local file is hashed at its first use in a process, and again once its size, time or inode
+changes. A file of an object store is hashed each time it is fetched. A difference raises
+DamagedError with the name of the file and the remedy.
 """
 
 import io
@@ -41,7 +42,8 @@ def again(files: Files, read: Callable[[], T]) -> T:
 
 
 def open_checked(files: Files, entry: FileEntry, record: PartRecord) -> Path | BinaryIO:
-    """A file of a part: its path in a local store, otherwise a file in memory; raises DamagedError."""
+    """A file of a part: its path in a local store, otherwise a file in memory; raises
+    DamagedError."""
     path = files.path(entry.key)
     if path is None:
         file = io.BytesIO() if entry.bytes <= _IN_MEMORY else tempfile.TemporaryFile()  # noqa: SIM115

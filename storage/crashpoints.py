@@ -1,8 +1,9 @@
 """Named instants of every change to a store, so that tests can kill the process at each of them.
 
-`crash_point` is called before and after every change. In production it costs one comparison. A test's
-child process registers a listener with `on_crash_point`, counts the instants of one run, and kills
-itself at the first, the second, ... in later runs. No setting or environment variable enables this.
+`crash_point` is called before and after every change. In production it costs one comparison. A
+test's child process registers a listener with `on_crash_point`, counts the instants of one run, and
+kills itself at the first, the second, ... in later runs. No setting or environment variable enables
+this.
 """
 
 from collections.abc import Callable

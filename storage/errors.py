@@ -3,12 +3,16 @@
 StoreError
 ├── StoreURLError          the store's URL cannot be used: unknown protocol, credentials in it
 ├── UnsafeNameError        a key or name would leave the store's folder
-├── StoreUnavailableError  the backend refuses or does not answer: no permission, disk full, retries used up
-├── SchemaError            rows do not satisfy their table: columns, types, nulls, ranges, duplicate keys
-├── DamagedError           a stored file is not the committed one: missing, truncated, altered, edited
+├── StoreUnavailableError  the backend refuses or does not answer: no permission, disk full, retries
+                           used up
+├── SchemaError            rows do not satisfy their table: columns, types, nulls, ranges, duplicate
+                           keys
+├── DamagedError           a stored file is not the committed one: missing, truncated, altered,
+                           edited
 └── LeaseLostError         another run took over a part of this run
 
-A message says what was found, what was expected, where, and what to do. It never contains credentials.
+A message says what was found, what was expected, where, and what to do. It never contains
+credentials.
 """
 
 

@@ -1,11 +1,11 @@
 """Bytes by key in a local folder, with durable writes. `RemoteFiles` has the same methods.
 
-A local write goes to a temporary file in the target folder, is flushed to the disk (fsync), then gets
-its name in one atomic step (rename to replace, hard link to create), and the folder is flushed. After
-a crash a key has its old content, its new content or none.
+A local write goes to a temporary file in the target folder, is flushed to the disk (fsync), then
+gets its name in one atomic step (rename to replace, hard link to create), and the folder is
+flushed. After a crash a key has its old content, its new content or none.
 
-`create` and `create_from` never replace and say whether they created the key: the first writer wins.
-So committed parts are immutable, even with two runs that do not know of each other.
+`create` and `create_from` never replace and say whether they created the key: the first writer
+wins. So committed parts are immutable, even with two runs that do not know of each other.
 """
 
 import errno
@@ -86,7 +86,8 @@ class LocalFiles:
             return folder / temporary_name()
 
     def create_from(self, key: str, scratch: Path) -> bool:
-        """Create a key from a scratch file, which the caller removes; False where the key exists."""
+        """Create a key from a scratch file, which the caller removes; False where the key
+        exists."""
         with plain_errors(self.root, key, writing=True):
             _sync(scratch)
             crash_point("scratch-synced", key)
@@ -182,7 +183,8 @@ class LocalFiles:
         return self.open_input(key)
 
     def sweep(self, older_than: float) -> Iterator[FileInfo]:
-        """Remove and yield temporary files of killed writers, and all older than `older_than` seconds."""
+        """Remove and yield temporary files of killed writers, and all older than `older_than`
+        seconds."""
         yield from sweep_machine(older_than)
         for folder, folders, names in os.walk(self.root):
             for name in [*names, *folders]:
@@ -192,7 +194,8 @@ class LocalFiles:
 
 
 def sweep_machine(older_than: float) -> Iterator[FileInfo]:
-    """Remove and yield such files and folders outside of stores: in TMPDIR, and in the user's cache."""
+    """Remove and yield such files and folders outside of stores: in TMPDIR, and in the user's
+    cache."""
     for folder in (Path(tempfile.gettempdir()), cache_folder() / "folders"):
         for path in folder.glob(f"{TEMPORARY}*"):
             if info := sweep_temporary(path, older_than):
@@ -200,7 +203,8 @@ def sweep_machine(older_than: float) -> Iterator[FileInfo]:
 
 
 def sweep_temporary(path: Path, older_than: float) -> FileInfo | None:
-    """Remove a temporary file or folder whose writer has ended or that is older than `older_than` seconds."""
+    """Remove a temporary file or folder whose writer has ended or that is older than `older_than`
+    seconds."""
     if not path.name.startswith(TEMPORARY):
         return None
     try:

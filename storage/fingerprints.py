@@ -1,8 +1,8 @@
 """Fingerprints name what was asked for; digests are hashes of what was computed.
 
-A fingerprint is a hash of canonical JSON, so it is equal on every machine, Python and run, and easy to
-recompute in another language. Values that JSON cannot hold exactly are refused: `str(object)` would
-bring addresses and versions into cache keys.
+A fingerprint is a hash of canonical JSON, so it is equal on every machine, Python and run, and easy
+to recompute in another language. Values that JSON cannot hold exactly are refused: `str(object)`
+would bring addresses and versions into cache keys.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ _CHUNK = 1 << 20
 def fingerprint(obj: Any) -> str:
     """32 hex digits for a JSON value; equal for tuples and lists, and for any order of keys.
 
-    Floats are written by `repr`, and 1 and 1.0 differ. Raises TypeError with the path of a value that is not JSON,
-    ValueError with the path of a NaN or an infinity.
+    Floats are written by `repr`, and 1 and 1.0 differ. Raises TypeError with the path of a value
+    that is not JSON, ValueError with the path of a NaN or an infinity.
     """
     return hashlib.sha256(canonical_json(obj)).hexdigest()[:32]
 

@@ -6,13 +6,15 @@ A plan keeps
 - the parts of every kept manifest;
 - the families that a kept run notes for its unfinished stages;
 - the families that a live run protects by its heartbeat;
-- committed parts that no manifest lists, unless `unfinished` is set: a stage that was killed left them;
+- committed parts that no manifest lists, unless `unfinished` is set: a stage that was killed left
+  them;
 - files younger than a grace period, because a run without a heartbeat may be writing them.
 
-Other parts, manifests, dropped runs with their logs, and dead leases are removed, manifests before parts,
-so that a kill leaves no manifest without its parts. So is what killed runs left: files of a part that its
-record does not name (a second copy of a model), work folders of committed parts, temporary files, and
-copies of removed models in the user's cache. `families/` and `answers/` are never touched.
+Other parts, manifests, dropped runs with their logs, and dead leases are removed, manifests before
+parts, so that a kill leaves no manifest without its parts. So is what killed runs left: files of a
+part that its record does not name (a second copy of a model), work folders of committed parts,
+temporary files, and copies of removed models in the user's cache. `families/` and `answers/` are
+never touched.
 """
 
 import shutil
@@ -97,12 +99,12 @@ def plan_gc(
 ) -> GcPlan:
     """Plan what to remove. Without a rule every run is kept.
 
-    With rules, a run is kept if it is in `keep_runs`, among the `newest` N, or younger than `max_age`
-    seconds. Nothing younger than `grace` seconds is removed. `unfinished` also removes the parts of
-    stages that were never finished, except those of kept and live runs. Of a kept run all `versions` are
-    kept, or the newest N (one for each configuration that had its name). `progress` gets the number of
-    manifests read so far and their total. Raises StoreError where a kept run is missing or cannot be
-    read.
+    With rules, a run is kept if it is in `keep_runs`, among the `newest` N, or younger than
+    `max_age` seconds. Nothing younger than `grace` seconds is removed. `unfinished` also removes
+    the parts of stages that were never finished, except those of kept and live runs. Of a kept run
+    all `versions` are kept, or the newest N (one for each configuration that had its name).
+    `progress` gets the number of manifests read so far and their total. Raises StoreError where a
+    kept run is missing or cannot be read.
     """
 
     def dropped(runs: Mapping[str, FileInfo]) -> set[str]:
@@ -157,7 +159,8 @@ def collect(store: Store, plan: GcPlan, progress: Progress | None = None) -> int
 
 
 class _Guard:
-    """What live runs need while a plan is executed. A family that was protected once stays protected."""
+    """What live runs need while a plan is executed. A family that was protected once stays
+    protected."""
 
     def __init__(self, store: Store, plan: GcPlan) -> None:
         self._store, self._plan = store, plan
@@ -185,8 +188,8 @@ def _plan(
 ) -> GcPlan:
     """The plan that drops these runs.
 
-    Heartbeats are read before manifests and runs are listed: a run keeps its heartbeat until it has written
-    its manifest and its note, so one of the two shows each part that it needs.
+    Heartbeats are read before manifests and runs are listed: a run keeps its heartbeat until it has
+    written its manifest and its note, so one of the two shows each part that it needs.
     """
     tops = ("answers", "families", "logs", "parts", "rejects", "leases")
     files = {info.key: info for top in tops for info in store.listing(top)}
@@ -287,7 +290,8 @@ def _in_order(parts: Iterable[PartKey]) -> tuple[PartKey, ...]:
 
 
 def _refuse_unknown_runs(files: Mapping[str, FileInfo]) -> None:
-    """Raise StoreError where a run's note was set aside and not written anew: what it needs is unknown."""
+    """Raise StoreError where a run's note was set aside and not written anew: what it needs is
+    unknown."""
     for key in files:
         if key.startswith("runs/") and key.endswith(".damaged") and f"{key[:-8]}.json" not in files:
             raise StoreError(
@@ -374,8 +378,8 @@ def _families(manifest: Manifest | None) -> set[str]:
 def _leases(store: Store, files: Iterable[str], live: set[str]) -> tuple[set[str], set[str]]:
     """The lease files of dead holders, and the fingerprints of the parts that live holders claim.
 
-    A run that is killed between commit and release leaves the claim of a committed part, which no run
-    asks for again.
+    A run that is killed between commit and release leaves the claim of a committed part, which no
+    run asks for again.
     """
     dead, claimed = set(), set()
     for key in files:

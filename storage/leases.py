@@ -2,16 +2,18 @@
 
 A process has one heartbeat, `leases/holders/<id>.json`, which a thread rewrites three times per
 time-to-live. A claim, `leases/parts/<stage>/<fingerprint>.json`, names its holder and is created
-atomically where the backend can. So leases cost one small write every few seconds, plus one per part.
+atomically where the backend can. So leases cost one small write every few seconds, plus one per
+part.
 
 A holder is dead once its heartbeat has not changed for its time-to-live on the watcher's monotonic
 clock; clocks of machines are never compared. A process killed on this machine is dead at once. One
-waiter then takes over its claims: whoever creates the file `<claim>.<dead holder>` first may replace
-that holder, which any backend with an atomic create allows. A waiter also takes over after a maximum
-wait.
+waiter then takes over its claims: whoever creates the file `<claim>.<dead holder>` first may
+replace that holder, which any backend with an atomic create allows. A waiter also takes over after
+a maximum wait.
 
-A holder can lose its claim without knowing it: the machine slept longer than the time-to-live. So it
-calls `check_claim` before it writes what a second holder may write too. Parts are created and never
+A holder can lose its claim without knowing it: the machine slept longer than the time-to-live. So
+it calls `check_claim` before it writes what a second holder may write too. Parts are created and
+never
 replaced: at worst one is computed twice, and the first commit stays.
 """
 
@@ -108,7 +110,8 @@ class Leases:
             for key, record in leases.wait(others):
                 ...  # record: another run committed it; None: it is claimed for us now, compute it
 
-    `ttl` is the silence, in seconds, after which others take over; `poll` the pause between two looks.
+    `ttl` is the silence, in seconds, after which others take over; `poll` the pause between two
+    looks.
     """
 
     def __init__(self, store: Store, ttl: float = 60.0, poll: float = 1.0) -> None:
@@ -174,7 +177,8 @@ class Leases:
     ) -> tuple[dict[str, PartRecord], list[PartKey], list[PartKey]]:
         """Sort parts into committed (fingerprint -> record), claimed for us, claimed by others.
 
-        A part that is still as in `known` (by fingerprint) does not count as committed: it is to be replaced.
+        A part that is still as in `known` (by fingerprint) does not count as committed: it is to be
+        replaced.
         """
         wanted = list(dict.fromkeys(keys))
         done = self._committed(wanted, known)
@@ -212,8 +216,8 @@ class Leases:
     ) -> Iterator[tuple[PartKey, PartRecord | None]]:
         """Yield each part with its record once another run commits it, or None once it is ours.
 
-        A part is claimed when its claim was released, when its holder is dead, and in any case after
-        `patience` seconds of one holder. `known` is as in `share`.
+        A part is claimed when its claim was released, when its holder is dead, and in any case
+        after `patience` seconds of one holder. `known` is as in `share`.
         """
         waiting = list(dict.fromkeys(keys))
         while waiting:
@@ -236,7 +240,8 @@ class Leases:
         return {name: record for name, record in found.items() if known.get(name) != record}
 
     def _take(self, claim: str, patience: float = inf) -> bool:
-        """Make the file `claim` name this holder: create it, or replace a holder that may be replaced."""
+        """Make the file `claim` name this holder: create it, or replace a holder that may be
+        replaced."""
         content = canonical_json({"holder": self._me.id})
         if self.store.files.create(claim, content):
             return True
@@ -276,7 +281,8 @@ class Leases:
 
 
 def claim_holder(store: Store, key: str, expected: str | None = None) -> str | None:
-    """The id of the holder in a claim's file; None where there is no file, "" where it cannot be read.
+    """The id of the holder in a claim's file; None where there is no file, "" where it cannot be
+    read.
 
     It is read again where it cannot be read, or is not the `expected` one.
     """
@@ -299,7 +305,8 @@ def claim_holder(store: Store, key: str, expected: str | None = None) -> str | N
 
 
 def check_claim(store: Store, key: PartKey, holder: str) -> None:
-    """Raise LeaseLostError where `holder` does not claim the part any more. Any process may call it."""
+    """Raise LeaseLostError where `holder` does not claim the part any more. Any process may call
+    it."""
     owner = claim_holder(store, _claim(key), holder)
     if owner == holder:
         return

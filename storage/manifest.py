@@ -1,7 +1,7 @@
 """The manifest of an artifact: the result of one stage with its provenance, written last.
 
-It embeds the records of its parts, so a fully cached stage costs one read, and a plan, a listing or a
-reader never opens the records of parts. Key: `artifacts/<stage>/<fingerprint>/manifest.json`.
+It embeds the records of its parts, so a fully cached stage costs one read, and a plan, a listing or
+a reader never opens the records of parts. Key: `artifacts/<stage>/<fingerprint>/manifest.json`.
 """
 
 import builtins

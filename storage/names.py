@@ -1,8 +1,8 @@
 """Valid names and keys, and redaction of secrets.
 
-A key is a relative POSIX path of plain ASCII segments. Every backend accepts such keys, so a store can
-be copied from a disk to a bucket and back. Prompt ids, run names and metadata from outside become a
-key only through these checks, so no write can leave the store's folder.
+A key is a relative POSIX path of plain ASCII segments. Every backend accepts such keys, so a store
+can be copied from a disk to a bucket and back. Prompt ids, run names and metadata from outside
+become a key only through these checks, so no write can leave the store's folder.
 """
 
 import os

@@ -3,10 +3,10 @@
     parts/<stage>/<family>/<fingerprint>.parquet     the rows
     parts/<stage>/<family>/<fingerprint>.json        the record, written last
     rejects/<stage>/<family>/<fingerprint>-<sha>.parquet    rejected rows, if any
-    parts/<stage>/<family>/<fingerprint>/<sha>/...   instead of rows: the files of a folder (a trained model)
+    parts/<stage>/<family>/<fingerprint>/<sha>/...   instead of rows: files of a model folder
 
-<sha> is the start of a sha256 over the payload. So a file that a killed or slower run left behind is
-never taken for one of another payload.
+<sha> is the start of a sha256 over the payload. So a file that a killed or slower run left behind
+is never taken for one of another payload.
 """
 
 import builtins
@@ -72,8 +72,8 @@ class FileEntry:
 class PartRecord:
     """A committed part and its provenance. `parents`: fingerprint of a parent part -> digest.
 
-    `checked`: its writer checked the bytes of its parents against these digests when it read them, and
-    wrote page checksums. Earlier versions did neither.
+    `checked`: its writer checked the bytes of its parents against these digests when it read them,
+    and wrote page checksums. Earlier versions did neither.
     """
 
     stage: str
@@ -123,7 +123,8 @@ class PartRecord:
         """Whether a parent part (fingerprint -> digest) has changed since this part was computed.
 
         This happens when a damaged parent is computed again and its stage is not deterministic (GPU
-        kernels): fingerprints stay, but what was computed from the old bytes must be computed again.
+        kernels): fingerprints stay, but what was computed from the old bytes must be computed
+        again.
         """
         return any(digests.get(parent, digest) != digest for parent, digest in self.parents.items())
 

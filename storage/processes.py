@@ -1,6 +1,8 @@
-"""This machine and its processes: the user's cache, which process wrote a file, and whether it has ended.
+"""This machine and its processes: the user's cache, which process wrote a file, and whether it has
+ended.
 
-Names of temporary files say who writes them, so that `gc` removes those of killed processes at once.
+Names of temporary files say who writes them, so that `gc` removes those of killed processes at
+once.
 """
 
 import hashlib
@@ -45,7 +47,8 @@ def temporary_name() -> str:
 
 
 def has_ended(name: str) -> bool:
-    """Whether the writer of a temporary file ran on this machine and has ended. False if unknown."""
+    """Whether the writer of a temporary file ran on this machine and has ended. False if
+    unknown."""
     fields = name.removeprefix(TEMPORARY).split("-")
     known = len(fields) >= 3 and fields[0] == _short_machine() != "" and fields[1].isdigit()
     return known and not started(int(fields[1]))

@@ -1,4 +1,5 @@
-"""Reads committed parts. The bytes are checked first (`storage.contents`), so no reader gets altered rows.
+"""Reads committed parts. The bytes are checked first (`storage.contents`), so no reader gets
+altered rows.
 
 Views that read single columns of large files check Parquet's page checksums instead.
 """
@@ -33,7 +34,8 @@ _SMALL = 1 << 20  # bytes: a smaller file is checked as a whole, also where few 
 
 
 class PartReader:
-    """Reads parts. `Store` inherits these methods. Each raises DamagedError for a file that is not the committed one."""
+    """Reads parts. `Store` inherits these methods. Each raises DamagedError for a file that is not
+    the committed one."""
 
     files: Files
 
@@ -117,7 +119,8 @@ class PartReader:
     def scan(self, records: Iterable[PartRecord]) -> "pl.LazyFrame":
         """The rows of many parts as one polars LazyFrame.
 
-        It has the columns of the first part; null where another part, of an earlier version, lacks one.
+        It has the columns of the first part; null where another part, of an earlier version, lacks
+        one.
         """
         import polars as pl
 
@@ -190,7 +193,8 @@ def _checked_paths(files: LocalFiles, tables: list[tuple[FileEntry, PartRecord]]
 
 
 def _filesystem(files: Files, tables: list[tuple[FileEntry, PartRecord]]) -> Any:
-    """These tables as a read-only fsspec file system: a file is fetched and checked when it is opened."""
+    """These tables as a read-only fsspec file system: a file is fetched and checked when it is
+    opened."""
     from fsspec import AbstractFileSystem  # slow to import
 
     by_key = {entry.key: (entry, record) for entry, record in tables}
@@ -217,7 +221,8 @@ def _open(files: Files, entry: FileEntry, record: PartRecord, encoded: Sequence[
 
 
 def _read_sparse(files: Files, record: PartRecord, read: Callable[[pq.ParquetFile], T]) -> T:
-    """What `read` takes from a part's file. Of a large one only that is fetched, its page checksums checked."""
+    """What `read` takes from a part's file. Of a large one only that is fetched, its page checksums
+    checked."""
     entry = _table(record)
     if entry.bytes <= _SMALL or not record.checked:  # earlier versions wrote no page checksums
         with _open(files, entry, record) as opened:

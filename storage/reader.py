@@ -1,11 +1,12 @@
 """Reads training shards row by row, in an order that depends on seed, epoch and shards only.
 
 Shards are read in pieces of at most PIECE rows, which are row groups. An epoch permutes the pieces,
-forms windows of about WINDOW rows from consecutive pieces, and permutes the rows of each window. Rows
-were already shuffled inside each shard when it was written. The order has three advantages:
+forms windows of about WINDOW rows from consecutive pieces, and permutes the rows of each window.
+Rows were already shuffled inside each shard when it was written. The order has three advantages:
 
 - Every row group is read once per epoch.
-- A position is found from the shards' row counts alone, so a resume reads one window, wherever it is.
+- A position is found from the shards' row counts alone, so a resume reads one window, wherever it
+  is.
 - It does not depend on the number of ranks: rank r reads positions r, r + world_size, ...
 
 Threads read, decode and reorder the next window in the meantime. A batch is a slice of the window's
@@ -41,8 +42,8 @@ Row: TypeAlias = dict[str, Any]
 class ShardReader:
     """The rows of shards in a shuffled order, from any position.
 
-    With `columns`, rows have these keys only. Arrays are writable slices of a window: copy one to keep
-    it longer. Can be pickled. Raises DamagedError where a shard is not the committed one.
+    With `columns`, rows have these keys only. Arrays are writable slices of a window: copy one to
+    keep it longer. Can be pickled. Raises DamagedError where a shard is not the committed one.
     """
 
     def __init__(
@@ -72,8 +73,9 @@ class ShardReader:
     def iterate(self, epoch: int, start: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[Row]:
         """This rank's rows of an epoch.
 
-        `start` counts the rows that all ranks together have seen. This rank reads positions start + rank,
-        start + rank + world_size, ... If the rest is not divisible, the first ranks get one row more.
+        `start` counts the rows that all ranks together have seen. This rank reads positions start +
+        rank, start + rank + world_size, ... If the rest is not divisible, the first ranks get one
+        row more.
         """
         for rows in self._read(epoch, start, rank, world_size):
             yield from rows
@@ -123,7 +125,8 @@ class ShardReader:
     def _share(
         self, epoch: int, start: int, rank: int, world_size: int
     ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-        """The pieces of each window, and the indices of this rank's rows in them, if it has some."""
+        """The pieces of each window, and the indices of this rank's rows in them, if it has
+        some."""
         skip = rank
         for pieces, rows in self._windows(epoch, start):
             mine = rows[skip::world_size]

@@ -1,9 +1,9 @@
 """Bytes by key on any other fsspec file system (S3, GCS, memory, ...), with retries.
 
-An object store needs no rename: one PUT is atomic. `create` is a conditional PUT (If-None-Match) where
-the backend has one, as S3 does. Reads and commits list nothing, and fsspec's cache of listings is off.
-Each request is tried up to ATTEMPTS times with growing pauses, unless it can never succeed (no such
-key, no permission).
+An object store needs no rename: one PUT is atomic. `create` is a conditional PUT (If-None-Match)
+where the backend has one, as S3 does. Reads and commits list nothing, and fsspec's cache of
+listings is off. Each request is tried up to ATTEMPTS times with growing pauses, unless it can never
+succeed (no such key, no permission).
 """
 
 import io
@@ -31,7 +31,8 @@ ATTEMPTS = 8
 """How often a request is tried before StoreUnavailableError is raised."""
 
 PAUSES = (0.2, 1.0, 2.5)
-"""Seconds to wait before each new attempt to read what seems damaged: longer than old bodies are served."""
+"""Seconds to wait before each new attempt to read what seems damaged: longer than old bodies are
+served."""
 
 _FIRST_PAUSE = 0.1  # seconds; doubles up to the longest
 _LONGEST_PAUSE = 8.0
@@ -114,8 +115,8 @@ class RemoteFiles:
     def create(self, key: str, data: bytes) -> bool:
         """Create an object; False where it exists with other bytes.
 
-        A PUT whose answer was lost is sent again and finds its own object. So an object with exactly
-        these bytes counts as created.
+        A PUT whose answer was lost is sent again and finds its own object. So an object with
+        exactly these bytes counts as created.
         """
 
         def put(fs: Any, name: str) -> bool:

@@ -7,8 +7,8 @@
     leases/       which process works on which part
     work/         scratch folders that survive a kill
 
-There is no index and no database. What a run finds and commits depends on no listing, so nothing can
-disagree with the files.
+There is no index and no database. What a run finds and commits depends on no listing, so nothing
+can disagree with the files.
 """
 
 import builtins
@@ -39,8 +39,8 @@ class Store(PartWriter, PartReader):
     """A folder, bucket or memory file system with artifacts.
 
     `url` is a local path, `file://`, `s3://`, `gs://`, `memory://` or any other fsspec URL;
-    `storage_options` go to fsspec. Credentials come from the environment or fsspec's configuration; a
-    URL with credentials is refused.
+    `storage_options` go to fsspec. Credentials come from the environment or fsspec's configuration;
+    a URL with credentials is refused.
     """
 
     def __init__(self, url: str | Path, **storage_options: Any) -> None:
@@ -90,7 +90,8 @@ class Store(PartWriter, PartReader):
     # Artifacts and runs
 
     def commit_manifest(self, manifest: Manifest) -> Manifest:
-        """Write the rejects of all parts as one table, then the manifest; returns the stored one."""
+        """Write the rejects of all parts as one table, then the manifest; returns the stored
+        one."""
         existing = None
         with suppress(DamagedError):  # a damaged manifest is replaced
             existing = self.manifest(manifest.stage, manifest.fingerprint)
@@ -200,7 +201,8 @@ class Store(PartWriter, PartReader):
         return self.files.path("work") or cache_folder() / "work" / name
 
     def listing(self, prefix: str = "") -> Iterator[FileInfo]:
-        """Every file under a folder with its size and time. For housekeeping: a run lists nothing."""
+        """Every file under a folder with its size and time. For housekeeping: a run lists
+        nothing."""
         return self.files.list(prefix)
 
     def list(self, prefix: str = "") -> builtins.list[str]:

@@ -4,7 +4,8 @@ The store knows no stage: `Store.commit_part(..., table=Table(...))` brings the 
 Columns may be added after those of the schema.
 
 Not dataframely 3.1: it validates one polars frame at a time. Keys that are unique over a stream of
-row groups and the exact Arrow types on disk would still be checked here, and that is most of the code.
+row groups and the exact Arrow types on disk would still be checked here, and that is most of the
+code.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -95,7 +96,8 @@ def check_unique(written: Path, key: Sequence[str], where: str) -> None:
 
 
 def conform(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
-    """The table with the schema's columns first, then the others; raises SchemaError where a column does not fit.
+    """The table with the schema's columns first, then the others; raises SchemaError where a column
+    does not fit.
 
     Another encoding of the same type (large_string, dictionary, list views, an all-null column) is
     cast. Another type, say float64 for float32, is an error and never rounded silently.

@@ -1,7 +1,7 @@
 """Verification: every byte's sha256, every count, and that records, manifests and files agree.
 
-Each fault is a `Finding` with the part or manifest to discard. `repair` discards these, and the next
-run computes only them again. Files are hashed in threads: hashing releases Python's lock.
+Each fault is a `Finding` with the part or manifest to discard. `repair` discards these, and the
+next run computes only them again. Files are hashed in threads: hashing releases Python's lock.
 
 A part whose parent's file is altered is a fault too where its record does not say that the parent's
 bytes were checked when they were read (`PartRecord.checked`): it may have been computed from the
@@ -53,8 +53,8 @@ def verify(
 ) -> Iterator[Finding]:
     """Every fault in these artifacts, or in the whole store: artifacts, other parts, runs.
 
-    `tables` maps stages to the requirements of their tables; schemas and references between stages are
-    checked for these. `progress` gets the number of parts checked so far and their total.
+    `tables` maps stages to the requirements of their tables; schemas and references between stages
+    are checked for these. `progress` gets the number of parts checked so far and their total.
     """
     tables = tables or {}
     artifacts = list(manifests or ())
@@ -100,8 +100,8 @@ def verify(
 def repair(store: Store, findings: Iterable[Finding]) -> list[str]:
     """Discard the parts and manifests that the findings name, and every manifest of such a part.
 
-    The next run computes only these again. A damaged note of a run is set aside. Returns the names of
-    what was discarded.
+    The next run computes only these again. A damaged note of a run is set aside. Returns the names
+    of what was discarded.
     """
     findings = list(findings)
     parts = dict.fromkeys(finding.part for finding in findings if finding.part is not None)

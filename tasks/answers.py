@@ -1,7 +1,9 @@
-"""Answers that cost money, in the store: `answers/<group>/<digest>.parquet`, so that no run asks twice.
+"""Answers that cost money, in the store: `answers/<group>/<digest>.parquet`, so that no run asks
+twice.
 
-Each file holds some answers and is never changed: two columns, `key` and `answer` (JSON). A damaged file costs its
-answers, not the run. They belong to no run, so `qrpo gc` leaves them; deleting the folder only means asking again.
+Each file holds some answers and is never changed: two columns, `key` and `answer` (JSON). A damaged
+file costs its answers, not the run. They belong to no run, so `qrpo gc` leaves them; deleting the
+folder only means asking again.
 """
 
 import hashlib

@@ -1,4 +1,5 @@
-"""Facts about an artifact that the views and Prefect's UI both show: reject reasons, metrics, numbers, model comparisons."""
+"""Facts about an artifact that the views and Prefect's UI both show: reject reasons, metrics,
+numbers, model comparisons."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -33,13 +34,15 @@ def reject_reasons(store: Store, manifest: Manifest, limit: int = 10) -> dict[st
 
 
 def training_metrics(store: Store, manifest: Manifest) -> pl.DataFrame | None:
-    """What a training run logged, one row per logged step. None for an artifact without `metrics.parquet`."""
+    """What a training run logged, one row per logged step. None for an artifact without
+    `metrics.parquet`."""
     data = store.read_file(manifest.parts[0], "metrics.parquet") if manifest.parts else None
     return None if data is None else pl.read_parquet(data)
 
 
 def grid_edges(values: Any) -> Any:
-    """Edges of one bin for each point of the grid of the values; None if they are on no grid or on too large a one.
+    """Edges of one bin for each point of the grid of the values; None if they are on no grid or on
+    too large a one.
 
     Other bins would hold one point here and two there, and show a comb.
     """
@@ -54,7 +57,8 @@ def grid_edges(values: Any) -> Any:
 
 
 def numbers_of(values: pl.Series) -> dict[str, Any] | None:
-    """Count, mean, extremes, quantiles and histogram of the finite values. None if there are none."""
+    """Count, mean, extremes, quantiles and histogram of the finite values. None if there are
+    none."""
     if not values.dtype.is_numeric():
         return None
     finite = values.cast(pl.Float64).drop_nulls()
@@ -90,7 +94,8 @@ class Cell:
 
 
 def compare_models(summary: Mapping[str, Any]) -> tuple[list[str], dict[str, list[Cell]]]:
-    """The models' names (and the optimum, if the loss has a theory), and title -> cells of each measure."""
+    """The models' names (and the optimum, if the loss has a theory), and title -> cells of each
+    measure."""
     others = summary.get("others", {})
     described = [summary["reference"], summary["policy"], *others.values()]
     compared = [summary, *others.values()]

@@ -1,6 +1,8 @@
-"""The chart that a stage shows in Prefect's UI: one PNG per stage, drawn from columns of its artifact.
+"""The chart that a stage shows in Prefect's UI: one PNG per stage, drawn from columns of its
+artifact.
 
-A drawer reads only the columns that it needs. `plot_histogram` and `plot_curves` also draw the report's figures.
+A drawer reads only the columns that it needs. `plot_histogram` and `plot_curves` also draw the
+report's figures.
 """
 
 import io
@@ -53,8 +55,8 @@ def plot_histogram(
     density: bool = False,
     colours: Mapping[str, str] | None = None,
 ) -> None:
-    """Histograms of named values on shared bins, one for each value of a grid, as shares or densities, with
-    their means in the legend."""
+    """Histograms of named values on shared bins, one for each value of a grid, as shares or
+    densities, with their means in the legend."""
     together = np.concatenate(list(values.values())) if values else np.empty(0)
     edges: Any = grid_edges(together)
     if edges is None:

@@ -1,9 +1,11 @@
-"""Training checkpoints in the store, where that is not on this machine's disk: another machine goes on from them.
+"""Training checkpoints in the store, where that is not on this machine's disk: another machine goes
+on from them.
 
-    work/<stage>/<fingerprint>/checkpoint-<step>/<file>      the marker `whole.json` is written last and deleted first
+    work/<stage>/<fingerprint>/checkpoint-<step>/<file>
     work/<stage>/<fingerprint>/checkpoint-<step>/sha256.json    the digest of each file
 
-The newest is kept, and the best where training stops early. All go once the part is committed.
+The marker `whole.json` is written last and deleted first. The newest is kept, and the best where
+training stops early. All go once the part is committed.
 """
 
 import json
@@ -41,7 +43,8 @@ def keep_checkpoints(store: Store, key: PartKey, folder: Path) -> None:
 
 
 def fetch_checkpoints(store: Store, key: PartKey, folder: Path) -> None:
-    """Bring the store's complete checkpoints into the work folder, where their newest is newer than its own."""
+    """Bring the store's complete checkpoints into the work folder, where their newest is newer than
+    its own."""
     if store.local_path(key.record) is not None:
         return
     stored = _stored(store, key)

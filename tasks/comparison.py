@@ -21,7 +21,8 @@ class Candidate:
 
 
 def candidates(config: PipelineConfig) -> Iterator[Candidate]:
-    """Every method, point of its grid and seed; raises ConfigError where a setting is unknown or impossible."""
+    """Every method, point of its grid and seed; raises ConfigError where a setting is unknown or
+    impossible."""
     raw = config.model_dump(mode="json", exclude={"compare"})
     for method, grid in config.compare.methods.items():
         axes = [value if isinstance(value, list) else [value] for value in grid.values()]

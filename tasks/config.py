@@ -1,7 +1,8 @@
-"""The pipeline's configuration: one YAML file, one section a stage, composed from the sections that the stages declare.
+"""The pipeline's configuration: one YAML file, one section a stage, composed from the sections that
+the stages declare.
 
-Unknown keys are refused with their path, and every default is visible with `qrpo run CONFIG --show-config`. Paths in the
-file are taken from the current folder, as in a shell.
+Unknown keys are refused with their path, and every default is visible with
+`qrpo run CONFIG --show-config`. Paths in the file are taken from the current folder, as in a shell.
 """
 
 import difflib
@@ -170,7 +171,8 @@ def parse_config(raw: Mapping[str, Any], where: str = "configuration") -> Pipeli
 
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A copy of `raw` with each `dotted.key=value` set; values are read as YAML, list items by their index."""
+    """A copy of `raw` with each `dotted.key=value` set; values are read as YAML, list items by
+    their index."""
     result: dict[str, Any] = _copy(raw)
     for override in overrides:
         path, equals, text = override.partition("=")
@@ -220,7 +222,8 @@ def _explain(item: dict[str, Any]) -> str:
 
 
 def _may_be_shown(item: Mapping[str, Any]) -> bool:
-    """Whether a refused value cannot be a secret: a number, or a word where the choices are known or a number is expected."""
+    """Whether a refused value cannot be a secret: a number, or a word where the choices are known
+    or a number is expected."""
     given = item["input"]
     word_expected = item["type"] == "literal_error" or re.match(r"(int|float|bool)_", item["type"])
     return (

@@ -1,8 +1,8 @@
 """YAML 1.2 for configurations: `read_yaml` and `write_yaml`.
 
-PyYAML follows YAML 1.1, where `010` is 8, `1:30` is 90, `on` is true, `1e-6` is text and of two equal keys
-the last one wins in silence. Here numbers and booleans are those of YAML 1.2's core schema, and a key that
-is given twice is an error.
+PyYAML follows YAML 1.1, where `010` is 8, `1:30` is 90, `on` is true, `1e-6` is text and of two
+equal keys the last one wins in silence. Here numbers and booleans are those of YAML 1.2's core
+schema, and a key that is given twice is an error.
 """
 
 import re

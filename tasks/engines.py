@@ -1,8 +1,10 @@
-"""Keeps an engine, a reward model or a child process with a loaded model between the tasks of a stage.
+"""Keeps an engine, a reward model or a child process with a loaded model between the tasks of a
+stage.
 
-Starting an engine costs up to a minute, so the tasks of a stage share one: on this machine through this module's single slot, on
-workers once in each. Asking for another one, or the end of the stage (`close_engine`), shuts the old one down and gives its
-memory back before the reward model or the trainer needs it.
+Starting an engine costs up to a minute, so the tasks of a stage share one: on this machine through
+this module's single slot, on workers once in each. Asking for another one, or the end of the stage
+(`close_engine`), shuts the old one down and gives its memory back before the reward model or the
+trainer needs it.
 """
 
 import atexit
@@ -30,7 +32,8 @@ _open: tuple[object, Closable] | None = None
 
 
 def keep(key: object, start: Callable[[], Kept]) -> Kept:
-    """What `start` made for an equal key, if that is still open, else what it makes now, after closing what was open."""
+    """What `start` made for an equal key, if that is still open, else what it makes now, after
+    closing what was open."""
     global _open
     with _lock:
         if _open is not None and _open[0] == key:

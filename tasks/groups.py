@@ -1,7 +1,9 @@
-"""What is missing of a stage, computed group by group, each group a Prefect task: here, or on workers.
+"""What is missing of a stage, computed group by group, each group a Prefect task: here, or on
+workers.
 
-The task is the unit that Prefect shows and retries; the part is the unit of commit. So a task that is retried, or a run that is
-started again after a kill, computes only the parts of its group that are not there yet.
+The task is the unit that Prefect shows and retries; the part is the unit of commit. So a task that
+is retried, or a run that is started again after a kill, computes only the parts of its group that
+are not there yet.
 """
 
 import logging
@@ -39,7 +41,8 @@ _CHECKPOINT_SECONDS = 300.0  # for a stage that trains to save a checkpoint on S
 def compute_missing(
     plan: StagePlan, config: PipelineConfig, store: Store, force: bool, leases: Leases
 ) -> list[PartKey]:
-    """Compute what is missing, and wait for what another run on this store is working on. Returns what was computed here."""
+    """Compute what is missing, and wait for what another run on this store is working on. Returns
+    what was computed here."""
     missing = plan.parts if force else plan.missing
     if not missing:
         return []
@@ -105,7 +108,8 @@ def _groups(parts: Sequence[PartPlan], size: int) -> list[list[PartPlan]]:
 def _computing(
     whole: Work[Any], config: PipelineConfig, parts: int, reporter: Reporter, stack: ExitStack
 ) -> tuple[int, Callable[[Iterable[Group]], Iterator[Group]]]:
-    """How many parts a group should have, and what computes groups, giving each back when it is done: here, or on workers."""
+    """How many parts a group should have, and what computes groups, giving each back when it is
+    done: here, or on workers."""
 
     def work(group: Group) -> Work[Any]:
         return whole.only(group[1])
@@ -148,7 +152,8 @@ def _computing(
     retry_condition_fn=retry_if_transient,
 )
 def compute_parts(label: str, work: Work[Any] | RemoteWork, reporter: Reporter | None = None) -> list[str]:
-    """Compute and commit one group of parts; the fingerprints of those that were computed in this attempt.
+    """Compute and commit one group of parts; the fingerprints of those that were computed in this
+    attempt.
 
     A worker gets its work as `RemoteWork` and reports no progress: the driver counts its groups.
     """
@@ -172,7 +177,8 @@ def compute_parts(label: str, work: Work[Any] | RemoteWork, reporter: Reporter |
 
 
 def _items(work: Work[Any]) -> Iterator[PartRecord | Progress]:
-    """What the stage yields; where it fails because another run has taken over, that is the error."""
+    """What the stage yields; where it fails because another run has taken over, that is the
+    error."""
     stage = STAGES[work.stage]
     try:
         prepared = (stage.prepare(work),) if stage.prepare is not None else ()
@@ -185,7 +191,8 @@ def _items(work: Work[Any]) -> Iterator[PartRecord | Progress]:
 
 
 def _in_child(stage: Stage[Any], work: Work[Any], *prepared: Any) -> Iterator[PartRecord | Progress]:
-    """What the stage's `compute` yields in a child process, which is kept for the stage's next group."""
+    """What the stage's `compute` yields in a child process, which is kept for the stage's next
+    group."""
     if work.store.url.startswith("memory://"):  # that store is this process's alone
         return stage.compute(work, *prepared)
     threads = work.run.cpu_threads

@@ -1,8 +1,9 @@
 """The identity of a model's folder as a store knows it.
 
-Earlier versions hashed every file of a folder, so a README or a `generation_config.json` made another model. What they computed
-stays valid: a store that has artifacts of a folder under that digest goes on with it, and notes it as
-`families/models/<digest>.json`, so that it is found after such a file has changed.
+Earlier versions hashed every file of a folder, so a README or a `generation_config.json` made
+another model. What they computed stays valid: a store that has artifacts of a folder under that
+digest goes on with it, and notes it as `families/models/<digest>.json`, so that it is found after
+such a file has changed.
 """
 
 import json
@@ -17,9 +18,11 @@ from tasks.reuse import family_names, noted_family
 
 
 def known_identity(model: ModelConfig, store: Store, *stages: str) -> dict[str, Any]:
-    """`model_identity`, or the identity of earlier versions if the store has rows of one of `stages` under it.
+    """`model_identity`, or the identity of earlier versions if the store has rows of one of
+    `stages` under it.
 
-    Every file is hashed only where a store has rows of these stages and none under the present identity.
+    Every file is hashed only where a store has rows of these stages and none under the present
+    identity.
     """
     identity = model_identity(model)
     if "digest" not in identity:

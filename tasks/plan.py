@@ -1,15 +1,19 @@
 """What a stage would do: its parts, their fingerprints, and which of them the store has.
 
-- The *family* is the hash of a stage's name, its version, the settings that change its rows and the identity of outside
-  inputs (model, reward source).
-- A *part's* fingerprint is the hash of its family, of what it reads from its parents and of its slice (`part_key`).
-- The *artifact's* fingerprint is the hash of its family and of which rows were asked for (`StagePlan.rows`), however they
-  are cut into parts. So a part size changes no artifact, and no part of a finished one.
+- The *family* is the hash of a stage's name, its version, the settings that change its rows and the
+  identity of outside inputs (model, reward source).
+- A *part's* fingerprint is the hash of its family, of what it reads from its parents and of its
+  slice (`part_key`).
+- The *artifact's* fingerprint is the hash of its family and of which rows were asked for
+  (`StagePlan.rows`), however they are cut into parts. So a part size changes no artifact, and no
+  part of a finished one.
 
-All of that is known before anything is computed: the plan of the whole pipeline follows from the prompts alone.
+All of that is known before anything is computed: the plan of the whole pipeline follows from the
+prompts alone.
 
-A cached part counts only while its parents hold the bytes it was made from. A record remembers its parents' digests,
-because an engine on a GPU need not return the same rows for the same request twice.
+A cached part counts only while its parents hold the bytes it was made from. A record remembers its
+parents' digests, because an engine on a GPU need not return the same rows for the same request
+twice.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,12 +36,14 @@ class PartPlan:
     slice: Mapping[str, Any] = field(default_factory=dict)
     reuse: tuple[PartKey, ...] = ()
     replace: bool = False
-    """Whether the store has this part but it must be computed again: forced, or made from other bytes of its parents."""
+    """Whether the store has this part but it must be computed again: forced, or made from other
+    bytes of its parents."""
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """All parts of one stage for one configuration, and those that the store has (`records`, by fingerprint)."""
+    """All parts of one stage for one configuration, and those that the store has (`records`, by
+    fingerprint)."""
 
     stage: str
     family: str
@@ -46,12 +52,15 @@ class StagePlan:
     parts: tuple[PartPlan, ...]
     parents: Mapping[str, str]
     rows: Mapping[str, str] = field(default_factory=dict)
-    """Which rows are asked for, by split: a hash that does not depend on how they are cut into parts."""
+    """Which rows are asked for, by split: a hash that does not depend on how they are cut into
+    parts."""
     records: Mapping[str, PartRecord] = field(default_factory=dict)
     artifact: str | None = None
-    """The artifact's fingerprint where it does not follow from `rows`: one part, or parts that are not known before."""
+    """The artifact's fingerprint where it does not follow from `rows`: one part, or parts that are
+    not known before."""
     reads: str | None = None
-    """The digest of the parents' rows together, where the part must have been made from exactly these in any cut."""
+    """The digest of the parents' rows together, where the part must have been made from exactly
+    these in any cut."""
     known: bool = True
     """False until the prompts have been read: the parts are not known yet."""
     manifest: Manifest | None = None
@@ -89,11 +98,12 @@ class StagePlan:
         return parts
 
     def with_records(self, store: Store, digests: Mapping[str, str], *, keep_cut: bool = True) -> "StagePlan":
-        """This plan with what the store has for it; `digests` are those of all upstream parts, by fingerprint.
+        """This plan with what the store has for it; `digests` are those of all upstream parts, by
+        fingerprint.
 
-        A finished artifact keeps its own cut (unless `keep_cut` is false): its parts replace the planned ones where all were
-        made from the present bytes of present parts. A record whose parent holds other bytes now is ignored, so its part is
-        computed again.
+        A finished artifact keeps its own cut (unless `keep_cut` is false): its parts replace the
+        planned ones where all were made from the present bytes of present parts. A record whose
+        parent holds other bytes now is ignored, so its part is computed again.
         """
         manifest = (self.manifest or store.manifest(self.stage, self.fingerprint)) if keep_cut else None
         digests = {
@@ -121,7 +131,8 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Upstream:
-    """What a stage plans from: the plans of earlier stages, the store, and the policy that a later round starts from."""
+    """What a stage plans from: the plans of earlier stages, the store, and the policy that a later
+    round starts from."""
 
     plans: Mapping[str, StagePlan]
     store: Store
@@ -136,17 +147,20 @@ class Upstream:
 
     @property
     def reference_identity(self) -> dict[str, Any]:
-        """What identifies the reference policy: the fine-tuned artifact, or the given model's files."""
+        """What identifies the reference policy: the fine-tuned artifact, or the given model's
+        files."""
         reference = self["reference"]
         return {"artifact": reference.fingerprint} if reference.parts else dict(reference.outside["model"])
 
     @property
     def reference_inputs(self) -> tuple[PartKey, ...]:
-        """The reference's part, for the inputs of stages that use the model; none where the model is given."""
+        """The reference's part, for the inputs of stages that use the model; none where the model
+        is given."""
         return tuple(part.key for part in self["reference"].parts)
 
     def parents(self, *stages: str) -> dict[str, str]:
-        """The artifacts of these stages, for a stage's lineage; `reference` only where it was fine-tuned."""
+        """The artifacts of these stages, for a stage's lineage; `reference` only where it was
+        fine-tuned."""
         made = [stage for stage in stages if stage != "reference" or self["reference"].parts]
         return {stage: self[stage].fingerprint for stage in made}
 
@@ -157,14 +171,16 @@ def make_family(stage: str, version: int, settings: Mapping[str, Any], outside: 
 
 
 def part_key(stage: str, family: str, *inputs: Any) -> PartKey:
-    """The key of the part of a family that is made from `inputs`: JSON values that name what it reads and its slice."""
+    """The key of the part of a family that is made from `inputs`: JSON values that name what it
+    reads and its slice."""
     return PartKey(stage, family, fingerprint([family, *inputs]))
 
 
 def single_part(stage: str, family: str, store: Store, *inputs: Any, earlier: PartKey) -> tuple[PartKey, str]:
     """The key of a stage's one part and its artifact's fingerprint.
 
-    `earlier` is the key that the version before gave this part: it is kept where the store has that part and not the new one.
+    `earlier` is the key that the version before gave this part: it is kept where the store has that
+    part and not the new one.
     """
     key = part_key(stage, family, *inputs)
     if store.part(key) is None and store.part(earlier) is not None:
@@ -173,7 +189,8 @@ def single_part(stage: str, family: str, store: Store, *inputs: Any, earlier: Pa
 
 
 def add_digests(digests: Iterable[str]) -> str:
-    """The sum of hexadecimal 256-bit digests modulo 2**256: one digest of a set of rows, in any order and any cut."""
+    """The sum of hexadecimal 256-bit digests modulo 2**256: one digest of a set of rows, in any
+    order and any cut."""
     return f"{sum(int(digest, 16) for digest in digests) % 2**256:064x}"
 
 
@@ -209,7 +226,8 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """`key changed from old to new` for every leaf that differs; values in at most 60 characters."""
+    """`key changed from old to new` for every leaf that differs; values in at most 60
+    characters."""
 
     def short(value: Any) -> str:
         text = "nothing" if value is None else str(value)

@@ -1,7 +1,7 @@
 """Plans of a run's stages, made one after another as they are asked for, once for each.
 
-A stage's plan follows from those before it. So a run plans each stage when its parents are complete, and again only what it has
-just computed; `qrpo plan` asks for all of them.
+A stage's plan follows from those before it. So a run plans each stage when its parents are
+complete, and again only what it has just computed; `qrpo plan` asks for all of them.
 """
 
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ from tasks.stages import STAGE_NAMES, STAGES
 class Planner:
     """The plans of one configuration on one store.
 
-    `prompts` is a plan of prompts to keep to, whatever their source holds by now; `policy` the policy that a later round
-    starts from, by default the one that the run `rounds.from_run` notes.
+    `prompts` is a plan of prompts to keep to, whatever their source holds by now; `policy` the
+    policy that a later round starts from, by default the one that the run `rounds.from_run` notes.
     """
 
     def __init__(
@@ -46,15 +46,16 @@ class Planner:
     def plan(self, stage: str, *, read_source: bool = False) -> StagePlan:
         """The plan of a stage, with what the store has of it; stages before it are planned first.
 
-        Where the prompts have not been read yet, their plan and all that follow are not `known`; `read_source` then reads and cuts
-        the source in memory, without writing anything.
+        Where the prompts have not been read yet, their plan and all that follow are not `known`;
+        `read_source` then reads and cuts the source in memory, without writing anything.
         """
         for name in STAGE_NAMES[len(self.plans) : STAGE_NAMES.index(stage) + 1]:
             self.plans[name] = self._make(name, read_source)
         return self.plans[stage]
 
     def following(self, config: PipelineConfig) -> "Planner":
-        """The planner of a later round or another candidate, on the prompts that this one read and from its policy."""
+        """The planner of a later round or another candidate, on the prompts that this one read and
+        from its policy."""
         prompts, policy = self.plans.get("prompts"), self.plans.get("policy")
         same = config.prompts == self.config.prompts and prompts is not None and prompts.complete
         before = None
@@ -65,12 +66,14 @@ class Planner:
         return planner
 
     def cut_anew(self, stage: str) -> StagePlan:
-        """The plan of a stage in parts of the configured size, also where a finished artifact has another cut."""
+        """The plan of a stage in parts of the configured size, also where a finished artifact has
+        another cut."""
         self._forget(stage)
         return self.plans.setdefault(stage, self._make(stage, keep_cut=False))
 
     def computed(self, plan: StagePlan) -> StagePlan:
-        """Note that the parts of `plan` were computed: read their records again, and forget the plans of later stages."""
+        """Note that the parts of `plan` were computed: read their records again, and forget the
+        plans of later stages."""
         self._forget(plan.stage)
         return self.plans.setdefault(plan.stage, self._with_records(plan, keep_cut=False))
 
@@ -97,7 +100,8 @@ class Planner:
                 )
 
     def check_files(self, stage: str) -> None:
-        """Raise DamagedError where a file of `stage`, or of a stage before it, is gone or has another size."""
+        """Raise DamagedError where a file of `stage`, or of a stage before it, is gone or has
+        another size."""
         for name in STAGE_NAMES[: STAGE_NAMES.index(stage) + 1]:
             if name not in self._checked:
                 self.store.check_sizes(self.plan(name).records.values())
@@ -158,8 +162,8 @@ def planning(planner: Planner) -> Iterator[Planner]:
 def planner_of(config: PipelineConfig, store_url: str, first: str = STAGE_NAMES[0]) -> Planner:
     """The planner of the block for this configuration and store, or a new one.
 
-    A new one reads the source as it is now only to run the stage of prompts; from a later stage `first`, it keeps to the
-    prompts of the run's note.
+    A new one reads the source as it is now only to run the stage of prompts; from a later stage
+    `first`, it keeps to the prompts of the run's note.
     """
     active, store = _active.get(), Store(store_url)
     if active is not None and active.config == config and active.store.url == store.url:
@@ -168,7 +172,8 @@ def planner_of(config: PipelineConfig, store_url: str, first: str = STAGE_NAMES[
 
 
 def noted_prompts(config: PipelineConfig, store: Store) -> StagePlan | None:
-    """The plan of the prompts that this run noted last for these settings; None where it noted none."""
+    """The plan of the prompts that this run noted last for these settings; None where it noted
+    none."""
     for version in run_versions(store.run(config.name) or {}):
         artifact = named_artifacts(version).get("prompts")
         same = version.get("config", {}).get("prompts") == config.prompts.model_dump(mode="json")

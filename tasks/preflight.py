@@ -1,7 +1,9 @@
-"""What would stop a run, found before its first sample: `qrpo plan` shows it, and a run that needs the work raises it.
+"""What would stop a run, found before its first sample: `qrpo plan` shows it, and a run that needs
+the work raises it.
 
-The checks cost seconds: the store takes a file and its disk has room, the extras are installed, the model's files can be read,
-its tokenizer renders a prompt of the dataset, and the rewards score a row of it.
+The checks cost seconds: the store takes a file and its disk has room, the extras are installed, the
+model's files can be read, its tokenizer renders a prompt of the dataset, and the rewards score a
+row of it.
 """
 
 import shutil
@@ -33,7 +35,8 @@ _COPIES = 2  # of the weights: the trained model, and a checkpoint
 
 
 def preflight(planner: Planner, stages: Sequence[str]) -> list[Exception]:
-    """Every problem that the stages would meet, each as the error that the stage would raise. Writes nothing.
+    """Every problem that the stages would meet, each as the error that the stage would raise.
+    Writes nothing.
 
     What the store already has is not checked, nor are the models and data sets of a hub.
     """
@@ -135,7 +138,8 @@ def _model(config: PipelineConfig, store: Store, missing: Set[str]) -> Iterator[
 
 
 def _rewards(config: PipelineConfig, store: Store, missing: Set[str]) -> Iterator[Exception]:
-    """Every reward can be opened, and scores one of the first rows; a model or a judge costs too much to be called."""
+    """Every reward can be opened, and scores one of the first rows; a model or a judge costs too
+    much to be called."""
     for reward in config.rewards if "rewards" in missing else ():
         changes = {"workers": 1, "timeout": _TIMEOUT, "weight": 1.0}
         quick = reward.model_copy(
@@ -167,7 +171,8 @@ def _failure(scorer: Scorer, row: dict[str, Any]) -> str | None:
 
 
 def _prompts(config: PipelineConfig) -> list[Prompt]:
-    """The first prompts of a source that is no hub dataset; none where it cannot be read, which the plan says if it is needed."""
+    """The first prompts of a source that is no hub dataset; none where it cannot be read, which the
+    plan says if it is needed."""
     found: list[Prompt] = []
     if not config.prompts.source.startswith("hf://"):
         with suppress(DataError):

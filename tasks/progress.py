@@ -1,7 +1,8 @@
-"""Progress of a stage: a bar with rate and remaining time on a terminal, otherwise a log line every few seconds.
+"""Progress of a stage: a bar with rate and remaining time on a terminal, otherwise a log line every
+few seconds.
 
-In a Prefect flow run, a progress artifact of that run shows the same numbers. A separate thread updates it, so a slow or lost
-server does not delay the work.
+In a Prefect flow run, a progress artifact of that run shows the same numbers. A separate thread
+updates it, so a slow or lost server does not delay the work.
 """
 
 import contextvars
@@ -45,7 +46,8 @@ class Reporter:
         self._first: tuple[float, float] | None = None  # time and amount at first progress: excludes start-up
 
     def update(self, done: float, message: str = "", total: float | None = None) -> None:
-        """Record that `done` of `total` parts (or steps) are finished; `message` says what is being computed."""
+        """Record that `done` of `total` parts (or steps) are finished; `message` says what is being
+        computed."""
         self.done, self.message = done, message
         self.total = self.total if total is None else total
         now = time.monotonic()
@@ -79,7 +81,8 @@ class _RateColumn(ProgressColumn):
 
 @contextmanager
 def reporting(stage: str, total: float, *, in_prefect: bool = True) -> Iterator[Reporter]:
-    """Report one stage's progress while the block runs; with `in_prefect`, also in the current flow run, if there is one."""
+    """Report one stage's progress while the block runs; with `in_prefect`, also in the current flow
+    run, if there is one."""
     with ExitStack() as stack:
         bar: Progress | None = None
         if sys.stderr.isatty():
@@ -103,7 +106,8 @@ def reporting(stage: str, total: float, *, in_prefect: bool = True) -> Iterator[
 
 @contextmanager
 def _progress_artifact(reporter: Reporter) -> Iterator[None]:
-    """Keep the progress artifact of the current flow run up to date from a thread; wait a moment for the last update."""
+    """Keep the progress artifact of the current flow run up to date from a thread; wait a moment
+    for the last update."""
     from prefect.artifacts import create_progress_artifact, update_progress_artifact
     from prefect.context import FlowRunContext
 

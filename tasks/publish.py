@@ -1,11 +1,13 @@
-"""What a finished stage shows in Prefect: an asset with its lineage, and artifacts that a person reads in the UI.
+"""What a finished stage shows in Prefect: an asset with its lineage, and artifacts that a person
+reads in the UI.
 
-The manifest in the store is the truth and this is a view of it: an unreachable server loses the view, not the run.
+The manifest in the store is the truth and this is a view of it: an unreachable server loses the
+view, not the run.
 
 | in the UI | what |
 |---|---|
-| asset event | key: the artifact's URL; upstream: its parents' URLs; rows, bytes, rejects, fingerprint, parts, seconds |
-| markdown | what it was made from, numbers of every numeric column, reject reasons, commands to look further |
+| asset event | key: the artifact's URL; upstream: its parents' URLs; rows, bytes, rejects, ... |
+| markdown | its sources, numbers of every numeric column, reject reasons, commands |
 | table | a few rows as they are |
 | image | rewards, quantiles, lengths, the training curve |
 """
@@ -65,7 +67,8 @@ def publish_stage(result: StageResult, config: "PipelineConfig", store_url: str)
 
 
 def asset_key(url: str) -> str:
-    """The artifact's URL as a key of a Prefect asset: with a scheme, without the characters that Prefect refuses."""
+    """The artifact's URL as a key of a Prefect asset: with a scheme, without the characters that
+    Prefect refuses."""
     with_scheme = url if "://" in url else f"file://{url}"
     return _FORBIDDEN_IN_KEYS.sub("-", with_scheme)[:512]
 

@@ -1,4 +1,5 @@
-"""Why a stage has something to compute: which setting, input, parent or version changed since the run's last artifact."""
+"""Why a stage has something to compute: which setting, input, parent or version changed since the
+run's last artifact."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +15,8 @@ from tasks.stages import STAGES
 def reasons(
     plan: StagePlan, planner: Planner, noted: Mapping[str, Any], counts: Mapping[str, RowCount | None]
 ) -> list[str]:
-    """The causes in words, none for a complete stage. `noted` is what the run noted of itself (`Store.run`).
+    """The causes in words, none for a complete stage. `noted` is what the run noted of itself
+    (`Store.run`).
 
     `counts` says what this stage and those before it cost.
     """

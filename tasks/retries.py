@@ -1,7 +1,8 @@
 """Which failures are retried, and after how long.
 
-A dead or hanging engine, exhausted memory or a dropped connection may work a moment later. An error in the configuration, the
-data or a program would only happen again. Every retry continues with the parts that are not committed yet.
+A dead or hanging engine, exhausted memory or a dropped connection may work a moment later. An error
+in the configuration, the data or a program would only happen again. Every retry continues with the
+parts that are not committed yet.
 """
 
 import re
@@ -19,7 +20,8 @@ NO_RESULT: dict[str, Any] = {
         get_current_settings().results.local_storage_path
     ),  # gets the errors of failed runs
 }
-"""Options of flows and tasks. Without a storage Prefect asks the server for its default one at each start."""
+"""Options of flows and tasks. Without a storage Prefect asks the server for its default one at each
+start."""
 
 RETRY_DELAYS = [5.0, 30.0, 120.0]
 """Seconds before each retry."""

@@ -1,11 +1,13 @@
 """Rows that were computed before, in parts that are cut differently or were asked for less.
 
-A part's fingerprint covers its whole slice, so another cut (prompts appended or removed, `num_ref` raised, another part size) makes
-new parts. Their rows need not be new: a row of the same family answers for its name wherever it is. Rows of another family serve where
-the stage says so (`RowReuse.serves`): a score does not depend on its weight.
+A part's fingerprint covers its whole slice, so another cut (prompts appended or removed, `num_ref`
+raised, another part size) makes new parts. Their rows need not be new: a row of the same family
+answers for its name wherever it is. Rows of another family serve where the stage says so
+(`RowReuse.serves`): a score does not depend on its weight.
 
-`with_candidates` names for each missing part the committed parts that hold some of its prompts. The stage's `compute` takes the rows
-that match and computes the rest; `count_rows` tells the plan how many those are.
+`with_candidates` names for each missing part the committed parts that hold some of its prompts. The
+stage's `compute` takes the rows that match and computes the rest; `count_rows` tells the plan how
+many those are.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,7 +38,8 @@ class RowCount:
 
 
 def note_family(store: Store, stage: Stage[Any], plan: StagePlan) -> None:
-    """Write what a family's name is the hash of, before its first part: `families/<stage>/<family>.json`."""
+    """Write what a family's name is the hash of, before its first part:
+    `families/<stage>/<family>.json`."""
     key = _family_key(stage.name, plan.family)
     if not store.exists(key):
         store.write_bytes(key, dump_checksummed(_family_of(stage, plan)))
@@ -84,7 +87,8 @@ def with_candidates(
 ) -> tuple[PartPlan, ...]:
     """The missing parts, each with the committed parts whose rows may serve in it.
 
-    Reads one column of those parts, once a stage; nothing where there are none, or where the stage reuses no rows.
+    Reads one column of those parts, once a stage; nothing where there are none, or where the stage
+    reuses no rows.
     """
     if stage.reuse is None or not missing:
         return tuple(missing)
@@ -105,7 +109,8 @@ def with_candidates(
 
 
 def reusable_rows(work: Work[Any], part: PartPlan, on: Sequence[str]) -> "pl.DataFrame":
-    """Rows of the candidate parts for this part's slice, unique by the columns `on`; an empty frame where there are none."""
+    """Rows of the candidate parts for this part's slice, unique by the columns `on`; an empty frame
+    where there are none."""
     import polars as pl
 
     records = [record for record in (work.store.part(key) for key in part.reuse) if record is not None]
@@ -207,7 +212,8 @@ class _Prompts:
 def _servants(
     store: Store, stage: Stage[Any], plan: StagePlan, missing: Sequence[PartPlan]
 ) -> Iterable[PartRecord]:
-    """Committed parts of every family whose rows may serve, without those that are about to be computed."""
+    """Committed parts of every family whose rows may serve, without those that are about to be
+    computed."""
     assert stage.reuse is not None
     replaced = {part.key for part in missing}  # made from other bytes of their parents, or forced
     families = {part.key.family for part in missing}
@@ -238,7 +244,8 @@ def _candidates(
 
 
 def _overlaps(part: PartPlan, record: PartRecord) -> bool:
-    """Whether a committed part holds samples of the same kind, and of the same indices where these are cut too."""
+    """Whether a committed part holds samples of the same kind, and of the same indices where these
+    are cut too."""
     theirs, ours = record.metadata, part.slice
     if any(theirs.get(name) != ours.get(name) for name in ("origin", "model")):
         return False

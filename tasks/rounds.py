@@ -1,9 +1,10 @@
 """Rounds: train on fresh samples of the policy itself, judged against the same reference rewards.
 
-A policy that has outgrown its reference finds little more in the reference's samples. So a later round draws training completions from
-the policy of the round before, scores them, takes their quantiles among the reference rewards that the first round computed, and goes
-on training that policy. Quantiles, log Z and log ratios stay relative to the one reference, hence so does the optimum that all
-rounds approach. Each round is a separate run, `NAME.round-2` and so on.
+A policy that has outgrown its reference finds little more in the reference's samples. So a later
+round draws training completions from the policy of the round before, scores them, takes their
+quantiles among the reference rewards that the first round computed, and goes on training that
+policy. Quantiles, log Z and log ratios stay relative to the one reference, hence so does the
+optimum that all rounds approach. Each round is a separate run, `NAME.round-2` and so on.
 """
 
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ def round_configs(config: PipelineConfig) -> Iterator[PipelineConfig]:
 
 
 def rounds_until(last: str, config: PipelineConfig) -> list[PipelineConfig]:
-    """The configurations of a run up to the stage `last`: of all rounds where it comes as far as a policy, else of the first."""
+    """The configurations of a run up to the stage `last`: of all rounds where it comes as far as a
+    policy, else of the first."""
     rounds = list(round_configs(config))
     return rounds if last in ("policy", "evaluation") else rounds[:1]

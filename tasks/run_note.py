@@ -2,9 +2,10 @@
 
     {"name", "config", "config_digest", "stages", "families", "updated", "history": [version, ...]}
 
-The top level is the version that was written last, and `history` has the others, newest first. A version belongs to one
-configuration, and its artifacts were made from each other. `stages` names the finished artifacts; `families` names the
-parts of stages that are not finished. gc keeps both, of every version. A lock in the store makes each change atomic.
+The top level is the version that was written last, and `history` has the others, newest first. A
+version belongs to one configuration, and its artifacts were made from each other. `stages` names
+the finished artifacts; `families` names the parts of stages that are not finished. gc keeps both,
+of every version. A lock in the store makes each change atomic.
 """
 
 import logging
@@ -41,7 +42,8 @@ def note_families(planner: Planner, stage: str, families: Sequence[str], leases:
 
 
 def note_artifact(planner: Planner, stage: str, entry: Mapping[str, Any], leases: Leases) -> None:
-    """Note a finished artifact. Its manifest keeps its parts from now on, so the note of its families ends."""
+    """Note a finished artifact. Its manifest keeps its parts from now on, so the note of its
+    families ends."""
     _change(planner, stage, leases, {"stages": {stage: dict(entry)}})
 
 
@@ -80,7 +82,8 @@ def _described(config: PipelineConfig) -> dict[str, Any]:
 
 
 def _is_own(version: Version, config: PipelineConfig, made: Mapping[str, str]) -> bool:
-    """Whether a version belongs to this configuration, and to these artifacts, as far as they exist."""
+    """Whether a version belongs to this configuration, and to these artifacts, as far as they
+    exist."""
     described = _described(config)
     key = "config_digest" if "config_digest" in version else "config"  # absent in notes of earlier releases
     named = named_artifacts(version)

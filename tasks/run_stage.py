@@ -1,6 +1,7 @@
 """One stage from plan to manifest: its parts, its manifest and the run's note.
 
-Prefect is loaded only where something is to be computed (`tasks.groups`): a run that finds everything in the store needs none.
+Prefect is loaded only where something is to be computed (`tasks.groups`): a run that finds
+everything in the store needs none.
 """
 
 import logging
@@ -46,10 +47,12 @@ class StageResult:
 def run_stage(
     stage: str, config: PipelineConfig, store_url: str, *, force: bool = False, planner: Planner | None = None
 ) -> StageResult:
-    """Compute what is missing of `stage` (all of it where `force`), commit its manifest, note it in the run.
+    """Compute what is missing of `stage` (all of it where `force`), commit its manifest, note it in
+    the run.
 
-    Call it within a Prefect flow where anything is to be computed. Raises ConfigError where a parent stage is not complete,
-    DataError where the stage loses more rows than `run.max_reject_fraction`; every part that was committed stays.
+    Call it within a Prefect flow where anything is to be computed. Raises ConfigError where a
+    parent stage is not complete, DataError where the stage loses more rows than
+    `run.max_reject_fraction`; every part that was committed stays.
     """
     started = time.monotonic()
     planner = planner or planner_of(config, store_url, first=stage)
@@ -86,7 +89,8 @@ def run_stage(
 def _compute(
     stage: Stage[Any], plan: StagePlan, planner: Planner, force: bool, leases: Leases
 ) -> tuple[StagePlan, tuple[PartRecord, ...]]:
-    """Protect the plan's parts from gc and compute what is missing: the complete plan, and the parts that are new."""
+    """Protect the plan's parts from gc and compute what is missing: the complete plan, and the
+    parts that are new."""
     config, store = planner.config, planner.store
     families = sorted({plan.family, *(part.key.family for part in plan.parts)})
     if stage.read is not None:  # of its parts, which are not known before they are read

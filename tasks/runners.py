@@ -1,15 +1,18 @@
-"""Where the groups of a stage are computed: in this process, or on workers of a process pool, Dask or Ray.
+"""Where the groups of a stage are computed: in this process, or on workers of a process pool, Dask
+or Ray.
 
-A pool of workers is one of Prefect's task runners. It is opened for one stage and closed with it, so that no engine stays on a
-GPU that the next stage needs. A worker needs the configuration and the store, nothing from this machine's disk. Its results do
-not depend on where it runs. The rules:
+A pool of workers is one of Prefect's task runners. It is opened for one stage and closed with it,
+so that no engine stays on a GPU that the next stage needs. A worker needs the configuration and the
+store, nothing from this machine's disk. Its results do not depend on where it runs. The rules:
 
-- The driver submits groups as workers become free, two per worker, so that leases are claimed just before the work starts.
-- The driver holds all leases and sends their heartbeat. A worker that dies holds none. If the driver dies, its workers end too,
-  and another run takes over its parts.
-- A worker computes one group at a time, keeps its engine for the next group, and sees only its own GPUs.
-- If a worker dies, another one gets its group: Dask and Ray do this themselves, `WorkerPool.run` does it for the process pool.
-  Parts that the dead worker had committed are not computed again.
+- The driver submits groups as workers become free, two per worker, so that leases are claimed just
+  before the work starts.
+- The driver holds all leases and sends their heartbeat. A worker that dies holds none. If the
+  driver dies, its workers end too, and another run takes over its parts.
+- A worker computes one group at a time, keeps its engine for the next group, and sees only its own
+  GPUs.
+- If a worker dies, another one gets its group: Dask and Ray do this themselves, `WorkerPool.run`
+  does it for the process pool. Parts that the dead worker had committed are not computed again.
 """
 
 import math
@@ -81,13 +84,15 @@ class WorkerSetup:
 
 
 class RemoteWork:
-    """Work that is sent to a worker. A plain object, since Prefect and Dask copy tuples and dataclasses item by item."""
+    """Work that is sent to a worker. A plain object, since Prefect and Dask copy tuples and
+    dataclasses item by item."""
 
     def __init__(self, work: Work[Any], setup: WorkerSetup) -> None:
         self._work, self._setup = work, setup
 
     def receive(self) -> Work[Any]:
-        """Set up this worker and return the work. A retry calls this again; raises QRPOError if the run has ended."""
+        """Set up this worker and return the work. A retry calls this again; raises QRPOError if the
+        run has ended."""
         if self._setup.session in _ended_sessions:
             raise QRPOError("the run of this work has ended")
         self._setup.apply()
@@ -111,14 +116,16 @@ def _end_with(driver: int) -> None:
 
 
 def uses_workers(config: PipelineConfig, parts: int) -> bool:
-    """Whether workers compute this many parts. On this machine, a single part (a training run) stays in this process: it sees all GPUs."""
+    """Whether workers compute this many parts. On this machine, a single part (a training run)
+    stays in this process: it sees all GPUs."""
     return config.run.runner != "local" and (parts > 1 or config.run.cluster is not None)
 
 
 class WorkerPool:
     """The workers of one stage; a context manager.
 
-    Raises ConfigError if the runner's package is not installed, its cluster does not answer, or the store is in this process's memory.
+    Raises ConfigError if the runner's package is not installed, its cluster does not answer, or the
+    store is in this process's memory.
     """
 
     def __init__(
@@ -162,13 +169,15 @@ class WorkerPool:
         self._close(kill=error is not None)
 
     def group_size(self, parts: int, maximum: int) -> int:
-        """Parts of one group: fewer than `maximum` if there would not be enough groups for all workers."""
+        """Parts of one group: fewer than `maximum` if there would not be enough groups for all
+        workers."""
         return max(1, min(maximum, math.ceil(parts / (_GROUPS_PER_WORKER * self.count))))
 
     def run(
         self, task: Any, calls: Iterable[T], arguments: Callable[[T], dict[str, Any]]
     ) -> Iterator[tuple[T, Any]]:
-        """Yield each call with the task's result, as they end. Takes more calls while earlier ones run.
+        """Yield each call with the task's result, as they end. Takes more calls while earlier ones
+        run.
 
         Raises what a task raises, and EngineError if workers keep dying.
         """

@@ -1,8 +1,9 @@
 """The stage: one object that says everything about one step of the pipeline.
 
-A module `tasks/stages/<name>.py` declares its configuration section, its `Settings` (what it reads of the configuration), its
-table, `plan` and `compute`, and one `STAGE` that holds them. `tasks.stages` lists the modules. The flow, the order, the
-choices of the command line, the deployments and the artifacts in Prefect's UI follow from that list.
+A module `tasks/stages/<name>.py` declares its configuration section, its `Settings` (what it reads
+of the configuration), its table, `plan` and `compute`, and one `STAGE` that holds them.
+`tasks.stages` lists the modules. The flow, the order, the choices of the command line, the
+deployments and the artifacts in Prefect's UI follow from that list.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,8 @@ _ABSENT = object()
 
 
 def setting(path: str, *, key: str | None = None) -> Any:
-    """A field of a stage's `Settings` that is read from `path` of the configuration; without it, from the field's own name.
+    """A field of a stage's `Settings` that is read from `path` of the configuration; without it,
+    from the field's own name.
 
     `key` names the key of the YAML file that decides it, where `path` is a property.
     """
@@ -38,16 +40,19 @@ def setting_paths(kind: type[Any]) -> dict[str, str]:
 class RowReuse(Generic[S]):
     """How rows of committed parts serve in a part that is cut differently or asks for more.
 
-    A row is named by a tuple (prompt_id, origin or model, sample_index). `tasks.reuse` finds the parts; the stage's `compute` takes
-    the rows with `tasks.reuse.reusable_rows`, and `qrpo plan` counts them.
+    A row is named by a tuple (prompt_id, origin or model, sample_index). `tasks.reuse` finds the
+    parts; the stage's `compute` takes the rows with `tasks.reuse.reusable_rows`, and `qrpo plan`
+    counts them.
     """
 
     unit: str
     """What costs: completions to sample, scores, log-probabilities."""
     wanted: Callable[[S, PartPlan, Mapping[str, int]], Sequence[tuple[Any, ...]]]
-    """The rows of a part, given its prompts as prompt_id -> number of the dataset's own completions."""
+    """The rows of a part, given its prompts as prompt_id -> number of the dataset's own
+    completions."""
     columns: Sequence[str]
-    """Columns of the stage's table that name a row: scalars, or a scalar `prompt_id` and lists of one length."""
+    """Columns of the stage's table that name a row: scalars, or a scalar `prompt_id` and lists of
+    one length."""
     versions: Sequence[int] = ()
     """Earlier versions of the stage's code whose rows may serve."""
     unless: str | None = None
@@ -59,7 +64,8 @@ class RowReuse(Generic[S]):
     costs: Callable[[Mapping[str, Any], Mapping[str, Any] | None, bool], int] = lambda ours, theirs, same: (
         int(theirs is None)
     )
-    """Units that one row costs, without (None) or with a row of the other family, and whether that has the same prompt and columns."""
+    """Units that one row costs, without (None) or with a row of the other family, and whether that
+    has the same prompt and columns."""
 
 
 @dataclass(frozen=True)
@@ -76,16 +82,18 @@ class Stage(Generic[S]):
     settings: type[S]
     plan: Callable[[S, Upstream], StagePlan]
     compute: Callable[..., Iterator[Any]]
-    """`compute(work)` commits the parts of `work` and yields their records, or Progress in between. A module's own function, so
-    that a child process finds it by its name."""
+    """`compute(work)` commits the parts of `work` and yields their records, or Progress in between.
+    A module's own function, so that a child process finds it by its name."""
     section: type[Section] | None = None
     """The configuration section of the stage's name."""
     table: Table | None = None
     """The schema, key and checks of its rows; None for a folder."""
     prepare: Callable[[Work[S]], Any] | None = None
-    """Runs in the task's own process before `compute`, which gets its result as a second argument."""
+    """Runs in the task's own process before `compute`, which gets its result as a second
+    argument."""
     in_child: bool = False
-    """Whether `compute` runs in a child process, because it loads a model whose memory must come back."""
+    """Whether `compute` runs in a child process, because it loads a model whose memory must come
+    back."""
     trains: bool = False
     """Whether it saves a checkpoint on SIGTERM, and so gets time to."""
     uses_gpu: bool = True
@@ -93,8 +101,8 @@ class Stage(Generic[S]):
     """GPUs that a worker needs, where it uses one."""
     reuse: RowReuse[S] | None = None
     read: Callable[[S], Iterator[tuple[PartPlan, list[dict[str, Any]]]]] | None = None
-    """For the stage that reads outside data: its parts and their rows, without committing anything. Its `compute` yields (record, whether it
-    is new) for every part, and the plan of what it read."""
+    """For the stage that reads outside data: its parts and their rows, without committing anything.
+    Its `compute` yields (record, whether it is new) of every part, and the plan of what it read."""
     lost_rows: Callable[[Manifest, Store], tuple[int, int]] = lambda manifest, store: (
         manifest.rejects,
         manifest.rows + manifest.rejects,
@@ -106,7 +114,8 @@ class Stage(Generic[S]):
     """A warning about the artifact as a whole, or None."""
     why_empty: str = "no prompt reaches this stage"
     chart: str | None = None
-    """`module:function` that draws the artifact's chart (see `tasks.charts`), loaded only to draw."""
+    """`module:function` that draws the artifact's chart (see `tasks.charts`), loaded only to
+    draw."""
 
     @property
     def target(self) -> str:
@@ -123,7 +132,8 @@ class Stage(Generic[S]):
         return Work(self.name, self.settings_of(config), config.run, config.name, store, tuple(parts))
 
     def read_values(self, config: BaseModel) -> dict[str, Any]:
-        """The same as nested JSON values by path, without what cannot change a row: `qrpo plan` compares them."""
+        """The same as nested JSON values by path, without what cannot change a row: `qrpo plan`
+        compares them."""
         dumped = effective(config)
         values: dict[str, Any] = {}
         for item in fields(self.settings):  # type: ignore[arg-type]

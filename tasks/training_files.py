@@ -1,8 +1,10 @@
-"""Training files: the rows of all shards in an order that depends on the seed and the rows alone, not on how shards were cut.
+"""Training files: the rows of all shards in an order that depends on the seed and the rows alone,
+not on how shards were cut.
 
-Rows are sorted by a hash of seed and prompt and written into files of ROWS_PER_FILE rows, in a store in the training run's work
-folder. `ShardReader` then permutes whole files and the rows of a window, so the order of every epoch depends on seed,
-epoch and row content only. One pass over the shards: small next to what the rows cost.
+Rows are sorted by a hash of seed and prompt and written into files of ROWS_PER_FILE rows, in a
+store in the training run's work folder. `ShardReader` then permutes whole files and the rows of a
+window, so the order of every epoch depends on seed, epoch and row content only. One pass over the
+shards: small next to what the rows cost.
 """
 
 import math
@@ -17,7 +19,8 @@ from qrpo.seeds import seeded_hash
 from storage import PartKey, PartRecord, Store, Table, fingerprint
 
 ROWS_PER_FILE = 1024
-"""Part of the order: a change is another order. Also the rows of a row group, which the reader reads as a whole."""
+"""Part of the order: a change is another order. Also the rows of a row group, which the reader
+reads as a whole."""
 _BYTES_PER_PASS = 1 << 30  # of compressed shards; their rows take about four times as much memory
 
 
@@ -29,9 +32,11 @@ def training_files(
     seed: int,
     held_out: Callable[[str], bool],
 ) -> tuple[Store, list[PartRecord], list[PartRecord]]:
-    """(store of the files, files to train on, files of rows that `held_out` names by prompt id), all in order.
+    """(store of the files, files to train on, files of rows that `held_out` names by prompt id),
+    all in order.
 
-    Files that an earlier attempt wrote are kept. Each file has its rows at once, so a kill leaves whole files only.
+    Files that an earlier attempt wrote are kept. Each file has its rows at once, so a kill leaves
+    whole files only.
     """
     files = Store(folder)
     content = [[record.fingerprint, record.digest] for record in shards]

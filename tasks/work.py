@@ -1,6 +1,7 @@
 """What one Prefect task gets: a group of parts of one stage, and how to commit each.
 
-A `Work` can be pickled, so the same group can be computed in this process, in a child process or on another machine.
+A `Work` can be pickled, so the same group can be computed in this process, in a child process or on
+another machine.
 """
 
 import queue
@@ -37,7 +38,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class Work(Generic[S]):
-    """Parts of one stage to compute now, with everything that this needs. `S` is the stage's `Settings`."""
+    """Parts of one stage to compute now, with everything that this needs. `S` is the stage's
+    `Settings`."""
 
     stage: str
     settings: S
@@ -46,13 +48,16 @@ class Work(Generic[S]):
     store: Store
     parts: tuple[PartPlan, ...]
     holder: str = ""
-    """Who holds the leases of these parts (`Leases.holder`); empty where no other run shares the store."""
+    """Who holds the leases of these parts (`Leases.holder`); empty where no other run shares the
+    store."""
     read: dict[PartKey, PartRecord] = field(default_factory=dict, repr=False, compare=False)
-    """The records that were used: what is computed was made from these bytes, whatever the store has later."""
+    """The records that were used: what is computed was made from these bytes, whatever the store
+    has later."""
 
     @property
     def log(self) -> Path:
-        """Where child processes write: next to a local store's data, else in the user's cache folder."""
+        """Where child processes write: next to a local store's data, else in the user's cache
+        folder."""
         name = f"logs/{self.run_name}/{self.stage}.log"
         path = self.store.local_path(name) or cache_folder() / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,12 +68,14 @@ class Work(Generic[S]):
         return replace(self, parts=tuple(parts))
 
     def check_lease(self, part: PartPlan) -> None:
-        """Raise LeaseLostError where another run has taken over this part. Called before each checkpoint and commit."""
+        """Raise LeaseLostError where another run has taken over this part. Called before each
+        checkpoint and commit."""
         if self.holder:
             check_claim(self.store, part.key, self.holder)
 
     def folder(self, part: PartPlan) -> Path:
-        """The local folder of an unfinished part, for its checkpoints; it survives a kill, and belongs to one holder."""
+        """The local folder of an unfinished part, for its checkpoints; it survives a kill, and
+        belongs to one holder."""
         self.check_lease(part)
         return self.store.work_dir(part.key, self.holder)
 
@@ -80,7 +87,8 @@ class Work(Generic[S]):
 
     @contextmanager
     def saving(self, part: PartPlan) -> Iterator[None]:
-        """Around the writing of a checkpoint: by the holder of the part alone, and into the store too."""
+        """Around the writing of a checkpoint: by the holder of the part alone, and into the store
+        too."""
         folder = self.folder(part)
         yield
         keep_checkpoints(self.store, part.key, folder)
@@ -115,7 +123,8 @@ class Work(Generic[S]):
         rejects: Sequence[Mapping[str, Any]] = (),
         metadata: Mapping[str, Any] | None = None,
     ) -> PartRecord:
-        """Commit one part's rows with the digests of its parents; `table` is the stage's, `started` from `time.monotonic`."""
+        """Commit one part's rows with the digests of its parents; `table` is the stage's, `started`
+        from `time.monotonic`."""
         self.check_lease(part)
         texts: list[dict[str, str | None]] = [
             {"stage": self.stage, **{name: str(value) for name, value in reject.items() if value is not None}}
@@ -156,10 +165,11 @@ class Work(Generic[S]):
 
 
 def progress_of(run: Callable[[Callable[[Mapping[str, Any]], None]], object]) -> Iterator[Progress]:
-    """What a training run reports, as it comes; `run` gets the function to report with and is called in a thread.
+    """What a training run reports, as it comes; `run` gets the function to report with and is
+    called in a thread.
 
-    A report has `step`, `total_steps` and metrics. What the run raises is raised here. Called in the main thread, a SIGTERM is
-    noted for the run, which saves a checkpoint and stops.
+    A report has `step`, `total_steps` and metrics. What the run raises is raised here. Called in
+    the main thread, a SIGTERM is noted for the run, which saves a checkpoint and stops.
     """
     reports: queue.Queue[Progress | BaseException | None] = queue.Queue()
 

@@ -1,13 +1,15 @@
-"""How well the letters are sorted: the demo's reward, in the signature that TRL's GRPOTrainer uses too."""
+"""How well the letters are sorted: the demo's reward, in the signature that TRL's GRPOTrainer uses
+too."""
 
 ALPHABET = 14  # the task's letters are a to n
 
 
 def reward(prompts: list[str], completions: list[str], answer: list[str], **columns: object) -> list[float]:
-    """1 for the right answer; less by how far each letter is, in the alphabet, from the one that belongs in its place.
+    """1 for the right answer; less by how far each letter is, in the alphabet, from the one that
+    belongs in its place.
 
-    A missing letter, one too many, and anything that is not a small letter count as the whole alphabet away. `answer`
-    is the column of that name in prompts.jsonl.
+    A missing letter, one too many, and anything that is not a small letter count as the whole
+    alphabet away. `answer` is the column of that name in prompts.jsonl.
     """
     return [closeness(said.strip(), right) for said, right in zip(completions, answer, strict=True)]
 

@@ -4,9 +4,9 @@
     completion  "acbfjnk"      by a careless teacher: letters often come too early
     answer      "abcfjkn"      for the reward only
 
-Fine-tuning on the teacher's answers gives a mediocre reference policy: it solves the task about as carelessly as its teacher. The
-reward (reward.py) measures how careless an answer is. The policy is trained only on the reference's samples and their
-rewards.
+Fine-tuning on the teacher's answers gives a mediocre reference policy: it solves the task about as
+carelessly as its teacher. The reward (reward.py) measures how careless an answer is. The policy is
+trained only on the reference's samples and their rewards.
 """
 
 import json
@@ -24,7 +24,8 @@ CARELESSNESS = 0.35
 
 
 def write_demo(folder: str | Path, *, prompts: int = 1500, seed: int = 0) -> Path:
-    """Write `prompts.jsonl` and the base model's folder `base/` into `folder`; the same files every time.
+    """Write `prompts.jsonl` and the base model's folder `base/` into `folder`; the same files every
+    time.
 
     No two prompts have the same letters, so no answer to a held-out prompt can be memorized.
     """
@@ -44,7 +45,8 @@ def write_demo(folder: str | Path, *, prompts: int = 1500, seed: int = 0) -> Pat
     with (folder / "prompts.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows.values())
     texts = [row["prompt"] for row in rows.values()]
-    # 256 bytes, 6 special tokens and 3 merges, which spell "sort": every letter stays a separate token.
+    # 256 bytes, 6 special tokens and 3 merges, which spell "sort": every letter stays a separate
+    # token.
     build_tiny_model(
         folder / "base", texts, hidden_size=128, vocab_size=265, max_length=64, tied=True, seed=seed
     )

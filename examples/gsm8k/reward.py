@@ -1,4 +1,5 @@
-"""Whether the completion's last number is the answer: a verifiable reward for GSM8K's `answer` column ("... #### 72")."""
+"""Whether the completion's last number is the answer: a verifiable reward for GSM8K's `answer`
+column ("... #### 72")."""
 
 import re
 

@@ -1,10 +1,11 @@
 """`python -m examples.reproduce`: create the task, compare the methods, write tables and plots.
 
     python -m examples.reproduce [--store artifacts] [--out docs]
-    python -m examples.reproduce --report docs/reproduction.json    # write text and plots from an existing report
+    python -m examples.reproduce --report docs/reproduction.json  # only text and plots
 
-Writes `reproduction.json` (the report of `qrpo compare`), `reproduction.md` (findings on the paper's claims, and tables) and
-`reproduction.svg` into the folder `--out`. After a kill the same command resumes; a second run is fully cached.
+Writes `reproduction.json` (the report of `qrpo compare`), `reproduction.md` (findings on the
+paper's claims, and tables) and `reproduction.svg` into the folder `--out`. After a kill the same
+command resumes; a second run is fully cached.
 """
 
 import argparse
@@ -62,7 +63,8 @@ def findings(report: dict[str, Any]) -> str:
 
 
 def _reference_prompts(report: dict[str, Any]) -> str:
-    """The prompts of the reference's scores. Reports of version 0.1.0 do not say: all that are held out."""
+    """The prompts of the reference's scores. Reports of version 0.1.0 do not say: all that are held
+    out."""
     return "over the same prompts" if "reference_prompts" in report else "over all held-out prompts"
 
 
@@ -131,7 +133,8 @@ def tables(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Win rate over KL with the optimum's frontier, and reward over the number of reference samples."""
+    """Win rate over KL with the optimum's frontier, and reward over the number of reference
+    samples."""
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))

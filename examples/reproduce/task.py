@@ -1,12 +1,14 @@
-"""The comparison's task: the demo's letters, and exclamation marks that a preference judge likes and the reward ignores.
+"""The comparison's task: the demo's letters, and exclamation marks that a preference judge likes
+and the reward ignores.
 
     prompt      "sort kfbanjc"
     chosen      "abcfjnk!!!"    the preferred one of two careless answers
     rejected    "abcfkjn"
     answer      "abcfjkn"       for the reward only
 
-Both answers come from the demo's careless teacher, who adds up to four exclamation marks. The judge looks at the reward, but also
-likes each exclamation mark, so it prefers longer answers, as in human preference data.
+Both answers come from the demo's careless teacher, who adds up to four exclamation marks. The judge
+looks at the reward, but also likes each exclamation mark, so it prefers longer answers, as in human
+preference data.
 """
 
 import json
@@ -24,7 +26,8 @@ LIKING = 0.04  # value of an exclamation mark to the judge, in units of reward
 
 
 def write_task(folder: str | Path, *, prompts: int = 1200, seed: int = 1) -> Path:
-    """Write `prompts.jsonl` and the base model's folder `base/` into `folder`; the same files every time."""
+    """Write `prompts.jsonl` and the base model's folder `base/` into `folder`; the same files every
+    time."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)

@@ -1,7 +1,7 @@
 """The `qrpo` command.
 
-Standard output carries the result: a table, or one JSON object with `--json`. Progress and warnings go to standard error.
-Exit codes: 0 done, 1 failed, 2 bad usage or configuration.
+Standard output carries the result: a table, or one JSON object with `--json`. Progress and warnings
+go to standard error. Exit codes: 0 done, 1 failed, 2 bad usage or configuration.
 
     app            what all commands share: options, consoles, error lines
     run            demo, run, compare, plan
@@ -10,7 +10,8 @@ Exit codes: 0 done, 1 failed, 2 bad usage or configuration.
     service        serve, deploy
     pipeline_run   run a span of stages and print the summary
 
-A command imports what it needs when it is called, so that `--help` and shell completion answer at once.
+A command imports what it needs when it is called, so that `--help` and shell completion answer at
+once.
 """
 
 import os

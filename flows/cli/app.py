@@ -55,7 +55,8 @@ def _complete_stage(incomplete: str) -> list[str]:
 
 
 def _known_stage(given: Any) -> Any:
-    """Pass on one stage, a list of stages or None; raise BadParameter for a stage that does not exist."""
+    """Pass on one stage, a list of stages or None; raise BadParameter for a stage that does not
+    exist."""
     for name in given if isinstance(given, list) else [given]:
         if name is not None and name not in STAGE_NAMES:
             raise typer.BadParameter(f"no stage {name!r}; the stages are {', '.join(STAGE_NAMES)}")
@@ -94,7 +95,8 @@ _SHARED = {
 
 
 class Answer(NamedTuple):
-    """What a command answers: the object that `--json` prints, what it prints otherwise, whether the exit code is 1."""
+    """What a command answers: the object that `--json` prints, what it prints otherwise, whether
+    the exit code is 1."""
 
     value: Any
     view: Any
@@ -110,7 +112,8 @@ class Answer(NamedTuple):
 
 
 def command(name: str | None = None, *, shared: Sequence[str] = tuple(_SHARED)) -> Callable[[F], F]:
-    """Make a function a command of `qrpo`, with the options `shared`; its Answer is printed, each error is one line.
+    """Make a function a command of `qrpo`, with the options `shared`; its Answer is printed, each
+    error is one line.
 
     The function gets the store as its argument `store`, and `as_json` if it has such an argument.
     """
@@ -157,7 +160,8 @@ class _LineHandler(logging.Handler):
 
 @contextmanager
 def _errors_as_lines(debug: bool) -> Iterator[None]:
-    """Print an error as one line with its exit code; with `debug`, let it rise with its traceback."""
+    """Print an error as one line with its exit code; with `debug`, let it rise with its
+    traceback."""
     from qrpo.errors import ConfigError, QRPOError
     from storage import StoreError
 

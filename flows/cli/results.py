@@ -88,7 +88,8 @@ def evaluate(
     ] = None,
     trust: Trust = False,
 ) -> Answer:
-    """Evaluate policy, reference and other models on the held-out prompts, or one model on a public suite.
+    """Evaluate policy, reference and other models on the held-out prompts, or one model on a public
+    suite.
 
     Runs that differ only in their seed are also summarized together. Examples:
 
@@ -134,7 +135,8 @@ def report(
     store: "Store",
     path: Annotated[Path | None, Option("--out", help="File of the page. Default: report-RUN.html.")] = None,
 ) -> Answer:
-    """Write a run as one self-contained HTML page: result, plots, completions side by side, lineage."""
+    """Write a run as one self-contained HTML page: result, plots, completions side by side,
+    lineage."""
     from flows.views.report import write_report
     from flows.views.runs import run_name
 

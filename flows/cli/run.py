@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 @command()
 def demo(store: "Store") -> Answer:
-    """Run the whole pipeline on this machine in minutes, with a small model and task. Downloads nothing.
+    """Run the whole pipeline on this machine in minutes, with a small model and task. Downloads
+    nothing.
 
     Example: qrpo demo, then qrpo inspect demo rewards
     """
@@ -44,7 +45,8 @@ def init(
 ) -> Answer:
     """Write a configuration with every setting, its default and what it means.
 
-    Example: qrpo init config.yaml --prompts prompts.jsonl --model org/name --reward reward.py:reward
+    Example: qrpo init config.yaml --prompts prompts.jsonl --model org/name --reward
+    reward.py:reward
     """
     from qrpo.errors import ConfigError
     from tasks.config import apply_overrides, dump_config, parse_config
@@ -114,9 +116,11 @@ def compare(
     overrides: Overrides = None,
     write: Annotated[Path | None, Option("--out", help="Also write the report into this JSON file.")] = None,
 ) -> Answer:
-    """Train every method of the section `compare` over its grid and seeds, and report the best of each method.
+    """Train every method of the section `compare` over its grid and seeds, and report the best of
+    each method.
 
-    All methods share their samples, rewards and held-out prompts. Policies that the store already has are not trained again.
+    All methods share their samples, rewards and held-out prompts. Policies that the store already
+    has are not trained again.
 
     Example: qrpo compare examples/reproduce/config.yaml --out comparison.json
     """
@@ -132,7 +136,8 @@ def compare(
 
 @command()
 def plan(config: ConfigPath, store: "Store", overrides: Overrides = None) -> Answer:
-    """Show what `qrpo run` would compute, what is cached, why, and what would stop it. Writes nothing.
+    """Show what `qrpo run` would compute, what is cached, why, and what would stop it. Writes
+    nothing.
 
     Calls the rewards on a row of the dataset. Exit code 1 if anything would stop the run.
 

@@ -26,7 +26,8 @@ def serve(
     notify: Notify = None,
     overrides: Overrides = None,
 ) -> None:
-    """Start server, worker and schedule on this machine. The schedule, the browser or `prefect deployment run` starts runs.
+    """Start server, worker and schedule on this machine. The schedule, the browser or
+    `prefect deployment run` starts runs.
 
     Examples:
 
@@ -69,7 +70,8 @@ def deploy(
     notify: Notify = None,
     overrides: Overrides = None,
 ) -> Answer:
-    """Create deployments of the pipeline and of every stage on the Prefect server that PREFECT_API_URL names.
+    """Create deployments of the pipeline and of every stage on the Prefect server that
+    PREFECT_API_URL names.
 
     Examples:
 

@@ -116,7 +116,8 @@ def browse(
         Option(envvar="QRPO_BROWSE_TOKEN", help="The token to require. Default: a generated one."),
     ] = None,
 ) -> None:
-    """Serve a read-only web page of the store: runs, rows, distributions, prompts, two runs side by side."""
+    """Serve a read-only web page of the store: runs, rows, distributions, prompts, two runs side by
+    side."""
     from flows.views.browse.server import serve
 
     serve(store, host=host, port=port, token=token, say=out.print)
@@ -131,7 +132,8 @@ def verify(
     ] = False,
     trust: Trust = False,
 ) -> Answer:
-    """Check every file of the store: sha256, row counts, schemas, records, manifests. Exit code 1 if anything is wrong.
+    """Check every file of the store: sha256, row counts, schemas, records, manifests. Exit code 1
+    if anything is wrong.
 
     Examples:
 
@@ -164,7 +166,8 @@ def gc(
     ] = False,
     yes: Annotated[bool, Option("--yes", help="Remove the files; without it, only list them.")] = False,
 ) -> Answer:
-    """Remove artifacts that no run references. Keeps every named run unless a rule is given. Removes nothing without --yes.
+    """Remove artifacts that no run references. Keeps every named run unless a rule is given.
+    Removes nothing without --yes.
 
     Examples:
 

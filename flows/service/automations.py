@@ -1,8 +1,9 @@
 """Prefect automations: the server acts on failed runs even if the process of the run is gone.
 
-A run sends a heartbeat every 30 seconds. If its machine is lost, the run would stay "Running" without end and keep its place in the
-queue, so the server marks it as crashed after 90 seconds of silence. A notification block (Slack, e-mail, a webhook, ...), which
-you create once in the UI, can announce failed and crashed runs.
+A run sends a heartbeat every 30 seconds. If its machine is lost, the run would stay "Running"
+without end and keep its place in the queue, so the server marks it as crashed after 90 seconds of
+silence. A notification block (Slack, e-mail, a webhook, ...), which you create once in the UI, can
+announce failed and crashed runs.
 """
 
 from datetime import timedelta

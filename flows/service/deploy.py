@@ -1,8 +1,9 @@
 """`qrpo deploy`: create deployments of the pipeline and of every stage on a Prefect server.
 
-`deployments/prefect.yaml` declares the deployment of the pipeline. The deployments of the stages are derived from it and from
-the list of stages. All of them get the configuration and the store as default parameters. `deployments/pools.yaml` declares what
-the work pools change in Prefect's own job templates.
+`deployments/prefect.yaml` declares the deployment of the pipeline. The deployments of the stages
+are derived from it and from the list of stages. All of them get the configuration and the store as
+default parameters. `deployments/pools.yaml` declares what the work pools change in Prefect's own
+job templates.
 """
 
 import asyncio
@@ -40,7 +41,8 @@ _FOLDER_IN_CONTAINERS = "/work"
 
 @dataclass(frozen=True)
 class DeployOptions:
-    """How the deployments run. `qrpo deploy --help` describes each field; `secrets` maps variables to Secret blocks."""
+    """How the deployments run. `qrpo deploy --help` describes each field; `secrets` maps variables
+    to Secret blocks."""
 
     pool: str = "qrpo"
     pool_type: PoolType = "process"
@@ -53,9 +55,12 @@ class DeployOptions:
 
 
 def deploy(config: PipelineConfig, store: Store, options: DeployOptions) -> dict[str, Any]:
-    """Create or update every deployment on the server that PREFECT_API_URL names; return the object that `--json` prints.
+    """Create or update every deployment on the server that PREFECT_API_URL names; return the object
+    that `--json` prints.
 
-    Deployments are named by the run, and get the schedule of `options` in place of all that they had. Raises ConfigError if a schedule, store or block cannot be used, EngineError if the server does not answer or refuses.
+    Deployments are named by the run, and get the schedule of `options` in place of all that they
+    had. Raises ConfigError if a schedule, store or block cannot be used, EngineError if the server
+    does not answer or refuses.
     """
     if PREFECT_API_URL.value() is None:
         raise ConfigError(
@@ -103,7 +108,8 @@ def deployed_lines(deployed: dict[str, Any]) -> list[str]:
 
 
 def declarations() -> Iterator[dict[str, Any]]:
-    """Yield every deployment in the format of `prefect.yaml`: the pipeline as declared there, then one per stage."""
+    """Yield every deployment in the format of `prefect.yaml`: the pipeline as declared there, then
+    one per stage."""
     [pipeline] = yaml.safe_load((_FOLDER / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
     yield pipeline
     for name, stage in STAGES.items():
@@ -118,7 +124,8 @@ def declarations() -> Iterator[dict[str, Any]]:
 
 
 def job_template(default: dict[str, Any], pool_type: PoolType) -> dict[str, Any]:
-    """Prefect's default job template for this type of work pool, with the changes of `deployments/pools.yaml`."""
+    """Prefect's default job template for this type of work pool, with the changes of
+    `deployments/pools.yaml`."""
     changes = yaml.safe_load((_FOLDER / "pools.yaml").read_text(encoding="utf-8"))[pool_type]
     template: dict[str, Any] = _merged(default, {"job_configuration": changes.get("job_configuration", {})})
     properties = template["variables"]["properties"]
@@ -196,7 +203,8 @@ def _check_secrets(client: SyncPrefectClient, options: DeployOptions) -> None:
 
 
 def create_pool(client: SyncPrefectClient, options: DeployOptions) -> None:
-    """Create the work pool and its queues. An existing pool keeps its template, which may have been changed in the UI."""
+    """Create the work pool and its queues. An existing pool keeps its template, which may have been
+    changed in the UI."""
     try:
         client.read_work_pool(options.pool)
     except ObjectNotFound:

@@ -1,11 +1,13 @@
 """Run flows so that a Prefect server which does not answer costs the view, never the run.
 
-Prefect asks its server for permission before a flow starts, and reports its state after it ended. `call_flow` tells these
-requests apart from the flow's own function: where they fail, the function runs without Prefect, or its result is used anyway.
-The end that the server did not hear of is reported when it answers again, at the latest by `report_ends`.
+Prefect asks its server for permission before a flow starts, and reports its state after it ended.
+`call_flow` tells these requests apart from the flow's own function: where they fail, the function
+runs without Prefect, or its result is used anyway. The end that the server did not hear of is
+reported when it answers again, at the latest by `report_ends`.
 
-Inside the function Prefect must ask for nothing. So tasks get no tags (for each tag Prefect asks for a concurrency slot), and
-tasks and flows name their result storage, though they store no result (Prefect asks which one is the server's default).
+Inside the function Prefect must ask for nothing. So tasks get no tags (for each tag Prefect asks
+for a concurrency slot), and tasks and flows name their result storage, though they store no result
+(Prefect asks which one is the server's default).
 """
 
 import logging
@@ -43,7 +45,8 @@ _unseen = threading.Event()
 
 
 def call_flow(flow: Flow[..., T], config: Any, *arguments: Any, **options: Any) -> T:
-    """The result of a flow that takes a configuration first; its run is tagged `run:NAME`. Raises what its function raises.
+    """The result of a flow that takes a configuration first; its run is tagged `run:NAME`. Raises
+    what its function raises.
 
     `options` are those of a flow's call, such as `wait_for`.
     """
@@ -91,7 +94,8 @@ def call_flow(flow: Flow[..., T], config: Any, *arguments: Any, **options: Any) 
 
 
 def report_ends(patience: float) -> None:
-    """Tell the server how flow runs ended whose end it does not know. Waits for it at most `patience` seconds."""
+    """Tell the server how flow runs ended whose end it does not know. Waits for it at most
+    `patience` seconds."""
     deadline = time.monotonic() + patience
     while _unreported:
         try:
@@ -117,7 +121,8 @@ def _require_server() -> None:
 
 @contextmanager
 def _without_server() -> Iterator[None]:
-    """Tasks in this block send nothing: Prefect would try for each log line and event, and wait for all of them at exit."""
+    """Tasks in this block send nothing: Prefect would try for each log line and event, and wait for
+    all of them at exit."""
     _unseen.set()
     EventsWorker.set_client_override(NullEventsClient)
     try:
@@ -137,10 +142,12 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def cancellable_run() -> Iterator[Callable[[Any, Any, Any], None]]:
-    """Yield the `on_running` hook of the flow that the block runs. A run that is cancelled in the UI, or interrupted by
-    Ctrl-C, raises KeyboardInterrupt and is marked as cancelled; its committed parts are kept.
+    """Yield the `on_running` hook of the flow that the block runs. A run that is cancelled in the
+    UI, or interrupted by Ctrl-C, raises KeyboardInterrupt and is marked as cancelled; its committed
+    parts are kept.
 
-    Prefect handles both only for runs of a worker. Here a thread asks the server for the run's state.
+    Prefect handles both only for runs of a worker. Here a thread asks the server for the run's
+    state.
     """
     run_ids: list[UUID] = []
     over = threading.Event()

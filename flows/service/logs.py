@@ -1,6 +1,7 @@
 """Keep the log lines of Prefect and other libraries in a file, and the terminal quiet.
 
-Engines, rewards and training write their own logs, see `tasks.work.Work.log`. An error from one of them names its log.
+Engines, rewards and training write their own logs, see `tasks.work.Work.log`. An error from one of
+them names its log.
 """
 
 import logging
@@ -16,7 +17,8 @@ _FORMAT = "%(asctime)s %(levelname)-7s %(name)s  %(message)s"
 
 
 def log_path(store: Store, name: str) -> Path:
-    """The path of `logs/name` in a local store, otherwise in the user's cache folder. Creates its folder."""
+    """The path of `logs/name` in a local store, otherwise in the user's cache folder. Creates its
+    folder."""
     path = store.local_path(f"logs/{name}") or cache_folder() / "logs" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
@@ -24,7 +26,8 @@ def log_path(store: Store, name: str) -> Path:
 
 @contextmanager
 def logging_to(path: Path) -> Iterator[None]:
-    """Append all log records and warnings of this process to `path`; log the path if the block fails.
+    """Append all log records and warnings of this process to `path`; log the path if the block
+    fails.
 
     Call it after Prefect has set up its logging, which would remove other handlers.
     """

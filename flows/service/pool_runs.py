@@ -38,14 +38,16 @@ def changes(pool: str, since: datetime, shown: dict[UUID, str]) -> list[str]:
 
 
 def end_runs(pool: str, state: State[Any]) -> None:
-    """End every run of the pool that a worker has taken. Call it while no worker runs: each keeps its place in the queue."""
+    """End every run of the pool that a worker has taken. Call it while no worker runs: each keeps
+    its place in the queue."""
     with get_client(sync_client=True) as client:
         for run in _runs(client, pool, state={"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}):
             client.set_flow_run_state(run.id, state, force=True)
 
 
 def cancel_runs(pool: str, worker: Child) -> list[str]:
-    """Cancel the runs of this pool, wait some seconds for them, then kill the worker's process group; return the runs' names."""
+    """Cancel the runs of this pool, wait some seconds for them, then kill the worker's process
+    group; return the runs' names."""
     message = "`qrpo serve` ended; committed parts are kept."
     names: list[str] = []
     try:

@@ -1,7 +1,8 @@
-"""`qrpo serve`: a Prefect server, the deployments, their schedule and a worker, in one command on one machine.
+"""`qrpo serve`: a Prefect server, the deployments, their schedule and a worker, in one command on
+one machine.
 
-Server and worker are child processes that end with this process. Ctrl-C cancels the current runs: their finished parts are kept,
-their engines are shut down, and the next run continues from there.
+Server and worker are child processes that end with this process. Ctrl-C cancels the current runs:
+their finished parts are kept, their engines are shut down, and the next run continues from there.
 """
 
 import asyncio
@@ -45,10 +46,12 @@ def serve(
     ready: Callable[[dict[str, Any]], None],
     **options: Any,
 ) -> None:
-    """Serve until interrupted, with the server that PREFECT_API_URL names or a new one at `host` and `port`.
+    """Serve until interrupted, with the server that PREFECT_API_URL names or a new one at `host`
+    and `port`.
 
-    `options` are fields of `DeployOptions`. The runs use a work pool of this machine. Calls `ready` with the object that `--json`
-    prints. Raises ConfigError if the port is in use, EngineError if the worker ends.
+    `options` are fields of `DeployOptions`. The runs use a work pool of this machine. Calls `ready`
+    with the object that `--json` prints. Raises ConfigError if the port is in use, EngineError if
+    the worker ends.
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGTERM comes from a service manager
         signal.signal(number, signal.default_int_handler)

@@ -1,11 +1,12 @@
 """A Prefect server in a child process that ends with this process, even after kill -9.
 
-Prefect's own ephemeral server survives a killed flow and loses records at exit. The database is Prefect's default one, so a
-later `prefect server start` still shows past runs.
+Prefect's own ephemeral server survives a killed flow and loses records at exit. The database is
+Prefect's default one, so a later `prefect server start` still shows past runs.
 
-Whoever reaches the server can run code, and every web page reaches 127.0.0.1. So the server demands a login, which is new at
-each start unless PREFECT_SERVER_API_AUTH_STRING is set. It also demands Prefect's CSRF token, allows no other origin, and
-refuses requests for host names that are not its own.
+Whoever reaches the server can run code, and every web page reaches 127.0.0.1. So the server demands
+a login, which is new at each start unless PREFECT_SERVER_API_AUTH_STRING is set. It also demands
+Prefect's CSRF token, allows no other origin, and refuses requests for host names that are not its
+own.
 """
 
 import atexit
@@ -27,7 +28,8 @@ _STARTUP_SECONDS = 180.0
 
 
 def server_is_named() -> bool:
-    """Whether PREFECT_API_URL names a server; it is set to that of the active Prefect profile if it is missing.
+    """Whether PREFECT_API_URL names a server; it is set to that of the active Prefect profile if it
+    is missing.
 
     Without an import of Prefect, which reads its settings at import.
     """
@@ -44,10 +46,12 @@ def server_is_named() -> bool:
 
 
 def start_server() -> Callable[[], object]:
-    """Use the Prefect server that PREFECT_API_URL or the active profile names; without one, start a server and point this process to it.
+    """Use the Prefect server that PREFECT_API_URL or the active profile names; without one, start a
+    server and point this process to it.
 
-    Call it before you import Prefect, which reads its settings at import. The import then overlaps with the server's start. The
-    returned function waits until the server answers; it raises EngineError if the server does not start.
+    Call it before you import Prefect, which reads its settings at import. The import then overlaps
+    with the server's start. The returned function waits until the server answers; it raises
+    EngineError if the server does not start.
     """
     if server_is_named():
         return lambda: None
@@ -60,7 +64,8 @@ def start_server() -> Callable[[], object]:
 def open_server(
     host: str, port: int, *, services: bool = False, log: Path | None = None
 ) -> tuple[Child, Callable[[], object]]:
-    """Start a server; set PREFECT_API_URL and PREFECT_API_AUTH_STRING. Returns its child process and a function that waits until it answers.
+    """Start a server; set PREFECT_API_URL and PREFECT_API_AUTH_STRING. Returns its child process
+    and a function that waits until it answers.
 
     `services` adds what a shared server needs: the scheduler, automations, the UI.
     """
@@ -82,7 +87,8 @@ def open_server(
 
 
 def own_names(host: str) -> list[str]:
-    """The names and addresses under which a browser or worker may ask a server that listens on `host`."""
+    """The names and addresses under which a browser or worker may ask a server that listens on
+    `host`."""
     names = {
         "localhost",
         "127.0.0.1",

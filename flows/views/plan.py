@@ -18,13 +18,15 @@ from tasks.stages import STAGES
 
 
 def preview(config: PipelineConfig, store: Store) -> dict[str, Any]:
-    """For every stage `parts_total` and `parts_cached` (null while the prompts are unknown), `rows` and `reasons` in words.
+    """For every stage `parts_total` and `parts_cached` (null while the prompts are unknown), `rows`
+    and `reasons` in words.
 
-    `rows` says what the missing parts cost: `compute` of `unit` to compute, and `reuse` of them taken from committed rows; null for
-    stages whose rows cost next to nothing.
+    `rows` says what the missing parts cost: `compute` of `unit` to compute, and `reuse` of them
+    taken from committed rows; null for stages whose rows cost next to nothing.
 
-    Reads the source where it is a file, so that appended or removed prompts are seen; a hub dataset is not downloaded.
-    With several rounds the values are the first round's, and `rounds` holds those of all.
+    Reads the source where it is a file, so that appended or removed prompts are seen; a hub dataset
+    is not downloaded. With several rounds the values are the first round's, and `rounds` holds
+    those of all.
     """
     first, *later = round_configs(config)
     rounds = [_preview(first, store), *(_preview_later(of_round, store) for of_round in later)]
@@ -32,7 +34,8 @@ def preview(config: PipelineConfig, store: Store) -> dict[str, Any]:
 
 
 def _preview_later(config: PipelineConfig, store: Store) -> dict[str, Any]:
-    """A round after the first; nothing is known of it before the policy that it starts from is there."""
+    """A round after the first; nothing is known of it before the policy that it starts from is
+    there."""
     try:
         return _preview(config, store)
     except ConfigError:

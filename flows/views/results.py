@@ -16,7 +16,8 @@ SCORES: tuple[Score, ...] = ("reward", "win_rate", "quantile_reward", "kl", "len
 
 
 def equal_rewards(store: Store, run: str) -> dict[str, Any]:
-    """The run's prompts whose reference rewards are all equal: the theory holds for those with ranks."""
+    """The run's prompts whose reference rewards are all equal: the theory holds for those with
+    ranks."""
     manifest = RunArtifacts(store, run).manifest("quantiles")
     known = {name: manifest.metadata.get(name) for name in ("equal_rewards", "num_excluded", "note")}
     note = known["note"] or f"no prompt of {manifest.rows:,} has reference rewards that are all equal"

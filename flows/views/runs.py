@@ -1,4 +1,5 @@
-"""Runs and their artifacts as every view reads them: names, manifests, lineage, and small text helpers."""
+"""Runs and their artifacts as every view reads them: names, manifests, lineage, and small text
+helpers."""
 
 import json
 import shutil
@@ -14,7 +15,8 @@ from tasks.stages import STAGE_NAMES
 
 
 class RunArtifacts:
-    """The artifacts of one run. Each manifest is read once. Raises ConfigError if the store has no such run."""
+    """The artifacts of one run. Each manifest is read once. Raises ConfigError if the store has no
+    such run."""
 
     def __init__(self, store: Store, run: str) -> None:
         noted = store.run(run)
@@ -52,7 +54,8 @@ class RunArtifacts:
         return manifest
 
     def lineage(self, manifest: Manifest) -> list[dict[str, Any]]:
-        """Every artifact that this one was made from, nearest first, each with its `inputs` from outside."""
+        """Every artifact that this one was made from, nearest first, each with its `inputs` from
+        outside."""
         steps: dict[str, dict[str, Any]] = {}
         todo = list(manifest.parents.items())
         while todo:

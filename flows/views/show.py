@@ -72,7 +72,8 @@ def stages_table(listing: dict[str, Any]) -> Group | str:
 
 
 def describe(store: Store, name: str, stage: str) -> dict[str, Any]:
-    """One artifact: `stage`, `fingerprint`, `rows`, `rejects`, `parts` (URLs), and everything that made it."""
+    """One artifact: `stage`, `fingerprint`, `rows`, `rejects`, `parts` (URLs), and everything that
+    made it."""
     run = RunArtifacts(store, run_name(name))
     manifest = run.manifest(stage)
     keys = ("fingerprint", "rows", "rejects", "bytes", "code_version", "created", "seconds")

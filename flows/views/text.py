@@ -1,15 +1,18 @@
-"""Text that models wrote, made harmless: no control character reaches a terminal, no direction mark reverses a page."""
+"""Text that models wrote, made harmless: no control character reaches a terminal, no direction mark
+reverses a page."""
 
 import re
 from typing import Any
 
 INVISIBLE = re.compile(
-    # C0 and C1 controls except tab and newline; soft hyphen; marks of width, joining and direction; line and paragraph
-    # separators; tags; variation selectors past the plain ones; unassigned and surrogate code points
+    # C0 and C1 controls except tab and newline; soft hyphen; marks of width, joining and direction;
+    # line and paragraph separators; tags; variation selectors past the plain ones; unassigned and
+    # surrogate code points
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f"
     "\u3164\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff\U0001d173-\U0001d17a\U000e0000-\U000e0fff\ud800-\udfff]"
 )
-"""Characters that views write out instead of printing. A carriage return before a newline is one of them."""
+"""Characters that views write out instead of printing. A carriage return before a newline is one of
+them."""
 
 
 def escape(character: str) -> str:

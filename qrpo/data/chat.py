@@ -264,7 +264,8 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def _encode_with_ends(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """Token ids, and where in the text each token ends (nothing for a tokenizer that cannot say)."""
+    """Token ids, and where in the text each token ends (nothing for a tokenizer that cannot
+    say)."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
     return list(encoded["input_ids"]), [end for _, end in encoded.get("offset_mapping", ())]
 

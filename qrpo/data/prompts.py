@@ -61,8 +61,9 @@ class PromptsConfig(Section):
     source_name: str | None = None
     """Value of the `source` column; by default the last part of the source's path."""
     columns: dict[Column, str | None] = Field(default_factory=dict)
-    """The dataset's own names for `prompt`, `completion`, `chosen`, `rejected`, `messages`, `tools`,
-    as `{prompt: question}`; null keeps a column of that name out of it (it stays in the metadata)."""
+    """The dataset's own names for `prompt`, `completion`, `chosen`, `rejected`, `messages`,
+    `tools`, as `{prompt: question}`; null keeps a column of that name out of it (it stays in the
+    metadata)."""
     system_prompt: str | None = None
     """System message for conversations that have none."""
     limit: int | None = Field(None, ge=1)
@@ -362,8 +363,8 @@ def _joined_text(parts: Sequence[Any], where: str) -> str:
 
 
 def _jsonable(value: Any, levels: int = _MAX_LEVELS) -> Any:
-    """Plain JSON values. Of Parquet's other types, decimals become numbers or their digits, bytes the text that
-    they hold (`{"base64": ...}` where they hold none), dates and all others text."""
+    """Plain JSON values. Of Parquet's other types, decimals become numbers or their digits, bytes
+    the text that they hold (`{"base64": ...}` where they hold none), dates and all others text."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):

@@ -3,8 +3,9 @@ place.
 
 Supported are JSONL, JSON, CSV and Parquet, compressed or not, at a path, a glob or any fsspec URL,
 and Hugging Face datasets as `hf://org/name[/config][@revision][:split]` (also a folder:
-`hf:///path/to/folder:train`). Files are streamed, except `.json`. Errors of a whole file are raised:
-missing, not Parquet, a quote in a CSV file that is never closed, UTF-16, two columns of one name.
+`hf:///path/to/folder:train`). Files are streamed, except `.json`. Errors of a whole file are
+raised: missing, not Parquet, a quote in a CSV file that is never closed, UTF-16, two columns of one
+name.
 """
 
 import codecs
@@ -278,7 +279,8 @@ def _dataset_rows(source: str) -> Iterator[tuple[str, Row | DataError]]:
     name, configuration, revision, split = dataset_names(source)
     try:
         with tempfile.TemporaryDirectory() as unshared:
-            # the library's own cache goes by the files' times, and would return the rows of older files
+            # the library's own cache goes by the files' times, and would return the rows of older
+            # files
             cache = unshared if Path(name).is_dir() else None
             if _is_saved(Path(name)):
                 rows = datasets.load_from_disk(name)

@@ -1,5 +1,5 @@
-"""Further arguments for `vllm.LLM` from the configuration: their names and types are checked when it
-is read, and none may overrule a setting or what results rely on."""
+"""Further arguments for `vllm.LLM` from the configuration: their names and types are checked when
+it is read, and none may overrule a setting or what results rely on."""
 
 import ast
 import importlib.util
@@ -57,8 +57,8 @@ VLLMOptions = Annotated[dict[str, Any], AfterValidator(_check)]
 
 @cache
 def _arguments() -> dict[str, tuple[type, ...]]:
-    """The arguments of the installed vLLM with their types, read from its source: importing it takes
-    13 s. No types where they are not simple; empty where vLLM is not installed."""
+    """The arguments of the installed vLLM with their types, read from its source: importing it
+    takes 13 s. No types where they are not simple; empty where vLLM is not installed."""
     spec = importlib.util.find_spec("vllm")
     source = Path(*(spec.submodule_search_locations or [""])[:1], "engine", "arg_utils.py") if spec else None
     if source is None or not source.is_file():

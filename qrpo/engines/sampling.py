@@ -83,9 +83,9 @@ class Engine(Protocol):
         """Yield (key, samples in the order requested) for every request as it finishes, so in any
         order.
 
-        Raises DataError before anything starts if a request does not fit (see `qrpo.models.limits`),
-        EngineError if the engine dies: results already yielded stay valid, and the next call starts
-        it again.
+        Raises DataError before anything starts if a request does not fit (see
+        `qrpo.models.limits`), EngineError if the engine dies: results already yielded stay valid,
+        and the next call starts it again.
         """
         ...
 

@@ -153,8 +153,8 @@ class VLLMEngine:
 
 
 def report_death(llm: Any) -> None:
-    """Let a step of vLLM raise an error if its core's process ends. (vLLM notices the end, but waits
-    for the core's answer without limit.)"""
+    """Let a step of vLLM raise an error if its core's process ends. (vLLM notices the end, but
+    waits for the core's answer without limit.)"""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     core = llm.llm_engine.engine_core

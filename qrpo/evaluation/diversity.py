@@ -2,7 +2,8 @@
 
     unique            share of different samples among a prompt's samples
     distinct_1, _2    share of different tokens, and bigrams, in a prompt's samples (Li et al. 2016)
-    self_similarity   mean Jaccard overlap of the bigrams of two samples; 1: all equal, 0: nothing shared
+    self_similarity   mean Jaccard overlap of the bigrams of two samples; 1: all equal, 0: nothing
+                      shared
 
 All are counts of tokens; no model is needed. Compare only values from the same number of samples
 per prompt.

@@ -4,10 +4,12 @@
                                 AlpacaEval 2's length term (Dubois et al. 2024), fitted to all pairs
                                 of samples of the same prompt; prompts have equal weight
     reward gain at equal length d in reward = (one constant per prompt) + b length + d [policy]
-    reward per token            the slope of reward on length among one model's samples of the same prompt
+    reward per token            the slope of reward on length among one model's samples of the same
+                                prompt
 
-Lengths are in tokens. Standard errors are clustered by prompt (sandwich estimator), with t quantiles
-for the interval of the win rate. They describe the fit, not whether length causes the reward.
+Lengths are in tokens. Standard errors are clustered by prompt (sandwich estimator), with t
+quantiles for the interval of the win rate. They describe the fit, not whether length causes the
+reward.
 """
 
 from dataclasses import asdict, dataclass
@@ -72,9 +74,9 @@ def reward_per_token(reward: Floats, length: Floats, prompt: Ints) -> Slope:
 def _win_rate(won: Floats, longer_by: Floats, prompt: Ints) -> dict[str, float]:
     """P(win) at equal length, by logistic regression with standard errors clustered by prompt.
 
-    Where the likelihood has no maximum (a model that always wins), an additional prompt with a tie at
-    each extreme of length keeps the fit finite. Elsewhere it would pull the slope to 0, and with few
-    prompts leave much of the effect of length in the win rate.
+    Where the likelihood has no maximum (a model that always wins), an additional prompt with a tie
+    at each extreme of length keeps the fit finite. Elsewhere it would pull the slope to 0, and with
+    few prompts leave much of the effect of length in the win rate.
     """
     from scipy.special import expit, stdtrit
 
@@ -93,7 +95,8 @@ def _win_rate(won: Floats, longer_by: Floats, prompt: Ints) -> dict[str, float]:
 
 
 def _logistic(x: Floats, won: Floats, weight: Floats, index: Ints) -> tuple[Floats, float, bool]:
-    """Intercept and slope of won on x, the intercept's error, and whether the likelihood has a maximum."""
+    """Intercept and slope of won on x, the intercept's error, and whether the likelihood has a
+    maximum."""
     from scipy.special import expit
 
     design = np.stack([np.ones_like(x), x], axis=1)

@@ -4,9 +4,12 @@ Samples of one prompt are correlated, so standard errors and intervals are over 
 samples. All functions are pure, on NumPy arrays with one entry per sample: `values`, and `prompt`,
 integers that number the prompts.
 
-    win rate   P(policy's reward > reference's), ties a half, over all pairs of samples of the same prompt
-    KL         E_policy[log pi - log ref], from the policy's samples: unbiased; may be negative by chance
-    k3         E_policy[ref/pi - 1 + log pi - log ref]: never negative, same expectation (Schulman 2020)
+    win rate   P(policy's reward > reference's), ties a half, over all pairs of samples of the same
+               prompt
+    KL         E_policy[log pi - log ref], from the policy's samples: unbiased; may be negative by
+               chance
+    k3         E_policy[ref/pi - 1 + log pi - log ref]: never negative, same expectation (Schulman
+               2020)
 """
 
 from typing import Any

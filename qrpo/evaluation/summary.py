@@ -113,8 +113,8 @@ def prompt_scores(table: Any, score: Score) -> tuple[list[str], dict[str, Floats
 
 
 def _samples(table: Any) -> dict[str, pl.DataFrame]:
-    """The scored rows of each model, in the order in which the models first appear; `prompt` numbers
-    the prompts in the order of their ids."""
+    """The scored rows of each model, in the order in which the models first appear; `prompt`
+    numbers the prompts in the order of their ids."""
     rows = pl.DataFrame({name: table[name] for name in COLUMNS}).filter(pl.col("reward").is_not_null())
     rows = rows.with_columns(
         prompt=pl.col("prompt_id").rank("dense").cast(pl.Int64) - 1,

@@ -1,7 +1,8 @@
 """QRPO's loss, and the losses to compare it with, on the same (B, K) batch: B prompts with K
 completions each.
 
-    QRPO    ( f(q) - beta log Z - beta log_ratio )^2                    pointwise, one term per completion
+    QRPO    ( f(q) - beta log Z - beta log_ratio )^2                    pointwise, one term per
+            completion
     DPO     -log sigmoid( beta (log_ratio_chosen - log_ratio_rejected) )
     REBEL   ( (r_chosen - r_rejected)/beta - (log_ratio_chosen - log_ratio_rejected) )^2
     SimPO   -log sigmoid( beta (logprob_chosen/length - logprob_rejected/length - gamma/beta) )

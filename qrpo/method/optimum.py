@@ -3,7 +3,8 @@
 pi* depends on a completion only through its quantile t under the reference, where t is uniform:
 
     density     p(t) = exp(f(t)/beta)/Z                        of quantile rewards under pi*
-    win rate    E_p[t]                                          = P(pi* beats the reference), ties count half
+    win rate    E_p[t]                                          = P(pi* beats the reference), ties
+                count half
     KL          E_p[f]/beta - log Z                             = KL(pi* || reference), nats
     gain        beta log Z - E_uniform[f]                       increase of the objective
 

@@ -12,14 +12,15 @@ Z = E_ref[exp(f(q)/beta)]. The distribution of q under the reference decides Z:
     and its n samples are n + 1 exchangeable draws, so q is uniform on {0..n}/n and Z = 1/(n+1)
     sum_{k=0}^n exp(f(k/n)/beta). If the completion counts among its own n references
     (`self_included`), Z = 1/n sum_{k=1}^n exp(f(k/n)/beta); leave-one-out is the first case with
-    n - 1. Quantiles at an open end of f are clamped as in training, and the clamp is inside the sum.
+    n - 1. Quantiles at an open end of f are clamped as in training, inside the sum.
     Exact for the mean of exp(f(q)/beta) over completions and over draws of the references.
 
-    Use it if f is infinite at an end and therefore clamped: for `normal-icdf` at beta = 0.5 the continuous log Z is 2.00
-    for any n, `finite` 1.24 at n = 10 and 1.73 at n = 50, and a policy can fit 1.06 to 1.16 and 1.64 to 1.69. For
-    `identity` prefer `continuous` (7.70 at beta = 0.1): noise averages out over prompts, E[q_n] = q, and even a policy
-    that memorises each prompt's noise has log Z of 7.73 on average at n = 50 (7.90 at n = 10), by Jensen's inequality
-    below the `finite` 7.78 (8.06). Measured in benchmarks/README.md.
+    Use it if f is infinite at an end and therefore clamped: for `normal-icdf` at beta = 0.5 the
+    continuous log Z is 2.00 for any n, `finite` 1.24 at n = 10 and 1.73 at n = 50, and a policy can
+    fit 1.06 to 1.16 and 1.64 to 1.69. For `identity` prefer `continuous` (7.70 at beta = 0.1):
+    E[q_n] = q, and even a policy that memorizes each prompt's noise has log Z of 7.73 on average at
+    n = 50 (7.90 at n = 10), by Jensen's inequality below the `finite` 7.78 (8.06). Measured in
+    benchmarks/README.md.
 
 `empirical`: rewards are discrete (pass rates, grades), so q takes few values with unequal
     probabilities, and Z = 1/n sum_i exp(f(q(s_i))/beta) over the reference samples s_i, q(s_i) =

@@ -1,7 +1,8 @@
 """Quantile rewards: the rank of a completion's reward among the rewards of the reference policy's
 completions.
 
-    q(y) = P(s <= r(y)),  s ~ rewards of the reference, estimated from n of them        (QRPO, arXiv 2507.08068)
+    q(y) = P(s <= r(y)),  s ~ rewards of the reference, estimated from n of them        (QRPO, arXiv
+                          2507.08068)
 
 References are ragged: one flat array and offsets, as Arrow stores a list column, so a Parquet
 column is used without a copy. The work is one pass of comparisons in cache-sized blocks, N*K per

@@ -2,11 +2,13 @@
 
 `qrpo.method.optimum` has the exact optimum. With n reference samples instead of the true quantile:
 
-    noise       E[(f(q_n) - f(q))^2], q_n = k/n with k binomial(n, q), q uniform: 1/(6n) for the identity
+    noise       E[(f(q_n) - f(q))^2], q_n = k/n with k binomial(n, q), q uniform: 1/(6n) for the
+                identity
     SNR         Var f(q) / noise: n/2 for the identity. This is the paper's pre-computation scaling.
-    attained    the objective of the policy that fits each prompt's noisy f(q_n), as one that memorises does; generalising
-                over prompts smooths the noise. Its loss relative to pi* is beta KL(attained || pi*). A pointwise loss
-                loses a little more, because it has one Z for all prompts (benchmarks/optimum.py).
+    attained    the objective of the policy that fits each prompt's noisy f(q_n), as one that
+                memorises does; generalising over prompts smooths the noise. Its loss relative to
+                pi* is beta KL(attained || pi*). A pointwise loss loses a little more, because it
+                has one Z for all prompts (benchmarks/optimum.py).
 
 `enough_references` is the smallest n that attains a given fraction of the gain. `qrpo theory` shows
 `summary`, the tables and the plot.

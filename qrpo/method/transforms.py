@@ -6,16 +6,16 @@ The objective is max E[f(q)] - beta KL(policy || reference). Under the reference
 
 depends on f and beta only. With u = 1/beta:
 
-| name                 | f(q)             | Z                                  | beta    | infinite at |
-|----------------------|------------------|------------------------------------|---------|-------------|
-| `identity`           | q                | (e^u - 1)/u                        | > 0     |             |
-| `log`                | log q            | 1/(1 + u)                          | > 0     | 0           |
-| `normal-icdf`        | Phi^-1(q)        | exp(u^2/2)                         | > 0     | 0, 1        |
-| `scaled-normal-icdf` | s * Phi^-1(q)    | exp((s u)^2/2), s one per prompt   | > 0     | 0, 1        |
-| `logit`              | log(q/(1 - q))   | pi u / sin(pi u)                   | > 1     | 0, 1        |
-| `power`              | q^p, p > 0       | 1F1(1/p; 1 + 1/p; u)               | > 0     |             |
+| name                 | f(q)           | Z                            | beta | infinite at |
+|----------------------|----------------|------------------------------|------|-------------|
+| `identity`           | q              | (e^u - 1)/u                  | > 0  |             |
+| `log`                | log q          | 1/(1 + u)                    | > 0  | 0           |
+| `normal-icdf`        | Phi^-1(q)      | exp(u^2/2)                   | > 0  | 0, 1        |
+| `scaled-normal-icdf` | s * Phi^-1(q)  | exp((s u)^2/2), s per prompt | > 0  | 0, 1        |
+| `logit`              | log(q/(1 - q)) | pi u / sin(pi u)             | > 1  | 0, 1        |
+| `power`              | q^p, p > 0     | 1F1(1/p; 1 + 1/p; u)         | > 0  |             |
 
-Where f is infinite, an estimated quantile of exactly 0 or 1 is clamped by `edge` reference samples:
+Where f is infinite, an estimated quantile of exactly 0 or 1 is clamped by `edge` reference samples,
 to [edge/n, 1 - edge/n], at most to 1/2, at the open end only (`edge=1` is what the research code
 does). The clamp changes the distribution of f(q), so the `continuous` Z is then no longer exact;
 `partition="finite"` includes the clamp.
@@ -53,7 +53,8 @@ class Transform:
     min_beta: ClassVar[float] = 0.0
     """Z is finite for beta above this."""
     needs_scale: ClassVar[bool] = False
-    """Whether f is meant to be multiplied by one scale per prompt; log Z is then that at beta / scale."""
+    """Whether f is meant to be multiplied by one scale per prompt; log Z is then that at beta /
+    scale."""
 
     def __post_init__(self) -> None:
         if not 0 < self.edge < np.inf:
@@ -176,7 +177,8 @@ class Log(Transform):
 
 @dataclass(frozen=True)
 class NormalIcdf(Transform):
-    """f(q) = Phi^-1(q), the inverse normal distribution function; N(1/beta, 1) under the optimum."""
+    """f(q) = Phi^-1(q), the inverse normal distribution function; N(1/beta, 1) under the
+    optimum."""
 
     name: ClassVar[str] = "normal-icdf"
     open_ends: ClassVar[tuple[bool, bool]] = (True, True)
@@ -349,7 +351,8 @@ def from_function(
 
 
 def reference_scale(ref_std: Array, mean_ref_std: float) -> Array:
-    """Each prompt's standard deviation (n - 1) of reference rewards over the mean of all prompts."""
+    """Each prompt's standard deviation (n - 1) of reference rewards over the mean of all
+    prompts."""
     if not mean_ref_std > 0:
         raise ConfigError(
             f"scaled-normal-icdf: the mean standard deviation of reference rewards must be above 0, got {mean_ref_std!r}; "

@@ -1,8 +1,9 @@
 """Models: configuration, identity and loading; `qrpo.models.limits` has the rows that they take.
 
-A model is a folder or a Hugging Face hub id. Its identity is part of fingerprints: the digest of a folder's files, or the
-name and revision of a hub id, which needs no download. A model is loaded in the precision of its weights, and only if
-every weight comes from its files and every weight of the files is used.
+A model is a folder or a Hugging Face hub id. Its identity is part of fingerprints: the digest of a
+folder's files, or the name and revision of a hub id, which needs no download. A model is loaded in
+the precision of its weights, and only if every weight comes from its files and every weight of the
+files is used.
 """
 
 import hashlib
@@ -114,7 +115,8 @@ def model_identity(model: ModelConfig, *, every_file: bool = False) -> dict[str,
 
 
 def _end_tokens(path: Path) -> str:
-    """The end tokens of a generation config as JSON, or the file's digest if it is no JSON object."""
+    """The end tokens of a generation config as JSON, or the file's digest if it is no JSON
+    object."""
     try:
         return json.dumps(json.loads(path.read_bytes()).get("eos_token_id"))
     except (ValueError, AttributeError):
@@ -238,8 +240,8 @@ def generation_config(model: ModelConfig) -> Any:
 
 def load_causal_lm(model: ModelConfig, device: str | None = None, *, empty: bool = False) -> Any:
     """The language model in evaluation mode on `device` (the first GPU if there is one, else the
-    CPU); if `empty`, with weights that are not set: on `meta`, or on the CPU, where they take no memory
-    until then."""
+    CPU); if `empty`, with weights that are not set: on `meta`, or on the CPU, where they take no
+    memory until then."""
     from transformers import AutoModelForCausalLM
 
     if empty:
@@ -356,7 +358,8 @@ def _some(names: set[str]) -> str:
 
 @contextmanager
 def _readable_errors(model: ModelConfig, what: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Raise ModelError for errors of files, for those of these kinds, and for any of the model's own Python code."""
+    """Raise ModelError for errors of files, for those of these kinds, and for any of the model's
+    own Python code."""
     known: tuple[type[Exception], ...] = (OSError, ValueError, *kinds)
     try:
         yield

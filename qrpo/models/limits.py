@@ -22,9 +22,9 @@ class Limits:
     def problem(self, token_ids: Sequence[int], max_tokens: int | None = None) -> str | None:
         """Why the model cannot read these tokens; None if it can.
 
-        With `max_tokens`, they are a prompt that a completion of at most that number of tokens follows. (An
-        engine refuses the whole call for one prompt that is too long or has an unknown token, and
-        silently shortens the completion of a prompt that is nearly too long.)
+        With `max_tokens`, they are a prompt that a completion of at most that number of tokens
+        follows. (An engine refuses the whole call for one prompt that is too long or has an unknown
+        token, and silently shortens the completion of a prompt that is nearly too long.)
         """
         length = len(token_ids)
         if length == 0:

@@ -84,8 +84,8 @@ class Child:
             return next(answers)
 
     def stream(self, method: str, *args: Any, timeout: float | None = None) -> Iterator[Any]:
-        """Yield a generator method's items as they arrive; TimeoutError, and the child is killed, if
-        none does in `timeout` seconds. Closing the iterator kills the child."""
+        """Yield a generator method's items as they arrive; TimeoutError, and the child is killed,
+        if none does in `timeout` seconds. Closing the iterator kills the child."""
         return self._exchange(method, args, timeout, streaming=True)
 
     def close(self, grace: float = 5.0) -> None:

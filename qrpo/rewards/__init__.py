@@ -4,7 +4,8 @@
     function       kind `function`: a Python function in TRL's GRPO signature
     model          kind `model`: a Hugging Face reward model, run by transformers
     pooling        the same under vLLM's pooling runner
-    judge          kind `judge`: a language model behind an OpenAI-compatible server grades by a rubric
+    judge          kind `judge`: a language model behind an OpenAI-compatible server grades by a
+                   rubric
     grades         how a judge's answer becomes a score
     chat_client    requests to the judge's server, with retries
     answer         kind `answer`: comparison with the right answer, as mathematics or as text

@@ -36,8 +36,8 @@ class AnswerRewardConfig(WorkerSection):
     kind: Literal["answer"] = "answer"
     """Says that this reward compares with the right answer."""
     column: str = Field("answer", min_length=1)
-    """The column with the right answer, or `column.field` of a struct, such as `reward_model.ground_truth`. The
-    reward does not apply where it is null."""
+    """The column with the right answer, or `column.field` of a struct, such as
+    `reward_model.ground_truth`. The reward does not apply where it is null."""
     match: Literal["math", "exact"] = "math"
     """`math`: equal as mathematics. `exact`: equal as text, ignoring case and spaces."""
     answer_after: str | None = Field(None, min_length=1)
@@ -49,13 +49,14 @@ class AnswerRewardConfig(WorkerSection):
     wrong: float = Field(0.0, allow_inf_nan=False)
     """Reward of any other."""
     digits: int = Field(6, ge=0)
-    """Decimal places in which numbers must agree (`math`); a right answer that has zeros alone there is compared
-    to 3 significant digits."""
+    """Decimal places in which numbers must agree (`math`); a right answer that has zeros alone
+    there is compared to 3 significant digits."""
     batch_size: int = execution_option(64, ge=1)
     """Completions per call."""
 
     def identity(self) -> dict[str, Any]:
-        """How answers are read, and the packages that compare; ConfigError if they are not installed."""
+        """How answers are read, and the packages that compare; ConfigError if they are not
+        installed."""
         if self.match == "exact":
             return {"reading": _READING}
         try:
@@ -122,7 +123,8 @@ class AnswerReward:
 
 
 def answer_text(value: Any) -> str:
-    """The text of a value that JSON, Parquet or `datasets` gave; ValueError for one that is no answer."""
+    """The text of a value that JSON, Parquet or `datasets` gave; ValueError for one that is no
+    answer."""
     if isinstance(value, str):
         if value.strip().startswith('["'):  # a list that the dataset keeps as JSON text
             with contextlib.suppress(json.JSONDecodeError):

@@ -159,7 +159,8 @@ def _retry_after(value: str) -> float:
 
 
 def _status_and_answer(response: httpx.Response) -> tuple[int, dict[str, Any]]:
-    """The status, also one that a router reports in the body of a 200, and the answer ({} if it has another form)."""
+    """The status, also one that a router reports in the body of a 200, and the answer ({} if it has
+    another form)."""
     try:
         answer = response.json()
     except ValueError:

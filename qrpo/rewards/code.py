@@ -35,8 +35,8 @@ class CodeRewardConfig(RewardSection):
     kind: Literal["code"] = "code"
     """Says that this reward runs code."""
     tests: Literal["check", "stdio"] = "check"
-    """`check`: tests of functions and classes, see `qrpo.sandbox.inside.suite`; `stdio`: a program's
-    outputs for its inputs."""
+    """`check`: tests of functions and classes, see `qrpo.sandbox.inside.suite`; `stdio`: a
+    program's outputs for its inputs."""
     test: str = "test"
     """The column with the source of the tests (a string, or a list of them)."""
     entry_point: str = "entry_point"
@@ -45,8 +45,8 @@ class CodeRewardConfig(RewardSection):
     preamble: str | None = None
     """The column with source that precedes solution and tests; LeetCodeDataset's is `prompt`."""
     inputs: str = "inputs"
-    """The column with a program's inputs: a string or a list of strings. Or with inputs and outputs,
-    as an object or its JSON: `{"inputs": [...], "outputs": [...]}` or a list of
+    """The column with a program's inputs: a string or a list of strings. Or with inputs and
+    outputs, as an object or its JSON: `{"inputs": [...], "outputs": [...]}` or a list of
     `{"input": ..., "output": ...}`."""
     outputs: str = "outputs"
     """The column with the expected output for each input."""

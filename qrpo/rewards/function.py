@@ -127,9 +127,11 @@ def _as_given(prompt: Messages, conversational: bool) -> Any:
 
 
 def _is_list(values: Any) -> bool:
-    """Whether these are values in an order that the function chose: a sequence, a NumPy array, a tensor, a column.
+    """Whether these are values in an order that the function chose: a sequence, a NumPy array, a
+    tensor, a column.
 
-    The order of a set is none, a mapping iterates over its keys, and the items of text and bytes are no rewards.
+    The order of a set is none, a mapping iterates over its keys, and the items of text and bytes
+    are no rewards.
     """
     if isinstance(values, (str, bytes, bytearray, memoryview, Mapping, Set)):
         return False

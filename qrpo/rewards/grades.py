@@ -2,7 +2,8 @@
 
 A text gives its grade in one of these forms; any other is the row's error, never a guess:
 
-    Grade: 2, "score": 2, rating is 2, [[2]]    marked; all marks must agree, those of a final or overall grade win
+    Grade: 2, "score": 2, rating is 2, [[2]]    marked; all marks must agree, those of a final or
+                                                overall grade win
     2 on the first or last line alone           also **2**, 2/5, 2 out of 5
     I rate it 2 out of 5.                       the only number, in a sentence that rates
 """
@@ -83,7 +84,8 @@ class GradeSection(RewardSection):
         return self.max_tokens == 1 or (self.read == "probabilities" and self.pattern is None)
 
     def extract(self, response: Mapping[str, Any]) -> dict[str, Any]:
-        """What is stored of a response: text, alternatives of the grade's token, tokens used, why it ended."""
+        """What is stored of a response: text, alternatives of the grade's token, tokens used, why
+        it ended."""
         try:
             tokens = int((response.get("usage") or {}).get("total_tokens") or 0)
             choice = response["choices"][0]

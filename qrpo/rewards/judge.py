@@ -71,7 +71,8 @@ _ENVIRONMENT = SandboxedEnvironment(
 
 
 def _with_tool_calls(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message with its tool calls as JSON at the end of its content, for templates that show only that."""
+    """The message with its tool calls as JSON at the end of its content, for templates that show
+    only that."""
     if not message.get("tool_calls"):
         return dict(message)
     calls = json.dumps(message["tool_calls"], ensure_ascii=False)
@@ -91,8 +92,9 @@ class JudgeRewardConfig(GradeSection, RequestSection):
     """What makes a good completion, in words. The template shows it to the judge."""
     template: str = DEFAULT_TEMPLATE
     """Jinja template of the request; it knows `rubric`, `grades`, `messages`, `prompt` (the last
-    message), `completion`, the dataset's other columns, and `mark`: a word for delimiters that no completion
-    can contain. Markers of chat templates in the data, such as `<|im_end|>`, get a space: `< |im_end|>`."""
+    message), `completion`, the dataset's other columns, and `mark`: a word for delimiters that no
+    completion can contain. Markers of chat templates in the data, such as `<|im_end|>`, get a
+    space: `< |im_end|>`."""
     system: str | None = None
     """A system message that precedes it."""
     temperature: float | None = Field(0.0, ge=0.0)
@@ -113,7 +115,8 @@ class JudgeRewardConfig(GradeSection, RequestSection):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """How answers are read; everything else that could change a grade and can be known is a setting."""
+        """How answers are read; everything else that could change a grade and can be known is a
+        setting."""
         return {"reading": 4}
 
     def open(self, log: Path | None, answers: Answers | None) -> Reward:
@@ -147,7 +150,8 @@ class JudgeReward:
                 f"the API key of {config.name}: the environment variable {config.api_key_env} is not set"
             )
         self._store = answers
-        # What decides an answer; how it is read is not included, so changing that asks nothing again.
+        # What decides an answer; how it is read is not included, so changing that asks nothing
+        # again.
         asked = [config.version, config.read, config.pattern, config.template, config.rubric, config.body("")]
         self._group = _digest(asked)
         self._answers: dict[str, dict[str, Any]] | None = None  # by key; None until loaded
@@ -289,7 +293,8 @@ class JudgeReward:
 
 
 def _without_markers(value: Any) -> Any:
-    """The data without markers of chat templates, which a server would read as the end of the request."""
+    """The data without markers of chat templates, which a server would read as the end of the
+    request."""
     if isinstance(value, str):
         return _CHAT_MARKERS.sub(lambda match: f"{match[0]} ", value)
     if isinstance(value, list):

@@ -1,8 +1,8 @@
 """Comparison of answers as mathematics, by math-verify.
 
 math-verify finds answers in prose. A right answer is more often bare LaTeX (MATH, NuminaMath),
-which it would cut to the first number: `1 - \\sqrt{2}` to 1. So `read_right` takes delimiters, boxes
-and units away, has the whole rest parsed, and refuses what is neither mathematics nor words.
+which it would cut to the first number: `1 - \\sqrt{2}` to 1. So `read_right` takes delimiters,
+boxes and units away, has the whole rest parsed, and refuses what is neither mathematics nor words.
 docs/rewards.md lists the forms.
 """
 
@@ -85,7 +85,8 @@ class MathAnswer:
 
 @lru_cache(4096)
 def read_right(text: str) -> MathAnswer:
-    """The answer in a text: an answer, a solution that ends in one, or mathematics between delimiters.
+    """The answer in a text: an answer, a solution that ends in one, or mathematics between
+    delimiters.
 
     Raises ValueError where it is neither mathematics nor words.
     """
@@ -106,8 +107,8 @@ def read_right(text: str) -> MathAnswer:
 
 
 def is_right(right: MathAnswer, completion: str, digits: int, *, marked: bool = False) -> bool:
-    """Whether a completion gives this answer, with numbers equal to `digits` decimal places, or to 3
-    significant digits where those places of the right one are all zeros.
+    """Whether a completion gives this answer, with numbers equal to `digits` decimal places, or to
+    3 significant digits where those places of the right one are all zeros.
 
     `marked`: the completion is the answer alone, what follows a mark.
     """
@@ -136,7 +137,8 @@ def is_right(right: MathAnswer, completion: str, digits: int, *, marked: bool = 
 
 
 def _unwrap(text: str) -> str:
-    """The answer itself: behind `####`, in the last box, without delimiters, currency and the final period."""
+    """The answer itself: behind `####`, in the last box, without delimiters, currency and the final
+    period."""
     text = text.strip(" \t\r\n`")
     if (box := _last_box(text)) is not None:
         return _unwrap(box)
@@ -196,7 +198,8 @@ def _parsed(content: str) -> MathAnswer:
 
 
 def _without_units(text: str) -> str:
-    """The text without the unit of its numbers; ValueError where it has several units, or other text."""
+    """The text without the unit of its numbers; ValueError where it has several units, or other
+    text."""
     text = re.sub(r"\\(?:mathrm|mathbf|rm|text|textbf|mbox)\s*\{\s*([ie]|[-\d.,]+)\s*\}", r" \1", text)
     units = {" ".join(match[1].split()) for match in _UNIT.finditer(text)}
     plain = _BARE_UNIT.sub("", _UNIT.sub("", text))
@@ -212,7 +215,8 @@ def _without_units(text: str) -> str:
 
 
 def _parse(text: str, extraction: Sequence[Any]) -> list[Any]:
-    """What math-verify finds; the symbol `i` is the imaginary unit, which math-verify sees in some places only."""
+    """What math-verify finds; the symbol `i` is the imaginary unit, which math-verify sees in some
+    places only."""
     found = parse(text, extraction, parsing_timeout=_SECONDS)
     with contextlib.suppress(TypeError):  # an inequality in i
         found = [
@@ -232,7 +236,8 @@ def _latex_config(units: bool) -> LatexExtractionConfig:
 
 
 def _tidy(text: str) -> str:
-    """The text with numbers that math-verify misreads as plain decimals: `6.02e23`, `2.5 \\times 10^{-7}`, `1\\,200`."""
+    """The text with numbers that math-verify misreads as plain decimals: `6.02e23`,
+    `2.5 \\times 10^{-7}`, `1\\,200`."""
 
     def decimal(match: re.Match[str]) -> str:
         before = match.string[: match.start()].rstrip()
@@ -261,7 +266,8 @@ def _last_box(text: str) -> str | None:
 
 
 def _final_answer(completion: str) -> tuple[str, bool]:
-    """The last box, else what follows the last "answer is", else all of it; and whether it is an answer alone."""
+    """The last box, else what follows the last "answer is", else all of it; and whether it is an
+    answer alone."""
     if tags := re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL):
         completion = tags[-1]
     if (box := _last_box(completion)) is not None:

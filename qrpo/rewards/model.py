@@ -103,7 +103,8 @@ class ModelReward:
     def score(
         self, prompts: Sequence[Messages], completions: Sequence[str], tools: Sequence[Any] = ()
     ) -> list[Score]:
-        """One score per completion; too long rows, and those the template refuses, have an error."""
+        """One score per completion; too long rows, and those the template refuses, have an
+        error."""
         given = (prompts, completions, tools)
         return score_conversations(self._tokenizer, self._limits, *given, self.score_ids)
 
@@ -226,7 +227,7 @@ def score_conversations(
     score_ids: Callable[[list[list[int]]], list[float]],
 ) -> list[Score]:
     """One score per completion, by the function of token ids; too long rows, and those that the
-    template refuses, have an error. `tools` is the dataset's column of that name, if there is one."""
+    template refuses, have an error. `tools` is the dataset's column of that name, if any."""
     conversations = [
         [*prompt, {"role": "assistant", "content": completion}]
         for prompt, completion in zip(prompts, completions, strict=True)

@@ -88,7 +88,8 @@ class PoolingReward:
     def score(
         self, prompts: Sequence[Messages], completions: Sequence[str], tools: Sequence[Any] = ()
     ) -> list[Score]:
-        """One score per completion; too long rows, and those the template refuses, have an error."""
+        """One score per completion; too long rows, and those the template refuses, have an
+        error."""
         given = (prompts, completions, tools)
         return score_conversations(self._tokenizer, self._limits, *given, self._classify)
 

@@ -79,8 +79,8 @@ class RewardSection(Section):
     name: str = Field("reward", min_length=1)
     """The name of its values among the components of a sum."""
     weight: float = Field(1.0, allow_inf_nan=False)
-    """Its factor in a sum of several rewards; 0 only records its value as a component: whether it applies
-    or fails changes nothing."""
+    """Its factor in a sum of several rewards; 0 only records its value as a component: whether it
+    applies or fails changes nothing."""
 
     def identity(self) -> dict[str, Any]:
         """What could change a score and is not a setting: the source of a function, the files of a

@@ -20,7 +20,8 @@ from qrpo.errors import EngineError, RewardError
 from qrpo.processes.child import Child
 from qrpo.rewards.protocol import Columns, Forms, Prompts, RewardSection, Score, Texts
 
-# completions in a row that cost their process, which end the run: before anything was scored, and after
+# completions in a row that cost their process, which end the run: before anything was scored, and
+# after
 _MAX_LOST_AT_START, _MAX_LOST = 3, 10
 
 
@@ -133,7 +134,8 @@ class WorkerPool:
                 self._abandoned = False
 
     def _failed(self, error: Exception) -> Score:
-        """The score of a row whose call failed; RewardError if too many in a row cost their process."""
+        """The score of a row whose call failed; RewardError if too many in a row cost their
+        process."""
         hung = isinstance(error, TimeoutError)
         reason = f"no answer within {self._section.timeout:g} s (timeout)" if hung else str(error)
         with self._lock:

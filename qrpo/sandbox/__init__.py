@@ -13,7 +13,8 @@ Three kinds of processes take part, and each trusts only those above it:
 
     host        this process: transfers bytes, runs no foreign code
     judge       runs the tests, in a jail; the candidate that the tests call is a proxy
-    solution    runs the code in another jail, in a new process; receives only the arguments of calls
+    solution    runs the code in another jail, in a new process; receives only the arguments of
+                calls
 
 What a solution returns is data (`qrpo.sandbox.inside.codec`), and the comparison happens in another
 process. There is no result to forge, no expected value to read and no comparison to patch: only the

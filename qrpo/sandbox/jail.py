@@ -37,7 +37,8 @@ class Exit:
     """How a job's process exited."""
 
     note: str
-    """Why it failed: "wall time", "processor time: ...", "output", "signal 11 ...", "exit code 1"; else empty."""
+    """Why it failed: "wall time", "processor time: ...", "output", "signal 11 ...", "exit code 1";
+    else empty."""
     timed_out: bool
     """Whether it exceeded a limit on time."""
 
@@ -153,7 +154,8 @@ class Job:
         self._reading = True
         self._ordered = ""  # why it was ordered to be killed
         self._cpu = self._cpu_before = 0.0
-        # messages, CPU and wall time at the start of a test, and when it was; None: at the next look
+        # messages, CPU and wall time at the start of a test, and when it was; None: at the next
+        # look
         self._mark: tuple[int, float, float, float] | None = (0, 0.0, 0.0, time.monotonic())
         self._parsed = self._messages = self._received = 0
         self._asked: float | None = None  # since when the zygote owes the processor time

@@ -95,7 +95,8 @@ def _joined(
 
 
 def _first_fit(sizes: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Indices of sizes in packs of at most `token_budget`, largest first; a larger one is a pack by itself."""
+    """Indices of sizes in packs of at most `token_budget`, largest first; a larger one is a pack by
+    itself."""
     packs: list[list[int]] = []
     rooms: list[int] = []
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):

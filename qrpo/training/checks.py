@@ -33,7 +33,8 @@ def check_model(model: Any, learning_rate: float, masters: bool = False) -> None
                 "log-probabilities of completions do not see them. Use LoRA or another adapter inside the layers"
             )
     if model.config.get_text_config() is not model.config:
-        # What a multimodal model has for other inputs gets no gradients, for which DDP and FSDP would wait.
+        # What a multimodal model has for other inputs gets no gradients, for which DDP and FSDP
+        # would wait.
         parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
         reached = {id(weight) for part in parts for weight in part.parameters()}
         for weight in model.parameters():
@@ -77,7 +78,8 @@ def check_reference(
         raise TrainingError(
             f"before the first step: token {largest_id} is not in the model. {_mismatch(rows, tokenizer)}"
         )
-    # The last batch has the shortest rows: a quick check within the memory that the step needs anyway.
+    # The last batch has the shortest rows: a quick check within the memory that the step needs
+    # anyway.
     checked = length_sorted_batches(columns["length"], token_budget)[-1][:64]
     batch = take(columns, checked)
     logprob_B = score(batch)

@@ -1,9 +1,9 @@
 """Decoder layers compiled by `torch.compile`: their element-wise work becomes a few kernels.
 
-Only the layers are compiled, with dynamic shapes. All layers of a model share one compiled function,
-so a model of any depth costs one compilation, and packed rows of any length use the same code. The
-first step is slow (14 s at 1B, 23 s at 8B on one H200); torch keeps the result on disk for the next
-process.
+Only the layers are compiled, with dynamic shapes. All layers of a model share one compiled
+function, so a model of any depth costs one compilation, and packed rows of any length use the same
+code. The first step is slow (14 s at 1B, 23 s at 8B on one H200); torch keeps the result on disk
+for the next process.
 """
 
 import logging

@@ -1,8 +1,10 @@
 """Log-probabilities of target tokens from hidden states, computed with one chunk of logits at a
 time.
 
-    log p[y] = z[y] - logsumexp(z),   z = W h + b              forward: only log p and logsumexp are kept
-    d log p[y] / dz = onehot(y) - exp(z - logsumexp(z))        backward: z is computed again, chunk by chunk
+    forward: only log p and logsumexp are kept
+        log p[y] = z[y] - logsumexp(z),   z = W h + b
+    backward: z is computed again, chunk by chunk
+        d log p[y] / dz = onehot(y) - exp(z - logsumexp(z))
 
 All chunks use the same block of memory, and the softmax and its gradient are computed in place. A
 new block for each chunk costs a CPU as much time as the arithmetic, because the kernel zeroes its
@@ -126,8 +128,8 @@ def _logits(model: Any, choice: _Formula | type, hidden_CD: torch.Tensor) -> tor
 def inside_forward(
     model: Callable[..., Any], inner: torch.nn.Module, compute: Callable[..., Any], *arguments: Any
 ) -> Any:
-    """Call `compute` in place of the next forward of `inner`, inside a call of `model`, so that DDP,
-    which wraps `inner`, and FSDP, which hooks into it, work."""
+    """Call `compute` in place of the next forward of `inner`, inside a call of `model`, so that
+    DDP, which wraps `inner`, and FSDP, which hooks into it, work."""
 
     def forward(*given: Any, **named: Any) -> Any:
         restore()

@@ -1,7 +1,7 @@
 """Log-probabilities of completions without all the logits: the code behind reference scores and
 policy gradients.
 
-    log pi(y|x) = sum_t log softmax(W h_t)[y_t]        over the completion's tokens, its end token included
+    log pi(y|x) = sum_t log softmax(W h_t)[y_t]    over the completion's tokens, with its end token
 
 A plain forward makes logits of shape (B, T, V): with a vocabulary of 128k they, not the model, fill
 the memory. Here the backbone runs once, and only the hidden states that predict completion tokens
@@ -195,8 +195,8 @@ def score_logprobs(
     A row has `prompt_token_ids` and `completion_token_ids`, a list of K token lists. `token_budget`
     bounds the tokens of a forward pass, padding included; it changes results by rounding only. Rows
     are read in windows, so any number of them streams through. `dtype` bfloat16 computes as
-    mixed-precision training does. `layout` is the model's `best_layout`; a simpler one is used where
-    it does not pay.
+    mixed-precision training does. `layout` is the model's `best_layout`; a simpler one is used
+    where it does not pay.
     """
     for scores in _score(completion_logprobs, model, rows, token_budget, dtype, layout):
         yield np.array(scores, dtype=np.float32)

@@ -1,8 +1,8 @@
 """Weights in bfloat16, with a float32 copy of each in the optimizer's state.
 
-No pass casts the weights, and no update is lost: gradients accumulate in float32, the optimizer steps
-on the float32 copies, and the bfloat16 weights are those copies rounded. A weight has 18 bytes with
-AdamW, instead of 16 in float32: this is for speed, not for memory.
+No pass casts the weights, and no update is lost: gradients accumulate in float32, the optimizer
+steps on the float32 copies, and the bfloat16 weights are those copies rounded. A weight has 18
+bytes with AdamW, instead of 16 in float32: this is for speed, not for memory.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,8 @@ MASTER = "master"
 
 
 def keep_masters(optimizer: Any) -> None:
-    """Let this optimizer step on float32 copies of its bfloat16 weights. Call it before the first step."""
+    """Let this optimizer step on float32 copies of its bfloat16 weights. Call it before the first
+    step."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     optimizer.narrow = [weight for weight in weights if weight.dtype == torch.bfloat16]
     optimizer.holds = False

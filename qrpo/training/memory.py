@@ -3,8 +3,8 @@
 | part | bytes |
 |---|---|
 | weights, gradients | 4 a weight and 4 a trained weight, on each process or sharded over them |
-| optimizer | AdamW's two moments: 8 a trained weight, sharded likewise; 12 with weights in bfloat16 |
-| activations of a token, kept for the backward pass | 2 L (12 D + 6 I) for L layers of width D and inner width I |
+| optimizer | AdamW: 8 a trained weight, sharded likewise; 12 with weights in bfloat16 |
+| activations of a token | 2 L (12 D + 6 I) for L layers of width D and inner width I |
 | the same with checkpointing | 4 L D, and one layer of the above |
 | logits of one chunk of the head, twice | 8 x `GPU_CHUNK` |
 
@@ -75,7 +75,8 @@ def training_memory(
 def planned_memory(
     model: ModelConfig, config: OptimizationConfig, processes: int, device_bytes: int
 ) -> Memory:
-    """The memory of one of these processes in a run of a section, from the model's configuration alone.
+    """The memory of one of these processes in a run of a section, from the model's configuration
+    alone.
 
     Raises ConfigError, with the arithmetic, if a device of `device_bytes` is too small.
     """
@@ -116,7 +117,8 @@ def device_bytes(device: torch.device) -> int:
 
 
 def _freeze_and_adapt(model: torch.nn.Module, rank: int) -> None:
-    """Leave the weights that adapters of all linear layers but the head would add as the trained ones."""
+    """Leave the weights that adapters of all linear layers but the head would add as the trained
+    ones."""
     head = model.get_output_embeddings()
     linear = [one for one in model.modules() if isinstance(one, torch.nn.Linear) and one is not head]
     model.requires_grad_(False)

@@ -111,7 +111,8 @@ def _quantile_objective(settings: QRPOSettings) -> Objective:
         )
 
     def metrics(logprob_B: torch.Tensor, columns: Columns) -> Metrics:
-        """The metrics of `qrpo_loss` for (P, K) completions, masked if a prompt has fewer than K."""
+        """The metrics of `qrpo_loss` for (P, K) completions, masked if a prompt has fewer than
+        K."""
         counts = list(Counter(columns["prompt_index"]).values())
         index_PK = torch.zeros(len(counts), max(counts), dtype=torch.long, device=logprob_B.device)
         mask_PK = torch.zeros_like(index_PK, dtype=torch.bool)
@@ -187,7 +188,8 @@ class PairSelector:
         return [int(self._choose(row, step).chosen_index)]
 
     def _has_dataset_completions(self, row: TrainingRow, count: int) -> bool:
-        """Whether the first completions are the dataset's, if they have to be and the row says so."""
+        """Whether the first completions are the dataset's, if they have to be and the row says
+        so."""
         if self._choice != "dataset" or "origin" not in row:
             return True
         first = list(zip(row["origin"], row["sample_index"], strict=True))[:count]

@@ -14,8 +14,8 @@ prompt's and its own. So a prompt needs one forward for all its completions:
 
 `packed_attention` is registered with transformers under the name `ATTENTION`. The layout passes
 through the model's forward as keyword arguments, under the names that transformers uses for packed
-rows. Without them the function is torch's `scaled_dot_product_attention`, as before. On CUDA it runs
-`torch.nn.attention.varlen.varlen_attn`, elsewhere one call for all documents of equal size.
+rows. Without them the function is torch's `scaled_dot_product_attention`, as before. On CUDA it
+runs `torch.nn.attention.varlen.varlen_attn`, elsewhere one call for all documents of equal size.
 """
 
 import inspect
@@ -37,8 +37,8 @@ ATTENTION = "qrpo_packed"
 class PackedRow:
     """Conversations in one row of T tokens.
 
-    `lengths` (2, N): the number of queries and of keys of each document. Queries follow each other in
-    the row, and keys in `key_index`, or in the row if that is None.
+    `lengths` (2, N): the number of queries and of keys of each document. Queries follow each other
+    in the row, and keys in `key_index`, or in the row if that is None.
     """
 
     positions_T: torch.Tensor
@@ -52,7 +52,8 @@ class PackedRow:
         most_queries, most_keys = self.lengths_2N.amax(dim=1).tolist()
         further = {}
         if config._attn_implementation == ATTENTION:
-            # A mask with four dimensions reaches the attention function unchanged. It is not used there.
+            # A mask with four dimensions reaches the attention function unchanged. It is not used
+            # there.
             further["attention_mask"] = torch.zeros((1, 1, 1, 1), device=device)
         if self.key_index is not None:
             further["key_index"] = self.key_index.to(device)

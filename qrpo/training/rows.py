@@ -7,8 +7,9 @@
 | `ref_logprob` | (K,) | log-probability under the reference; for losses with a reference |
 | `quantile_reward` | (K,) | in [0, 1]; for QRPO |
 | `reward` | (K,) | for losses whose pairs it decides |
-| `origin`, `sample_index` | (K,), optional | identify the dataset's chosen (`offline`, 0) and rejected (`offline`, 1) completions |
-| `prompt_id`, `num_ref`, `ref_std` | optional | named in errors; number and spread of the reference rewards |
+| `origin`, `sample_index` | (K,), optional | (`offline`, 0): the chosen one, 1: the rejected |
+| `prompt_id` | optional | named in errors |
+| `num_ref`, `ref_std` | optional | number and spread of the reference rewards |
 
 They come from shards on disk through a reader, or from a dataset in one of TRL's formats in memory.
 """

@@ -2,11 +2,13 @@
 
 A run owns a folder:
 
-    checkpoint-<step>/    to resume from after a kill; the newest complete one is used, broken ones are removed
+    checkpoint-<step>/    to resume from after a kill; the newest complete one is used, broken ones
+                          are removed
     unfinished/           the checkpoint or model that is being written
     checkpoints/<step>/   models of intermediate steps, kept for evaluation
     metrics.parquet       one row per logged step
-    final/                the trained model and its tokenizer; renamed to this last, so it is always complete
+    final/                the trained model and its tokenizer; renamed to this last, so it is always
+                          complete
 """
 
 import shutil

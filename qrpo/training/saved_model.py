@@ -68,8 +68,8 @@ class ModelSaver(TrainerCallback):  # type: ignore[misc]
 
     def save(self, name: str, keep: bool = False) -> None:
         """Write the model, adapters merged, and its tokenizer to a temporary folder, then rename
-        it; without `keep`, after which training cannot go on, also `metrics.parquet`. All ranks must
-        call it."""
+        it; without `keep`, after which training cannot go on, also `metrics.parquet`. All ranks
+        must call it."""
         trainer = self._trainer
         model = trainer.accelerator.unwrap_model(trainer.model)
         trained = self._logprobs(model) if self._rounds else None

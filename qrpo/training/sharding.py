@@ -5,9 +5,9 @@ result. Gathered in bfloat16, which takes half the communication, norms and embe
 rounded, and what the model returns too: bfloat16 cannot represent the log-probability of a whole
 completion.
 
-A checkpoint has the whole weights as an ordinary model folder, and the optimizer's state in the format
-of `torch.distributed.checkpoint`, to which each process writes its share. So a run resumes with any
-number of processes, sharded or not.
+A checkpoint has the whole weights as an ordinary model folder, and the optimizer's state in the
+format of `torch.distributed.checkpoint`, to which each process writes its share. So a run resumes
+with any number of processes, sharded or not.
 """
 
 import warnings

@@ -1,6 +1,7 @@
 """`QRPOTrainer`: quantile reward policy optimization as a `transformers.Trainer`, for any dataset.
 
-    trainer = QRPOTrainer(model, QRPOConfig(output_dir="policy", beta=0.1), train_dataset=rows, processing_class=tokenizer)
+    config = QRPOConfig(output_dir="policy", beta=0.1)
+    trainer = QRPOTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
 
 `CompletionTrainer` is what all losses on whole completions share. One item of the data loader is a
@@ -80,7 +81,8 @@ class CompletionTrainer(ShardingTrainer):
         self.add_callback(self.guard)
         self.around_save: Callable[[], AbstractContextManager[None]] = nullcontext
         self._saving = False
-        # For each batch since the last log: (log-probabilities, columns) of this rank, None without rows.
+        # For each batch since the last log: (log-probabilities, columns) of this rank, None without
+        # rows.
         self._seen: list[tuple[torch.Tensor, dict[str, Any]] | None] = []
         self._layout = self._try_model()
         args.token_budget = args.token_budget or default_token_budget(args.device)
@@ -146,8 +148,8 @@ class CompletionTrainer(ShardingTrainer):
             )
 
     def score(self, model: torch.nn.Module, columns: dict[str, Any]) -> torch.Tensor:
-        """log pi(y|x) (B,) of flattened rows in the training precision, without gradients. The ranks
-        of a sharded model must call it with the same rows."""
+        """log pi(y|x) (B,) of flattened rows in the training precision, without gradients. The
+        ranks of a sharded model must call it with the same rows."""
         training = model.training
         model.eval()
         with torch.no_grad():
@@ -253,8 +255,8 @@ class CompletionTrainer(ShardingTrainer):
         return cut_batches(prompts, completions, self.args.token_budget, self._layout, group, window)
 
     def _try_model(self) -> Any:
-        """How to compute the model's logits (`choose_head`) and its rows' layout. Rank 0 tries, since
-        only it has the weights of a model that will be sharded."""
+        """How to compute the model's logits (`choose_head`) and its rows' layout. Rank 0 tries,
+        since only it has the weights of a model that will be sharded."""
         inner, found = unwrapped(self.model), None
         args = self.args
         on_cuda = args.device.type == "cuda"

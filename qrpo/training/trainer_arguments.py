@@ -1,4 +1,5 @@
-"""Arguments of the trainers: `transformers.TrainingArguments` with the settings of `qrpo.training.arguments`."""
+"""Arguments of the trainers: `transformers.TrainingArguments` with the settings of
+`qrpo.training.arguments`."""
 
 import os
 from dataclasses import dataclass, fields

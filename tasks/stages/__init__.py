@@ -1,7 +1,7 @@
 """The stages in the order in which a run goes through them, one module each.
 
-A new stage is a module here with a `STAGE`, and its name in `STAGE_NAMES`. Modules are loaded when `STAGES` is first used, so a
-command that only needs the names starts quickly.
+A new stage is a module here with a `STAGE`, and its name in `STAGE_NAMES`. Modules are loaded when
+`STAGES` is first used, so a command that only needs the names starts quickly.
 """
 
 from importlib import import_module

@@ -1,8 +1,10 @@
-"""The `completions` stage: sample every prompt `num_ref` times from the reference policy, and encode the dataset's own completions.
+"""The `completions` stage: sample every prompt `num_ref` times from the reference policy, and
+encode the dataset's own completions.
 
-Samples of a prompt are cut into blocks, one block of one prompts part being one part here. A sample depends on its own seed
-alone (a hash of run seed, prompt and sample index), so raising `num_ref` adds blocks and lowering it leaves some unused. Parts are
-committed while the engine goes on with the next.
+Samples of a prompt are cut into blocks, one block of one prompts part being one part here. A sample
+depends on its own seed alone (a hash of run seed, prompt and sample index), so raising `num_ref`
+adds blocks and lowering it leaves some unused. Parts are committed while the engine goes on with
+the next.
 """
 
 import time
@@ -90,7 +92,8 @@ class Settings:
 
 
 def plan(settings: Settings, upstream: Upstream) -> StagePlan:
-    """Blocks of samples for every prompts part, and one offline part where the dataset's completions are trained on.
+    """Blocks of samples for every prompts part, and one offline part where the dataset's
+    completions are trained on.
 
     In a later round, also blocks of the policy's own samples for the prompts that are trained on.
     """
@@ -238,9 +241,11 @@ class _PartInProgress:
 
 
 def _sample(work: Work[Settings], origin: str) -> Iterator[PartRecord]:
-    """Sample all parts of the group in one stream, prompt by prompt, and commit each part when its last prompt is done.
+    """Sample all parts of the group in one stream, prompt by prompt, and commit each part when its
+    last prompt is done.
 
-    `origin` is the stage whose model is asked: `reference`, or `policy` for that of the round before.
+    `origin` is the stage whose model is asked: `reference`, or `policy` for that of the round
+    before.
     """
     started = time.monotonic()
     model = model_for(work, work.parts[0], work.settings.model, stage=origin)
@@ -299,9 +304,11 @@ def sample_requests(
     namespace: str,
     tokens: Mapping[str, Sequence[int]],
 ) -> tuple[list[SampleRequest], dict[str, str]]:
-    """Requests for the wanted sample indices of each prompt, and the prompts that cannot be asked with the reason.
+    """Requests for the wanted sample indices of each prompt, and the prompts that cannot be asked
+    with the reason.
 
-    `tokens` has the token ids of prompts that were sampled from before; only the others are rendered.
+    `tokens` has the token ids of prompts that were sampled from before; only the others are
+    rendered.
     """
     tokenizer, limits = load_tokenizer(model), model_limits(model, engine.max_model_len)
     requests, refused = [], {}
@@ -358,7 +365,8 @@ def count_cut(rows: Sequence[Mapping[str, Any]]) -> int:
 
 
 def remark_on_cut(manifest: Manifest) -> str | None:
-    """What to say if most completions ended by their length limit, as far as the parts counted them."""
+    """What to say if most completions ended by their length limit, as far as the parts counted
+    them."""
     counted = [part for part in manifest.parts if "cut" in part.metadata]
     cut, rows = sum(part.metadata["cut"] for part in counted), sum(part.rows for part in counted)
     if cut <= rows / 2:

@@ -1,9 +1,10 @@
 """The `evaluation` stage: fresh samples of every model on held-out prompts, scored and compared.
 
-The policy, the reference and any others answer the same prompts, `num_samples` times each, with seeds that no training sample has. A part is
-one model on one prompts part, so the reference's answers are drawn once for all policies that are compared with it. Rewards become
-quantiles under the reference rewards of the `quantiles` stage, which no fresh sample is part of; ties count half, so that the reference's own
-mean is 0.5 whatever the rewards look like.
+The policy, the reference and any others answer the same prompts, `num_samples` times each, with
+seeds that no training sample has. A part is one model on one prompts part, so the reference's
+answers are drawn once for all policies that are compared with it. Rewards become quantiles under
+the reference rewards of the `quantiles` stage, which no fresh sample is part of; ties count half,
+so that the reference's own mean is 0.5 whatever the rewards look like.
 """
 
 import re
@@ -98,10 +99,12 @@ class EvaluationConfig(Section):
     num_samples: int = Field(4, ge=1)
     """Fresh samples of each model per prompt."""
     models: dict[str, ModelConfig] = Field(default_factory=dict, json_schema_extra={"fingerprint": False})
-    """More models to compare with the reference, by name: checkpoints, other runs' policies. Naming one computes only its own."""
+    """More models to compare with the reference, by name: checkpoints, other runs' policies. Naming
+    one computes only its own."""
 
     checkpoints: tuple[int, ...] = Field((), json_schema_extra={"fingerprint": False})
-    """Steps of the policy's training, of those that `policy.checkpoint_steps` keeps, whose models are compared too, as `step-N`."""
+    """Steps of the policy's training, of those that `policy.checkpoint_steps` keeps, whose models
+    are compared too, as `step-N`."""
 
     @field_validator("models")
     @classmethod
@@ -131,7 +134,7 @@ class Settings:
 
 
 def plan(settings: Settings, upstream: Upstream) -> StagePlan:
-    """One part for every model and eval prompts part; none where no prompt is held out or nothing is trained."""
+    """One part for each model and part of eval prompts; none where nothing is held out or trained."""
     rewards, reward_identity = reward_settings(settings.rewards, upstream.store)
     hashed = {
         **keyed(settings.section),
@@ -174,7 +177,8 @@ def _identity(model: ModelConfig, store: Store) -> dict[str, Any]:
 class Samples:
     """Samples to evaluate, and the reasons why a prompt could not be asked, by (model, prompt).
 
-    `fresh` were drawn now. `kept` are rows of committed parts, with the log-probabilities they have.
+    `fresh` were drawn now. `kept` are rows of committed parts, with the log-probabilities they
+    have.
     """
 
     fresh: list[dict[str, Any]]
@@ -183,7 +187,7 @@ class Samples:
 
 
 def sample(work: Work[Settings]) -> Samples:
-    """Samples for the group's parts, one model's engine after the other's; only what no committed part has is drawn."""
+    """Samples for the group's parts, one engine at a time; draws only what no committed part has."""
     settings = work.settings
     samples = Samples([], [], {})
     for name, parts in _by_model(work).items():
@@ -239,7 +243,7 @@ def _draw(
 
 
 def compute(work: Work[Settings], samples: Samples) -> Iterator[PartRecord]:
-    """Score the samples of `sample` with the rewards and their models, and commit. Runs in a child process."""
+    """Score the samples with the rewards and their models, and commit. Runs in a child process."""
     started = time.monotonic()
     fresh = [{**row, "completion_token_ids": [row["token_ids"]]} for row in samples.fresh]
     _score_logprobs(work, fresh)
@@ -267,7 +271,8 @@ def _model(work: Work[Settings], part: PartPlan) -> ModelConfig:
 
 
 def _score_logprobs(work: Work[Settings], rows: Sequence[dict[str, Any]]) -> None:
-    """Log-probabilities of every sample and its tokens under the model that drew it and under the reference.
+    """Log-probabilities of every sample and its tokens under the model that drew it and under the
+    reference.
 
     All stay unknown for a model whose tokens are not the reference's.
     """
@@ -351,7 +356,7 @@ def _score_part(
 
 
 def _quantiles(rows: Sequence[Mapping[str, Any]], references: Mapping[str, Sequence[float]]) -> list[float]:
-    """The quantile of every row's reward among its prompt's references; rows of one prompt stand together."""
+    """The quantile of each reward among its prompt's references; rows of a prompt are adjacent."""
     counts = Counter(row["prompt_id"] for row in rows)
     refs = [references[prompt_id] for prompt_id in counts]
     quantiles = quantile_rewards(
@@ -365,7 +370,8 @@ def _quantiles(rows: Sequence[Mapping[str, Any]], references: Mapping[str, Seque
 
 
 def summary(settings: Settings, store: Store, stage_plan: StagePlan) -> dict[str, Any]:
-    """The comparison over all parts, with what QRPO's closed-form optimum promises for this transform and beta."""
+    """The comparison over all parts, with what QRPO's closed-form optimum promises for this
+    transform and beta."""
     from qrpo.evaluation.summary import COLUMNS, summarise
 
     if not stage_plan.parts:
@@ -394,7 +400,7 @@ def _sampled(family: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _same_model(part: PartPlan, metadata: Mapping[str, Any]) -> bool:
-    """Parts of an earlier version do not say which model drew them; the reference is that of their family."""
+    """Parts of an earlier version do not name their model; the reference is their family's."""
     if "identity" not in metadata:
         return bool(part.slice["model"] == metadata.get("model") == "reference")
     return bool(metadata["identity"] == part.slice["identity"])

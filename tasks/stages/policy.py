@@ -1,4 +1,5 @@
-"""The `policy` stage: train from the shards, streaming, from the last whole checkpoint where there is one."""
+"""The `policy` stage: train from the shards, streaming, from the last whole checkpoint where there
+is one."""
 
 import math
 import shutil
@@ -82,7 +83,8 @@ def _row_sum(shards: Sequence[PartRecord]) -> str | None:
 
 
 def compute(work: Work[Settings]) -> Iterator[PartRecord | Progress]:
-    """Train and commit the policy's folder. Runs in a child process; checkpoints are in the store's work folder."""
+    """Train and commit the policy's folder. Runs in a child process; checkpoints are in the store's
+    work folder."""
     (part,) = work.parts
     started = time.monotonic()
     work.resume(part)
@@ -104,7 +106,8 @@ def compute(work: Work[Settings]) -> Iterator[PartRecord | Progress]:
 
 
 def train(work: Work[Settings]) -> Iterator[Progress]:
-    """Train into the work folder: the whole run, or one rank's part of it where `qrpo.training.ranks` started this process."""
+    """Train into the work folder: the whole run, or one rank's part of it where
+    `qrpo.training.ranks` started this process."""
     from qrpo.training.runs import train_policy
 
     (part,) = work.parts
@@ -157,7 +160,8 @@ def _files(work: Work[Settings], part: PartPlan) -> tuple[Store, list[PartRecord
 
 
 def checkpoint_model(policy: ModelConfig, step: int) -> ModelConfig:
-    """The model of a step of the training that made the policy; ConfigError where its folder does not keep that one."""
+    """The model of a step of the training that made the policy; ConfigError where its folder does
+    not keep that one."""
     folder = Path(policy.path) / "checkpoints"
     if not (folder / str(step)).is_dir():
         kept = ", ".join(sorted((path.name for path in folder.glob("*")), key=int)) or "none"

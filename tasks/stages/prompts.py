@@ -1,8 +1,9 @@
-"""The `prompts` stage: read the source, understand each row, hold some prompts out, and cut the rest into parts.
+"""The `prompts` stage: read the source, understand each row, hold some prompts out, and cut the
+rest into parts.
 
-A part's fingerprint is the hash of its rows, so the other rows of the source do not matter to it. Where a part ends depends
-on the prompts near its end alone (content-defined chunking, as in rsync and restic): prompts inserted, removed or appended move one
-border, not all that follow.
+A part's fingerprint is the hash of its rows, so the other rows of the source do not matter to it.
+Where a part ends depends on the prompts near its end alone (content-defined chunking, as in rsync
+and restic): prompts inserted, removed or appended move one border, not all that follow.
 """
 
 import hashlib
@@ -86,7 +87,8 @@ class PromptsPart:
 
 
 def plan(settings: Settings, upstream: Upstream) -> StagePlan:
-    """The parts as an earlier run of the same source and settings cut them; none are known where there was none."""
+    """The parts as an earlier run of the same source and settings cut them; none are known where
+    there was none."""
     empty = _unread(settings.section, source_identity(settings.section, {}))
     manifest = upstream.store.manifest("prompts", empty.fingerprint)
     if manifest is None:
@@ -103,7 +105,8 @@ def _unread(config: PromptsConfig, outside: dict[str, Any]) -> StagePlan:
 
 
 def content(upstream: Upstream, split: str, columns: str) -> str:
-    """The digest of some columns of all prompts of a split, in any order and any cut; see `_content`."""
+    """The digest of some columns of all prompts of a split, in any order and any cut; see
+    `_content`."""
     sums = []
     for part in upstream.prompt_parts(split):
         if columns in part.slice:
@@ -134,7 +137,8 @@ def read_prompts(store: Store, record: PartRecord, *columns: str) -> list[dict[s
 
 
 def source_identity(config: PromptsConfig, copies: "Copies") -> dict[str, Any]:
-    """What the sources, or their copies, are: the digests of files, or a hub dataset's name as it is given."""
+    """What the sources, or their copies, are: the digests of files, or a hub dataset's name as it
+    is given."""
 
     def identity(source: str) -> Any:
         if not is_dataset(source):
@@ -152,7 +156,8 @@ Copies = dict[str, dict[str, str]]
 
 
 def _copied(config: PromptsConfig, folder: Path) -> Copies:
-    """Copies of the sources' files as they are now: a source may grow or change while it is read."""
+    """Copies of the sources' files as they are now: a source may grow or change while it is
+    read."""
     copies: Copies = {}
     for source in (config.source, config.eval_source):
         if source is None or is_dataset(source):
@@ -171,7 +176,8 @@ def _copied(config: PromptsConfig, folder: Path) -> Copies:
 
 
 def cut(config: PromptsConfig, part_size: int, copies: Copies) -> Iterator[PromptsPart]:
-    """The parts of the sources, of about `part_size` prompts each; a repeated prompt is a reject."""
+    """The parts of the sources, of about `part_size` prompts each; a repeated prompt is a
+    reject."""
     parts = {split: PromptsPart(split) for split in ("train", "eval")}
     seen: dict[str, str] = {}
     read = _read_source(config, config.source, None, copies)
@@ -253,7 +259,8 @@ def _read_source(
 
 
 def _ends_part(prompt_id: str, size: int, part_size: int) -> bool:
-    """Cut after a prompt whose id says so, once half of `part_size` is reached: on average at about `part_size`."""
+    """Cut after a prompt whose id says so, once half of `part_size` is reached: on average at about
+    `part_size`."""
     half = max(1, part_size // 2)
     return size >= 2 * part_size or (size >= half and int(prompt_id[:8], 16) % half == 0)
 
@@ -275,7 +282,8 @@ def _row(prompt: Prompt, split: str, source: str) -> dict[str, Any]:
 
 
 def row_hash(value: Any) -> str:
-    """32 hex digits of a row's content. Keeps text as it is, where `storage.fingerprint` escapes it; part names depend on it."""
+    """32 hex digits of a row's content. Keeps text as it is, where `storage.fingerprint` escapes
+    it; part names depend on it."""
     return _sha256(value)[:32]
 
 

@@ -1,6 +1,8 @@
-"""The `quantiles` stage: per-prompt reference distributions, and the quantile reward of every training completion under them.
+"""The `quantiles` stage: per-prompt reference distributions, and the quantile reward of every
+training completion under them.
 
-Arrays end in `P` prompts, `N` reference rewards (all prompts' in one row, cut by offsets), `K` training completions (likewise).
+Arrays end in `P` prompts, `N` reference rewards (all prompts' in one row, cut by offsets), `K`
+training completions (likewise).
 """
 
 import time
@@ -80,20 +82,23 @@ class QuantilesConfig(Section):
     """Which completions are trained on, and how their rewards become quantiles."""
 
     train_on: TrainOn = "reference"
-    """Train on the reference's own samples, on the dataset's completions, or on both; in a later round, on the policy's samples."""
+    """Train on the reference's own samples, on the dataset's completions, or on both; in a later
+    round, on the policy's samples."""
     num_completions: int | None = Field(None, ge=1)
     """How many reference samples of each prompt are trained on; null for all of them."""
     num_ref: int | None = Field(None, ge=1)
-    """Take the quantiles of training completions among this many reference samples that are not trained on, the first after
-    `num_completions`; null for all samples of the prompt but the completion itself. Shows what more samples are worth."""
+    """Take the quantiles of training completions among this many reference samples that are not
+    trained on, the first after `num_completions`; null for all samples of the prompt but the
+    completion itself. Shows what more samples are worth."""
     ties: Literal["weak", "strict", "mid", "randomized"] = "weak"
     """How equal rewards count: `weak` is the paper's P(s <= r)."""
     equal_rewards: Literal["exclude", "keep"] = "exclude"
-    """A training completion whose reward equals every reference reward of its prompt has no rank: `ties` alone decides its
-    quantile, and `weak` raises the probability of each completion of such a prompt. `exclude` does not train on it; `keep`
-    is the paper's."""
+    """A training completion whose reward equals every reference reward of its prompt has no rank:
+    `ties` alone decides its quantile, and `weak` raises the probability of each completion of such
+    a prompt. `exclude` does not train on it; `keep` is the paper's."""
     self_exclusion: bool = True
-    """Leave a training completion that is itself a reference sample out of its own reference set."""
+    """Leave a training completion that is itself a reference sample out of its own reference
+    set."""
     confidence: float = Field(0.9, gt=0.0, lt=1.0)
     """Coverage of `quantile_low` to `quantile_high`."""
 
@@ -107,7 +112,8 @@ class Settings:
 
 
 def plan(settings: Settings, upstream: Upstream) -> StagePlan:
-    """One part for every prompts part, over all its rewards. Held-out prompts have no training completions, so no setting matters."""
+    """One part for every prompts part, over all its rewards. Held-out prompts have no training
+    completions, so no setting matters."""
     hashed: dict[str, Any] = keyed(settings.section)
     if settings.section.ties == "randomized":
         hashed["seed"] = settings.seed
@@ -182,9 +188,11 @@ def _origins() -> pa.Array:
 def quantile_table(
     prompt_ids: pa.Array, rewards: pa.Table, config: QuantilesConfig, split: str, seed: int
 ) -> tuple[pa.Table, list[dict[str, Any]]]:
-    """The quantiles rows of one part, and the prompts rejected because too few of their reference samples have a reward.
+    """The quantiles rows of one part, and the prompts rejected because too few of their reference
+    samples have a reward.
 
-    `rewards` has `prompt_id`, `origin`, `sample_index` and `reward`, in any order; null rewards and other prompts are passed over.
+    `rewards` has `prompt_id`, `origin`, `sample_index` and `reward`, in any order; null rewards and
+    other prompts are passed over.
     """
     prompt_B = _positions(rewards["prompt_id"], prompt_ids)
     origin_B = _positions(rewards["origin"], _origins())
@@ -318,7 +326,8 @@ def _positions(column: pa.ChunkedArray, values: pa.Array) -> Ints:
 
 
 def _sorted_within(prompt: Ints, reward: Floats, prompts: int) -> tuple[Ints, Floats]:
-    """Rewards ascending within their prompts, prompts ascending: prompts of one count are sorted as rows of a matrix."""
+    """Rewards ascending within their prompts, prompts ascending: prompts of one count are sorted as
+    rows of a matrix."""
     order = np.argsort(prompt.astype(np.min_scalar_type(prompts)), kind="stable")
     prompt, reward = prompt[order], reward[order] + 0.0  # -0.0 becomes 0.0
     count_P = np.bincount(prompt, minlength=prompts)

@@ -1,4 +1,5 @@
-"""The `reference` stage: the reference policy, fine-tuned on the dataset's chosen completions where the configuration asks for it.
+"""The `reference` stage: the reference policy, fine-tuned on the dataset's chosen completions where
+the configuration asks for it.
 
 Without `reference.sft` there is no such stage: the given model is the reference.
 """
@@ -36,7 +37,8 @@ class ReferenceConfig(Section):
     model: ModelConfig
     """The model to start from."""
     sft: SftConfig | None = None
-    """Fine-tune the model on the chosen completions first (the paper's SFT on chosen); null to take it as it is."""
+    """Fine-tune the model on the chosen completions first (the paper's SFT on chosen); null to take
+    it as it is."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,15 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
 
 
 def precision_settings(section: OptimizationConfig, model: ModelConfig) -> dict[str, str]:
-    """What `save_dtype: auto` adds to a fingerprint: nothing where earlier versions, which always rounded, lost nothing."""
+    """What `save_dtype: auto` adds to a fingerprint: nothing where earlier versions, which always
+    rounded, lost nothing."""
     decides = section.save_dtype == "auto" and section.learning_rate < 1e-5
     return {"save_dtype": "auto"} if decides and not has_float32_files(model) else {}
 
 
 def model_for(work: Work[Any], part: PartPlan, model: ModelConfig, stage: str = "reference") -> ModelConfig:
-    """The model that `part` uses: the folder that `stage` made, or the configured `model` where that stage made none."""
+    """The model that `part` uses: the folder that `stage` made, or the configured `model` where
+    that stage made none."""
     for key in part.inputs:
         if key.stage == stage:
             folder = work.store.fetch_folder(work.record(key))
@@ -103,7 +107,8 @@ def compute(work: Work[Settings]) -> Iterator[PartRecord | Progress]:
 
 
 def train(work: Work[Settings]) -> Iterator[Progress]:
-    """Fine-tune into the work folder: the whole run, or one rank's part of it where `qrpo.training.ranks` started this process."""
+    """Fine-tune into the work folder: the whole run, or one rank's part of it where
+    `qrpo.training.ranks` started this process."""
     from qrpo.training.runs import train_policy
 
     (part,) = work.parts
@@ -133,9 +138,11 @@ def on_ranks(
 
 
 def _write_examples(work: Work[Settings], part: PartPlan, folder: Path) -> tuple[int, int]:
-    """Write every prompt with its first offline completion (the chosen one) as tokens; how many there are, and how many could not be encoded.
+    """Write every prompt with its first offline completion (the chosen one) as tokens; how many
+    there are, and how many could not be encoded.
 
-    `_Examples` reads them in the order of a hash of seed and prompt, which no cut into parts changes.
+    `_Examples` reads them in the order of a hash of seed and prompt, which no cut into parts
+    changes.
     """
     tokenizer, limits = load_tokenizer(work.settings.model), model_limits(work.settings.model)
     keys: list[bytes] = []

@@ -1,6 +1,8 @@
-"""The `rewards` stage: score every completion with the configured rewards and combine them by weight.
+"""The `rewards` stage: score every completion with the configured rewards and combine them by
+weight.
 
-Several small parts are scored together, so that a reward model's batches are full. Each is committed separately.
+Several small parts are scored together, so that a reward model's batches are full. Each is
+committed separately.
 """
 
 import json
@@ -106,9 +108,11 @@ def reward_gpus(rewards: Sequence[RewardConfig]) -> int:
 def reward_settings(
     rewards: Sequence[RewardConfig], store: Store | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of the rewards, and the identity of what they call: a function's source, a model's files as `store` knows them.
+    """The settings of the rewards, and the identity of what they call: a function's source, a
+    model's files as `store` knows them.
 
-    A model's scores are float32. All other rewards are float64, and version 1 rounded them, so its values may not serve.
+    A model's scores are float32. All other rewards are float64, and version 1 rounded them, so its
+    values may not serve.
     """
     outside = {
         reward.name: {**reward.identity(), **({} if reward.kind == "model" else {"precision": "float64"})}
@@ -131,7 +135,8 @@ def reward_identities(settings: Mapping[str, Any], outside: Mapping[str, Any]) -
 
 
 def missing_rewards(ours: Mapping[str, Any], theirs: Mapping[str, Any] | None) -> int:
-    """How many of our rewards a row of the other family has no value of. Both are `{"settings", "outside"}` of rewards."""
+    """How many of our rewards a row of the other family has no value of. Both are
+    `{"settings", "outside"}` of rewards."""
     values = set(reward_identities(theirs["settings"], theirs["outside"]).values()) if theirs else set()
     return sum(value not in values for value in reward_identities(ours["settings"], ours["outside"]).values())
 
@@ -159,7 +164,8 @@ class Scorer:
             reward.close()
 
     def score(self, rows: Sequence[Mapping[str, Any]], known: Sequence[Known] | None = None) -> list[Score]:
-        """One score a row; a row has `messages`, `conversational`, `metadata` (JSON), `text` and maybe `token_ids`.
+        """One score a row; a row has `messages`, `conversational`, `metadata` (JSON), `text` and
+        maybe `token_ids`.
 
         `known` has for every row the values that need not be computed again.
         """
@@ -214,7 +220,8 @@ class _Part:
 
 
 def compute(work: Work[Settings]) -> Iterator[PartRecord]:
-    """Score the group, some parts together, and commit each part. The rewards are kept for the next group."""
+    """Score the group, some parts together, and commit each part. The rewards are kept for the next
+    group."""
     rewards = work.settings.rewards
     scorer = keep((rewards, work.store.url, work.log), lambda: Scorer(rewards, work.log, work.store))
     waiting: list[_Part] = []
@@ -254,9 +261,11 @@ def known_scores(
     store: Store,
     stage: str,
 ) -> list[Known]:
-    """For every row, the values of these rewards that committed rows of any family have (`reusable_rows`).
+    """For every row, the values of these rewards that committed rows of any family have
+    (`reusable_rows`).
 
-    A function may see the tokens of a completion, so its values hold for equal tokens; other rewards see the text alone.
+    A function may see the tokens of a completion, so its values hold for equal tokens; other
+    rewards see the text alone.
     """
     known = _committed_scores(rewards, committed, store, stage)
     if not known:
@@ -275,8 +284,8 @@ def _committed_scores(
 ) -> dict[str, dict[str, Score]]:
     """Scores of these rewards by `input_digest` and the reward's present name.
 
-    A row that failed says nothing. In the others, a component that is missing did not apply, and one that is null
-    failed.
+    A row that failed says nothing. In the others, a component that is missing did not apply, and
+    one that is null failed.
     """
     known: dict[str, dict[str, Score]] = {}
     if rows.is_empty():
@@ -337,7 +346,8 @@ def _commit(work: Work[Settings], part: _Part, scores: Sequence[Score]) -> PartR
 
 
 def _warn_of_broken_tests(rows: Sequence[Mapping[str, Any]], scores: Sequence[Score]) -> None:
-    """Name the prompts whose completions all have one reward that the dataset's own answer fails for."""
+    """Name the prompts whose completions all have one reward that the dataset's own answer fails
+    for."""
     prompts: dict[str, list[tuple[str, Score]]] = {}
     for row, score in zip(rows, scores, strict=True):
         prompts.setdefault(row["prompt_id"], []).append((row["origin"], score))

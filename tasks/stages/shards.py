@@ -1,8 +1,10 @@
-"""The `shards` stage: training rows with their tokens, quantile rewards and reference log-probabilities.
+"""The `shards` stage: training rows with their tokens, quantile rewards and reference
+log-probabilities.
 
-One row is a prompt with its K training completions. The reference log-probabilities come from the forward code that training uses, so
-that at step 0 the log ratio is zero up to rounding. Rows of a part are shuffled by a hash of the seed and the prompt; the order of an
-epoch over all parts is the reader's.
+One row is a prompt with its K training completions. The reference log-probabilities come from the
+forward code that training uses, so that at step 0 the log ratio is zero up to rounding. Rows of a
+part are shuffled by a hash of the seed and the prompt; the order of an epoch over all parts is the
+reader's.
 """
 
 import time
@@ -110,7 +112,8 @@ def plan(settings: Settings, upstream: Upstream) -> StagePlan:
 
 
 def compute(work: Work[Settings]) -> Iterator[PartRecord]:
-    """Compute the group part by part. Runs in a child process, since it loads the reference model, and keeps it."""
+    """Compute the group part by part. Runs in a child process, since it loads the reference model,
+    and keeps it."""
     settings = work.settings
     model_config = model_for(work, work.parts[0], settings.model)
     tokenizer, limits = load_tokenizer(model_config), model_limits(model_config)
@@ -193,7 +196,8 @@ class LogprobScorer:
             row[column] = scores_K.tolist()
 
     def score_tokens(self, rows: Sequence[dict[str, Any]], column: str) -> None:
-        """Set `column` of each row to the log-probabilities (T,) of the tokens of its one completion."""
+        """Set `column` of each row to the log-probabilities (T,) of the tokens of its one
+        completion."""
         from qrpo.training.logprobs import score_token_logprobs
 
         scores = score_token_logprobs(
@@ -253,8 +257,8 @@ def _rows(
 def _tokens(
     work: Work[Settings], part: PartPlan
 ) -> tuple[dict[str, list[int]], dict[tuple[str, str, int], list[int] | None]]:
-    """The token ids that each prompt was sampled from; those of the completions that are trained on, by prompt, origin and
-    sample index, None where a completion was sampled from others."""
+    """The token ids that each prompt was sampled from; those of the completions that are trained
+    on, by prompt, origin and sample index, None where a completion was sampled from others."""
     keep = work.settings.quantiles.num_completions
     trained = pc.field("origin") != "reference"
     trained |= pc.scalar(True) if keep is None else pc.field("sample_index") < keep
@@ -278,7 +282,8 @@ def _row(
     tokens: Mapping[tuple[str, str, int], list[int] | None],
     limits: Limits,
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """One prompt's row, without the completions that are empty or too long; None where none is left."""
+    """One prompt's row, without the completions that are empty or too long; None where none is
+    left."""
     prompt_id = group["prompt_id"]
     limit, name = settings.section.max_length, "shards.max_length is"
     if limits.max_length < limit:
@@ -320,7 +325,8 @@ def _row(
 
 
 def _known_logprobs(work: Work[Settings], part: PartPlan) -> dict[tuple[Any, ...], float]:
-    """Log-probabilities under the same model from earlier shards of this family, by the tokens of prompt and completion."""
+    """Log-probabilities under the same model from earlier shards of this family, by the tokens of
+    prompt and completion."""
     rows = reusable_rows(work, part, on=["prompt_id", "completion_token_ids"])
     return {
         (tuple(row["prompt_token_ids"]), tuple(tokens)): logprob

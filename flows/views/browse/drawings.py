@@ -1,4 +1,5 @@
-"""Drawings as SVG that the page's style sheet colours: histograms, curves and empirical distributions."""
+"""Drawings as SVG that the page's style sheet colours: histograms, curves and empirical
+distributions."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -50,7 +51,8 @@ def curve(points: Sequence[tuple[float, float]], label: str) -> Markup:
 
 
 def cdf(ref_rewards: Sequence[float], marks: Sequence[tuple[float, str]]) -> Markup:
-    """The empirical distribution of a prompt's reference rewards as steps, with a mark for each (reward, label)."""
+    """The empirical distribution of a prompt's reference rewards as steps, with a mark for each
+    (reward, label)."""
     rewards = sorted([*ref_rewards, *(reward for reward, _ in marks)])
     margin = 0.05 * (rewards[-1] - rewards[0]) or 1.0
     low, high = rewards[0] - margin, rewards[-1] + margin

@@ -1,4 +1,5 @@
-"""What each address shows: a template's name and its values. Reads the store afresh for every page and writes nothing."""
+"""What each address shows: a template's name and its values. Reads the store afresh for every page
+and writes nothing."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -51,7 +52,8 @@ class NotFoundError(Exception):
 
 @dataclass(frozen=True)
 class ArtifactPage:
-    """A page about an artifact: the artifact's address (by run, or by fingerprint) and the tab; `asked` are parameters."""
+    """A page about an artifact: the artifact's address (by run, or by fingerprint) and the tab;
+    `asked` are parameters."""
 
     run: str | None
     manifest: Manifest
@@ -61,7 +63,8 @@ class ArtifactPage:
     asked: Sequence[tuple[str, str]]
 
     def link(self, tab: str | None = None, **changes: Any) -> str:
-        """An address of the artifact with the same parameters but for the changes; None removes one."""
+        """An address of the artifact with the same parameters but for the changes; None removes
+        one."""
         pairs = [(key, value) for key, value in self.asked if key not in changes]
         pairs += [(key, str(value)) for key, value in changes.items() if value is not None]
         return self.address(tab or self.tab) + (f"?{urlencode(pairs)}" if pairs else "")

@@ -1,7 +1,8 @@
 """The server of `qrpo browse`: GET only, to who has the token, with headers that let nothing run.
 
-The pages hold text that models wrote. The templates escape it. If that ever failed, the Content-Security-Policy allows
-no script, frame, font or connection, and style sheets and the icon only from this server.
+The pages hold text that models wrote. The templates escape it. If that ever failed, the
+Content-Security-Policy allows no script, frame, font or connection, and style sheets and the icon
+only from this server.
 """
 
 import hmac
@@ -47,7 +48,8 @@ _MAX_TEXT = 100_000  # characters of one text on a page
 
 
 def serve(store: Store, *, host: str, port: int, token: str | None, say: Callable[[str], None]) -> None:
-    """Serve until interrupted; `say` gets the address with its token, which is generated if missing."""
+    """Serve until interrupted; `say` gets the address with its token, which is generated if
+    missing."""
     if token is not None and len(token) < _SHORTEST_TOKEN:
         raise ConfigError(
             f"--token has {len(token)} characters, expected at least {_SHORTEST_TOKEN}: without the option one is generated"
@@ -121,8 +123,8 @@ def browse_app(store: Store) -> Starlette:
 
 
 class Guard:
-    """Checks the method, the host's name (against DNS rebinding), the token and the origin of each request, and adds the
-    headers."""
+    """Checks the method, the host's name (against DNS rebinding), the token and the origin of each
+    request, and adds the headers."""
 
     def __init__(self, app: ASGIApp, *, token: str, hosts: tuple[str, ...] | None) -> None:
         self.app, self.token, self.hosts = app, token, hosts

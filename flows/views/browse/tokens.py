@@ -1,7 +1,8 @@
-"""A completion's tokens coloured by log-ratio, for rows that store log-probabilities of every token.
+"""A completion's tokens coloured by log-ratio, for rows that store log-probabilities of every
+token.
 
-Such a row has `token_ids` and, of the same length, `model_token_logprobs` and `ref_token_logprobs`. The words come from
-the tokenizer in the run's policy; without one the ids are shown.
+Such a row has `token_ids` and, of the same length, `model_token_logprobs` and `ref_token_logprobs`.
+The words come from the tokenizer in the run's policy; without one the ids are shown.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,8 @@ _STEPS = 5
 
 
 def coloured_tokens(store: Store, policy: Manifest | None, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Per token `text`, `log_ratio` (nats) and `shade` from -5 to 5; empty if the row does not store them."""
+    """Per token `text`, `log_ratio` (nats) and `shade` from -5 to 5; empty if the row does not
+    store them."""
     ids, model_T, ref_T = (row.get(name) or () for name in _COLUMNS)
     if not len(ids) == len(model_T) == len(ref_T):
         return []
@@ -35,7 +37,8 @@ def _shade(ratio: float | None) -> int:
 
 
 def _texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
-    """What each token adds to the decoded text; a character of several tokens is shown with the last of them."""
+    """What each token adds to the decoded text; a character of several tokens is shown with the
+    last of them."""
     if tokenizer is None:
         return [f"{token} " for token in ids]
     texts, done, start = [], "", 0

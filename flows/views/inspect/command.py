@@ -20,10 +20,11 @@ _LIMIT = 5
 def answer(
     store: Store, name: str, stage: str, query: Query, *, exact: bool = False, **modes: Any
 ) -> tuple[dict[str, Any], Any]:
-    """The answer as JSON values, and for a terminal. Raises ConfigError for options that exclude each other.
+    """The answer as JSON values, and for a terminal. Raises ConfigError for options that exclude
+    each other.
 
-    `modes` are the options that ask for something else than rows, of which at most one is not None: `prompt_id`, `diff`,
-    `export`, `hub`.
+    `modes` are the options that ask for something else than rows, of which at most one is not None:
+    `prompt_id`, `diff`, `export`, `hub`.
     """
     given = {mode: value for mode, value in modes.items() if value is not None}
     options = [f"--{mode.replace('_', '-')}" for mode in given]

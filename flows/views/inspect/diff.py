@@ -1,7 +1,7 @@
 """The same stage of two runs: rows added, removed and changed, and how the numbers moved.
 
-Parts with the same digest in both artifacts are equal and are not read. Of the others the keys are compared first,
-then one column at a time.
+Parts with the same digest in both artifacts are equal and are not read. Of the others the keys are
+compared first, then one column at a time.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,8 @@ _MAX_ROWS = 20_000_000
 def diff_stage(
     store: Store, before: Manifest, after: Manifest, *, limit: int = 20, max_rows: int = _MAX_ROWS
 ) -> dict[str, Any]:
-    """Counts, the first `limit` changed rows with both values of what changed, and the numbers of both sides.
+    """Counts, the first `limit` changed rows with both values of what changed, and the numbers of
+    both sides.
 
     Raises DataError for a stage whose rows have no key, or if more than `max_rows` rows differ.
     """

@@ -18,10 +18,12 @@ _ENDINGS = (".parquet", ".jsonl", ".csv")
 
 
 def export_rows(rows: ArtifactRows, query: Query, path: Path) -> int:
-    """Write the rows of the query into a new file whose ending names the format; returns the number of rows.
+    """Write the rows of the query into a new file whose ending names the format; returns the number
+    of rows.
 
-    In CSV, lists and structs are JSON texts, and a text that a spreadsheet would run as a formula gets an apostrophe in
-    front. The file appears once it is complete; an existing file is not replaced.
+    In CSV, lists and structs are JSON texts, and a text that a spreadsheet would run as a formula
+    gets an apostrophe in front. The file appears once it is complete; an existing file is not
+    replaced.
     """
     if path.suffix not in _ENDINGS:
         raise ConfigError(f"--export {path}: the file's ending must be one of {', '.join(_ENDINGS)}")
@@ -55,7 +57,8 @@ def export_rows(rows: ArtifactRows, query: Query, path: Path) -> int:
 
 
 def push_to_hub(rows: ArtifactRows, manifest: Manifest, run: str, repo: str, query: Query) -> str:
-    """Push the rows of the query as one Parquet file with a dataset card to a private dataset repository; its URL.
+    """Push the rows of the query as one Parquet file with a dataset card to a private dataset
+    repository; its URL.
 
     Creates the repository if there is none. The account is that of `hf auth login` or HF_TOKEN.
     """

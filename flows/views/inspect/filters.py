@@ -3,8 +3,9 @@
     reward > 0.9 AND finish_reason = 'length'
     text ILIKE '%sorry%' OR ARRAY_LENGTH(token_ids) > 512
 
-`pl.sql_expr` runs subqueries while it parses, and a subquery can read any file. So the text is checked before Polars
-sees it: only characters, words and functions that a condition needs. After parsing, it may name only the table's columns.
+`pl.sql_expr` runs subqueries while it parses, and a subquery can read any file. So the text is
+checked before Polars sees it: only characters, words and functions that a condition needs. After
+parsing, it may name only the table's columns.
 """
 
 import re
@@ -21,7 +22,8 @@ ARRAY_LENGTH ARRAY_CONTAINS ARRAY_MAX ARRAY_MIN ARRAY_MEAN ARRAY_SUM ARRAY_GET
 COALESCE NULLIF IFNULL IF CAST TRY_CAST
 """
 FUNCTIONS = frozenset(_FUNCTIONS.split())
-"""Functions that a condition may call. Each returns one small value per row; aggregates and padding are excluded."""
+"""Functions that a condition may call. Each returns one small value per row; aggregates and padding
+are excluded."""
 
 _OPERATORS = "AND OR NOT IN LIKE ILIKE RLIKE REGEXP BETWEEN WHEN THEN ELSE CASE IS"
 _QUERY_WORDS = "SELECT WITH FROM TABLE UNION VALUES OVER EXISTS ANY ALL SOME UNNEST"
@@ -34,7 +36,8 @@ _EXAMPLE = """for example: reward > 0.9 AND finish_reason = 'length'"""
 
 
 def parse_condition(text: str, schema: pl.Schema) -> pl.Expr:
-    """The condition as an expression on a table with this schema. Raises DataError that says what is wrong."""
+    """The condition as an expression on a table with this schema. Raises DataError that says what
+    is wrong."""
     _check(text)
     try:
         condition = pl.sql_expr(text)
@@ -64,7 +67,8 @@ def apply_condition(frame: pl.DataFrame, condition: pl.Expr) -> pl.DataFrame:
 
 
 def _check(text: str) -> None:
-    """Raise DataError for anything but a short expression of columns, literals, operators and FUNCTIONS."""
+    """Raise DataError for anything but a short expression of columns, literals, operators and
+    FUNCTIONS."""
     if not 0 < len(text.strip()) <= len(text) <= _MAX_CHARACTERS:
         raise DataError(
             f"a condition has 1 to {_MAX_CHARACTERS} characters, this one {len(text)}; {_EXAMPLE}"

@@ -1,7 +1,8 @@
-"""Rows of given prompts in any stage without reading the whole stage: parts record which parts they were made from.
+"""Rows of given prompts in any stage without reading the whole stage: parts record which parts they
+were made from.
 
-A prompt is in one part of `prompts`. Its completions, rewards, quantiles and shards are in parts made from that part.
-If the records do not say so, every part is read.
+A prompt is in one part of `prompts`. Its completions, rewards, quantiles and shards are in parts
+made from that part. If the records do not say so, every part is read.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -19,10 +20,12 @@ _COMPLETION = ("prompt_id", "origin", "sample_index")
 
 
 class PromptLookup(RunArtifacts):
-    """A run's rows by prompt. `sources` are fingerprints of parts of `prompts`; an empty set means any part."""
+    """A run's rows by prompt. `sources` are fingerprints of parts of `prompts`; an empty set means
+    any part."""
 
     def find_prompt(self, beginning: str) -> tuple[str, frozenset[str]]:
-        """The id of the one prompt whose id begins like this, and its source. DataError if there is not exactly one."""
+        """The id of the one prompt whose id begins like this, and its source. DataError if there is
+        not exactly one."""
         found = {
             prompt_id: part.fingerprint
             for part in (self.manifests["prompts"].parts if "prompts" in self.manifests else ())
@@ -49,7 +52,8 @@ class PromptLookup(RunArtifacts):
         sources: frozenset[str],
         columns: Iterable[str] | None = None,
     ) -> list[tuple[PartRecord, int, dict[str, Any]]]:
-        """(part, number in the part, row) of the stage's rows of these prompts. Empty if the stage has no such rows."""
+        """(part, number in the part, row) of the stage's rows of these prompts. Empty if the stage
+        has no such rows."""
         manifest = self.manifests.get(stage)
         rows = ArtifactRows(self.store, self._parts_from(manifest, sources) if manifest else ())
         if not rows.parts or "prompt_id" not in rows.schema:
@@ -77,7 +81,8 @@ class PromptLookup(RunArtifacts):
         ]
 
     def conversations(self, rows: ArtifactRows, positions: Sequence[int]) -> list[dict[str, Any]]:
-        """For each row, the `messages` of its prompt and the `completion` that it is about, as far as there are any."""
+        """For each row, the `messages` of its prompt and the `completion` that it is about, as far
+        as there are any."""
         if "prompt_id" not in rows.schema or not positions:
             return [{} for _ in positions]
         keys = [name for name in _COMPLETION if name in rows.schema and not rows.schema[name].is_nested()]
@@ -111,7 +116,8 @@ class PromptLookup(RunArtifacts):
 
     @cached_property
     def _sources(self) -> dict[str, frozenset[str]]:
-        """Part -> the parts of `prompts` that it was made from row by row. A model comes from all of them: not counted."""
+        """Part -> the parts of `prompts` that it was made from row by row. A model comes from all
+        of them: not counted."""
         found: dict[str, frozenset[str]] = {}
         for manifest in self.manifests.values():  # in the order of the pipeline: parents come first
             for part in manifest.parts:

@@ -1,4 +1,5 @@
-"""One prompt through every stage: the conversation, its completions by reward, and how training used each."""
+"""One prompt through every stage: the conversation, its completions by reward, and how training
+used each."""
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,10 @@ _QUANTILE = ("quantile_reward", "quantile_low", "quantile_high")
 def follow_prompt(run: PromptLookup, beginning: str) -> dict[str, Any]:
     """Everything that a run has of one prompt; its id may be shortened to a unique beginning.
 
-    `stages` are the rows as stored. `completions` joins them, best reward first. Each has `rank` (the share of
-    reference rewards at or below its own), the quantile reward if the `quantiles` stage computed one, and `became`:
-    its place in the shards, or why it has none. `samples` are those of the evaluation in the same form.
+    `stages` are the rows as stored. `completions` joins them, best reward first. Each has `rank`
+    (the share of reference rewards at or below its own), the quantile reward if the `quantiles`
+    stage computed one, and `became`: its place in the shards, or why it has none. `samples` are
+    those of the evaluation in the same form.
     """
     prompt_id, sources = run.find_prompt(beginning)
     found = {stage: run.find(stage, [prompt_id], sources) for stage in run.manifests}

@@ -1,8 +1,9 @@
 """An artifact's rows: read some, and find those that a query asks for.
 
-Rows are numbered from 0 through the parts in the manifest's order; that number is a row's position. The store
-reads the parts, so every kind of store works and a damaged part raises an error. Only the columns that decide are
-read to find rows, a few row groups at a time. So memory is bounded, a time limit holds, and an early answer costs little.
+Rows are numbered from 0 through the parts in the manifest's order; that number is a row's position.
+The store reads the parts, so every kind of store works and a damaged part raises an error. Only the
+columns that decide are read to find rows, a few row groups at a time. So memory is bounded, a time
+limit holds, and an early answer costs little.
 """
 
 import random
@@ -113,8 +114,8 @@ class ArtifactRows:
 
 @dataclass(frozen=True)
 class Query:
-    """SQL condition, text to search for, column to sort by (with a minus: descending), seed of a random sample, and which
-    columns and how many rows to return (None: all)."""
+    """SQL condition, text to search for, column to sort by (with a minus: descending), seed of a
+    random sample, and which columns and how many rows to return (None: all)."""
 
     where: str | None = None
     search: str | None = None
@@ -126,7 +127,8 @@ class Query:
 
 @dataclass(frozen=True)
 class Found:
-    """Positions in order. `matches` is None if time ended before all rows were searched; `searched` counts those rows."""
+    """Positions in order. `matches` is None if time ended before all rows were searched; `searched`
+    counts those rows."""
 
     positions: Sequence[int]
     matches: int | None
@@ -196,7 +198,8 @@ def find_rows(
 
 
 def _contains(column: pl.Expr, kind: Any, text: str) -> pl.Expr | None:
-    """Whether a text, or a text inside lists and structs, contains `text` in any case. None for a type without texts."""
+    """Whether a text, or a text inside lists and structs, contains `text` in any case. None for a
+    type without texts."""
     if kind == pl.String:
         return column.str.to_lowercase().str.contains(text, literal=True).fill_null(False)
     if isinstance(kind, pl.Struct):

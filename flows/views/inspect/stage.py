@@ -14,8 +14,9 @@ from tasks.artifact_summary import numbers_of, reject_reasons, training_metrics
 def inspect_stage(run: PromptLookup, stage: str, query: Query, *, exact: bool = False) -> dict[str, Any]:
     """What `qrpo inspect` prints: the artifact, its numbers (of the rows that match), and rows.
 
-    `exact` reads every row where a sample would be enough for an estimate. `samples` are the rows as stored;
-    `conversations` has, for each, the prompt's messages and the completion if there are any.
+    `exact` reads every row where a sample would be enough for an estimate. `samples` are the rows
+    as stored; `conversations` has, for each, the prompt's messages and the completion if there are
+    any.
     """
     manifest = run.manifest(stage)
     shown: dict[str, Any] = {
@@ -45,7 +46,8 @@ def inspect_stage(run: PromptLookup, stage: str, query: Query, *, exact: bool = 
 
 
 def metrics_of(store: Store, manifest: Manifest, query: Query) -> dict[str, Any]:
-    """The same of what a training run logged, one row per logged step; empty for a folder of something else."""
+    """The same of what a training run logged, one row per logged step; empty for a folder of
+    something else."""
     found = training_metrics(store, manifest)
     frame = pl.DataFrame() if found is None else found
     frame = frame.select(name for name in frame.columns if name in (query.columns or frame.columns))

@@ -1,8 +1,9 @@
 """Numbers of an artifact: nulls, extremes, quantiles and a histogram of every numeric column.
 
-Parquet footers give exact nulls, minima and maxima. Quantiles, means and histograms come from all rows if there are
-few, else from parts spread evenly over the artifact; then `estimated_from` says how many rows were read.
-A list column counts every element. A list of named values (`components`) counts as one column per name.
+Parquet footers give exact nulls, minima and maxima. Quantiles, means and histograms come from all
+rows if there are few, else from parts spread evenly over the artifact; then `estimated_from` says
+how many rows were read. A list column counts every element. A list of named values (`components`)
+counts as one column per name.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,10 +28,11 @@ def summarise(
     condition: pl.Expr | None = None,
     exact: bool = False,
 ) -> dict[str, Any]:
-    """Numeric column -> count, mean, std, min, max, quantiles (at QUANTILES), histogram, estimated_from.
+    """Numeric column -> count, mean, std, min, max, quantiles (at QUANTILES), histogram,
+    estimated_from.
 
-    `exact_extremes` says whether min and max are those of all rows. `exact` reads every row. With a condition, the
-    numbers are those of the rows that meet it.
+    `exact_extremes` says whether min and max are those of all rows. `exact` reads every row. With a
+    condition, the numbers are those of the rows that meet it.
     """
     if not len(rows):
         return {}
@@ -60,7 +62,8 @@ def summarise(
 
 
 def column_nulls(rows: ArtifactRows, *, exact: bool = False) -> dict[str, int | None]:
-    """Column -> exact number of null rows. None where the footers do not say and there are many rows."""
+    """Column -> exact number of null rows. None where the footers do not say and there are many
+    rows."""
     nullable = [field.name for field in rows.arrow_schema if field.nullable]
     counts: dict[str, int | None] = dict.fromkeys(rows.schema, 0) | dict.fromkeys(nullable)
     if len(rows.parts) > _MAX_FOOTERS and not exact:
@@ -79,7 +82,8 @@ def column_nulls(rows: ArtifactRows, *, exact: bool = False) -> dict[str, int | 
 def _sample(
     rows: ArtifactRows, columns: Sequence[str], condition: pl.Expr | None, budget: int
 ) -> tuple[pl.DataFrame, int]:
-    """The rows that meet the condition among about `budget` rows of evenly spread parts; and how many were read."""
+    """The rows that meet the condition among about `budget` rows of evenly spread parts; and how
+    many were read."""
     parts = [part for part in rows.parts if part.rows]
     if len(rows) > budget:
         count = max(1, round(len(parts) * budget / len(rows)))
@@ -125,7 +129,8 @@ def _footer_columns(rows: ArtifactRows, columns: Sequence[str]) -> dict[str, lis
 
 
 def _series(values: pl.Series) -> Iterator[tuple[str, pl.Series]]:
-    """The column's numbers: its values, the lengths of token lists, or one series per name of named values."""
+    """The column's numbers: its values, the lengths of token lists, or one series per name of named
+    values."""
     name = values.name
     if _is_named(values.dtype):
         pairs = _flat(values).drop_nulls().to_frame().unnest(name)

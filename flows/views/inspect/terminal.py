@@ -40,7 +40,8 @@ def inspection(shown: dict[str, Any]) -> Group:
 
 
 def prompt(followed: dict[str, Any]) -> Group:
-    """One prompt: the conversation, its completions by reward, rejects, and the rows of the later stages."""
+    """One prompt: the conversation, its completions by reward, rejects, and the rows of the later
+    stages."""
     parts: list[Any] = [Text(f"prompt {followed['prompt_id']} of run {followed['run']}", style="bold")]
     if followed["prompt"] is not None:
         parts.append(_row(followed["prompt"]))
@@ -130,7 +131,8 @@ def _completions(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _row(row: Mapping[str, Any], chat: Mapping[str, Any] | None = None, title: str | None = None) -> Panel:
-    """A row: its conversation first, then every other column. `changes` are pairs of values before and after."""
+    """A row: its conversation first, then every other column. `changes` are pairs of values before
+    and after."""
     chat = chat or {}
     text = Text(no_wrap=False, overflow="fold")  # the console does not fold long words itself
     messages = row.get("messages") or chat.get("messages") or ()

@@ -2,7 +2,8 @@
 
 content        what the page says, read from the store
 plots          the figures, as SVG
-page.html.j2   the page; text that models wrote is escaped, and the page's policy forbids scripts and requests
+page.html.j2   the page; text that models wrote is escaped, and the page's policy forbids scripts
+               and requests
 """
 
 from pathlib import Path
@@ -18,7 +19,8 @@ __all__ = ["render_report", "write_report"]
 
 
 def render_report(store: Store, run: str) -> str:
-    """The page of the run, without sections for stages that have not run. ConfigError if there is no such run."""
+    """The page of the run, without sections for stages that have not run. ConfigError if there is
+    no such run."""
     content = gather(store, run)
     environment = Environment(
         loader=PackageLoader("flows.views.report", "."),

@@ -36,18 +36,21 @@ class Content:
     comparison: tuple[list[str], dict[str, list[Cell]]] | None
     """The summary as a table: the models' names, and titled rows."""
     evaluation: pl.DataFrame | None
-    """prompt_id, model, sample_index, reward, quantile_reward, length, text: every scored sample."""
+    """prompt_id, model, sample_index, reward, quantile_reward, length, text: every scored
+    sample."""
     ref_rewards: list[Floats]
     """Each prompt's reference rewards; of the held-out prompts if there are any."""
     interval_widths: Floats
     """Of the training completions' quantile rewards, 95%."""
     metrics: pl.DataFrame | None
     tables: dict[str, list[dict[str, Any]]]
-    """Title -> prompts with a completion of each model (`prompt`, `reference`, `policy`, `change`)."""
+    """Title -> prompts with a completion of each model (`prompt`, `reference`, `policy`,
+    `change`)."""
 
 
 def gather(store: Store, run: str) -> Content:
-    """Read the run's artifacts. Raises ConfigError or DataError if there is no such run, or nothing in it."""
+    """Read the run's artifacts. Raises ConfigError or DataError if there is no such run, or nothing
+    in it."""
     artifacts = RunArtifacts(store, run)
     manifests = {stage: artifacts.manifest(stage) for stage in artifacts.stages or ("prompts",)}
     evaluation = _evaluation(store, manifests.get("evaluation"))
@@ -115,7 +118,8 @@ def _prompts(store: Store, manifest: Manifest) -> dict[str, str]:
 
 
 def _tables(evaluation: pl.DataFrame, prompts: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
-    """The policy's best and worst completions, and the prompts whose mean reward rose and fell most."""
+    """The policy's best and worst completions, and the prompts whose mean reward rose and fell
+    most."""
     columns = ["text", "reward", "quantile_reward", "length"]
     policy, reference = (
         evaluation.filter(pl.col("model") == name).select(

@@ -1,4 +1,5 @@
-"""The report's figures: matplotlib figures as inline SVG in the page's own colours, so that they follow light and dark."""
+"""The report's figures: matplotlib figures as inline SVG in the page's own colours, so that they
+follow light and dark."""
 
 import io
 import re
@@ -165,7 +166,8 @@ def _frontier(axes: Any, content: Content) -> list[dict[str, Any]]:
 
 
 def _plot_models(axes: Any, content: Content, score: Callable[[Any, Any], tuple[float, float]]) -> None:
-    """A point per model over its KL, with two standard errors; `score` of its samples and its comparison."""
+    """A point per model over its KL, with two standard errors; `score` of its samples and its
+    comparison."""
     summary = content.summary or {}
     farthest = 3 * max(axes.get_xlim()[1], summary["kl"]["mean"] or 0.0)
     for name, one in {"policy": summary, **summary.get("others", {})}.items():

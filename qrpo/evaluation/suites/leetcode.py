@@ -36,9 +36,9 @@ def score_solutions(
 
     The summary has `tests_passed` (share of a solution's tests, mean over problems) and `pass_at_1`
     (share of solutions that pass all), each with `standard_error`, `low` and `high` over problems;
-    `problems`, `samples`, `limits` and `packages`, and `unusable`: the reasons why problems could not
-    be scored. Problems without an answer are ignored. Limits and packages are those of `reward`, by
-    default the package that LeetCode offers, if it is installed.
+    `problems`, `samples`, `limits` and `packages`, and `unusable`: the reasons why problems could
+    not be scored. Problems without an answer are ignored. Limits and packages are those of
+    `reward`, by default the package that LeetCode offers, if it is installed.
     """
     rows = [
         {**problem, "solution": index, "text": text}

@@ -9,8 +9,8 @@ plain int. NumPy's numeric arrays and scalars are supported where NumPy is loade
 class written in Python are encoded as the class's name and attributes. They are created again
 without calling any method, if the reader knows a class of that name.
 
-Functions, iterators, files and the like are not data. The writer may `export` them as handles, which
-the reader resolves.
+Functions, iterators, files and the like are not data. The writer may `export` them as handles,
+which the reader resolves.
 """
 
 import array

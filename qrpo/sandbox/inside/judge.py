@@ -33,8 +33,9 @@ def serve(jobs: Reader, answer: int, drop_privileges: Callable[[], None]) -> int
     """Serve requests one after another until the pipe ends. b"." ends each answer.
 
     - "prepare", preamble, test, entry point: answers with JSON (`tests`, their number; `weak`, the
-      number of those that pass for any truthy value; `calls`, whether they are known in advance; `entry_point`; the `wanted` names of the solution and how
-      many of them are `bound`; or `error`), the compiled suite, the compiled preamble, and the calls.
+      number of those that pass for any truthy value; `calls`, whether they are known in advance;
+      `entry_point`; the `wanted` names of the solution and how many of them are `bound`; or
+      `error`), the compiled suite, the compiled preamble, and the calls.
     - "judge", compiled suite, number of replies, replies to the calls that are known in advance:
       answers with b"1", or b"0" and the reason, for each test as soon as it is known. Without
       replies, b"c" is a request to the solution, whose reply is the next message.

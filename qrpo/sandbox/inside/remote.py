@@ -51,7 +51,8 @@ class Link:
         return self.result(reply, encoder.mutable, quiet=_ENDS.get(operation))
 
     def result(self, reply: bytes, mutable: Sequence[Any] | None = None, *, quiet: str | None = None) -> Any:
-        """The result in a reply; `mutable` are the arguments' parts to update, if it has their states."""
+        """The result in a reply; `mutable` are the arguments' parts to update, if it has their
+        states."""
         kind, data = reply[:1], reply[1:]
         if kind not in (b"=", b"!"):
             self.fail(data.decode("utf-8", "replace") or "the solution exited before this call")
@@ -137,7 +138,8 @@ class Link:
         return error
 
     def _mirror(self, bases: Sequence[str]) -> Any:
-        """The exception class with these bases: a builtin one, or one that stands for the solution's."""
+        """The exception class with these bases: a builtin one, or one that stands for the
+        solution's."""
         found: type = Exception
         for name in reversed(bases):
             builtin = getattr(builtins, name, None)

@@ -67,8 +67,9 @@ class _Session:
             write_frames(self._answer, self._reply(request))
 
     def _reply(self, request: bytes) -> bytes:
-        """b"=" and the result, all arguments afterwards and what was printed, b"!" and the exception, or b"?" and the
-        reason why the result cannot travel. Calls in advance have only their result."""
+        """b"=" and the result, all arguments afterwards and what was printed, b"!" and the
+        exception, or b"?" and the reason why the result cannot travel. Calls in advance have only
+        their result."""
         (operation, *parts), mutable = decode_parts(request, self._class, self._handle)
         try:
             result = self._perform(operation, *parts)
@@ -128,8 +129,8 @@ class _Session:
         return decode_parts(reply[1:], self._class, self._handle, encoder.mutable)[0][0]
 
     def _export(self, value: Any) -> Sequence[Any] | None:
-        """The handle of a part that is not data: kind, number, and the special methods of its class, or
-        the bases of an exception."""
+        """The handle of a part that is not data: kind, number, and the special methods of its
+        class, or the bases of an exception."""
         if value is _SOLUTION:
             kind = "object"
         elif isinstance(value, type):
@@ -186,8 +187,9 @@ def answer_calls(jobs: Reader, answer: int, drop_privileges: Callable[[], None])
     """Define the solution, then answer requests until the pipe ends.
 
     The job: preamble (compiled), blocks of code and the names that the tests use (JSON), entry
-    point, "in advance" or "live", and requests `[operation, ...]`, of which `["entry", args, kwargs]` is a call that
-    is known in advance. The first answer is b"=", or b"!" and the reason why the solution cannot be defined.
+    point, "in advance" or "live", and requests `[operation, ...]`, of which
+    `["entry", args, kwargs]` is a call that is known in advance. The first answer is b"=", or b"!"
+    and the reason why the solution cannot be defined.
     """
     preamble, (blocks, wanted) = jobs.frame(), json.loads(jobs.frame())
     entry_point, mode = jobs.text(), jobs.text()
@@ -212,7 +214,8 @@ def answer_calls(jobs: Reader, answer: int, drop_privileges: Callable[[], None])
 
 
 def _exception(error: BaseException, printed: str = "") -> bytes:
-    """The names of the exception's bases, its arguments and its attributes, as far as they are data."""
+    """The names of the exception's bases, its arguments and its attributes, as far as they are
+    data."""
     names = [kind.__name__ for kind in type(error).__mro__]
     try:
         return Encoder().encode([names, list(error.args), getattr(error, "__dict__", {}), printed])

@@ -50,8 +50,8 @@ class Step:
 def read_tests(
     test: str, entry_point: str, preamble_names: set[str]
 ) -> tuple[list[Step], dict[str, str], str, types.CodeType | None]:
-    """The steps; the solution's names by the tests' names; the entry point; code for the arguments of
-    all calls of the entry point if they are known in advance."""
+    """The steps; the solution's names by the tests' names; the entry point; code for the arguments
+    of all calls of the entry point if they are known in advance."""
     return _Reading(test, entry_point.strip(), preamble_names).result()
 
 

@@ -4,9 +4,9 @@ It never reads a job: a request is one byte and two file descriptors, which only
 uses. So no forked process finds the data of another in its memory. Messages on its socket to the
 host:
 
-    from the host   b"R" and (job to read, answer to write)    fork; the forked process reads and runs its job
-                    b"K"                                       kill it
-                    b"C"                                       how much processor time has it used?
+    from the host   b"R" and (job to read, answer to write)    fork; the forked process reads and
+                    runs its job b"K"                                       kill it b"C"
+                    how much processor time has it used?
     to the host     b"S"                                       ready
                     b"C" and a `CLOCK`                         that time
                     b"E" and an `EXIT_RECORD`                  it has exited, with all its threads
