@@ -134,7 +134,7 @@ class Settings:
 
 
 def plan(settings: Settings, upstream: Upstream) -> StagePlan:
-    """One part for each model and part of eval prompts; none where nothing is held out or trained."""
+    """One part for each model and part of eval prompts; none where nothing is held out."""
     rewards, reward_identity = reward_settings(settings.rewards, upstream.store)
     hashed = {
         **keyed(settings.section),
@@ -187,7 +187,7 @@ class Samples:
 
 
 def sample(work: Work[Settings]) -> Samples:
-    """Samples for the group's parts, one engine at a time; draws only what no committed part has."""
+    """Samples for the parts, one engine at a time; draws only what no committed part has."""
     settings = work.settings
     samples = Samples([], [], {})
     for name, parts in _by_model(work).items():
