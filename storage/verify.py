@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.artifact import named_artifacts
-from storage.contents import open_checked
+from storage.contents import again, open_checked
 from storage.errors import DamagedError, StoreError
 from storage.manifest import Manifest, manifest_key
 from storage.parts import FileEntry, PartKey, PartRecord
@@ -217,14 +217,23 @@ def _check_manifest(
     if not manifest.rejects:
         return
     key = manifest.rejects_key
+
+    def count() -> int:
+        try:
+            with store.open_input(key) as file:
+                return int(pq.read_metadata(file).num_rows)
+        except pa.ArrowInvalid as error:
+            raise DamagedError(f"{key} is not readable: {error}.") from error
+
     try:
-        with store.open_input(key) as file:
-            rows = pq.read_metadata(file).num_rows
+        rows = again(store.files, count)
         if rows != manifest.rejects:
             yield fault(f"its rejects have {rows} rows, expected {manifest.rejects}.", "rows", key)
     except FileNotFoundError:
         yield fault(f"{key} is missing.", "missing", key)
-    except (pa.ArrowInvalid, OSError) as error:
+    except DamagedError as error:
+        yield fault(str(error), "altered", key)
+    except OSError as error:
         yield fault(f"{key} is not readable: {error}.", "altered", key)
 
 

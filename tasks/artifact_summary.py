@@ -152,5 +152,7 @@ def _measured(value: Mapping[str, Any], digits: int = 3) -> Cell:
 
 
 def interval(value: Mapping[str, Any]) -> Cell:
-    """A mean with its 95% interval."""
+    """A mean with its 95% interval; a dash where there is none."""
+    if value["mean"] is None:
+        return Cell("-")
     return Cell(f"{value['mean']:.3f}", f"({value['low']:.3f} to {value['high']:.3f})")

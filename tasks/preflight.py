@@ -44,9 +44,10 @@ def preflight(planner: Planner, stages: Sequence[str]) -> list[Exception]:
     problems: list[Exception] = []
     missing = set(stages)
     try:
-        missing = {stage for stage in stages if not planner.plan(stage).complete}
-        if planner.plan("rewards").records:
-            missing -= {"rewards"}  # they have scored rows
+        if planner.plan("prompts").complete:  # else all plans are made again once it is
+            missing = {stage for stage in stages if not planner.plan(stage).complete}
+            if planner.plan("rewards").records:
+                missing -= {"rewards"}  # they have scored rows
     except (QRPOError, StoreError, OSError) as error:
         problems.append(error)
     for check in (_store, _extras, _model, _rewards):

@@ -30,6 +30,8 @@ GROWING = """
 from pathlib import Path
 
 def grow(prompts, completions, **columns):
+    if len(prompts) == 1:  # the check before the run
+        return [1.0]
     with Path(__file__).with_name("prompts.jsonl").open("a") as file:
         for text in completions:
             file.write(f'{{"prompt": "grown {abs(hash(text))}", "chosen": "one", "rejected": "no"}}\\n')
@@ -239,7 +241,7 @@ def test_training_on_an_object_store_goes_on_on_another_machine(
         if number == 0:
             assert {name.split("/")[0] for name in written} == {"checkpoint-2", "checkpoint-4"}
             written.clear()
-            (optimizer,) = (key for key in store.list("work") if key.endswith("checkpoint-4/optimizer.pt"))
+            (optimizer,) = (key for key in store.list("work") if "checkpoint-4/optimizer/__" in key)
             data = store.read_bytes(optimizer)
             store.write_bytes(optimizer, data[:-9] + bytes([data[-9] ^ 1]) + data[-8:] if altered else data)
 
