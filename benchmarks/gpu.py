@@ -219,12 +219,12 @@ def run_ours(options: argparse.Namespace) -> Any:
 def run_score(options: argparse.Namespace) -> Any:
     """Log-probabilities without gradients, bfloat16 weights."""
     from qrpo.training.logprobs import best_layout, score_logprobs
-    from qrpo.training.memory import default_token_budget
+    from qrpo.training.memory import default_token_budget, device_bytes
 
     size = options.sizes[0]
     rows = make_rows(SIZES[size][-1], options.steps)
     model = make_model(size, options.device, half=True)
-    budget, layout = 2 * default_token_budget(model.device), best_layout(model)
+    budget, layout = 2 * default_token_budget(device_bytes(model.device)), best_layout(model)
     seconds = []
     for start in range(0, len(rows), PROMPTS):
         batch = rows[start : start + PROMPTS]

@@ -7,10 +7,12 @@ The bytes of a row are defined here and not by a library's writer, so that a new
 or Arrow changes no digest:
 
     row     sha256 of the types, then the values of the columns in the order of their names
-    value   one byte, 0 for a null and 1 otherwise, then fixed width   little-endian bytes, zero for
-            a null (floats bit by bit, booleans as one byte) text, binary  length (8 bytes), UTF-8
-            or raw bytes list          number of items (8 bytes), the items struct        the fields
-            in the order of their names
+    value   one byte, 0 for a null and 1 otherwise, then
+            fixed width   little-endian bytes, zero for a null (floats bit by bit, booleans as a
+                          byte)
+            text, binary  length (8 bytes), UTF-8 or raw bytes
+            list          number of items (8 bytes), the items
+            struct        the fields in the order of their names
 """
 
 import hashlib

@@ -85,7 +85,7 @@ def planned_memory(
         _freeze_and_adapt(shape, config.lora.rank)
     needed = training_memory(
         shape,
-        config.token_budget or (LARGE_BUDGET if device_bytes >= 40 * 2**30 else SMALL_BUDGET),
+        config.token_budget or default_token_budget(device_bytes),
         checkpointing=bool(config.gradient_checkpointing),
         shards=processes if config.fsdp else 1,
         optim=str(config.further.get("optim", "adamw")),
@@ -99,9 +99,9 @@ def planned_memory(
     return needed
 
 
-def default_token_budget(device: torch.device) -> int:
+def default_token_budget(device_bytes: int) -> int:
     """Tokens of one forward pass: large enough to keep the device busy, with few passes a step."""
-    return LARGE_BUDGET if device_bytes(device) >= 40 * 2**30 else SMALL_BUDGET
+    return LARGE_BUDGET if device_bytes >= 40 * 2**30 else SMALL_BUDGET
 
 
 def needs_checkpointing(model: Any, token_budget: int, device: torch.device, shards: int = 1) -> bool:

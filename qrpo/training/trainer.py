@@ -41,7 +41,7 @@ from qrpo.training.compiling import MIN_STEPS, compile_layers
 from qrpo.training.head import choose_head, inside_forward
 from qrpo.training.loader import ShuffledRows, is_idle, step_loader
 from qrpo.training.logprobs import best_layout, completion_logprobs, score_logprobs, set_layout, unwrapped
-from qrpo.training.memory import default_token_budget, needs_checkpointing
+from qrpo.training.memory import default_token_budget, device_bytes, needs_checkpointing
 from qrpo.training.objectives import Objective, make_objective
 from qrpo.training.packing import attention_window
 from qrpo.training.rows import (
@@ -85,7 +85,7 @@ class CompletionTrainer(ShardingTrainer):
         # rows.
         self._seen: list[tuple[torch.Tensor, dict[str, Any]] | None] = []
         self._layout = self._try_model()
-        args.token_budget = args.token_budget or default_token_budget(args.device)
+        args.token_budget = args.token_budget or default_token_budget(device_bytes(args.device))
         if args.gradient_checkpointing == "auto":
             shards = args.world_size if self.is_fsdp_enabled else 1
             args.gradient_checkpointing = needs_checkpointing(
